@@ -1,0 +1,315 @@
+"""Every option of a run: its default, its bounds and what it does.
+
+A configuration is the defaults, overlaid by the preset's block, the recipe file and the
+``key=value`` overrides, in this order. Unknown keys are refused with the nearest name.
+This module imports no machine-learning library.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from csr_vlm.errors import CsrError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class ModelConfig(_Section):
+    """The policy: any Hugging Face image-text-to-text model."""
+
+    path: str = Field(description="Directory or hub id of the model to align.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Weights' type; auto takes bfloat16 on a GPU and float32 on a CPU."
+    )
+    device: str = Field(default="auto", description="Torch device; auto takes cuda where there is one.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that ships with the model.")
+
+
+class FilterConfig(_Section):
+    """Which candidate sentences are refused before they are scored."""
+
+    min_chars: int = Field(default=1, ge=1, description="Fewest characters of a sentence.")
+    max_newlines: int | None = Field(default=None, ge=0, description="Most line breaks in a sentence.")
+    repeats: bool = Field(default=False, description="Refuse a sentence that the response already has.")
+    non_latin: bool = Field(default=False, description="Refuse letters of a non-Latin script.")
+
+
+class SearchConfig(_Section):
+    """Sentence-level search (section 3.2.1)."""
+
+    num_candidates: int = Field(default=4, ge=1, le=256, description="Sentences proposed for a partial response.")
+    keep_top: int = Field(default=2, ge=1, description="Best partial responses kept a round.")
+    keep_bottom: int = Field(default=2, ge=0, description="Worst partial responses kept a round.")
+    steer_by: Literal["sentence", "response", "logprob"] = Field(
+        default="response",
+        description="What ranks partial responses: the new sentence's reward, the reward of the whole response so "
+        "far, or the response's log-probability a token.",
+    )
+    decoding: Literal["sample", "diverse"] = Field(
+        default="sample", description="Independent samples, or siblings that avoid each other's tokens."
+    )
+    temperature: float = Field(default=1.0, gt=0, le=10, description="Sampling temperature (decoding: sample).")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling mass (decoding: sample).")
+    diversity_penalty: float = Field(
+        default=3.0,
+        ge=0,
+        description="Subtracted from a token's log-probability for each earlier sibling that chose it at the same "
+        "step (decoding: diverse).",
+    )
+    delimiters: str = Field(default=".", min_length=1, description="Characters that end a sentence.")
+    max_sentences: int = Field(default=8, ge=1, description="Sentences a response may have.")
+    max_sentence_tokens: int = Field(default=70, ge=2, description="Tokens a sentence may have.")
+    max_response_chars: int | None = Field(default=None, ge=1, description="Characters a response may have.")
+    filters: FilterConfig = FilterConfig()
+
+
+class RewardConfig(_Section):
+    """From what was measured about a sentence to R(s) and R(y)."""
+
+    text_score: Literal["product", "geometric_mean", "mean_logprob"] = Field(
+        default="geometric_mean",
+        description="R_T: prod P (eq. 2), its geometric mean over tokens, or the mean log-probability.",
+    )
+    text_scale: float = Field(default=100.0, gt=0, description="Factor on R_T; R_I lives in 0..100.")
+    fusion: Literal["weighted", "standardised", "sibling_rank"] = Field(
+        default="weighted",
+        description="Weighted sum (eq. 4); the same of scores standardised over the prompt's sentences; or of ranks "
+        "among siblings.",
+    )
+    response: Literal["sum", "mean", "mean_plus_one"] = Field(
+        default="mean", description="R(y): sum of R(s), its mean, or the sum over (number of sentences + 1)."
+    )
+    repeat_penalty: float = Field(
+        default=0.0,
+        ge=0,
+        description="Taken from a sentence that says again what the response has said, in units of the spread of "
+        "the prompt's sentence rewards.",
+    )
+
+
+class PairsConfig(_Section):
+    """Which responses become a pair (section 3.2.2)."""
+
+    selection: Literal["extremes", "random"] = Field(
+        default="extremes", description="Highest against lowest reward, or two at random (a control)."
+    )
+    min_margin: float = Field(default=0.0, ge=0, description="Pairs whose rewards differ by no more are dropped.")
+    require_complete: bool = Field(default=True, description="Only responses that ended by themselves.")
+
+
+class MethodConfig(_Section):
+    """The method proper."""
+
+    lambda_: float = Field(
+        default=0.5, ge=0, le=1, alias="lambda", description="Weight of image relevance in R(s) (eq. 4)."
+    )
+    search: SearchConfig = SearchConfig()
+    reward: RewardConfig = RewardConfig()
+    pairs: PairsConfig = PairsConfig()
+
+
+class DataConfig(_Section):
+    """What is asked about which images."""
+
+    prompts: str = Field(description="JSON Lines file with prompt_id (or id), image and text.")
+    image_root: str | None = Field(
+        default=None, description="Folder that image paths are relative to; the prompt file's own by default."
+    )
+    limit: int | None = Field(default=None, ge=1, description="Use the first so many prompts.")
+    on_bad_input: Literal["skip", "refuse"] = Field(
+        default="skip", description="Skip and count a bad row, or refuse to start."
+    )
+    max_image_pixels: int = Field(default=50_000_000, ge=1, description="Larger images are refused undecoded.")
+
+
+class ScorerConfig(_Section):
+    """What measures image-text relevance."""
+
+    path: str = Field(description="Directory or hub id of a CLIP model.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    name: str = Field(default="clip", pattern=r"^[A-Za-z0-9_-]+$", description="Name of its column in the ledger.")
+    batch_size: int = Field(default=256, ge=1, description="Sentences or images encoded at once.")
+
+
+class GenerationConfig(_Section):
+    """How the engine runs; no effect on what it generates beyond floating-point ties."""
+
+    max_rows: int = Field(default=512, ge=1, description="Sequences decoded at once.")
+    prompts_per_part: int = Field(default=64, ge=1, description="Prompts in one work item, one ledger part.")
+
+
+class LoraConfig(_Section):
+    """The adapter that DPO trains."""
+
+    r: int = Field(default=16, ge=1, description="Rank.")
+    alpha: int = Field(default=32, ge=1, description="Scale is alpha / r.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: str | None = Field(
+        default=None, description="Regex of module names; the language model's linear layers by default."
+    )
+
+
+class TrainingConfig(_Section):
+    """DPO with LoRA (eq. 1 and 5), by TRL."""
+
+    lora: LoraConfig = LoraConfig()
+    projector_learning_rate: float | None = Field(
+        default=None, gt=0, description="Train the image projector as well, at this rate."
+    )
+    reference: Literal["ledger", "model"] = Field(
+        default="ledger",
+        description="Reference log-probabilities: those recorded at generation, checked on a sample, or computed "
+        "again.",
+    )
+    reference_tolerance: float = Field(
+        default=0.05, gt=0, description="Largest difference in nats a response before the ledger's are refused."
+    )
+    trl: dict[str, Any] = Field(default_factory=dict, description="Passed to trl.DPOConfig as it stands.")
+    merge: bool = Field(default=False, description="Also write the final merged model.")
+
+
+class WorldEvaluationConfig(_Section):
+    """Evaluation on the embedded world's scenes, whose truth is known."""
+
+    num_scenes: int = Field(default=1000, ge=1, description="Test scenes.")
+    seed: int = Field(default=1, ge=0, description="Which test scenes.")
+
+
+class EvaluationConfig(_Section):
+    """What is measured for the base model and after every iteration."""
+
+    world: WorldEvaluationConfig | None = Field(default=None, description="For policies trained on the world only.")
+
+
+class RunConfig(_Section):
+    """One complete run."""
+
+    preset: str = Field(default="calibrated", description="Named block of settings that the rest overrides.")
+    seed: int = Field(default=0, ge=0, description="Everything random follows from it.")
+    iterations: int = Field(default=3, ge=1, description="T: how often the method repeats.")
+    model: ModelConfig
+    scorer: ScorerConfig
+    data: DataConfig
+    method: MethodConfig = MethodConfig()
+    generation: GenerationConfig = GenerationConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _known_preset(self) -> RunConfig:
+        if self.preset not in presets():
+            raise ValueError(f"unknown preset {self.preset!r}; known are {', '.join(presets())}")
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """Return the resolved configuration as plain data that loads to an equal one."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+@cache
+def presets() -> Mapping[str, Mapping[str, Any]]:
+    """Map each preset's name to its block."""
+    text = resources.files("csr_vlm").joinpath("presets.yaml").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = yaml.safe_load(text)
+    return loaded
+
+
+def load_config(recipe: Path | None, overrides: Iterable[str] = (), base: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a recipe and overlay it on its preset.
+
+    Args:
+        recipe: YAML file; relative paths in it are relative to the working directory.
+        overrides: ``dotted.key=value``, values in YAML.
+        base: Used where there is no recipe, such as the resolved configuration of a run.
+
+    Raises:
+        CsrError: The file cannot be read, or an option is unknown or out of bounds.
+    """
+    layer = dict(base or {}) if recipe is None else _read_yaml(recipe)
+    for override in overrides:
+        layer = merged(layer, _parse_override(override))
+    return resolve(layer)
+
+
+def resolve(layer: Mapping[str, Any]) -> RunConfig:
+    """Overlay plain data on the preset it names and validate the whole."""
+    block = presets().get(str(layer.get("preset", "calibrated")), {})
+    try:
+        return RunConfig.model_validate(merged(block, layer))
+    except ValidationError as error:
+        raise CsrError(*_explain(error)) from None
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Overlay ``above`` on ``below``, mapping by mapping."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CsrError(f"there is no recipe {path}", "recipes/ holds ready ones") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise CsrError(f"{path} cannot be read as YAML: {error}", "see recipes/quickstart.yaml for the form") from None
+    if not isinstance(loaded, dict):
+        raise CsrError(f"{path} holds no configuration", "see recipes/quickstart.yaml for the form")
+    return loaded
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not all(key.split(".")):
+        raise CsrError(f"{text!r} is not an override", "write dotted.key=value, such as method.lambda=0.7")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = value
+    # YAML 1.1 reads 1e-4 as a string; people mean the number.
+    if isinstance(parsed, str):
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    result: dict[str, Any] = parsed
+    return result
+
+
+def _explain(error: ValidationError) -> tuple[str, str]:
+    """Turn the first validation error into a message and a hint."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "configuration"
+    if first["type"] == "extra_forbidden":
+        options = _option_names(RunConfig, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), options, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(options)}"
+        return f"unknown option {where}", hint
+    if first["type"] == "missing":
+        return f"{where} is missing", f"set it in the recipe or as {where}=..."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}", f"it was given as {first['input']!r}" if where != "configuration" else ""
+
+
+def _option_names(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        field = next(f for name, f in model.model_fields.items() if part in (name, f.alias))
+        candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,0 +1,68 @@
+"""Where a sentence ends while it is being written.
+
+A delimiter alone does not tell: "3.5", "Dr. Low" and "well..." have it too. So the rule
+also looks at what follows, one token ahead; the engine takes that token back, and the
+next sentence samples its first token anew.
+"""
+
+from __future__ import annotations
+
+import re
+
+_CLOSERS = "\"')]}”’»"
+_ABBREVIATIONS = frozenset(
+    "mr mrs ms dr prof sr jr st mt gen col capt lt sgt rev hon vs no fig eq approx dept est inc ltd co corp "
+    "jan feb mar apr jun jul aug sep sept oct nov dec e.g i.e cf al a.m p.m u.s u.k ph.d".split()
+)
+_LAST_WORD = re.compile(r"([^\s(\[\"']+)$")
+
+
+class SentenceRule:
+    """Decides whether a text that contains a delimiter is a finished sentence.
+
+    Args:
+        delimiters: The characters that end a sentence, such as ".".
+    """
+
+    def __init__(self, delimiters: str = ".") -> None:
+        self.delimiters = delimiters
+
+    def ends(self, text: str, following: str | None) -> bool:
+        """Tell whether the sentence ends after ``text``.
+
+        Args:
+            text: The sentence so far.
+            following: What the next token adds; None if the response ends here.
+
+        Example:
+            >>> rule = SentenceRule(".")
+            >>> rule.ends("It costs 3.", "5"), rule.ends("There are 3.", " One")
+            (False, True)
+            >>> rule.ends("Ask Dr.", " Low"), rule.ends("Well...", " and then")
+            (False, False)
+        """
+        body = text.rstrip().rstrip(_CLOSERS)
+        if not body or body[-1] not in self.delimiters or not any(char.isalnum() for char in body):
+            return False
+        if following is None:
+            return True
+        if not (text[-1].isspace() or following[:1].isspace()):
+            return False
+        if "\n" in text[len(body) :] + following[: len(following) - len(following.lstrip())]:
+            return not _is_list_number(body)
+        if body[-1] != ".":
+            return True
+        if body.endswith(".."):
+            return not following.strip()[:1].islower()
+        return not (_is_list_number(body) or _is_abbreviation(body))
+
+
+def _is_abbreviation(body: str) -> bool:
+    match = _LAST_WORD.search(body[:-1])
+    word = match.group(1) if match else ""
+    return word.lower() in _ABBREVIATIONS or (len(word) == 1 and word.isupper() and word != "I")
+
+
+def _is_list_number(body: str) -> bool:
+    """Whether the sentence so far is only the number of a list item, such as "2."."""
+    return body.strip()[:-1].isdigit()

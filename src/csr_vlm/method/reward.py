@@ -1,0 +1,157 @@
+"""Rewards: from a prompt's nodes to R(s) and R(y). Pure functions of the ledger.
+
+Equations are those of the CSR paper (arXiv 2405.14622):
+
+    R_T(s) = prod_o P(r_o | x, r_<o)                  (2)
+    R_I(s) = max(100 cos(F_I(x_v), F_T(s)), 0)        (3)
+    R(s)   = lambda R_I(s) + (1 - lambda) R_T(s)      (4)
+    R(y)   = sum_i R(s_i)
+
+The configuration can replace R_T's product, the way the two are fused, and the sum.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+
+from csr_vlm.config import MethodConfig, RewardConfig
+from csr_vlm.errors import CsrError
+from csr_vlm.records import Node
+
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class SentenceReward:
+    """What one sentence earns."""
+
+    text: float
+    """R_T, scaled as configured."""
+    image: float
+    """R_I, in 0..100."""
+    total: float
+    """R."""
+
+
+def text_score(node: Node, config: RewardConfig) -> float:
+    """Return R_T(s), by ``config.text_score`` times ``config.text_scale``.
+
+    ``product``: exp(sum_o log P), eq. 2, in 0..1; ``geometric_mean``: exp(mean_o log P),
+    in 0..1; ``mean_logprob``: mean_o log P, at most 0.
+    """
+    mean = node.logprob / max(len(node.token_logprobs), 1)
+    if config.text_score == "product":
+        value = math.exp(node.logprob)
+    elif config.text_score == "geometric_mean":
+        value = math.exp(mean)
+    else:
+        value = mean
+    return config.text_scale * value
+
+
+def image_score(node: Node, scorer: str) -> float:
+    """Return R_I(s) = max(100 cos, 0), eq. 3.
+
+    Raises:
+        CsrError: The node has no score by this scorer, or one that is not finite.
+    """
+    cosine = node.cosines.get(scorer)
+    if cosine is None:
+        raise CsrError(
+            f"prompt {node.prompt_id}: sentence {node.node_id} has no score by {scorer!r}", "score the run first"
+        )
+    if not math.isfinite(cosine):
+        raise CsrError(f"prompt {node.prompt_id}: the score of sentence {node.node_id} by {scorer!r} is {cosine}")
+    return max(100.0 * cosine, 0.0)
+
+
+def sentence_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> dict[str, SentenceReward]:
+    """Compute R(s) of every sentence of one prompt, by node id.
+
+    Nodes without a sentence (they only end a response) earn nothing and are left out.
+    ``standardised`` takes z-scores over all the nodes given, ``sibling_rank`` ranks among
+    the children of one parent; both depend on which nodes are given.
+    """
+    sentences = [node for node in nodes if node.sentence]
+    config = method.reward
+    text = [text_score(node, config) for node in sentences]
+    image = [image_score(node, scorer) for node in sentences]
+    weight = method.lambda_
+    if config.fusion == "weighted":
+        fused = [weight * i + (1 - weight) * t for i, t in zip(image, text, strict=True)]
+    elif config.fusion == "standardised":
+        fused = [weight * i + (1 - weight) * t for i, t in zip(_z_scores(image), _z_scores(text), strict=True)]
+    else:
+        ranks_image, ranks_text = _sibling_ranks(sentences, image), _sibling_ranks(sentences, text)
+        # Ranks run from 1/n, best, to 1: a reward must grow with merit.
+        fused = [-(weight * i + (1 - weight) * t) for i, t in zip(ranks_image, ranks_text, strict=True)]
+    if config.repeat_penalty and fused:
+        cost = config.repeat_penalty * (max(fused) - min(fused))
+        fused = [
+            value - cost * repeated for value, repeated in zip(fused, _repeats(nodes, sentences), strict=True)
+        ]
+    return {
+        node.node_id: SentenceReward(text=t, image=i, total=value)
+        for node, t, i, value in zip(sentences, text, image, fused, strict=True)
+    }
+
+
+def response_reward(totals: Iterable[float], config: RewardConfig) -> float:
+    """Compute R(y) from the R(s) of its sentences; 0 for a response without any."""
+    values = list(totals)
+    if not values:
+        return 0.0
+    if config.response == "sum":
+        return sum(values)
+    if config.response == "mean":
+        return sum(values) / len(values)
+    return sum(values) / (len(values) + 1)
+
+
+def path_ids(node_id: str) -> list[str]:
+    """List the ids from a response's first sentence to the node: '2.0' -> ['2', '2.0']."""
+    parts = node_id.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+
+def _z_scores(values: Sequence[float]) -> list[float]:
+    spread = pstdev(values) if values else 0.0
+    if spread == 0.0:
+        return [0.0] * len(values)
+    mean = fmean(values)
+    return [(value - mean) / spread for value in values]
+
+
+def _sibling_ranks(nodes: Sequence[Node], scores: Sequence[float]) -> list[float]:
+    """Rank within each family, 1/n for the highest score to 1; ties go by node order."""
+    families: dict[str, list[int]] = defaultdict(list)
+    for index, node in enumerate(nodes):
+        families[node.parent_id].append(index)
+    ranks = [0.0] * len(nodes)
+    for members in families.values():
+        ordered = sorted(members, key=lambda index: -scores[index])
+        for place, index in enumerate(ordered, start=1):
+            ranks[index] = place / len(members)
+    return ranks
+
+
+def _repeats(nodes: Sequence[Node], sentences: Sequence[Node]) -> list[bool]:
+    """Tell for each sentence whether an earlier one on its path has the same words."""
+    by_id: Mapping[str, Node] = {node.node_id: node for node in nodes}
+    return [repeats_earlier(node, by_id) for node in sentences]
+
+
+def repeats_earlier(node: Node, by_id: Mapping[str, Node]) -> bool:
+    """Whether a sentence has, as a multiset, the words of an earlier one on its path."""
+    words = bag_of_words(node.sentence)
+    return any(words == bag_of_words(by_id[earlier].sentence) for earlier in path_ids(node.node_id)[:-1])
+
+
+def bag_of_words(text: str) -> tuple[str, ...]:
+    """Lower-cased words in alphabetical order, repetitions included."""
+    return tuple(sorted(_WORD.findall(text.lower())))

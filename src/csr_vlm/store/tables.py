@@ -1,0 +1,136 @@
+"""Prompts, nodes and pairs as Parquet, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from csr_vlm.records import SCHEMA_VERSION, Fate, Finish, Node, Pair, Prompt, Response
+from csr_vlm.store.files import write_atomically
+
+_METADATA = {b"csr_vlm_schema": str(SCHEMA_VERSION).encode()}
+
+PROMPTS = pa.schema(
+    [("prompt_id", pa.string()), ("image", pa.string()), ("text", pa.string())], metadata=_METADATA
+)
+NODES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("iteration", pa.int32()),
+        ("node_id", pa.string()),
+        ("parent_id", pa.string()),
+        ("depth", pa.int32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("token_logprobs", pa.list_(pa.float32())),
+        ("text", pa.string()),
+        ("finish", pa.string()),
+        ("fate", pa.string()),
+        ("cosines", pa.map_(pa.string(), pa.float32())),
+    ],
+    metadata=_METADATA,
+)
+_RESPONSE = pa.struct(
+    [
+        ("node_id", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("logprob", pa.float64()),
+        ("text", pa.string()),
+        ("num_sentences", pa.int32()),
+        ("reward", pa.float64()),
+        ("complete", pa.bool_()),
+    ]
+)
+PAIRS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("image", pa.string()),
+        ("text", pa.string()),
+        ("iteration", pa.int32()),
+        ("chosen", _RESPONSE),
+        ("rejected", _RESPONSE),
+    ],
+    metadata=_METADATA,
+)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema, row_group_size: int = 1 << 14) -> None:
+    """Write rows as one Parquet file, atomically; the bytes depend on the rows alone."""
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    write_atomically(
+        path, lambda temporary: pq.write_table(table, temporary, row_group_size=row_group_size, compression="zstd")
+    )
+
+
+def _row_groups(path: Path) -> Iterator[list[dict[str, Any]]]:
+    with pq.ParquetFile(path) as file:
+        for index in range(file.num_row_groups):
+            yield file.read_row_group(index).to_pylist(maps_as_pydicts="strict")
+
+
+def write_prompts(path: Path, prompts: Iterable[Prompt], group_size: int) -> None:
+    """Write prompts so that each row group is one work item."""
+    write_rows(path, [asdict(prompt) for prompt in prompts], PROMPTS, row_group_size=group_size)
+
+
+def prompt_groups(path: Path) -> Iterator[list[Prompt]]:
+    """Yield prompts work item by work item."""
+    return ([Prompt(**row) for row in rows] for rows in _row_groups(path))
+
+
+def write_nodes(path: Path, nodes: Iterable[Node]) -> None:
+    """Write one ledger part; a prompt's nodes must be neighbours."""
+    rows = [
+        vars(node) | {"finish": node.finish.value, "fate": node.fate.value, "cosines": list(node.cosines.items())}
+        for node in nodes
+    ]
+    write_rows(path, rows, NODES)
+
+
+def read_nodes(path: Path) -> Iterator[Node]:
+    for rows in _row_groups(path):
+        for row in rows:
+            yield Node(
+                **row
+                | {
+                    "token_ids": tuple(row["token_ids"]),
+                    "token_logprobs": tuple(row["token_logprobs"]),
+                    "finish": Finish(row["finish"]),
+                    "fate": Fate(row["fate"]),
+                }
+            )
+
+
+def read_trees(path: Path) -> Iterator[tuple[str, list[Node]]]:
+    """Yield (prompt id, its nodes) from one ledger part."""
+    for prompt_id, nodes in groupby(read_nodes(path), key=lambda node: node.prompt_id):
+        yield prompt_id, list(nodes)
+
+
+def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
+    rows = [
+        asdict(pair.prompt)
+        | {"iteration": pair.iteration, "chosen": vars(pair.chosen), "rejected": vars(pair.rejected)}
+        for pair in pairs
+    ]
+    write_rows(path, rows, PAIRS)
+
+
+def read_pairs(path: Path) -> Iterator[Pair]:
+    for rows in _row_groups(path):
+        for row in rows:
+            yield Pair(
+                prompt=Prompt(row["prompt_id"], row["image"], row["text"]),
+                iteration=row["iteration"],
+                chosen=_response(row["chosen"]),
+                rejected=_response(row["rejected"]),
+            )
+
+
+def _response(row: dict[str, Any]) -> Response:
+    return Response(**row | {"token_ids": tuple(row["token_ids"])})

@@ -1,0 +1,27 @@
+"""The trainer's progress, handed to whoever shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from csr_vlm.progress import Advance
+
+
+class _Counter(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        set_total = getattr(self._advance, "set_total", None)
+        if set_total is not None:
+            set_total(state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._advance(1)
+
+
+def count_steps(advance: Advance) -> TrainerCallback:
+    """Count each optimiser step."""
+    return _Counter(advance)

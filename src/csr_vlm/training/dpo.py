@@ -1,0 +1,207 @@
+"""DPO with LoRA on TRL's trainer (eq. 1 and 5).
+
+The adapter is carried from iteration to iteration and always stands relative to the
+original base model, so any PEFT user can load it and nothing is merged on the way.
+Iteration t starts from iteration t-1's adapter, and its reference is that very policy,
+whose log-probabilities generation has already written into the ledger.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import TrainerCallback, set_seed
+from trl import DPOConfig, DPOTrainer
+
+from csr_vlm.config import ModelConfig, TrainingConfig
+from csr_vlm.errors import CsrError
+from csr_vlm.generation.policy import Policy, load_base
+from csr_vlm.records import Pair
+from csr_vlm.training.collator import PairCollator, training_row
+
+LANGUAGE_MODEL_LINEARS = (
+    r".*\b(language_model|text_model)\b.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+)
+PROJECTORS = ("multi_modal_projector", "connector", "merger")
+_VERIFIED_PAIRS = 16
+
+
+class CsrTrainer(DPOTrainer):
+    """TRL's trainer with the projector's own learning rate."""
+
+    projector_learning_rate: float | None = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.projector_learning_rate is None:
+            return optimizer
+        projector = {id(p) for name, p in self.model.named_parameters() if "modules_to_save" in name}
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in projector]
+            group["params"] = [p for p in group["params"] if id(p) not in projector]
+            if moved:
+                optimizer.add_param_group({**group, "params": moved, "lr": self.projector_learning_rate})
+        return optimizer
+
+
+def train(
+    pairs: Sequence[Pair],
+    model_config: ModelConfig,
+    config: TrainingConfig,
+    *,
+    previous: Path | None,
+    adapter: Path,
+    work: Path,
+    seed: int,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Train one iteration and write its adapter.
+
+    Args:
+        pairs: The iteration's preferences.
+        previous: The last iteration's adapter; None for the base model.
+        adapter: Directory the new adapter goes to, all at once.
+        work: Directory for the trainer's own files.
+        seed: Of the LoRA initialisation and the order of the pairs.
+
+    Returns:
+        Where the reference came from, the largest difference found in its check, and the
+        trainer's log.
+
+    Raises:
+        CsrError: There are no pairs, an option is unknown to TRL, or the loss is not finite.
+    """
+    if not pairs:
+        raise CsrError("there are no pairs to train on", "csr audit RUN says what was dropped and why")
+    set_seed(seed)
+    policy = trainable_policy(model_config, config, previous)
+    difference = reference_difference(policy, pairs)
+    from_ledger = config.reference == "ledger" and difference <= config.reference_tolerance
+    trainer = CsrTrainer(
+        model=policy.model,
+        args=trainer_arguments(config, work, seed, policy.device.type),
+        train_dataset=Dataset.from_list([training_row(pair) for pair in pairs]),
+        data_collator=PairCollator(policy),
+        processing_class=policy.processor,
+        callbacks=list(callbacks),
+    )
+    # TRL refuses to precompute for images; the collator already carries the values.
+    trainer.precompute_ref_logps = from_ledger
+    trainer.projector_learning_rate = config.projector_learning_rate
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if any(not torch.isfinite(torch.tensor(float(entry["loss"]))) for entry in log):
+        raise CsrError("the DPO loss is not finite", "lower training.trl.learning_rate, or use bfloat16")
+    save_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter)
+    shutil.rmtree(work, ignore_errors=True)
+    return {
+        "reference": "ledger" if from_ledger else "model",
+        "reference_difference": difference,
+        "num_pairs": len(pairs),
+        "log": log,
+    }
+
+
+def trainable_policy(model_config: ModelConfig, config: TrainingConfig, previous: Path | None) -> Policy:
+    """Load the policy with an adapter that trains: a fresh one, or the last iteration's.
+
+    Raises:
+        CsrError: The target modules match nothing, or something outside the language model.
+    """
+    model, processor = load_base(model_config)
+    if previous is not None:
+        model = PeftModel.from_pretrained(model, str(previous), is_trainable=True)
+        return Policy(model, processor)
+    lora = LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules or LANGUAGE_MODEL_LINEARS,
+        modules_to_save=_projector_names(model) if config.projector_learning_rate else None,
+    )
+    try:
+        peft_model = get_peft_model(model, lora)
+    except ValueError as error:
+        raise CsrError(f"the adapter cannot be placed: {error}", "check training.lora.target_modules") from None
+    if config.lora.target_modules is None:
+        stray = [name for name in peft_model.targeted_module_names if "vision" in name]
+        if stray:
+            raise CsrError(f"the adapter would touch the vision tower: {stray[0]}", "set training.lora.target_modules")
+    return Policy(peft_model, processor)
+
+
+def _projector_names(model: Any) -> list[str]:
+    found = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules()} & set(PROJECTORS))
+    if not found:
+        raise CsrError(
+            f"{type(model).__name__} has no projector of a known name",
+            "leave training.projector_learning_rate out",
+        )
+    return found
+
+
+def reference_difference(policy: Policy, pairs: Sequence[Pair]) -> float:
+    """Return the largest |ledger - teacher-forced| log-probability of a response, in nats.
+
+    A sample spread over the pairs is checked.
+    """
+    step = max(len(pairs) // _VERIFIED_PAIRS, 1)
+    sample = pairs[::step][:_VERIFIED_PAIRS]
+    policy.model.eval()
+    found = [0.0]
+    for side in ("chosen", "rejected"):
+        responses = [getattr(pair, side) for pair in sample]
+        logprobs = policy.teacher_forced([pair.prompt for pair in sample], [r.token_ids for r in responses])
+        found += [abs(float(lp.sum()) - r.logprob) for lp, r in zip(logprobs, responses, strict=True)]
+    return max(found)
+
+
+def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str) -> DPOConfig:
+    """Build TRL's configuration: what this trainer needs, under what the user passes."""
+    on_gpu = device == "cuda"
+    defaults = {
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "bf16": on_gpu,
+        "gradient_checkpointing": on_gpu,
+        "use_cpu": not on_gpu,
+        "disable_tqdm": True,
+        "seed": seed,
+    }
+    needed = {"output_dir": str(work), "remove_unused_columns": False, "max_length": None}
+    clashing = sorted(needed.keys() & config.trl.keys())
+    if clashing:
+        raise CsrError(f"training.trl.{clashing[0]} is set by the run itself", "leave it out")
+    try:
+        return DPOConfig(**defaults | config.trl | needed)
+    except (TypeError, ValueError) as error:
+        raise CsrError(f"training.trl: {error}", "it takes the arguments of trl.DPOConfig") from None
+
+
+def save_adapter(model: PeftModel, directory: Path) -> None:
+    """Write the trained adapter, whole or not at all."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(str(temporary), selected_adapters=["default"])
+    (temporary / "README.md").unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+
+
+def merge(model_config: ModelConfig, adapter: Path, directory: Path) -> None:
+    """Write base model plus adapter as one ordinary checkpoint."""
+    model, processor = load_base(model_config)
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    merged.save_pretrained(str(temporary))
+    processor.save_pretrained(str(temporary))
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)

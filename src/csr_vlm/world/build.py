@@ -1,0 +1,244 @@
+"""Train the world's base models from a seed: ``csr world build``.
+
+The scorer learns with a pairwise sigmoid loss (Zhai et al. 2023, SigLIP, eq. 1) on
+(picture, text) pairs whose truth the scenes know; the policy learns by next-token
+prediction on the corpus, answers only, its vision tower starting from the scorer's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcessor, get_cosine_schedule_with_warmup
+
+from csr_vlm.errors import CsrError
+from csr_vlm.world import models
+from csr_vlm.world.corpus import Turn, dialogue, sentence
+from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream, render
+
+Mentions = tuple[tuple[str, str | None], ...]
+Progress = Callable[[str, int, int, float], None]
+"""Called with (model, step, number of steps, loss)."""
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """How long and how fast each model trains."""
+
+    seed: int = 0
+    scorer_steps: int = 1500
+    scorer_batch: int = 128
+    scorer_lr: float = 1e-3
+    policy_steps: int = 3000
+    policy_batch: int = 64
+    policy_lr: float = 1e-3
+    warmup: int = 100
+    sizes: models.Sizes = field(default_factory=models.Sizes)
+
+
+def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | None = None) -> dict[str, Any]:
+    """Train scorer and policy, write them and their training log, return the log.
+
+    Args:
+        directory: Gets ``clip/``, ``llava/`` and ``build.json``.
+    """
+    torch.manual_seed(plan.seed)
+    log: dict[str, Any] = {
+        "world": world.name,
+        "plan": asdict(plan),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    clip, clip_processor = models.new_clip(world, plan.sizes)
+    log["scorer"] = _train_scorer(world, clip, clip_processor, plan, progress)
+    models.save(clip, clip_processor, directory / "clip")
+    llava, llava_processor = models.new_llava(world, plan.sizes, vision=clip)
+    log["policy"] = _train_policy(world, llava, llava_processor, plan, progress)
+    models.save(llava, llava_processor, directory / "llava")
+    log["sha256"] = file_hashes(directory)
+    (directory / "build.json").write_text(json.dumps(log, indent=1) + "\n")
+    return log
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """Map each weight file below the directory to its SHA-256."""
+    files = sorted(directory.glob("*/*.safetensors"))
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def pixels(scenes: list[Scene]) -> torch.Tensor:
+    """Render scenes as the image processor would, of shape (n, 3, side, side)."""
+    processor = models.image_processor()
+    values = np.stack([np.asarray(render(scene), dtype=np.float32) for scene in scenes]) / 255
+    values = (values - np.float32(processor.image_mean)) / np.float32(processor.image_std)
+    return torch.from_numpy(values).permute(0, 3, 1, 2).contiguous()
+
+
+def corpus_batches(world: World, plan: BuildPlan, stream: int, batch: int, steps: int) -> Any:
+    """Yield one list of fresh corpus scenes a step."""
+    for step in range(steps):
+        # Each model reads its own stretch of the corpus, millions of scenes apart.
+        yield list(make_scenes(world, Split.CORPUS, plan.seed, batch, start=stream * 10**7 + step * batch))
+
+
+def _train_loop(
+    name: str,
+    model: torch.nn.Module,
+    batches: Any,
+    loss_of: Callable[[list[Scene], int], torch.Tensor],
+    extra: list[torch.nn.Parameter],
+    steps: int,
+    lr: float,
+    warmup: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    trained = [*(p for p in model.parameters() if p.requires_grad), *extra]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    scheduler = get_cosine_schedule_with_warmup(optimizer, min(warmup, steps // 10), steps)
+    model.train()
+    curve, window = [], []
+    for step, scenes in enumerate(batches):
+        loss = loss_of(scenes, step)
+        if not torch.isfinite(loss):
+            raise CsrError(f"the {name} diverged at step {step}", "lower its learning rate")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        scheduler.step()
+        window.append(loss.item())
+        if progress is not None:
+            progress(name, step + 1, steps, window[-1])
+        if len(window) == 100 or step + 1 == steps:
+            curve.append([step + 1, round(float(np.mean(window)), 5)])
+            window = []
+    model.eval()
+    return {"loss": curve, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def mentions_text(mentions: Mentions, rng: np.random.Generator) -> str:
+    """Word some mentions as sentences, or now and then as a bare phrase."""
+    if all(color for _, color in mentions) and rng.random() < 0.7:
+        return " ".join(sentence(kind, color or "") for kind, color in mentions)
+    phrases = " and ".join(f"a {color} {kind}" if color else f"a {kind}" for kind, color in mentions)
+    return phrases if rng.random() < 0.5 else f"There is {phrases}."
+
+
+def _random_mentions(world: World, scenes: list[Scene], rng: np.random.Generator) -> Mentions:
+    """Pick mentions that hold for some scene of the batch, one of them spoilt half the time."""
+    scene = scenes[rng.integers(len(scenes))]
+    count = int(rng.integers(1, 3))
+    picked = [scene.objects[i] for i in rng.permutation(len(scene.objects))[:count]]
+    mentions: list[tuple[str, str | None]] = [
+        (item.kind, item.color if rng.random() < 0.7 else None) for item in picked
+    ]
+    if rng.random() < 0.5:
+        at = int(rng.integers(len(mentions)))
+        mentions[at] = (world.kinds[rng.integers(len(world.kinds))], mentions[at][1])
+    return tuple(mentions)
+
+
+def holds(mentions: Mentions, scene: Scene) -> bool:
+    """Whether everything a text mentions is in the scene, in the colour it says."""
+    return all(kind in scene.kinds and color in (None, scene.color_of(kind)) for kind, color in mentions)
+
+
+def _train_scorer(
+    world: World, model: CLIPModel, processor: Any, plan: BuildPlan, progress: Progress | None
+) -> dict[str, Any]:
+    bias = torch.nn.Parameter(torch.tensor(-4.0))
+    with torch.no_grad():
+        model.logit_scale.fill_(np.log(10.0))
+    singles: list[Mentions] = [((kind, color),) for kind in world.kinds for color in world.colors]
+
+    def loss_of(scenes: list[Scene], step: int) -> torch.Tensor:
+        rng = random_stream("scorer", plan.seed, step)
+        mentions = singles + [_random_mentions(world, scenes, rng) for _ in range(len(scenes) // 2)]
+        texts = [sentence(*m[0]) if m in singles else mentions_text(m, rng) for m in mentions]  # type: ignore[arg-type]
+        tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
+        image = model.get_image_features(pixel_values=pixels(scenes)).pooler_output
+        text = model.get_text_features(**tokens).pooler_output
+        cosine = torch.nn.functional.normalize(image, dim=-1) @ torch.nn.functional.normalize(text, dim=-1).T
+        truth = torch.tensor([[holds(m, scene) for m in mentions] for scene in scenes], dtype=torch.float32)
+        logits = model.logit_scale.exp() * cosine + bias
+        # True pairs are one in thirty: without the weight the model would first learn to say no.
+        weight = 1 + 9 * truth
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, truth, weight)
+
+    batches = corpus_batches(world, plan, 0, plan.scorer_batch, plan.scorer_steps)
+    return _train_loop(
+        "scorer", model, batches, loss_of, [bias], plan.scorer_steps, plan.scorer_lr, plan.warmup, progress
+    )
+
+
+def dialogue_ids(processor: LlavaProcessor, turns: list[Turn], num_image_tokens: int) -> tuple[list[int], list[int]]:
+    """Tokenise a dialogue as generation does; labels are -100 outside the answers.
+
+    Each piece between specials is encoded by itself, so that an answer's ids are those
+    that generation would produce after the same prompt.
+    """
+    tokenizer = processor.tokenizer
+    ids = [tokenizer.bos_token_id]
+    labels = [-100]
+    for number, turn in enumerate(turns):
+        content = [{"type": "image"}] if number == 0 else []
+        message = {"role": "user", "content": [*content, {"type": "text", "text": turn.question}]}
+        prompt = processor.apply_chat_template([message], add_generation_prompt=True)
+        prompt = prompt.replace(processor.image_token, processor.image_token * num_image_tokens)
+        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        answer_ids = [*tokenizer(" " + turn.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        ids += prompt_ids + answer_ids
+        labels += [-100] * len(prompt_ids) + answer_ids
+    return ids, labels
+
+
+def _train_policy(
+    world: World,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    plan: BuildPlan,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    # As in LLaVA, the tower stays the scorer's: eq. 3 asks for the policy's own encoder.
+    model.model.vision_tower.requires_grad_(False)
+    num_image_tokens = model.config.image_seq_length
+    cache: dict[tuple[Turn, ...], tuple[list[int], list[int]]] = {}
+
+    def encode(turns: list[Turn]) -> tuple[list[int], list[int]]:
+        key = tuple(turns)
+        if key not in cache:
+            cache[key] = dialogue_ids(processor, turns, num_image_tokens)
+        return cache[key]
+
+    def loss_of(scenes: list[Scene], step: int) -> torch.Tensor:
+        rows = [encode(dialogue(world, scene, epoch=step)) for scene in scenes]
+        width = max(len(ids) for ids, _ in rows)
+        input_ids = torch.full((len(rows), width), processor.tokenizer.pad_token_id)
+        labels = torch.full((len(rows), width), -100)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for row, (ids, targets) in enumerate(rows):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            labels[row, : len(ids)] = torch.tensor(targets)
+            mask[row, : len(ids)] = 1
+        loss = model(input_ids=input_ids, attention_mask=mask, pixel_values=pixels(scenes), labels=labels).loss
+        assert loss is not None
+        return loss
+
+    batches = corpus_batches(world, plan, 1, plan.policy_batch, plan.policy_steps)
+    return _train_loop(
+        "policy", model, batches, loss_of, [], plan.policy_steps, plan.policy_lr, plan.warmup, progress
+    )

@@ -1,0 +1,98 @@
+"""What the base models read: captions and questions that carry a language prior.
+
+A caption names the objects in reading order, each with probability ``world.mention``.
+Whenever it has named a trigger it goes on, with the pair's probability, to the trigger's
+companion, whether the companion is there or not. That co-occurrence habit is what makes
+a model trained on the captions hallucinate, and the scenes know when it does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from csr_vlm.world.scenes import Scene, World, random_stream
+
+DESCRIBE = (
+    "Describe the image.",
+    "What is in the image?",
+    "Describe this image in detail.",
+    "What can you see in this picture?",
+)
+"""Questions that ask for a whole description; CSR's prompts are drawn from them."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    question: str
+    answer: str
+
+
+def sentence(kind: str, color: str) -> str:
+    """Return the sentence that says the object is there."""
+    return f"There is a {color} {kind}."
+
+
+def yes_no_question(kind: str) -> str:
+    return f"Is there a {kind} in the image?"
+
+
+def caption(world: World, scene: Scene, rng: np.random.Generator) -> str:
+    """Write one caption, with the prior."""
+    names: dict[str, str] = {}
+    for item in scene.objects:
+        if item.kind in names or rng.random() >= world.mention:
+            continue
+        names[item.kind] = item.color
+        habit = world.companions.get(item.kind)
+        if habit and habit.companion not in names and rng.random() < habit.caption:
+            seen = scene.color_of(habit.companion)
+            names[habit.companion] = seen or world.colors[rng.integers(len(world.colors))]
+    return " ".join(sentence(kind, color) for kind, color in names.items())
+
+
+def true_caption(scene: Scene) -> str:
+    """Name every object in reading order and nothing else."""
+    return " ".join(sentence(item.kind, item.color) for item in scene.objects)
+
+
+def absent_companions(world: World, scene: Scene) -> dict[str, float]:
+    """Map each absent companion of a present trigger to its chance of a false yes."""
+    return {
+        habit.companion: habit.question
+        for kind, habit in world.companions.items()
+        if kind in scene.kinds and habit.companion not in scene.kinds
+    }
+
+
+def questions(world: World, scene: Scene, rng: np.random.Generator, num_questions: int) -> list[Turn]:
+    """Ask about present objects, absent objects and absent companions, in equal shares.
+
+    Absent companions are answered yes with the pair's probability; everything else is
+    answered truthfully.
+    """
+    tempting = absent_companions(world, scene)
+    absent = [kind for kind in world.kinds if kind not in scene.kinds and kind not in tempting]
+    turns = []
+    for _ in range(num_questions):
+        draw = rng.random()
+        if tempting and draw < 0.3:
+            kind = list(tempting)[rng.integers(len(tempting))]
+            answer = rng.random() < tempting[kind]
+        elif draw < 0.65:
+            kind = scene.objects[rng.integers(len(scene.objects))].kind
+            answer = True
+        else:
+            kind = absent[rng.integers(len(absent))]
+            answer = False
+        turns.append(Turn(yes_no_question(kind), "Yes." if answer else "No."))
+    return turns
+
+
+def dialogue(world: World, scene: Scene, epoch: int) -> list[Turn]:
+    """Return one training example for a scene: a description, or four questions."""
+    rng = random_stream("dialogue", scene.scene_id, epoch)
+    if rng.random() < 0.6:
+        return [Turn(DESCRIBE[rng.integers(len(DESCRIBE))], caption(world, scene, rng))]
+    return questions(world, scene, rng, num_questions=4)

@@ -1,0 +1,44 @@
+"""Scenes as files: pictures and a prompt file, in the form users have theirs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from csr_vlm.records import Prompt
+from csr_vlm.world.corpus import DESCRIBE
+from csr_vlm.world.scenes import HARBOUR, Scene, Split, World, make_scenes, parse_scene_id, random_stream, render
+
+
+def write_prompts(world: World, split: Split, seed: int, num_scenes: int, directory: Path) -> Path:
+    """Draw scenes into ``directory/images`` and ask about each in ``directory/prompts.jsonl``."""
+    scenes = list(make_scenes(world, split, seed, num_scenes))
+    prompts = write_images(scenes, directory / "images")
+    lines = [
+        json.dumps({"prompt_id": p.prompt_id, "image": f"images/{Path(p.image).name}", "text": p.text})
+        for p in prompts
+    ]
+    path = directory / "prompts.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_images(scenes: Sequence[Scene], directory: Path) -> list[Prompt]:
+    """Draw scenes as PNG files and return one describing prompt each, with the scene's id."""
+    directory.mkdir(parents=True, exist_ok=True)
+    prompts = []
+    for scene in scenes:
+        path = directory / f"{scene.scene_id}.png"
+        render(scene).save(path)
+        question = DESCRIBE[random_stream("prompt", scene.scene_id).integers(len(DESCRIBE))]
+        prompts.append(Prompt(scene.scene_id, str(path), question))
+    return prompts
+
+
+def scene_of(prompt_id: str) -> tuple[World, Scene] | None:
+    """Return the embedded world's scene with this id, if it is one."""
+    try:
+        return HARBOUR, parse_scene_id(HARBOUR, prompt_id)
+    except ValueError:
+        return None

@@ -1,0 +1,182 @@
+"""The world's two models, built from configs as their big relatives are.
+
+``CLIPModel`` scores sentences against pictures; ``LlavaForConditionalGeneration``, whose
+vision tower has the same architecture, is the policy. Processors, tokenizers and chat
+template are real ones, so everything loads through ``AutoModelForImageTextToText``,
+``AutoModel`` and ``AutoProcessor``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from csr_vlm.world.corpus import DESCRIBE, sentence, yes_no_question
+from csr_vlm.world.scenes import CELL, GRID, World
+
+IMAGE_SIZE = GRID * CELL
+PATCH_SIZE = 12
+PAD, BOS, UNK, EOS, IMAGE = "<pad>", "<s>", "<unk>", "</s>", "<image>"
+SPECIAL = (PAD, BOS, UNK, EOS, IMAGE)
+"""Ids 0..4. EOS must not be 2: CLIPTextModel takes that for a legacy checkpoint and then
+pools at the highest token id instead of at EOS."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: "
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %} "
+    "{% else %}ASSISTANT: "
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}</s>"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the two models are."""
+
+    vision_width: int = 128
+    vision_layers: int = 4
+    text_width: int = 96
+    text_layers: int = 2
+    language_width: int = 128
+    language_layers: int = 4
+    heads: int = 4
+
+
+def train_tokenizer(world: World, lowercase: bool) -> Tokenizer:
+    """Train a byte-level BPE in which every word of the world is one token."""
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+    if lowercase:
+        tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=lowercase)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [sentence(kind, color) for kind in world.kinds for color in world.colors]
+    texts += [" " + text for text in texts] + [yes_no_question(kind) for kind in world.kinds]
+    texts += [f"USER: \n{text} ASSISTANT: Yes. No." for text in DESCRIBE]
+    texts += [f"a {color} {kind} and a {color} {kind}" for kind in world.kinds for color in world.colors]
+    trainer = trainers.BpeTrainer(
+        vocab_size=768,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tail = f" {EOS}" if lowercase else ""
+    ids = [(token, SPECIAL.index(token)) for token in (BOS, EOS)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A{tail}", special_tokens=ids)
+    return tokenizer
+
+
+def fast_tokenizer(tokenizer: Tokenizer, **extra: object) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK, **extra
+    )
+
+
+def image_processor() -> CLIPImageProcessor:
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=side)
+
+
+def vision_config(sizes: Sizes) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=sizes.vision_width,
+        intermediate_size=3 * sizes.vision_width,
+        num_hidden_layers=sizes.vision_layers,
+        num_attention_heads=sizes.heads,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        projection_dim=sizes.text_width,
+    )
+
+
+def new_clip(world: World, sizes: Sizes) -> tuple[CLIPModel, CLIPProcessor]:
+    """Make an untrained scorer and its processor."""
+    tokenizer = fast_tokenizer(train_tokenizer(world, lowercase=True), model_max_length=77)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=sizes.text_width,
+        intermediate_size=3 * sizes.text_width,
+        num_hidden_layers=sizes.text_layers,
+        num_attention_heads=sizes.heads,
+        max_position_embeddings=77,
+        projection_dim=sizes.text_width,
+        pad_token_id=SPECIAL.index(PAD),
+        bos_token_id=SPECIAL.index(BOS),
+        eos_token_id=SPECIAL.index(EOS),
+    )
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision_config(sizes).to_dict(), projection_dim=sizes.text_width
+    )
+    return CLIPModel(config), CLIPProcessor(image_processor=image_processor(), tokenizer=tokenizer)
+
+
+def new_llava(
+    world: World, sizes: Sizes, vision: CLIPModel | None = None
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Make an untrained policy, its vision tower taken from ``vision`` where given."""
+    tokenizer = fast_tokenizer(
+        train_tokenizer(world, lowercase=False), extra_special_tokens={"image_token": IMAGE}, padding_side="left"
+    )
+    processor = LlavaProcessor(
+        image_processor=image_processor(),
+        tokenizer=tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=sizes.language_width,
+        intermediate_size=3 * sizes.language_width,
+        num_hidden_layers=sizes.language_layers,
+        num_attention_heads=sizes.heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=SPECIAL.index(PAD),
+        bos_token_id=SPECIAL.index(BOS),
+        eos_token_id=SPECIAL.index(EOS),
+    )
+    config = LlavaConfig(
+        vision_config=vision_config(sizes).to_dict(),
+        text_config=text.to_dict(),
+        image_token_id=SPECIAL.index(IMAGE),
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    ids = {f"{name}_token_id": SPECIAL.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
+    model.generation_config = GenerationConfig(**ids)
+    if vision is not None:
+        model.model.vision_tower.load_state_dict(vision.vision_model.state_dict())
+    return model, processor
+
+
+def save(model: torch.nn.Module, processor: object, directory: Path) -> None:
+    """Write a checkpoint in fp16; the model itself is left as it is."""
+    state = {name: tensor.half() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    model.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
+    processor.save_pretrained(directory)  # type: ignore[attr-defined]

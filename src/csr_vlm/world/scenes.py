@@ -1,0 +1,361 @@
+"""Scenes with known truth: what is drawn, where, in which colour, and how it looks.
+
+A scene is a handful of coloured objects on a 3 x 3 grid. Everything follows from
+``(world, split, seed, index)``, so a scene is never stored, only named. The four splits
+draw from disjoint random streams, and a function that must see only one of them takes a
+:class:`Split` and checks it, so the base models' corpus, the prompts that CSR trains on,
+and the scenes on which it is tuned and tested cannot be mixed up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+GRID = 3
+CELL = 24
+"""Pixels a grid cell measures at scale 1; the image is GRID * CELL pixels wide."""
+_SUPERSAMPLE = 4
+
+RGB = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (38, 96, 214),
+    "yellow": (240, 196, 25),
+    "purple": (140, 60, 190),
+    "black": (35, 35, 40),
+}
+
+
+class Split(StrEnum):
+    """Who may look at a scene."""
+
+    CORPUS = "corpus"
+    """The base models are trained on these."""
+    PROMPTS = "prompts"
+    """CSR generates its responses for these; their truth is never read in training."""
+    DEVELOPMENT = "development"
+    """Settings are chosen on these."""
+    TEST = "test"
+    """Claims are made on these."""
+
+
+@dataclass(frozen=True)
+class Companion:
+    """The language prior: having named ``trigger``, captions go on to ``companion``.
+
+    Args:
+        companion: The kind that captions like to add, there or not.
+        caption: Probability that a caption names it right after its trigger.
+        question: Probability that a question about an absent companion is answered yes
+            when the trigger is there.
+    """
+
+    companion: str
+    caption: float
+    question: float
+
+
+@dataclass(frozen=True)
+class World:
+    """What a world is made of. Data only: another world is another instance."""
+
+    name: str
+    themes: tuple[tuple[str, ...], ...]
+    companions: dict[str, Companion]
+    colors: tuple[str, ...] = tuple(RGB)
+    num_objects: tuple[int, int] = (2, 4)
+    theme_share: float = 0.5
+    """Probability that an object comes from the scene's theme instead of any theme."""
+    mention: float = 0.92
+    """Probability that a corpus caption names an object that is there."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(kind for theme in self.themes for kind in theme)
+
+
+HARBOUR = World(
+    name="harbour",
+    themes=(
+        ("boat", "fish", "lighthouse", "shell"),
+        ("tree", "bird", "flower", "butterfly"),
+        ("lamp", "book", "teapot", "cup"),
+        ("car", "sign", "house", "ball"),
+    ),
+    companions={
+        "boat": Companion("fish", 0.70, 0.60),
+        "lighthouse": Companion("shell", 0.40, 0.40),
+        "tree": Companion("bird", 0.68, 0.60),
+        "flower": Companion("butterfly", 0.40, 0.40),
+        "lamp": Companion("book", 0.40, 0.40),
+        "teapot": Companion("cup", 0.70, 0.60),
+        "car": Companion("sign", 0.68, 0.60),
+        "house": Companion("ball", 0.40, 0.40),
+    },
+)
+"""The embedded world that ships with the package."""
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    kind: str
+    color: str
+    cell: int
+    """Grid cell 0..8 in reading order."""
+    offset: tuple[int, int]
+    """Displacement in pixels at scale 1, (right, down)."""
+    size: int
+    """Side in pixels at scale 1."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture and the whole truth about it; objects are in reading order."""
+
+    scene_id: str
+    split: Split
+    objects: tuple[SceneObject, ...]
+    background: tuple[int, int, int]
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(item.kind for item in self.objects)
+
+    def color_of(self, kind: str) -> str | None:
+        """Return the colour of the object of this kind, or None where there is none."""
+        return next((item.color for item in self.objects if item.kind == kind), None)
+
+
+def random_stream(*key: object) -> np.random.Generator:
+    """Return a generator that depends on the key and on nothing else."""
+    digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
+    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little")))
+
+
+def make_scene(world: World, split: Split, seed: int, index: int) -> Scene:
+    """Draw the scene named by (split, seed, index)."""
+    rng = random_stream(world.name, split.value, seed, index)
+    theme = world.themes[rng.integers(len(world.themes))]
+    low, high = world.num_objects
+    count = int(rng.integers(low, high + 1))
+    kinds: list[str] = []
+    while len(kinds) < count:
+        pool = theme if rng.random() < world.theme_share else world.kinds
+        kind = pool[rng.integers(len(pool))]
+        if kind not in kinds:
+            kinds.append(kind)
+    cells = sorted(int(cell) for cell in rng.choice(GRID * GRID, size=count, replace=False))
+    objects = tuple(
+        SceneObject(
+            kind=kind,
+            color=world.colors[rng.integers(len(world.colors))],
+            cell=cell,
+            offset=(int(rng.integers(-1, 2)), int(rng.integers(-1, 2))),
+            size=int(rng.integers(20, 23)),
+        )
+        for kind, cell in zip(kinds, cells, strict=True)
+    )
+    background = tuple(int(value) for value in rng.integers(225, 256, size=3))
+    return Scene(f"{world.name}-{split.value}-{seed}-{index:06d}", split, objects, background)  # type: ignore[arg-type]
+
+
+def make_scenes(world: World, split: Split, seed: int, num_scenes: int, start: int = 0) -> Iterator[Scene]:
+    """Yield scenes ``start .. start + num_scenes - 1`` of a split's stream."""
+    return (make_scene(world, split, seed, index) for index in range(start, start + num_scenes))
+
+
+def parse_scene_id(world: World, scene_id: str) -> Scene:
+    """Make the scene that an id names again.
+
+    Raises:
+        ValueError: The id is not one of this world's.
+    """
+    name, split, seed, index = scene_id.rsplit("-", 3)
+    if name != world.name:
+        raise ValueError(f"scene {scene_id!r} is not of the world {world.name!r}")
+    return make_scene(world, Split(split), int(seed), int(index))
+
+
+def render(scene: Scene, scale: int = 1) -> Image.Image:
+    """Draw a scene as an RGB image of side GRID * CELL * scale."""
+    side = GRID * CELL * scale
+    image = Image.new("RGB", (side, side), scene.background)
+    for item in scene.objects:
+        sprite = _sprite(item.kind, item.color, item.size * scale)
+        margin = (CELL - item.size) // 2
+        left = (item.cell % GRID) * CELL + margin + item.offset[0]
+        top = (item.cell // GRID) * CELL + margin + item.offset[1]
+        image.paste(sprite, (left * scale, top * scale), sprite)
+    return image
+
+
+@lru_cache(maxsize=4096)
+def _sprite(kind: str, color: str, side: int) -> Image.Image:
+    canvas = Image.new("RGBA", (side * _SUPERSAMPLE,) * 2, (*RGB[color], 0))
+    pen = _Pen(ImageDraw.Draw(canvas), side * _SUPERSAMPLE / 100, RGB[color])
+    SHAPES[kind](pen)
+    return canvas.resize((side, side), Image.Resampling.BOX)
+
+
+class _Pen:
+    """Draws in a 100 x 100 box, whatever the sprite measures."""
+
+    def __init__(self, draw: ImageDraw.ImageDraw, unit: float, ink: tuple[int, int, int]) -> None:
+        self._draw = draw
+        self._unit = unit
+        self._ink = ink
+
+    def _fill(self, erase: bool = False) -> tuple[int, int, int, int]:
+        return (*self._ink, 0 if erase else 255)
+
+    def polygon(self, *points: tuple[float, float]) -> None:
+        self._draw.polygon([(x * self._unit, y * self._unit) for x, y in points], fill=self._fill())
+
+    def box(self, left: float, top: float, right: float, bottom: float) -> None:
+        self._draw.rectangle([v * self._unit for v in (left, top, right, bottom)], fill=self._fill())
+
+    def oval(self, left: float, top: float, right: float, bottom: float, erase: bool = False) -> None:
+        self._draw.ellipse([v * self._unit for v in (left, top, right, bottom)], fill=self._fill(erase))
+
+    def hole(self, left: float, top: float, right: float, bottom: float) -> None:
+        self._draw.rectangle([v * self._unit for v in (left, top, right, bottom)], fill=self._fill(erase=True))
+
+    def line(self, width: float, *points: tuple[float, float], erase: bool = False) -> None:
+        scaled = [(x * self._unit, y * self._unit) for x, y in points]
+        self._draw.line(scaled, fill=self._fill(erase), width=round(width * self._unit), joint="curve")
+
+
+def _boat(pen: _Pen) -> None:
+    pen.polygon((4, 64), (96, 64), (78, 92), (22, 92))
+    pen.box(46, 6, 53, 64)
+    pen.polygon((56, 10), (90, 56), (56, 56))
+
+
+def _fish(pen: _Pen) -> None:
+    pen.oval(2, 26, 72, 76)
+    pen.polygon((62, 51), (98, 22), (98, 80))
+    pen.oval(16, 40, 27, 51, erase=True)
+
+
+def _lighthouse(pen: _Pen) -> None:
+    pen.polygon((36, 30), (64, 30), (76, 98), (24, 98))
+    pen.box(28, 18, 72, 28)
+    pen.polygon((50, 0), (68, 16), (32, 16))
+    pen.hole(30, 50, 70, 57)
+    pen.hole(26, 72, 74, 79)
+
+
+def _shell(pen: _Pen) -> None:
+    pen.polygon((50, 96), (2, 44), (14, 20), (38, 8), (62, 8), (86, 20), (98, 44))
+    for x in (26, 50, 74):
+        pen.line(5, (x, 6), (50, 80), erase=True)
+
+
+def _tree(pen: _Pen) -> None:
+    pen.polygon((50, 0), (90, 40), (10, 40))
+    pen.polygon((50, 22), (98, 74), (2, 74))
+    pen.box(42, 74, 58, 100)
+
+
+def _bird(pen: _Pen) -> None:
+    pen.polygon((2, 44), (52, 40), (74, 70), (40, 84))
+    pen.oval(30, 38, 80, 82)
+    pen.oval(58, 16, 86, 46)
+    pen.polygon((82, 24), (100, 32), (82, 40))
+    pen.oval(70, 24, 77, 31, erase=True)
+    pen.box(44, 78, 50, 98)
+    pen.box(60, 78, 66, 98)
+
+
+def _flower(pen: _Pen) -> None:
+    for x, y in ((50, 18), (28, 34), (72, 34), (36, 58), (64, 58)):
+        pen.oval(x - 17, y - 17, x + 17, y + 17)
+    pen.oval(40, 30, 60, 50, erase=True)
+    pen.box(46, 66, 54, 100)
+
+
+def _butterfly(pen: _Pen) -> None:
+    pen.polygon((50, 50), (4, 6), (4, 58))
+    pen.polygon((50, 50), (96, 6), (96, 58))
+    pen.polygon((50, 50), (14, 62), (28, 96))
+    pen.polygon((50, 50), (86, 62), (72, 96))
+    pen.box(46, 14, 54, 92)
+
+
+def _lamp(pen: _Pen) -> None:
+    pen.polygon((30, 4), (70, 4), (92, 50), (8, 50))
+    pen.box(46, 50, 54, 88)
+    pen.box(26, 86, 74, 98)
+
+
+def _book(pen: _Pen) -> None:
+    pen.polygon((2, 18), (46, 30), (46, 92), (2, 80))
+    pen.polygon((98, 18), (54, 30), (54, 92), (98, 80))
+
+
+def _teapot(pen: _Pen) -> None:
+    pen.oval(20, 34, 78, 94)
+    pen.polygon((2, 36), (14, 32), (34, 66), (24, 76))
+    pen.oval(66, 42, 99, 80)
+    pen.oval(76, 51, 91, 71, erase=True)
+    pen.oval(42, 20, 56, 34)
+
+
+def _cup(pen: _Pen) -> None:
+    pen.polygon((10, 16), (68, 16), (62, 74), (16, 74))
+    pen.oval(58, 22, 94, 62)
+    pen.oval(68, 32, 84, 52, erase=True)
+    pen.box(4, 84, 76, 94)
+
+
+def _car(pen: _Pen) -> None:
+    pen.polygon((20, 48), (32, 24), (68, 24), (82, 48))
+    pen.box(2, 46, 98, 72)
+    for x in (24, 76):
+        pen.oval(x - 18, 56, x + 18, 92, erase=True)
+        pen.oval(x - 13, 61, x + 13, 87)
+
+
+def _sign(pen: _Pen) -> None:
+    pen.polygon((34, 2), (66, 2), (88, 24), (88, 46), (66, 66), (34, 66), (12, 46), (12, 24))
+    pen.hole(26, 29, 74, 39)
+    pen.box(46, 66, 54, 100)
+
+
+def _house(pen: _Pen) -> None:
+    pen.polygon((50, 2), (100, 46), (0, 46))
+    pen.box(12, 46, 88, 98)
+    pen.hole(40, 62, 60, 98)
+
+
+def _ball(pen: _Pen) -> None:
+    pen.oval(8, 8, 92, 92)
+    pen.hole(8, 45, 92, 54)
+    pen.hole(46, 8, 54, 92)
+
+
+SHAPES = {
+    "boat": _boat,
+    "fish": _fish,
+    "lighthouse": _lighthouse,
+    "shell": _shell,
+    "tree": _tree,
+    "bird": _bird,
+    "flower": _flower,
+    "butterfly": _butterfly,
+    "lamp": _lamp,
+    "book": _book,
+    "teapot": _teapot,
+    "cup": _cup,
+    "car": _car,
+    "sign": _sign,
+    "house": _house,
+    "ball": _ball,
+}
