@@ -8,6 +8,7 @@ This module imports no machine-learning library.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
@@ -21,7 +22,7 @@ from csr_vlm.errors import CsrError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -130,7 +131,7 @@ class DataConfig(_Section):
     on_bad_input: Literal["skip", "refuse"] = Field(
         default="skip", description="Skip and count a bad row, or refuse to start."
     )
-    max_image_pixels: int = Field(default=50_000_000, ge=1, description="Larger images are refused undecoded.")
+    max_image_pixels: int = Field(default=50_000_000, ge=1, le=170_000_000, description="Larger images are refused undecoded.")
 
 
 class ScorerConfig(_Section):
@@ -260,9 +261,22 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; here it is the number that people mean."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = _load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CsrError(f"there is no recipe {path}", "recipes/ holds ready ones") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -277,15 +291,9 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not separator or not all(key.split(".")):
         raise CsrError(f"{text!r} is not an override", "write dotted.key=value, such as method.lambda=0.7")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = _load_yaml(value)
     except yaml.YAMLError:
         parsed = value
-    # YAML 1.1 reads 1e-4 as a string; people mean the number.
-    if isinstance(parsed, str):
-        try:
-            parsed = float(parsed)
-        except ValueError:
-            pass
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     result: dict[str, Any] = parsed

@@ -7,11 +7,14 @@ ledger parts it has.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
-from csr_vlm.config import RunConfig
+from csr_vlm.config import RunConfig, ScorerConfig
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
 from csr_vlm.errors import CsrError
 from csr_vlm.method.pairs import make_pair
@@ -80,15 +83,58 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
     )
 
 
+def score(run: Run, iteration: int, scorer_config: ScorerConfig, tell: Reporter) -> None:
+    """Add a scorer's cosines to every sentence of a ledger, part by part."""
+    from csr_vlm.loading import resolve_device
+    from csr_vlm.scoring.clip import ClipScorer
+
+    if not run.is_done(iteration, "generate"):
+        raise CsrError(f"iteration {iteration} of {run.root} is not generated", f"csr generate {run.root}")
+    scorer = ClipScorer(scorer_config, resolve_device(run.config.model.device), run.config.data.max_image_pixels)
+    prompts = {prompt.prompt_id: prompt for prompt in run.prompts()}
+    parts = run.ledger_parts(iteration)
+    with tell.stage(f"iteration {iteration}: scoring", len(parts)) as advance:
+        for part in parts:
+            nodes = list(tables.read_nodes(part))
+            items = [(prompts[node.prompt_id], node.sentence) for node in nodes if node.sentence]
+            scores = iter(scorer.score(items))
+            tables.write_nodes(
+                part, [replace(n, cosines={**n.cosines, **next(scores)}) if n.sentence else n for n in nodes]
+            )
+            scorer.forget()
+            advance(1)
+
+
+def require_before(run: Run, iteration: int, stage: str) -> None:
+    """Refuse a stage whose inputs are not there yet.
+
+    Raises:
+        CsrError: An earlier stage is missing.
+    """
+    needed = {"generate": (iteration - 1, "train"), "train": (iteration, "pairs")}[stage]
+    if needed[0] > 0 and not run.is_done(*needed):
+        raise CsrError(
+            f"iteration {needed[0]} of {run.root} has no finished {needed[1]} stage", f"csr {needed[1]} {run.root}"
+        )
+
+
 def make_pairs(run: Run, iteration: int, tell: Reporter) -> None:
     """Derive the iteration's pairs from its ledger."""
     if run.is_done(iteration, "pairs"):
         return
+    started = time.perf_counter()
     pairs, reasons = derive_pairs(run, iteration, run.config)
     tables.write_pairs(run.pairs_path(iteration), pairs)
     if not pairs:
         raise CsrError(f"iteration {iteration} has no pairs: {dict(reasons)}", "loosen method.pairs or add prompts")
-    run.mark_done(iteration, "pairs", pairs=len(pairs), prompts_without=dict(reasons), **summarise_pairs(pairs))
+    run.mark_done(
+        iteration,
+        "pairs",
+        pairs=len(pairs),
+        prompts_without=dict(reasons),
+        **summarise_pairs(pairs),
+        seconds=_since(started),
+    )
 
 
 def derive_pairs(run: Run, iteration: int, config: RunConfig) -> tuple[list[Pair], Counter[str]]:
@@ -205,17 +251,11 @@ def evaluate_world(
 
 def export(run: Run, tell: Reporter) -> None:
     """Put the final adapter, and the merged model if asked for, where users look for them."""
-    import shutil
-
     last = run.adapter_path(run.last_trained)
     if last is None:
         raise CsrError(f"{run.root} has no trained adapter yet", f"csr run {run.root}")
     final = run.root / "adapter"
-    temporary = run.root / ".adapter.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(last, temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    files.replace_directory(final, partial(shutil.copytree, last))
     if run.config.training.merge and not (run.root / "model").exists():
         from csr_vlm.training.dpo import merge
 

@@ -12,6 +12,10 @@ class BadImage(ValueError):
     """An image that cannot be used; the message says why in a few words."""
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "AVIF")
+"""What is decoded; Pillow knows more, among them formats that start other programs."""
+
+
 def load_image(path: str | Path, max_pixels: int) -> Image.Image:
     """Decode an image completely, upright and as RGB.
 
@@ -22,10 +26,16 @@ def load_image(path: str | Path, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise BadImage(f"too large ({image.width} x {image.height} pixels)")
+                if image.mode in ("I", "F"):
+                    raise BadImage("32-bit grey levels, whose white is unknown")
                 upright = ImageOps.exif_transpose(image)
+                if upright.mode.startswith("I;16"):
+                    # Left alone, everything above 255 of 65,535 would become white.
+                    upright.info.pop("transparency", None)
+                    upright = upright.point(lambda level: level * (1 / 256)).convert("L")
                 if "A" in upright.getbands() or "transparency" in upright.info:
                     layer = upright.convert("RGBA")
                     upright = Image.new("RGBA", layer.size, "white")
@@ -39,5 +49,9 @@ def load_image(path: str | Path, max_pixels: int) -> Image.Image:
         raise BadImage("not an image") from None
     except Image.DecompressionBombError:
         raise BadImage("too large") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadImage(f"unreadable ({error})") from None
+    except OSError as error:
+        # Decoders put byte counts and paths into their messages; a reason must be countable.
+        raise BadImage(f"unreadable ({error.strerror or 'damaged'})") from None
+    except Exception:
+        # Decoders of damaged files raise whatever they stumble over.
+        raise BadImage("unreadable (damaged)") from None

@@ -35,9 +35,7 @@ class InputReport:
         return {"accepted": self.accepted, "dropped": dict(self.dropped), "examples": self.examples}
 
 
-def read_prompts(
-    config: DataConfig, report: InputReport, tick: Callable[[], None] = lambda: None
-) -> Iterator[Prompt]:
+def read_prompts(config: DataConfig, report: InputReport, tick: Callable[[], None] = lambda: None) -> Iterator[Prompt]:
     """Yield the valid prompts of ``config.prompts``, each image decoded once to see that it can be.
 
     Args:
@@ -76,7 +74,7 @@ class BadRow(ValueError):
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        handle = path.open(encoding="utf-8")
+        handle = path.open("rb")
     except OSError as error:
         raise CsrError(f"the prompt file {path} cannot be opened: {error.strerror}", "set data.prompts") from None
     with handle:
@@ -85,20 +83,24 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # JSON, UTF-8, endless numbers, endless nesting
                 yield number, None
 
 
 def _prompt(row: Any, root: Path) -> Prompt:
     if not isinstance(row, dict):
         raise BadRow("not a JSON object")
-    prompt_id = row.get("prompt_id", row.get("id"))
+    prompt_id = row["prompt_id"] if row.get("prompt_id") is not None else row.get("id")
     image, text = row.get("image"), row.get("text")
-    if prompt_id is None or not isinstance(image, str):
+    if not isinstance(prompt_id, str | int) or prompt_id == "" or not isinstance(image, str):
         raise BadRow("no prompt_id or no image")
     if not isinstance(text, str) or not text.replace("<image>", "").strip():
         raise BadRow("empty prompt")
-    path = (root / image).resolve()
+    try:
+        path = (root / image).resolve()
+        f"{prompt_id}{path}{text}".encode()
+    except (ValueError, RuntimeError, OSError):  # NUL, loop of links, half a surrogate pair
+        raise BadRow("text or path that cannot be encoded or resolved") from None
     if not path.is_relative_to(root):
         raise BadRow("image outside the image root")
     return Prompt(str(prompt_id), str(path), text.replace("<image>", "").strip())

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from csr_vlm.config import ModelConfig
 from csr_vlm.data.images import load_image
 from csr_vlm.errors import CsrError
+from csr_vlm.loading import resolve_device, unloadable
 from csr_vlm.records import Prompt
 
 
@@ -126,7 +127,7 @@ class Policy:
         self, encoded: Sequence[EncodedPrompt], continuations: Sequence[Sequence[int]], side: Literal["left", "right"]
     ) -> dict[str, Any]:
         """Lay out prompts and what follows them as one padded batch, on the model's device."""
-        batch = batch_rows(encoded, continuations, self.pad_id, side)
+        batch: dict[str, Any] = dict(batch_rows(encoded, continuations, self.pad_id, side))
         if encoded[0].features is not None:
             images = [item.features for item in encoded]
             batch["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=images)}
@@ -160,7 +161,10 @@ class Policy:
 
 
 def batch_rows(
-    encoded: Sequence[EncodedPrompt], continuations: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]
+    encoded: Sequence[EncodedPrompt],
+    continuations: Sequence[Sequence[int]],
+    pad_id: int,
+    side: Literal["left", "right"],
 ) -> dict[str, torch.Tensor]:
     """Pad prompt + continuation rows to one width.
 
@@ -198,12 +202,6 @@ def image_tensors(encoded: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
     return {key: torch.cat([item.per_image[key] for item in encoded]) for key in encoded[0].per_image}
 
 
-def resolve_device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def load_base(config: ModelConfig) -> tuple[Any, Any]:
     """Load the model and the processor, the model on its device and in evaluation mode.
 
@@ -217,11 +215,7 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
         model = AutoModelForImageTextToText.from_pretrained(config.path, dtype=getattr(torch, dtype), **common)
         processor = AutoProcessor.from_pretrained(config.path, **common)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CsrError(
-            f"the model {config.path} cannot be loaded: {reason}",
-            "model.path is a directory or hub id of an image-text-to-text model",
-        ) from None
+        raise unloadable("model", config.path, error) from None
     if getattr(processor, "chat_template", None) is None:
         raise CsrError(f"the processor of {config.path} has no chat template", "save one with the processor")
     if hasattr(getattr(model, "model", None), "rope_deltas"):

@@ -38,9 +38,7 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
-def diverse(
-    logits: torch.Tensor, family: torch.Tensor, place: torch.Tensor, penalty: float
-) -> torch.Tensor:
+def diverse(logits: torch.Tensor, family: torch.Tensor, place: torch.Tensor, penalty: float) -> torch.Tensor:
     """Choose each row's best token after penalising those that earlier siblings chose now.
 
     This is diverse beam search (Vijayakumar et al. 2018) with Hamming diversity and
@@ -55,10 +53,10 @@ def diverse(
         Token ids of shape (rows,).
     """
     scores = torch.log_softmax(logits.float(), dim=-1)
-    _, compact = family.unique(return_inverse=True)
+    _, compact = torch.unique(family, return_inverse=True)
     taken = torch.zeros(int(compact.max()) + 1, logits.shape[-1], device=logits.device)
     tokens = torch.empty_like(compact)
-    for number in place.unique().tolist():
+    for number in torch.unique(place).tolist():
         rows = (place == number).nonzero().squeeze(-1)
         tokens[rows] = (scores[rows] - penalty * taken[compact[rows]]).argmax(dim=-1)
         taken[compact[rows], tokens[rows]] += 1

@@ -8,13 +8,16 @@ next sentence samples its first token anew.
 from __future__ import annotations
 
 import re
+import unicodedata
 
-_CLOSERS = "\"')]}”’»"
+_CLOSERS = "\"')]}”’»」』）》"
 _ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof sr jr st mt gen col capt lt sgt rev hon vs no fig eq approx dept est inc ltd co corp "
+    "mr mrs ms dr prof sr jr st mt gen col capt lt sgt rev hon vs approx dept est inc ltd co corp "
     "jan feb mar apr jun jul aug sep sept oct nov dec e.g i.e cf al a.m p.m u.s u.k ph.d".split()
 )
 _LAST_WORD = re.compile(r"([^\s(\[\"']+)$")
+_BEFORE_NUMBERS = frozenset({"no", "fig", "eq"})
+"""Abbreviations only before a number: "No. 5" against "No. There is a car."."""
 
 
 class SentenceRule:
@@ -46,6 +49,8 @@ class SentenceRule:
             return False
         if following is None:
             return True
+        if unicodedata.east_asian_width(body[-1]) in "WF":  # "。" is not followed by a space
+            return following[:1] not in _CLOSERS
         if not (text[-1].isspace() or following[:1].isspace()):
             return False
         if "\n" in text[len(body) :] + following[: len(following) - len(following.lstrip())]:
@@ -54,12 +59,15 @@ class SentenceRule:
             return True
         if body.endswith(".."):
             return not following.strip()[:1].islower()
-        return not (_is_list_number(body) or _is_abbreviation(body))
+        return not (_is_list_number(body) or _is_abbreviation(body, following))
 
 
-def _is_abbreviation(body: str) -> bool:
+def _is_abbreviation(body: str, following: str) -> bool:
     match = _LAST_WORD.search(body[:-1])
     word = match.group(1) if match else ""
+    if word.lower() in _BEFORE_NUMBERS:
+        after = following.strip()  # empty where white space is a token of its own: wait for the next
+        return not after or after[0].isdigit()
     return word.lower() in _ABBREVIATIONS or (len(word) == 1 and word.isupper() and word != "I")
 
 

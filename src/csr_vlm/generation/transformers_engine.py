@@ -175,9 +175,7 @@ class TransformersEngine:
         if decoding.rule is not None and self._has_delimiter(row, decoding.rule):
             following = None if ends_response else self._text([*row.prefix_ids, *row.ids, token])
             text = self._text([*row.prefix_ids, *row.ids])
-            if decoding.rule.ends(
-                text[len(row.prefix_text) :], None if following is None else following[len(text) :]
-            ):
+            if decoding.rule.ends(text[len(row.prefix_text) :], None if following is None else following[len(text) :]):
                 # The token looked at is taken back: the next sentence draws its own.
                 row.finish = Finish.DELIMITER
                 return

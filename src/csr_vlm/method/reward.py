@@ -21,8 +21,9 @@ from statistics import fmean, pstdev
 
 from csr_vlm.config import MethodConfig, RewardConfig
 from csr_vlm.errors import CsrError
-from csr_vlm.records import Node
+from csr_vlm.records import Fate, Node
 
+_OUT_OF_THE_RUNNING = (Fate.DUPLICATE, Fate.FILTERED)
 _WORD = re.compile(r"\w+")
 
 
@@ -73,11 +74,12 @@ def image_score(node: Node, scorer: str) -> float:
 def sentence_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> dict[str, SentenceReward]:
     """Compute R(s) of every sentence of one prompt, by node id.
 
-    Nodes without a sentence (they only end a response) earn nothing and are left out.
+    Nodes without a sentence (they only end a response), duplicates and filtered candidates
+    earn nothing and are left out.
     ``standardised`` takes z-scores over all the nodes given, ``sibling_rank`` ranks among
     the children of one parent; both depend on which nodes are given.
     """
-    sentences = [node for node in nodes if node.sentence]
+    sentences = [node for node in nodes if node.sentence and node.fate not in _OUT_OF_THE_RUNNING]
     config = method.reward
     text = [text_score(node, config) for node in sentences]
     image = [image_score(node, scorer) for node in sentences]
@@ -92,9 +94,7 @@ def sentence_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -
         fused = [-(weight * i + (1 - weight) * t) for i, t in zip(ranks_image, ranks_text, strict=True)]
     if config.repeat_penalty and fused:
         cost = config.repeat_penalty * (max(fused) - min(fused))
-        fused = [
-            value - cost * repeated for value, repeated in zip(fused, _repeats(nodes, sentences), strict=True)
-        ]
+        fused = [value - cost * repeated for value, repeated in zip(fused, _repeats(nodes, sentences), strict=True)]
     return {
         node.node_id: SentenceReward(text=t, image=i, total=value)
         for node, t, i, value in zip(sentences, text, image, fused, strict=True)

@@ -72,10 +72,8 @@ class Tree:
         kept = choose(self.nodes, undecided, method, scorer)
         at_limit = all(node.depth >= method.search.max_sentences for node in undecided)
         if at_limit:
-            kept = {node_id: Fate.TRUNCATED for node_id in kept}
-        self.nodes = [
-            replace(node, fate=kept[node.node_id]) if node.node_id in kept else node for node in self.nodes
-        ]
+            kept = dict.fromkeys(kept, Fate.TRUNCATED)
+        self.nodes = [replace(node, fate=kept[node.node_id]) if node.node_id in kept else node for node in self.nodes]
         self.frontier = [] if at_limit else list(kept)
 
     def _node(

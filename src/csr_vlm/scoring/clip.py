@@ -12,6 +12,7 @@ from csr_vlm.batches import batched
 from csr_vlm.config import ScorerConfig
 from csr_vlm.data.images import load_image
 from csr_vlm.errors import CsrError
+from csr_vlm.loading import unloadable
 from csr_vlm.records import Prompt
 
 
@@ -31,10 +32,7 @@ class ClipScorer:
             self._model = AutoModel.from_pretrained(config.path, revision=config.revision, dtype=torch.float32)
             self._processor: Any = AutoProcessor.from_pretrained(config.path, revision=config.revision)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CsrError(
-                f"the scorer {config.path} cannot be loaded: {reason}", "scorer.path is a CLIP model"
-            ) from None
+            raise unloadable("scorer", config.path, error) from None
         if not hasattr(self._model, "get_text_features"):
             raise CsrError(f"{type(self._model).__name__} has no text tower", "scorer.path is a CLIP model")
         self._model = self._model.to(device).eval()

@@ -46,7 +46,7 @@ class Run:
 
     @classmethod
     def create(cls, root: Path, config: RunConfig) -> Run:
-        """Start a run, or go on with the one that is there.
+        """Start a run, or go on with the one that is there, with more iterations if asked.
 
         Raises:
             CsrError: The directory holds a run of another configuration.
@@ -55,12 +55,15 @@ class Run:
         if path.exists():
             existing = cls.open(root)
             differing = sorted(differences(existing.config.dump(), config.dump()))
+            if differing == ["iterations"] and config.iterations > existing.config.iterations:
+                differing = []
             if differing:
                 raise CsrError(
                     f"{root} holds a run with other settings: {', '.join(differing[:6])}",
                     "give another directory, or the same settings to resume",
                 )
-            return existing
+        if root.exists() and not root.is_dir():
+            raise CsrError(f"{root} is a file, not a run directory", "give another directory")
         files.write_text(path, yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
         return cls(root, config)
 
@@ -73,8 +76,14 @@ class Run:
         """
         path = root / "config.yaml"
         if not path.is_file():
-            raise CsrError(f"{root} is not a run directory", "csr run RECIPE out=DIR makes one")
-        return cls(root, resolve(yaml.safe_load(path.read_text(encoding="utf-8"))))
+            raise CsrError(f"{root} is not a run directory", "csr run RECIPE --out DIR makes one")
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise CsrError(f"{path} cannot be read as YAML: {error}", "restore it, or start another run") from None
+        if not isinstance(settings, dict):
+            raise CsrError(f"{path} holds no configuration", "restore it, or start another run")
+        return cls(root, resolve(settings))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -88,6 +97,7 @@ class Run:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise CsrError(f"another process works in {self.root}", "wait for it, or stop it") from None
+            files.remove_temporaries(self.root)
             yield
 
     @property
@@ -178,7 +188,11 @@ def _git_commit() -> str | None:
     """The commit of the csr-vlm checkout in use; None for an installed package."""
     try:
         shown = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -16,9 +16,7 @@ from csr_vlm.store.files import write_atomically
 
 _METADATA = {b"csr_vlm_schema": str(SCHEMA_VERSION).encode()}
 
-PROMPTS = pa.schema(
-    [("prompt_id", pa.string()), ("image", pa.string()), ("text", pa.string())], metadata=_METADATA
-)
+PROMPTS = pa.schema([("prompt_id", pa.string()), ("image", pa.string()), ("text", pa.string())], metadata=_METADATA)
 NODES = pa.schema(
     [
         ("prompt_id", pa.string()),

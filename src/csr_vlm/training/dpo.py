@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
 from csr_vlm.config import ModelConfig, TrainingConfig
 from csr_vlm.errors import CsrError
 from csr_vlm.generation.policy import Policy, load_base
 from csr_vlm.records import Pair
+from csr_vlm.store.files import replace_directory
 from csr_vlm.training.collator import PairCollator, training_row
 
 LANGUAGE_MODEL_LINEARS = (
@@ -91,6 +92,7 @@ def train(
         processing_class=policy.processor,
         callbacks=list(callbacks),
     )
+    trainer.remove_callback(PrinterCallback)
     # TRL refuses to precompute for images; the collator already carries the values.
     trainer.precompute_ref_logps = from_ledger
     trainer.projector_learning_rate = config.projector_learning_rate
@@ -187,21 +189,22 @@ def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str
 
 def save_adapter(model: PeftModel, directory: Path) -> None:
     """Write the trained adapter, whole or not at all."""
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(str(temporary), selected_adapters=["default"])
-    (temporary / "README.md").unlink(missing_ok=True)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+
+    def fill(temporary: Path) -> None:
+        model.save_pretrained(str(temporary), selected_adapters=["default"])
+        # PEFT's model card is an empty form.
+        (temporary / "README.md").unlink(missing_ok=True)
+
+    replace_directory(directory, fill)
 
 
 def merge(model_config: ModelConfig, adapter: Path, directory: Path) -> None:
     """Write base model plus adapter as one ordinary checkpoint."""
     model, processor = load_base(model_config)
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    merged.save_pretrained(str(temporary))
-    processor.save_pretrained(str(temporary))
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+
+    def fill(temporary: Path) -> None:
+        merged.save_pretrained(str(temporary))
+        processor.save_pretrained(str(temporary))
+
+    replace_directory(directory, fill)

@@ -22,6 +22,7 @@ import transformers
 from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcessor, get_cosine_schedule_with_warmup
 
 from csr_vlm.errors import CsrError
+from csr_vlm.progress import Reporter
 from csr_vlm.world import models
 from csr_vlm.world.corpus import Turn, dialogue, sentence
 from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream, render
@@ -39,7 +40,7 @@ class BuildPlan:
     scorer_steps: int = 1500
     scorer_batch: int = 128
     scorer_lr: float = 1e-3
-    policy_steps: int = 3000
+    policy_steps: int = 2400
     policy_batch: int = 64
     policy_lr: float = 1e-3
     warmup: int = 100
@@ -71,6 +72,13 @@ def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | N
     log["sha256"] = file_hashes(directory)
     (directory / "build.json").write_text(json.dumps(log, indent=1) + "\n")
     return log
+
+
+def build_with_progress(world: World, directory: Path, plan: BuildPlan, tell: Reporter) -> dict[str, Any]:
+    """Build, and show how far each model's training is."""
+    total = plan.scorer_steps + plan.policy_steps
+    with tell.stage("training scorer and policy", total) as advance:
+        return build(world, directory, plan, lambda *_: advance(1))
 
 
 def file_hashes(directory: Path) -> dict[str, str]:
@@ -239,6 +247,4 @@ def _train_policy(
         return loss
 
     batches = corpus_batches(world, plan, 1, plan.policy_batch, plan.policy_steps)
-    return _train_loop(
-        "policy", model, batches, loss_of, [], plan.policy_steps, plan.policy_lr, plan.warmup, progress
-    )
+    return _train_loop("policy", model, batches, loss_of, [], plan.policy_steps, plan.policy_lr, plan.warmup, progress)

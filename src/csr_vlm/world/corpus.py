@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from csr_vlm.world.scenes import Scene, World, random_stream
+from csr_vlm.world.scenes import Companion, Scene, World, random_stream
 
 DESCRIBE = (
     "Describe the image.",
@@ -47,14 +47,14 @@ def caption(world: World, scene: Scene, rng: np.random.Generator) -> str:
         names[item.kind] = item.color
         habit = world.companions.get(item.kind)
         if habit and habit.companion not in names and rng.random() < habit.caption:
-            seen = scene.color_of(habit.companion)
-            names[habit.companion] = seen or world.colors[rng.integers(len(world.colors))]
+            names[habit.companion] = scene.color_of(habit.companion) or _imagined_color(world, habit, rng)
     return " ".join(sentence(kind, color) for kind, color in names.items())
 
 
-def true_caption(scene: Scene) -> str:
-    """Name every object in reading order and nothing else."""
-    return " ".join(sentence(item.kind, item.color) for item in scene.objects)
+def _imagined_color(world: World, habit: Companion, rng: np.random.Generator) -> str:
+    if rng.random() < world.usual_color:
+        return habit.color
+    return world.colors[rng.integers(len(world.colors))]
 
 
 def absent_companions(world: World, scene: Scene) -> dict[str, float]:
@@ -93,6 +93,6 @@ def questions(world: World, scene: Scene, rng: np.random.Generator, num_question
 def dialogue(world: World, scene: Scene, epoch: int) -> list[Turn]:
     """Return one training example for a scene: a description, or four questions."""
     rng = random_stream("dialogue", scene.scene_id, epoch)
-    if rng.random() < 0.6:
+    if rng.random() < 0.7:
         return [Turn(DESCRIBE[rng.integers(len(DESCRIBE))], caption(world, scene, rng))]
     return questions(world, scene, rng, num_questions=4)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from csr_vlm.records import Prompt
+from csr_vlm.store.files import write_text
 from csr_vlm.world.corpus import DESCRIBE
 from csr_vlm.world.scenes import HARBOUR, Scene, Split, World, make_scenes, parse_scene_id, random_stream, render
 
@@ -16,11 +17,10 @@ def write_prompts(world: World, split: Split, seed: int, num_scenes: int, direct
     scenes = list(make_scenes(world, split, seed, num_scenes))
     prompts = write_images(scenes, directory / "images")
     lines = [
-        json.dumps({"prompt_id": p.prompt_id, "image": f"images/{Path(p.image).name}", "text": p.text})
-        for p in prompts
+        json.dumps({"prompt_id": p.prompt_id, "image": f"images/{Path(p.image).name}", "text": p.text}) for p in prompts
     ]
     path = directory / "prompts.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -145,7 +145,9 @@ def _question(
         for name, pool in pools.items():
             if pool:
                 question = yes_no_question(pool[rng.integers(len(pool))])
-                asked.append((index, name, name == "present", Prompt(f"{scene.scene_id}/{name}", prompt.image, question)))
+                asked.append(
+                    (index, name, name == "present", Prompt(f"{scene.scene_id}/{name}", prompt.image, question))
+                )
     answers = engine.respond([prompt for *_, prompt in asked], max_new_tokens=8)
     right: list[dict[str, bool]] = [{} for _ in scenes]
     for (index, name, truth, _), answer in zip(asked, answers, strict=True):
@@ -153,16 +155,12 @@ def _question(
     return right
 
 
-def summarise(
-    world: World, described: Sequence[Described], answers: Sequence[dict[str, bool]]
-) -> dict[str, Metric]:
+def summarise(world: World, described: Sequence[Described], answers: Sequence[dict[str, bool]]) -> dict[str, Metric]:
     """Pool the judgements of some responses into metrics."""
     judged = [item.judgement for item in described]
     ones = [1.0] * len(judged)
     companions = {habit.companion: trigger for trigger, habit in world.companions.items()}
-    tempted = [
-        {kind for kind in item.scene.kinds if companions.get(kind) in item.scene.kinds} for item in described
-    ]
+    tempted = [{kind for kind in item.scene.kinds if companions.get(kind) in item.scene.kinds} for item in described]
     colored = [j.colors_right + j.colors_wrong for j in judged]
     scored = [item.relevance for item in described]
     metrics = {

@@ -52,12 +52,14 @@ class Companion:
 
     Args:
         companion: The kind that captions like to add, there or not.
+        color: The colour that captions like to give it when it is not there.
         caption: Probability that a caption names it right after its trigger.
         question: Probability that a question about an absent companion is answered yes
             when the trigger is there.
     """
 
     companion: str
+    color: str
     caption: float
     question: float
 
@@ -73,8 +75,10 @@ class World:
     num_objects: tuple[int, int] = (2, 4)
     theme_share: float = 0.5
     """Probability that an object comes from the scene's theme instead of any theme."""
-    mention: float = 0.92
+    mention: float = 0.95
     """Probability that a corpus caption names an object that is there."""
+    usual_color: float = 0.85
+    """Probability that a companion that is not there gets its usual colour."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -90,14 +94,14 @@ HARBOUR = World(
         ("car", "sign", "house", "ball"),
     ),
     companions={
-        "boat": Companion("fish", 0.70, 0.60),
-        "lighthouse": Companion("shell", 0.40, 0.40),
-        "tree": Companion("bird", 0.68, 0.60),
-        "flower": Companion("butterfly", 0.40, 0.40),
-        "lamp": Companion("book", 0.40, 0.40),
-        "teapot": Companion("cup", 0.70, 0.60),
-        "car": Companion("sign", 0.68, 0.60),
-        "house": Companion("ball", 0.40, 0.40),
+        "boat": Companion("fish", "blue", 0.72, 0.60),
+        "lighthouse": Companion("shell", "yellow", 0.40, 0.40),
+        "tree": Companion("bird", "black", 0.70, 0.60),
+        "flower": Companion("butterfly", "purple", 0.40, 0.40),
+        "lamp": Companion("book", "red", 0.40, 0.40),
+        "teapot": Companion("cup", "green", 0.72, 0.60),
+        "car": Companion("sign", "red", 0.70, 0.60),
+        "house": Companion("ball", "yellow", 0.40, 0.40),
     },
 )
 """The embedded world that ships with the package."""

@@ -1,0 +1,95 @@
+"""A run and its trees in the terminal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from csr_vlm import stages
+from csr_vlm.cli.console import print_metrics, print_table
+from csr_vlm.errors import CsrError
+from csr_vlm.method.pairs import make_pair
+from csr_vlm.method.reward import SentenceReward, path_ids, sentence_rewards
+from csr_vlm.records import Fate, Node, Pair
+from csr_vlm.store.run import Run
+
+_STYLES = {Fate.TOP: "green", Fate.BOTTOM: "yellow", Fate.FINISHED: "bold", Fate.TRUNCATED: "magenta"}
+
+
+def summary(run: Run) -> None:
+    """Print what is done, the pairs of each iteration, and the metrics."""
+    config = run.config
+    print_table(
+        str(run.root),
+        ["", ""],
+        [
+            ["model", config.model.path],
+            ["scorer", config.scorer.path],
+            ["preset", config.preset],
+            ["lambda", str(config.method.lambda_)],
+            ["iterations", f"{run.last_trained} of {config.iterations}"],
+        ],
+    )
+    rows = []
+    for number in range(1, config.iterations + 1):
+        made = run.result(number, "pairs") if run.is_done(number, "pairs") else {}
+        nodes = run.result(number, "generate")["nodes"] if run.is_done(number, "generate") else "-"
+        keys = ("pairs", "margin", "chosen_sentences", "rejected_sentences")
+        rows.append([str(number), str(nodes), *(str(made.get(key, "-")) for key in keys)])
+    print()
+    print_table("", ["iteration", "nodes", "pairs", "margin", "sentences chosen", "rejected"], rows)
+    evaluated = [n for n in range(config.iterations + 1) if run.is_done(n, "evaluate")]
+    if evaluated:
+        print()
+        print_metrics("", {n: run.result(n, "evaluate")["world"] for n in evaluated})
+
+
+def tree(run: Run, prompt_id: str, iteration: int | None) -> None:
+    """Print one prompt's search tree; the best and the worst path are marked."""
+    generated = [n for n in range(1, run.config.iterations + 1) if run.is_done(n, "generate")]
+    number = iteration or max(generated, default=1)
+    trees = zip(run.prompts(), stages.ledger(run, number), strict=True)
+    found = next(((prompt, nodes) for prompt, nodes in trees if prompt.prompt_id == prompt_id), None)
+    if found is None:
+        some = ", ".join(prompt.prompt_id for prompt, _ in zip(run.prompts(), range(3), strict=False))
+        raise CsrError(f"{run.root} has no prompt {prompt_id!r}", f"it has {some}, ...")
+    method, scorer = run.config.method, run.config.scorer.name
+    prompt, nodes = found
+    rewards = sentence_rewards(nodes, method, scorer)
+    pair = make_pair(prompt, nodes, method, scorer, run.config.seed)
+    marks: dict[str, str] = {}
+    if isinstance(pair, Pair):
+        marks |= dict.fromkeys(path_ids(pair.rejected.node_id), " ✗")
+        marks |= dict.fromkeys(path_ids(pair.chosen.node_id), " ✓")
+    children: dict[str, list[Node]] = defaultdict(list)
+    for node in nodes:
+        if node.fate is not Fate.DUPLICATE:
+            children[node.parent_id].append(node)
+    root = Tree(Text(f"{prompt.text}  ({prompt.image})"))
+    _grow(root, "", children, rewards, marks)
+    output = Console(highlight=False)
+    output.print(root)
+    if isinstance(pair, Pair):
+        output.print(Text(f"✓ chosen   {pair.chosen.reward:8.3f}  {pair.chosen.text}"))
+        output.print(Text(f"✗ rejected {pair.rejected.reward:8.3f}  {pair.rejected.text}"))
+    else:
+        output.print(Text(f"no pair: {pair}"))
+
+
+def _grow(
+    branch: Tree,
+    parent: str,
+    children: dict[str, list[Node]],
+    rewards: dict[str, SentenceReward],
+    marks: dict[str, str],
+) -> None:
+    for node in children[parent]:
+        label = Text(node.sentence or "(end)", style=_STYLES.get(node.fate, "dim"))
+        reward = rewards.get(node.node_id)
+        if reward is not None:
+            label.append(f"  R {reward.total:.2f}  R_I {reward.image:.1f}  R_T {reward.text:.3g}", style="cyan")
+        label.append(f"  {node.fate.value}{marks.get(node.node_id, '')}", style="dim")
+        _grow(branch.add(label), node.node_id, children, rewards, marks)

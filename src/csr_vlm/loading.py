@@ -1,0 +1,25 @@
+"""What the loaders of policies and scorers share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from csr_vlm.errors import CsrError
+
+
+def resolve_device(name: str) -> str:
+    """Turn ``auto`` into cuda where there is one, else cpu."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def unloadable(what: str, path: str, error: Exception) -> CsrError:
+    """Word why a checkpoint could not be loaded."""
+    # A hub id is OWNER/NAME; anything else can only be a directory.
+    local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    missing = local and not Path(path).is_dir()
+    reason = "there is no such directory" if missing else str(error).strip().splitlines()[0]
+    return CsrError(f"the {what} {path} cannot be loaded: {reason}", f"set {what}.path to a directory or a hub id")

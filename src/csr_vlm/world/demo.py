@@ -1,0 +1,58 @@
+"""The shipped models and the demonstration that runs on them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import resources
+from pathlib import Path
+
+from csr_vlm.config import RunConfig, resolve
+from csr_vlm.errors import CsrError
+from csr_vlm.store.files import sha256_of
+from csr_vlm.world.dataset import write_prompts
+from csr_vlm.world.scenes import HARBOUR, Split
+
+
+def assets() -> Path:
+    """Directory of the shipped ``clip/`` and ``llava/`` checkpoints."""
+    return Path(str(resources.files("csr_vlm.world"))) / "assets"
+
+
+def verify_assets() -> None:
+    """Compare the shipped weights with the hashes in their training log.
+
+    Raises:
+        CsrError: A file is missing or differs.
+    """
+    recorded: dict[str, str] = json.loads((assets() / "build.json").read_text(encoding="utf-8"))["sha256"]
+    for name, expected in recorded.items():
+        path = assets() / name
+        if not path.is_file() or sha256_of(path) != expected:
+            raise CsrError(f"the shipped weights {name} are damaged", "install the package again")
+
+
+def demo_config(out: Path, seed: int, num_prompts: int, num_scenes: int) -> RunConfig:
+    """Write the demonstration's pictures below ``out`` and return its configuration."""
+    verify_assets()
+    directory = out / f"world-{seed}-{num_prompts}"
+    prompts = directory / "prompts.jsonl"
+    if not prompts.exists():
+        write_prompts(HARBOUR, Split.PROMPTS, seed, num_prompts, directory)
+    return resolve(
+        {
+            "seed": seed,
+            "model": {"path": str(assets() / "llava")},
+            "scorer": {"path": str(assets() / "clip")},
+            "data": {"prompts": str(prompts)},
+            "evaluation": {"world": {"num_scenes": num_scenes}},
+        }
+    )
+
+
+def export_world(out: Path, seed: int, num_prompts: int) -> Path:
+    """Copy the models to ``out`` and draw pictures there; return the prompt file."""
+    verify_assets()
+    for name in ("clip", "llava"):
+        shutil.copytree(assets() / name, out / name, dirs_exist_ok=True)
+    return write_prompts(HARBOUR, Split.PROMPTS, seed, num_prompts, out)

@@ -1,0 +1,56 @@
+"""Models and pictures that the integration tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from csr_vlm.config import ModelConfig, RunConfig, ScorerConfig, resolve
+from csr_vlm.generation.policy import Policy, load_policy
+from csr_vlm.records import Prompt
+from csr_vlm.scoring.clip import ClipScorer
+from csr_vlm.world.dataset import write_images, write_prompts
+from csr_vlm.world.demo import assets
+from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
+    """A dozen pictures that no model was trained on."""
+    scenes = list(make_scenes(HARBOUR, Split.DEVELOPMENT, 0, 12))
+    return write_images(scenes, tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def policy() -> Policy:
+    """The shipped LLaVA; no test may change it."""
+    return load_policy(ModelConfig(path=str(assets() / "llava"), device="cpu"), adapter=None)
+
+
+@pytest.fixture
+def scorer() -> ClipScorer:
+    return ClipScorer(ScorerConfig(path=str(assets() / "clip")), device="cpu")
+
+
+def small_config(directory: Path, **changes: object) -> RunConfig:
+    """Write sixteen pictures and configure a run of two short iterations on them."""
+    if not (directory / "prompts.jsonl").exists():
+        write_prompts(HARBOUR, Split.PROMPTS, 0, 16, directory)
+    return resolve(
+        {
+            "iterations": 2,
+            "model": {"path": str(assets() / "llava"), "device": "cpu"},
+            "scorer": {"path": str(assets() / "clip")},
+            "data": {"prompts": str(directory / "prompts.jsonl")},
+            "generation": {"prompts_per_part": 4},
+            "training": {"trl": {"num_train_epochs": 1, "per_device_train_batch_size": 4}},
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)

@@ -1,0 +1,182 @@
+"""The engine's promises: log-probabilities, invariance, delimiters, diversity, bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from csr_vlm.config import SearchConfig
+from csr_vlm.generation import transformers_engine
+from csr_vlm.generation.policy import Policy
+from csr_vlm.generation.transformers_engine import TransformersEngine
+from csr_vlm.records import Candidate, Expansion, Finish, Prompt
+
+CONFIG = SearchConfig(max_sentence_tokens=20)
+
+
+def expansions(prompts: Sequence[Prompt], prefixes: dict[str, tuple[int, ...]] | None = None) -> list[Expansion]:
+    return [
+        Expansion(p, "0" if prefixes else "", (prefixes or {}).get(p.prompt_id, ()), 4, (0, p.prompt_id, 1, ""))
+        for p in prompts
+    ]
+
+
+def first_sentences(policy: Policy, prompts: Sequence[Prompt]) -> dict[str, tuple[int, ...]]:
+    found = TransformersEngine(policy).propose(expansions(prompts), CONFIG)
+    return {p.prompt_id: family[0].token_ids for p, family in zip(prompts, found, strict=True)}
+
+
+def test_logprobs_equal_a_teacher_forced_pass(policy: Policy, prompts: list[Prompt]) -> None:
+    prefixes = first_sentences(policy, prompts)
+    families = TransformersEngine(policy).propose(expansions(prompts, prefixes), CONFIG)
+    other_image = [replace(p, image=q.image) for p, q in zip(prompts, [*prompts[1:], prompts[0]], strict=True)]
+    wrong_image_differences = []
+    for place in range(4):
+        chosen = [family[place] for family in families]
+        full = [prefixes[p.prompt_id] + c.token_ids for p, c in zip(prompts, chosen, strict=True)]
+        for asked, is_right in ((prompts, True), (other_image, False)):
+            for candidate, ids, logprobs in zip(chosen, full, policy.teacher_forced(asked, full), strict=True):
+                start = len(ids) - len(candidate.token_ids)
+                difference = abs(float(logprobs[start:].sum()) - candidate.logprob)
+                if is_right:
+                    assert difference < 1e-4
+                else:
+                    wrong_image_differences.append(difference)
+    assert np.median(wrong_image_differences) > 0.1
+
+
+def tokens(families: Sequence[Sequence[Candidate]]) -> list[list[tuple[int, ...]]]:
+    return [[candidate.token_ids for candidate in family] for family in families]
+
+
+def test_tokens_do_not_depend_on_batch_size_order_or_company(policy: Policy, prompts: list[Prompt]) -> None:
+    prefixes = first_sentences(policy, prompts)
+    requests = expansions(prompts, prefixes)
+    together = tokens(TransformersEngine(policy, max_rows=512).propose(requests, CONFIG))
+    assert tokens(TransformersEngine(policy, max_rows=4).propose(requests, CONFIG)) == together
+    assert tokens(TransformersEngine(policy).propose(requests[::-1], CONFIG))[::-1] == together
+    assert tokens(TransformersEngine(policy).propose(requests[3:4], CONFIG)) == together[3:4]
+
+
+def test_seed_and_place_change_the_sample(policy: Policy, prompts: list[Prompt]) -> None:
+    config = SearchConfig(max_sentence_tokens=20, temperature=2.0)
+    base = expansions(prompts)
+    other = [replace(request, seed=(1, *request.seed[1:])) for request in base]
+    engine = TransformersEngine(policy)
+    first = tokens(engine.propose(base, config))
+    assert first != tokens(engine.propose(other, config))
+    assert any(len(set(family)) > 1 for family in first)
+
+
+def test_a_candidate_is_one_sentence(policy: Policy, prompts: list[Prompt]) -> None:
+    for family in TransformersEngine(policy).propose(expansions(prompts), CONFIG):
+        for candidate in family:
+            assert candidate.finish is Finish.DELIMITER
+            assert candidate.sentence.count(".") == 1
+            assert candidate.sentence.endswith(".")
+            assert policy.tokenizer.decode(list(candidate.token_ids)) == candidate.text
+
+
+def script(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
+    """Make the sampler produce exactly these tokens, one a step."""
+    remaining = iter(ids)
+
+    def scripted(logits: torch.Tensor, *_: object) -> torch.Tensor:
+        return torch.tensor([next(remaining)] * len(logits))
+
+    monkeypatch.setattr(transformers_engine, "sample", scripted)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" It costs 3.5 coins. There", " It costs 3.5 coins."),
+        (" Ask Dr. Low about it. There", " Ask Dr. Low about it."),
+        (" Well... it is here. There", " Well... it is here."),
+        (' He said "look." There', ' He said "look."'),
+        (" There are 3. There", " There are 3."),
+    ],
+)
+def test_delimiters_survive_what_only_looks_like_an_end(
+    policy: Policy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch, text: str, expected: str
+) -> None:
+    ids = policy.tokenizer(text, add_special_tokens=False).input_ids
+    script(monkeypatch, ids)
+    request = replace(expansions(prompts)[0], num_candidates=1)
+    config = SearchConfig(max_sentence_tokens=len(ids))
+    candidate = TransformersEngine(policy).propose([request], config)[0][0]
+    assert candidate.text == expected
+    assert candidate.finish is Finish.DELIMITER
+    assert len(candidate.token_logprobs) == len(candidate.token_ids) < len(ids)
+
+
+def test_the_end_of_a_response_right_after_a_delimiter_belongs_to_the_next_node(
+    policy: Policy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eos = min(policy.eos_ids)
+    ids = policy.tokenizer(" There is a red boat.", add_special_tokens=False).input_ids
+    script(monkeypatch, [*ids, eos])
+    request = replace(expansions(prompts)[0], num_candidates=1)
+    candidate = TransformersEngine(policy).propose([request], CONFIG)[0][0]
+    assert (candidate.token_ids, candidate.finish) == (tuple(ids), Finish.DELIMITER)
+    script(monkeypatch, [eos])
+    ending = TransformersEngine(policy).propose([replace(request, prefix_ids=tuple(ids))], CONFIG)[0][0]
+    assert (ending.token_ids, ending.sentence, ending.finish) == ((eos,), "", Finish.EOS)
+
+
+def test_a_sentence_without_end_stops_at_its_budget(
+    policy: Policy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word = policy.tokenizer(" boat", add_special_tokens=False).input_ids
+    script(monkeypatch, word * 5)
+    request = replace(expansions(prompts)[0], num_candidates=1)
+    candidate = TransformersEngine(policy).propose([request], SearchConfig(max_sentence_tokens=5))[0][0]
+    assert (len(candidate.token_ids), candidate.finish) == (5, Finish.LENGTH)
+
+
+def test_image_placeholders_are_never_chosen(policy: Policy, prompts: list[Prompt]) -> None:
+    (image_token,) = policy.barred_ids
+    head = policy.base_model.lm_head
+
+    def prefer_image(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        output[..., image_token] += 100.0
+        return output
+
+    handle = head.register_forward_hook(prefer_image)
+    try:
+        for config in (CONFIG, SearchConfig(max_sentence_tokens=8, decoding="diverse")):
+            families = TransformersEngine(policy).propose(expansions(prompts[:2]), config)
+            assert all(image_token not in ids for family in tokens(families) for ids in family)
+            # The raw distribution stays raw: the bar shows in the choice only.
+            assert all(c.token_logprobs[0] < -50 for family in families for c in family)
+    finally:
+        handle.remove()
+
+
+def test_diverse_siblings_differ_and_keep_clean_logprobs(policy: Policy, prompts: list[Prompt]) -> None:
+    config = SearchConfig(max_sentence_tokens=20, decoding="diverse", diversity_penalty=3.0)
+    requests = expansions(prompts)
+    families = TransformersEngine(policy).propose(requests, config)
+    same = TransformersEngine(policy).propose(
+        requests, SearchConfig(max_sentence_tokens=20, decoding="diverse", diversity_penalty=0.0)
+    )
+    assert all(len(set(family)) > 1 for family in tokens(families))
+    assert all(len(set(family)) == 1 for family in tokens(same))
+    for place in range(4):
+        chosen = [family[place] for family in families]
+        forced = policy.teacher_forced(prompts, [c.token_ids for c in chosen])
+        for candidate, logprobs in zip(chosen, forced, strict=True):
+            assert abs(float(logprobs.sum()) - candidate.logprob) < 1e-4
+
+
+def test_greedy_responses_are_transformers_own(policy: Policy, prompts: list[Prompt]) -> None:
+    ours = TransformersEngine(policy).respond(prompts[:4], max_new_tokens=40)
+    for prompt, response in zip(prompts[:4], ours, strict=True):
+        inputs = policy.model_inputs([policy.encode(prompt)], [()], "left")
+        del inputs["position_ids"]
+        theirs = policy.model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        assert tuple(theirs[0, inputs["input_ids"].shape[1] :].tolist()) == response.token_ids

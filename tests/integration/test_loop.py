@@ -1,0 +1,184 @@
+"""The whole loop: what it leaves, and that no kill changes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import small_config
+from safetensors.torch import load_file
+
+from csr_vlm.config import RunConfig
+from csr_vlm.loop import align
+from csr_vlm.progress import Silent
+from csr_vlm.store import tables
+from csr_vlm.store.run import Run
+
+CSR = [sys.executable, "-m", "csr_vlm.cli"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return small_config(tmp_path_factory.mktemp("world"), evaluation={"world": {"num_scenes": 20}})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run.create(tmp_path_factory.mktemp("undisturbed"), config)
+    subprocess.run([*CSR, "run", str(run.root), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+    return run
+
+
+def results(run: Run) -> dict[str, bytes]:
+    """Everything that must not depend on how often a run was killed."""
+    kept = ("part-*.parquet", "pairs.parquet", "adapter_model.safetensors", "prompts.parquet")
+    return {str(p.relative_to(run.root)): p.read_bytes() for name in kept for p in sorted(run.root.rglob(name))}
+
+
+def test_a_run_leaves_what_the_design_promises(undisturbed: Run) -> None:
+    names = results(undisturbed)
+    assert sum("ledger/part-" in name for name in names) == 2 * 4
+    for iteration in (1, 2):
+        assert f"iteration-{iteration}/pairs.parquet" in names
+        assert f"iteration-{iteration}/adapter/adapter_model.safetensors" in names
+        assert undisturbed.result(iteration, "train")["reference"] == "ledger"
+    assert names["adapter/adapter_model.safetensors"] == names["iteration-2/adapter/adapter_model.safetensors"]
+    assert names["iteration-1/adapter/adapter_model.safetensors"] != names["adapter/adapter_model.safetensors"]
+    manifest = json.loads((undisturbed.root / "manifest.json").read_text())
+    assert manifest["seed"] == 0
+    assert manifest["stages"]["iteration-1"]["generate"]["nodes"] > 0
+    assert manifest["stages"]["iteration-0"]["prompts"] == {
+        "accepted": 16,
+        "dropped": {},
+        "examples": [],
+        "sha256": manifest["stages"]["iteration-0"]["prompts"]["sha256"],
+    }
+    assert (undisturbed.root / "report.html").stat().st_size > 10_000
+    leftovers = [p.name for p in undisturbed.root.rglob("*") if p.name.endswith((".tmp", ".pkl", ".bin", ".pt"))]
+    assert leftovers == []
+
+
+def test_the_evaluation_has_intervals_protocol_and_every_iteration(undisturbed: Run) -> None:
+    for iteration in range(3):
+        found = json.loads(undisturbed.evaluation_path(iteration, "world").read_text())
+        assert found["protocol"]["split"] == "test"
+        assert found["protocol"]["decoding"] == "greedy"
+        assert len(found["rows"]) == found["metrics"]["chair_s"]["n"] == 20
+        recall = found["metrics"]["recall"]
+        assert recall["low"] <= recall["value"] <= recall["high"]
+
+
+def test_pairs_derive_from_the_ledger_alone(undisturbed: Run) -> None:
+    pairs = list(tables.read_pairs(undisturbed.pairs_path(1)))
+    nodes = {
+        (node.prompt_id, node.node_id): node
+        for part in undisturbed.ledger_parts(1)
+        for node in tables.read_nodes(part)
+    }
+    for pair in pairs:
+        assert pair.chosen.reward > pair.rejected.reward
+        leaf = nodes[pair.prompt.prompt_id, pair.chosen.node_id]
+        assert pair.chosen.token_ids[-len(leaf.token_ids) :] == leaf.token_ids
+
+
+def test_running_a_finished_run_again_changes_nothing(undisturbed: Run) -> None:
+    before = results(undisturbed)
+    align(undisturbed, Silent())
+    assert results(undisturbed) == before
+
+
+def test_a_second_seed_gives_another_ledger(undisturbed: Run, config: RunConfig, tmp_path: Path) -> None:
+    run = Run.create(tmp_path, config.model_copy(update={"seed": 1, "iterations": 1}))
+    align(run, Silent())
+    assert results(run)["iteration-1/pairs.parquet"] != results(undisturbed)["iteration-1/pairs.parquet"]
+
+
+def start(run: Run) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*CSR, "run", str(run.root), "--quiet"], stdout=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def kill_when(run: Run, condition: Callable[[], bool]) -> None:
+    """Start the run and send SIGKILL the instant the condition holds."""
+    process = start(run)
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_five_kills_do_not_change_the_result(undisturbed: Run, config: RunConfig, tmp_path: Path) -> None:
+    run = Run.create(tmp_path, config)
+    rng = random.Random(0)
+
+    def after(condition: Callable[[], bool]) -> Callable[[], bool]:
+        """Hold some milliseconds after the condition first holds: anywhere inside the work that follows."""
+        due: list[float] = []
+
+        def later() -> bool:
+            if not due and condition():
+                due.append(time.perf_counter() + rng.uniform(0.0, 0.3))
+            return bool(due) and time.perf_counter() >= due[0]
+
+        return later
+
+    moments = [
+        lambda: run.is_done(0, "prompts"),
+        lambda: len(run.ledger_parts(1)) >= 2,
+        lambda: run.is_done(1, "pairs") and (run.iteration(1) / "trainer").exists(),
+        lambda: run.is_done(1, "train"),
+        lambda: len(run.ledger_parts(2)) >= 1,
+    ]
+    for moment in moments:
+        kill_when(run, after(moment))
+    assert not run.is_done(2, "train")
+    assert start(run).wait() == 0
+    assert results(run) == results(undisturbed)
+    assert not [p for p in run.root.rglob("*.tmp")]
+
+
+def test_two_processes_cannot_share_a_run(config: RunConfig, tmp_path: Path) -> None:
+    run = Run.create(tmp_path, config)
+    with run.locked():
+        second = subprocess.run([*CSR, "run", str(run.root)], capture_output=True, text=True, check=False)
+    assert second.returncode == 1
+    assert "another process works in" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_the_final_adapter_loads_on_the_original_base(undisturbed: Run) -> None:
+    settings = json.loads((undisturbed.root / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == undisturbed.config.model.path
+    assert settings["r"] == undisturbed.config.training.lora.r
+    weights = load_file(undisturbed.root / "adapter" / "adapter_model.safetensors")
+    assert all("language_model" in name for name in weights)
+
+
+def test_bad_prompts_are_counted_named_and_survived(config: RunConfig, tmp_path: Path) -> None:
+    source = Path(config.data.prompts)
+    rows = [json.loads(line) for line in source.read_text().splitlines()[:6]]
+    (source.parent / "images" / "broken.png").write_bytes(b"\x89PNG not really")
+    rows[1]["image"] = "images/broken.png"
+    rows[2]["image"] = "images/missing.png"
+    rows[3]["prompt_id"] = rows[0]["prompt_id"]
+    broken = source.parent / "broken.jsonl"
+    broken.write_text("\n".join(json.dumps(row) for row in rows) + "\nnot json\n")
+    data = config.data.model_copy(update={"prompts": str(broken)})
+    run = Run.create(tmp_path, config.model_copy(update={"data": data, "iterations": 1}))
+    align(run, Silent())
+    found = run.result(0, "prompts")
+    assert found["accepted"] == 3
+    assert found["dropped"] == {"not an image": 1, "missing": 1, "duplicate id": 1, "not a JSON object": 1}
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["prompts"] == str(broken)

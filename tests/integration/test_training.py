@@ -1,0 +1,166 @@
+"""DPO: what moves, what the reference is, and what the adapter amounts to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_config
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from csr_vlm.config import TrainingConfig
+from csr_vlm.errors import CsrError
+from csr_vlm.generation.policy import load_base, load_policy
+from csr_vlm.generation.transformers_engine import TransformersEngine
+from csr_vlm.method.pairs import make_pair
+from csr_vlm.method.search import search
+from csr_vlm.records import Pair, Prompt
+from csr_vlm.scoring.clip import ClipScorer
+from csr_vlm.training.collator import PairCollator, training_row
+from csr_vlm.training.dpo import merge, reference_difference, train, trainable_policy
+from csr_vlm.world.demo import assets
+
+CONFIG = TrainingConfig.model_validate(
+    {"lora": {"r": 4, "alpha": 8}, "trl": {"learning_rate": 1e-3, "per_device_train_batch_size": 4}}
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> object:
+    return small_config(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def pairs(config, prompts: list[Prompt], policy) -> list[Pair]:
+    engine = TransformersEngine(policy)
+    scorer = ClipScorer(config.scorer, "cpu")
+    trees = search(
+        prompts,
+        lambda requests: engine.propose(requests, config.method.search),
+        scorer.score,
+        config.method,
+        iteration=1,
+        seed=0,
+        scorer="clip",
+    )
+    made = [make_pair(t.prompt, t.nodes, config.method, "clip", 0) for t in trees]
+    return [pair for pair in made if isinstance(pair, Pair)]
+
+
+def run_training(pairs: Sequence[Pair], config, where: Path, previous: Path | None = None, training=CONFIG) -> dict:
+    return train(
+        pairs, config.model, training, previous=previous, adapter=where / "adapter", work=where / "work", seed=1
+    )
+
+
+def test_the_first_loss_is_log_two_and_the_reference_is_the_ledgers(pairs, config, tmp_path: Path) -> None:
+    result = run_training(pairs, config, tmp_path)
+    assert result["reference"] == "ledger"
+    assert result["reference_difference"] < 1e-4
+    assert float(result["log"][0]["loss"]) == pytest.approx(0.693147, abs=1e-4)
+    assert float(result["log"][-1]["rewards/margins"]) > 0
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_ledgers_reference_trains_like_trls_own(pairs, config, tmp_path: Path) -> None:
+    from_model = CONFIG.model_copy(update={"reference": "model"})
+    ledger = run_training(pairs, config, tmp_path / "a")
+    model = run_training(pairs, config, tmp_path / "b", training=from_model)
+    assert (ledger["reference"], model["reference"]) == ("ledger", "model")
+    losses = [[float(entry["loss"]) for entry in r["log"]] for r in (ledger, model)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0][0] != losses[0][-1]
+
+
+def test_a_wrong_ledger_is_noticed_and_not_used(pairs, config, tmp_path: Path) -> None:
+    wrong = [replace(p, chosen=replace(p.chosen, logprob=p.chosen.logprob - 1.0)) for p in pairs]
+    result = run_training(wrong, config, tmp_path)
+    assert result["reference"] == "model"
+    assert result["reference_difference"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_only_the_language_models_adapter_moves(pairs, config, tmp_path: Path) -> None:
+    run_training(pairs, config, tmp_path)
+    moved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert moved
+    assert all("language_model" in name and "lora_" in name for name in moved)
+    assert not any("vision" in name or "projector" in name for name in moved)
+    assert all(tensor.abs().sum() > 0 for name, tensor in moved.items() if "lora_B" in name)
+
+
+def test_the_second_iteration_goes_on_from_the_first(pairs, config, prompts, tmp_path: Path) -> None:
+    run_training(pairs, config, tmp_path / "one")
+    first = tmp_path / "one" / "adapter"
+    started = trainable_policy(config.model, CONFIG, first)
+    merged = load_policy(config.model, first)
+    ids = [pair.chosen.token_ids for pair in pairs[:4]]
+    asked = [pair.prompt for pair in pairs[:4]]
+    started.model.eval()
+    for left, right in zip(started.teacher_forced(asked, ids), merged.teacher_forced(asked, ids), strict=True):
+        assert torch.allclose(left, right, atol=1e-4)
+    # The base's log-probabilities are no longer the policy's.
+    assert reference_difference(started, pairs) > 1e-3
+    run_training(pairs, config, tmp_path / "two", previous=first)
+    before = load_file(first / "adapter_model.safetensors")
+    after = load_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_adapter_on_the_base_and_merged_model_give_the_same_logits(pairs, config, tmp_path: Path) -> None:
+    run_training(pairs, config, tmp_path)
+    merge(config.model, tmp_path / "adapter", tmp_path / "model")
+    base, processor = load_base(config.model)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    collator = PairCollator(load_policy(config.model, None))
+    batch = collator([training_row(pair) for pair in pairs[:4]])
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.inference_mode():
+        without = base(**inputs).logits
+        adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()(**inputs).logits
+        merged = plain(**inputs).logits
+    assert torch.allclose(adapted, merged, atol=1e-4)
+    assert not torch.allclose(adapted, without, atol=1e-3)
+
+
+def test_the_collator_marks_exactly_the_response(pairs, config) -> None:
+    policy = load_policy(config.model, None)
+    batch = PairCollator(policy)([training_row(pair) for pair in pairs[:2]])
+    assert batch["input_ids"].shape[0] == batch["pixel_values"].shape[0] == 4
+    responses = [pairs[0].chosen, pairs[1].chosen, pairs[0].rejected, pairs[1].rejected]
+    for row, response in enumerate(responses):
+        marked = batch["input_ids"][row][batch["completion_mask"][row].bool()]
+        assert tuple(marked.tolist()) == response.token_ids
+    assert batch["ref_chosen_logps"].tolist() == pytest.approx([p.chosen.logprob for p in pairs[:2]])
+
+
+def test_the_projector_trains_at_its_own_rate_when_asked(pairs, config, tmp_path: Path) -> None:
+    training = CONFIG.model_copy(update={"projector_learning_rate": 1e-2})
+    run_training(pairs, config, tmp_path, training=training)
+    moved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    projector = {name: tensor for name, tensor in moved.items() if "multi_modal_projector" in name}
+    assert projector
+    base = load_file(assets() / "llava" / "model.safetensors")
+    changes = []
+    for name, tensor in projector.items():
+        original = next(t for key, t in base.items() if key.endswith(name.split("multi_modal_projector.")[-1]))
+        changes.append((tensor - original.float()).abs().max())
+    # Adam's first step is its learning rate in size: 1e-2 here, 1e-3 for the LoRA.
+    assert max(changes) > 5e-3
+    previous = tmp_path / "adapter"
+    again = run_training(pairs, config, tmp_path / "again", previous=previous, training=training)
+    assert again["num_pairs"] == len(pairs)
+
+
+def test_what_cannot_be_trained_says_why(pairs, config, tmp_path: Path) -> None:
+    with pytest.raises(CsrError, match="no pairs"):
+        run_training([], config, tmp_path)
+    with pytest.raises(CsrError, match=r"training\.trl.*learning_rat"):
+        run_training(pairs, config, tmp_path, training=CONFIG.model_copy(update={"trl": {"learning_rat": 1.0}}))
+    with pytest.raises(CsrError, match="output_dir"):
+        run_training(pairs, config, tmp_path, training=CONFIG.model_copy(update={"trl": {"output_dir": "x"}}))

@@ -1,0 +1,110 @@
+"""The embedded world: its shipped models are what they are said to be, and can be made again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from csr_vlm.config import ModelConfig, ScorerConfig
+from csr_vlm.errors import CsrError
+from csr_vlm.generation.policy import Policy, load_policy
+from csr_vlm.generation.transformers_engine import TransformersEngine
+from csr_vlm.scoring.clip import ClipScorer
+from csr_vlm.world.build import BuildPlan, build, dialogue_ids, file_hashes, pixels
+from csr_vlm.world.corpus import Turn, sentence
+from csr_vlm.world.demo import assets, verify_assets
+from csr_vlm.world.evaluate import evaluate, evaluate_scorer
+from csr_vlm.world.models import EOS, SPECIAL, Sizes
+from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
+
+SMALL = BuildPlan(
+    scorer_steps=12,
+    scorer_batch=8,
+    policy_steps=12,
+    policy_batch=4,
+    sizes=Sizes(
+        vision_width=32, vision_layers=2, text_width=32, text_layers=1, language_width=32, language_layers=1, heads=2
+    ),
+)
+
+
+def test_the_shipped_weights_are_those_of_the_log_and_small() -> None:
+    verify_assets()
+    log = json.loads((assets() / "build.json").read_text())
+    assert log["world"] == "harbour"
+    assert log["policy"]["loss"][0][1] > log["policy"]["loss"][-1][1]
+    assert sum(path.stat().st_size for path in assets().rglob("*") if path.is_file()) < 10 * 2**20
+    for path in assets().glob("*/*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values()} <= {torch.float16, torch.int64}
+
+
+@pytest.mark.slow
+def test_the_base_sees_well_and_hallucinates_by_habit(policy: Policy, scorer: ClipScorer) -> None:
+    found = evaluate(
+        HARBOUR, TransformersEngine(policy), scorer, split=Split.TEST, seed=1, num_scenes=1000
+    )
+    value = {name: metric["value"] for name, metric in found["metrics"].items()}
+    assert 0.40 <= value["chair_s"] <= 0.60
+    assert 0.12 <= value["chair_i"] <= 0.20
+    assert value["recall"] >= 0.98
+    assert value["attributes_right"] >= 0.97
+    assert value["yes_no_present"] >= 0.9
+    assert value["yes_no_absent"] >= 0.9
+    assert value["yes_no_companion"] < value["yes_no_absent"] - 0.05
+
+
+def test_the_scorer_tells_what_is_there(scorer: ClipScorer) -> None:
+    found = evaluate_scorer(HARBOUR, scorer, split=Split.TEST, seed=1, num_scenes=200)
+    assert found["auc_absent"] >= 0.97
+    assert found["auc_attribute"] >= 0.95
+
+
+def test_every_word_of_a_sentence_moves_its_embedding(scorer: ClipScorer, prompts) -> None:
+    words = sentence("boat", "red").rstrip(".").split()
+    texts = [" ".join(words) + "."]
+    for at in range(len(words)):
+        texts.append(" ".join([*words[:at], "fish" if words[at] != "fish" else "tree", *words[at + 1 :]]) + ".")
+    cosines = [row["clip"] for row in scorer.score([(prompts[0], text) for text in texts])]
+    assert all(abs(changed - cosines[0]) > 1e-3 for changed in cosines[1:])
+    assert SPECIAL.index(EOS) != 2
+
+
+def test_evaluation_refuses_scenes_that_models_learn_from(policy: Policy) -> None:
+    for split in (Split.CORPUS, Split.PROMPTS):
+        with pytest.raises(CsrError, match="not for evaluation"):
+            evaluate(HARBOUR, TransformersEngine(policy), None, split=split, seed=0, num_scenes=1)
+
+
+def test_training_pixels_are_the_processors(policy: Policy, prompts) -> None:
+    scenes = list(make_scenes(HARBOUR, Split.DEVELOPMENT, 0, 12))
+    for row, prompt in zip(pixels(scenes), prompts, strict=True):
+        assert torch.allclose(policy.encode(prompt).per_image["pixel_values"][0], row, atol=1e-5)
+
+
+def test_training_ids_are_generations(policy: Policy, prompts) -> None:
+    ids, labels = dialogue_ids(policy.processor, [Turn(prompts[0].text, "There is a red boat.")], 36)
+    prompt_ids = policy.encode(prompts[0]).input_ids.tolist()
+    assert ids[: len(prompt_ids)] == prompt_ids
+    answer = [label for label in labels if label != -100]
+    assert policy.tokenizer.decode(answer) == " There is a red boat.</s>"
+    assert ids[len(prompt_ids) :] == answer
+
+
+def test_the_builder_makes_the_same_loadable_models_from_a_seed(tmp_path: Path) -> None:
+    log = build(HARBOUR, tmp_path / "a", SMALL)
+    build(HARBOUR, tmp_path / "b", SMALL)
+    other = build(HARBOUR, tmp_path / "c", replace(SMALL, seed=1))
+    assert file_hashes(tmp_path / "a") == file_hashes(tmp_path / "b") == log["sha256"]
+    assert other["sha256"] != log["sha256"]
+    assert json.loads((tmp_path / "a" / "build.json").read_text())["plan"]["policy_steps"] == 12
+    policy = load_policy(ModelConfig(path=str(tmp_path / "a" / "llava"), device="cpu"), None)
+    scorer = ClipScorer(ScorerConfig(path=str(tmp_path / "a" / "clip")), "cpu")
+    found = evaluate(
+        HARBOUR, TransformersEngine(policy), scorer, split=Split.DEVELOPMENT, seed=0, num_scenes=4
+    )
+    assert found["metrics"]["words"]["n"] == 4

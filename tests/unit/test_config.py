@@ -1,0 +1,334 @@
+"""Configuration: precedence, presets, and errors that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from csr_vlm.config import RunConfig, load_config, merged, presets, resolve
+from csr_vlm.errors import CsrError
+from tests.unit.builders import REQUIRED, config
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= flat(inner, f"{prefix}.{key}".lstrip("."))
+    return found
+
+
+def differing(left: RunConfig, right: RunConfig) -> dict[str, tuple[Any, Any]]:
+    a, b = flat(left.dump()), flat(right.dump())
+    return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
+
+
+def overridden(*overrides: str) -> RunConfig:
+    return load_config(None, overrides, REQUIRED)
+
+
+def refusal(*overrides: str) -> CsrError:
+    with pytest.raises(CsrError) as caught:
+        overridden(*overrides)
+    return caught.value
+
+
+def test_the_presets_of_the_design():
+    assert set(presets()) >= {"paper", "official", "calibrated", "only_rt", "only_ri", "random_pairs"}
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_is_valid_and_resolves_to_itself(name):
+    found = config(preset=name)
+    assert found.preset == name
+    assert resolve(found.dump()) == found
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_writes_no_option_twice_and_none_that_is_unknown(name):
+    resolved = flat(config(preset=name).dump())
+    assert flat(presets()[name]).items() <= resolved.items()
+
+
+def test_the_default_preset_is_calibrated():
+    assert config() == config(preset="calibrated")
+    assert differing(config(), config(preset="paper"))
+
+
+def test_paper_is_the_papers_method():
+    found = flat(config(preset="paper").dump())
+    assert (
+        found.items()
+        >= {
+            "iterations": 3,
+            "method.lambda": 0.9,
+            "method.search.delimiters": ".",
+            "method.search.decoding": "sample",
+            "method.search.steer_by": "sentence",
+            "method.reward.text_score": "product",
+            "method.reward.text_scale": 1.0,
+            "method.reward.fusion": "weighted",
+            "method.reward.response": "sum",
+            "method.reward.repeat_penalty": 0.0,
+            "method.pairs.selection": "extremes",
+            "method.pairs.min_margin": 0.0,
+            "training.projector_learning_rate": None,
+        }.items()
+    )
+    assert found["method.search.keep_top"] == found["method.search.keep_bottom"], "the same k at both ends"
+
+
+def test_official_is_the_released_code():
+    found = flat(config(preset="official").dump())
+    assert (
+        found.items()
+        >= {
+            "method.lambda": 0.9,
+            "method.search.steer_by": "logprob",
+            "method.search.num_candidates": 5,
+            "method.search.keep_top": 1,
+            "method.search.keep_bottom": 2,
+            "method.search.decoding": "diverse",
+            "method.search.diversity_penalty": 3.0,
+            "method.search.max_sentence_tokens": 70,
+            "method.search.max_response_chars": 1024,
+            "method.search.filters.min_chars": 4,
+            "method.search.filters.max_newlines": 5,
+            "method.search.filters.repeats": True,
+            "method.search.filters.non_latin": True,
+            "method.reward.text_score": "mean_logprob",
+            "method.reward.fusion": "sibling_rank",
+            "method.reward.response": "mean_plus_one",
+            "training.lora.r": 128,
+            "training.lora.alpha": 256,
+            "training.lora.dropout": 0.05,
+            "training.projector_learning_rate": 2e-5,
+            "training.trl.learning_rate": 1e-7,
+            "training.trl.lr_scheduler_type": "cosine",
+            "training.trl.warmup_ratio": 0.03,
+            "training.trl.per_device_train_batch_size": 1,
+            "training.trl.num_train_epochs": 1,
+            "training.trl.beta": 0.1,
+        }.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("only_rt", "method.lambda", 0.0),
+        ("only_ri", "method.lambda", 1.0),
+        ("random_pairs", "method.pairs.selection", "random"),
+    ],
+)
+def test_an_ablation_differs_in_one_setting(name, key, value):
+    found = differing(config(preset="calibrated"), config(preset=name))
+    assert found.pop("preset") == ("calibrated", name)
+    assert list(found) == [key]
+    assert found[key][1] == value
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid(recipe):
+    load_config(recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "near"),
+    [
+        ("sed=1", "sed", "seed"),
+        ("method.lamda=0.7", "method.lamda", "lambda"),
+        ("method.lambda_=0.7", "method.lambda_", "lambda"),
+        ("method.serch.top_p=0.9", "method.serch", "search"),
+        ("method.search.topp=0.9", "method.search.topp", "top_p"),
+        ("method.search.filters.min_char=3", "method.search.filters.min_char", "min_chars"),
+        ("evaluation.world.num_scene=3", "evaluation.world.num_scene", "num_scenes"),
+        ("training.lora.alhpa=3", "training.lora.alhpa", "alpha"),
+    ],
+)
+def test_an_unknown_option_is_named_with_the_nearest_one(override, key, near):
+    error = refusal(override)
+    assert key in error.message
+    assert f"did you mean {near}?" in error.hint
+
+
+def test_an_unknown_option_near_nothing_lists_what_there_is():
+    error = refusal("method.pairs.zzzzzz=1")
+    assert "method.pairs.zzzzzz" in error.message
+    assert all(name in error.hint for name in ("selection", "min_margin", "require_complete"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "method.lambda=1.01",
+        "method.lambda=-0.1",
+        "method.lambda=.nan",
+        "method.search.keep_top=0",
+        "method.search.num_candidates=0",
+        "method.search.num_candidates=2.5",
+        "method.search.temperature=0",
+        "method.search.top_p=0",
+        "method.search.top_p=1.5",
+        "method.search.steer_by=luck",
+        "method.search.delimiters=''",
+        "method.reward.repeat_penalty=-1",
+        "method.reward.text_scale=0",
+        "method.pairs.min_margin=-1",
+        "training.lora.dropout=1",
+        "iterations=0",
+        "seed=-1",
+        "scorer.name=a b",
+        "data.limit=0",
+        "method=3",
+    ],
+)
+def test_what_is_out_of_bounds_is_refused_by_name(override):
+    key, _, value = override.partition("=")
+    error = refusal(override)
+    assert key in error.message
+    assert value.strip("'.") in error.hint
+
+
+@pytest.mark.parametrize(
+    "bound", ["method.lambda=0", "method.lambda=1", "method.search.top_p=1", "method.search.keep_bottom=0"]
+)
+def test_the_bounds_themselves_are_allowed(bound):
+    overridden(bound)
+
+
+@pytest.mark.parametrize("missing", ["model", "scorer", "data"])
+def test_what_must_be_given_is_asked_for(missing):
+    with pytest.raises(CsrError, match=f"{missing} is missing"):
+        resolve({key: value for key, value in REQUIRED.items() if key != missing})
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    error = refusal("preset=papr")
+    assert "papr" in error.message
+    assert "paper" in error.message
+
+
+@pytest.mark.parametrize(
+    "override", ["method.lamda=1", "method.lambda=7", "preset=papr", "method.search.steer_by=x", "seed=[1]", "nonsense"]
+)
+def test_errors_are_for_people(override):
+    error = refusal(override)
+    for noise in ("Traceback", "pydantic", "http", "ValidationError", "type=", "\n"):
+        assert noise not in str(error)
+    assert error.__suppress_context__ or error.__context__ is None
+
+
+@pytest.mark.parametrize("override", ["method", "=3", "method..lambda=1", ".method=1", "method.=1"])
+def test_what_is_no_override_is_refused(override):
+    error = refusal(override)
+    assert override in error.message
+    assert "key=value" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1.0e-4", 1e-4),
+        ("3", 3),
+        ("true", True),
+        ("null", None),
+        ("cosine", "cosine"),
+        ("'1e-4'", 1e-4),
+        ("[1, 2]", [1, 2]),
+        ("{a: 1}", {"a": 1}),
+        ("a=b", "a=b"),
+        ("", None),
+    ],
+)
+def test_override_values(text, value):
+    found = overridden(f"training.trl.option={text}").training.trl["option"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_reach_every_depth():
+    found = overridden(
+        "seed=5",
+        "method.lambda=1e-4",
+        "method.search.max_response_chars=null",
+        "training.merge=true",
+        "training.trl.learning_rate=2e-5",
+        "evaluation.world.num_scenes=7",
+    )
+    assert found.seed == 5
+    assert found.method.lambda_ == 1e-4
+    assert found.method.search.max_response_chars is None
+    assert found.training.merge is True
+    assert found.training.trl["learning_rate"] == 2e-5
+    assert found.training.trl["beta"] == 0.1, "the preset's neighbours stay"
+    assert found.evaluation.world is not None
+    assert found.evaluation.world.num_scenes == 7
+
+
+def test_preset_then_recipe_then_overrides(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    settings = {"preset": "official", "method": {"lambda": 0.3, "search": {"keep_top": 3, "keep_bottom": 4}}}
+    recipe.write_text(yaml.safe_dump(REQUIRED | settings))
+    found = load_config(recipe, ["method.search.keep_top=5", "method.search.keep_top=6"]).method
+    assert found.search.num_candidates == 5, "from the preset"
+    assert found.search.decoding == "diverse", "from the preset"
+    assert found.lambda_ == 0.3, "from the recipe, above the preset"
+    assert found.search.keep_bottom == 4, "from the recipe"
+    assert found.search.keep_top == 6, "from the last override"
+    assert found.search.top_p == 1.0, "a default"
+
+
+def test_an_override_can_change_the_preset_below_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(REQUIRED | {"preset": "paper", "method": {"lambda": 0.3}}))
+    found = load_config(recipe, ["preset=official"])
+    assert found.method.reward.fusion == "sibling_rank"
+    assert found.method.lambda_ == 0.3
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n", "a: [1\n", "just text"])
+def test_a_recipe_that_holds_no_configuration(tmp_path, content):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(content)
+    with pytest.raises(CsrError, match=r"recipe\.yaml"):
+        load_config(recipe)
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(CsrError, match=r"nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_dump_and_resolve_round_trip_through_yaml():
+    found = overridden(
+        "preset=official",
+        "method.lambda=1e-4",
+        "training.trl.learning_rate=1e-7",
+        "model.path='Ünïcode: # path'",
+        "method.search.delimiters='.!?\"'",
+        "evaluation.world.num_scenes=3",
+    )
+    again = resolve(yaml.safe_load(yaml.safe_dump(found.dump(), sort_keys=False, allow_unicode=True)))
+    assert again == found
+    assert "lambda" in found.dump()["method"], "options are written by the names that users give them"
+
+
+def test_the_presets_are_not_changed_by_use():
+    before = yaml.safe_dump({name: dict(block) for name, block in presets().items()})
+    overridden("preset=official", "method.lambda=0.1", "training.trl.beta=0.9")
+    assert yaml.safe_dump({name: dict(block) for name, block in presets().items()}) == before
+
+
+def test_merged_overlays_mapping_by_mapping():
+    below = {"a": {"x": 1, "y": 2}, "b": [1], "c": 3}
+    above = {"a": {"y": 5}, "b": [2], "c": {"z": 1}}
+    assert merged(below, above) == {"a": {"x": 1, "y": 5}, "b": [2], "c": {"z": 1}}
+    assert below["a"] == {"x": 1, "y": 2}

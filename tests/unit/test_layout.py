@@ -1,0 +1,189 @@
+"""The shape of the code: imports go down, heavy libraries wait, functions stay short."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "src" / "csr_vlm"
+LAYERS = (
+    {"records", "errors", "batches", "progress"},
+    {"config"},
+    {"method"},
+    {"store", "data", "loading"},
+    {"generation", "scoring", "training", "evaluation"},
+    {"world", "scale"},
+    {"stages", "report", "estimate"},
+    {"loop"},
+    {"cli"},
+)
+LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
+SIDEWAYS = {("training", "generation")}
+"""Training encodes prompts as the policy does."""
+HEAVY = {"torch", "transformers", "trl", "vllm", "ray", "peft", "accelerate", "datasets"}
+MOST_LINES = 80
+MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+
+
+def imported(tree: ast.AST, package: str) -> Iterator[str]:
+    """Yield the full names that a module of ``package`` imports, wherever in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def violations(path: str, source: str) -> list[str]:
+    """List the imports of a module that do not go down."""
+    *folders, name = path.removesuffix(".py").split("/")
+    part = folders[0] if folders else name
+    if part == "__init__":
+        part = "records"  # the package itself may import what everything may
+    if part not in LEVEL:
+        return [f"{path}: {part} has no layer"]
+    found = []
+    for target in imported(ast.parse(source), ".".join(["csr_vlm", *folders])):
+        root, _, rest = target.partition(".")
+        other = rest.partition(".")[0]
+        if root != "csr_vlm" or not other or other == part or (part, other) in SIDEWAYS:
+            continue
+        if other not in LEVEL or LEVEL[other] >= LEVEL[part]:
+            same_floor = LEVEL[part] == LEVEL.get(other) == 0
+            if not same_floor:
+                found.append(f"{path} imports {target}")
+    return found
+
+
+def dangers(path: str, source: str) -> list[str]:
+    """List calls and imports that run code found in data."""
+    tree, found = ast.parse(source), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec"}:
+            found.append(f"{path}:{node.lineno} {node.func.id}")
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if (node.value.id, node.attr) == ("torch", "load"):
+                found.append(f"{path}:{node.lineno} torch.load")
+            if (node.value.id, node.attr) in {("builtins", "eval"), ("builtins", "exec")}:
+                found.append(f"{path}:{node.lineno} {node.attr}")
+    for name in imported(tree, "csr_vlm"):
+        if name.partition(".")[0] in {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}:
+            found.append(f"{path} {name}")
+        if name == "torch.load":
+            found.append(f"{path} {name}")
+    return found
+
+
+def long_functions(path: str, source: str) -> list[str]:
+    return [
+        f"{path}:{node.lineno} {node.name}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno + 1 > MOST_LINES
+    ]
+
+
+def test_there_is_something_to_look_at():
+    assert {"records.py", "method/search.py", "store/run.py", "loop.py"} <= MODULES.keys()
+
+
+@pytest.mark.parametrize("path", sorted(MODULES))
+def test_imports_go_down(path):
+    assert violations(path, MODULES[path]) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("method/new.py", "from csr_vlm.store.run import Run"),
+        ("method/new.py", "import csr_vlm.stages"),
+        ("method/new.py", "from csr_vlm import stages"),
+        ("method/new.py", "def f():\n    from csr_vlm.generation.policy import Policy"),
+        ("method/new.py", "from ..data import prompts"),
+        ("method/new.py", "from .. import cli"),
+        ("store/new.py", "from csr_vlm.data.prompts import read_prompts"),
+        ("generation/new.py", "from csr_vlm.training.dpo import train"),
+        ("scoring/new.py", "from csr_vlm.generation.policy import Policy"),
+        ("world/new.py", "from csr_vlm.report.html import write_report"),
+        ("stages.py", "from csr_vlm.loop import align"),
+        ("config.py", "from csr_vlm.method.reward import text_score"),
+        ("errors.py", "from csr_vlm.config import RunConfig"),
+        ("unheard_of.py", "import json"),
+    ],
+)
+def test_the_import_rule_would_notice(path, source):
+    assert violations(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("method/new.py", "from csr_vlm.config import MethodConfig\nimport json\nfrom csr_vlm.method.reward import x"),
+        ("method/new.py", "from . import reward\nfrom ..records import Node"),
+        ("training/new.py", "from csr_vlm.generation.policy import Policy"),
+        ("report/new.py", "from csr_vlm.world.scenes import HARBOUR"),
+        ("cli/new.py", "from csr_vlm import loop, stages"),
+    ],
+)
+def test_the_import_rule_allows(path, source):
+    assert violations(path, source) == []
+
+
+@pytest.mark.parametrize("module", ["csr_vlm", "csr_vlm.config", "csr_vlm.cli"])
+def test_light_modules_load_no_heavy_library(module):
+    if module == "csr_vlm.cli" and not {"cli.py", "cli/__init__.py"} & MODULES.keys():
+        pytest.skip("there is no command line yet")
+    assert loaded_by(f"import {module}") == []
+
+
+def test_a_configuration_error_loads_no_heavy_library():
+    statements = (
+        "from csr_vlm.config import load_config\nfrom csr_vlm.errors import CsrError\n"
+        "try:\n    load_config(None, ['method.lamda=1'])\nexcept CsrError: pass"
+    )
+    assert loaded_by(statements) == []
+
+
+def test_a_heavy_library_would_be_noticed():
+    assert loaded_by("import sys, types\nsys.modules['torch'] = types.ModuleType('torch')") == ["torch"]
+
+
+def loaded_by(statements: str) -> list[str]:
+    script = f"{statements}\nimport sys\nprint(*sorted(set(sys.modules) & {HEAVY!r}))"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize("path", sorted(MODULES))
+def test_no_function_is_long(path):
+    assert long_functions(path, MODULES[path]) == []
+
+
+def test_a_long_function_would_be_noticed():
+    body = "\n".join("    x = 1" for _ in range(MOST_LINES))
+    assert long_functions("new.py", f"class A:\n  def f():\n{body}") == ["new.py:2 f"]
+    assert long_functions("new.py", "def f():\n" + body.removesuffix("\n    x = 1")) == []
+
+
+@pytest.mark.parametrize("path", sorted(MODULES))
+def test_nothing_runs_code_found_in_data(path):
+    assert dangers(path, MODULES[path]) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["eval('1')", "exec('1')", "import pickle", "from pickle import load", "torch.load('f')", "from torch import load"],
+)
+def test_dangers_would_be_noticed(source):
+    assert dangers("new.py", source)
+
+
+def test_evaluation_mode_is_no_danger():
+    assert dangers("new.py", "model.eval()\ntorch.save(x)\nimport json") == []

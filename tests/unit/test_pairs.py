@@ -1,0 +1,190 @@
+"""Pairs from hand-worked trees, their rules, and the control that carries no preference."""
+
+from __future__ import annotations
+
+import math
+import random
+from statistics import fmean, stdev
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csr_vlm.method.pairs import make_pair, responses
+from csr_vlm.method.search import search
+from csr_vlm.records import Fate, Finish, Node, Pair
+from csr_vlm.store import tables
+from tests.unit.builders import method, node, prompt
+from tests.unit.test_search import RandomModel
+
+# Lambda 1, so R(s) is 100 times the cosine; R(y) is the mean over sentences.
+TREE = [
+    node("0", "A boat.", cosine=0.30, ids=(1, 2), logprobs=(-1.0, -2.0), fate=Fate.TOP),
+    node("1", "A car", cosine=0.05, ids=(8,), logprobs=(-3.0,), fate=Fate.TRUNCATED, finish=Finish.LENGTH),
+    node("2", "A tree.", cosine=0.60, ids=(9,), logprobs=(-1.5,), fate=Fate.PRUNED),
+    node("0.0", " A fish.", cosine=0.10, ids=(3, 4, 0), logprobs=(-0.5, -0.25, -0.125), fate=Fate.FINISHED),
+    node("0.1", "", cosine=None, ids=(0,), logprobs=(-0.75,), fate=Fate.FINISHED, finish=Finish.EOS),
+    node("0.2", " A bird.", cosine=0.24, ids=(5, 0), logprobs=(-4.0, -0.5), fate=Fate.FINISHED),
+]
+
+
+def pair_of(nodes: list[Node], weight: float = 1.0, seed: int = 0, **sections: object) -> Pair | str:
+    return make_pair(prompt(nodes[0].prompt_id), nodes, method(weight, **sections), "clip", seed)
+
+
+def test_responses_are_the_paths_to_the_leaves():
+    fish, end, bird = (r for r in responses(TREE, method(1.0), "clip") if r.complete)
+    assert (fish.node_id, end.node_id, bird.node_id) == ("0.0", "0.1", "0.2")
+    assert fish.text == "A boat. A fish."
+    assert fish.token_ids == (1, 2, 3, 4, 0)
+    assert fish.logprob == pytest.approx(-1 - 2 - 0.5 - 0.25 - 0.125)
+    assert fish.reward == pytest.approx(20.0)  # (30 + 10) / 2
+    assert fish.num_sentences == 2
+    assert end.text == "A boat."
+    assert end.token_ids == (1, 2, 0), "the end of the response is part of what is learned"
+    assert end.logprob == pytest.approx(-3.75)
+    assert end.reward == pytest.approx(30.0)
+    assert end.num_sentences == 1
+    assert bird.reward == pytest.approx(27.0)
+
+
+def test_a_truncated_response_is_told_from_a_complete_one():
+    assert {r.node_id: r.complete for r in responses(TREE, method(), "clip")} == {
+        "0.0": True,
+        "0.1": True,
+        "0.2": True,
+        "1": False,
+    }
+
+
+def test_extremes():
+    pair = pair_of(TREE)
+    assert isinstance(pair, Pair)
+    assert (pair.chosen.node_id, pair.rejected.node_id) == ("0.1", "0.0")
+    assert pair.margin == pytest.approx(10.0)
+    assert pair.iteration == 1
+    assert pair.prompt == prompt()
+
+
+def test_truncated_responses_take_part_only_if_asked():
+    pair = pair_of(TREE, pairs={"require_complete": False})
+    assert isinstance(pair, Pair)
+    assert (pair.chosen.node_id, pair.rejected.node_id) == ("0.1", "1")
+
+
+def test_by_sum_the_longer_response_wins():
+    pair = pair_of(TREE, reward={"response": "sum"})
+    assert isinstance(pair, Pair)
+    assert (pair.chosen.node_id, pair.rejected.node_id) == ("0.2", "0.1")  # 54 against 30
+
+
+def test_fewer_than_two_complete_responses():
+    assert pair_of(TREE[:4]) == "incomplete"
+    assert pair_of(TREE[:3]) == "incomplete"
+    assert isinstance(pair_of(TREE[:5]), Pair)
+
+
+@pytest.mark.parametrize("selection", ["extremes", "random"])
+def test_responses_that_say_the_same(selection):
+    same = [
+        node("0", "A boat.", cosine=0.3, ids=(1,), fate=Fate.FINISHED),
+        node("1", " A boat. ", cosine=0.1, ids=(2,), fate=Fate.FINISHED),
+    ]
+    assert pair_of(same, pairs={"selection": selection}) == "identical"
+
+
+@pytest.mark.parametrize(("min_margin", "dropped"), [(0.0, False), (9.99, False), (10.01, True), (50, True)])
+def test_min_margin(min_margin, dropped):
+    assert (pair_of(TREE, pairs={"min_margin": min_margin}) == "margin") is dropped
+
+
+def test_equal_rewards_teach_nothing_even_without_a_margin():
+    equal = [node(str(i), f"Sentence {i}.", fate=Fate.FINISHED) for i in range(3)]
+    assert pair_of(equal) == "margin"
+
+
+def test_random_selection_asks_for_no_margin():
+    assert isinstance(pair_of(TREE, pairs={"selection": "random", "min_margin": 99}), Pair)
+
+
+def random_tree(salt: int, prompt_id: str = "p", num_leaves: int = 6) -> list[Node]:
+    rng = random.Random(f"{salt} {prompt_id}")
+    return [
+        node(
+            str(i),
+            f"Sentence {i}.",
+            cosine=rng.uniform(0, 0.5),
+            logprobs=(-3 * rng.random(), -rng.random()),
+            fate=rng.choice([Fate.FINISHED, Fate.FINISHED, Fate.TRUNCATED, Fate.PRUNED]),
+            prompt_id=prompt_id,
+        )
+        for i in range(num_leaves)
+    ]
+
+
+@given(
+    st.integers(0, 10**6),
+    st.floats(0, 1),
+    st.sampled_from(["weighted", "standardised", "sibling_rank"]),
+    st.booleans(),
+)
+def test_chosen_is_the_best_and_rejected_the_worst(salt, weight, fusion, require_complete):
+    nodes, how = random_tree(salt), {"fusion": fusion}
+    pair = pair_of(nodes, weight, reward=how, pairs={"require_complete": require_complete})
+    eligible = [r for r in responses(nodes, method(weight, reward=how), "clip") if r.complete or not require_complete]
+    if isinstance(pair, str):
+        assert len(eligible) < 2 or len({r.reward for r in eligible}) == 1
+        return
+    assert pair.margin > 0
+    assert pair.chosen in eligible
+    assert pair.rejected in eligible
+    assert all(pair.rejected.reward <= r.reward <= pair.chosen.reward for r in eligible)
+
+
+def all_pairs(seed: int, selection: str, num_prompts: int = 400) -> list[Pair]:
+    found = [
+        pair_of(random_tree(0, f"prompt-{i}"), 1.0, seed, pairs={"selection": selection}) for i in range(num_prompts)
+    ]
+    return [pair for pair in found if isinstance(pair, Pair)]
+
+
+def test_random_selection_follows_the_seed():
+    first, again, other = (all_pairs(seed, "random") for seed in (0, 0, 1))
+    assert first == again
+    same = fmean(a == b for a, b in zip(first, other, strict=True))
+    assert same < 0.3, "two responses of about four, in order: chance alone gives a tenth or so"
+
+
+def test_extremes_do_not_depend_on_the_seed():
+    assert all_pairs(0, "extremes") == all_pairs(1, "extremes")
+
+
+def test_random_selection_prefers_nothing():
+    pairs = all_pairs(0, "random")
+    margins = [pair.margin for pair in pairs]
+    assert len(margins) > 300
+    assert abs(fmean(margins)) < 3 * stdev(margins) / math.sqrt(len(margins))
+    assert stdev(margins) > 5
+    extremes = [pair.margin for pair in all_pairs(0, "extremes")]
+    assert fmean(extremes) > 20
+    assert fmean(extremes) > 10 * stdev(extremes) / math.sqrt(len(extremes)), "the control can fail"
+
+
+def test_pairs_can_be_derived_anew_from_the_ledger(tmp_path):
+    prompts = [prompt(f"prompt-{i}") for i in range(40)]
+    model = RandomModel(salt=7)
+    trees = search(prompts, model.propose, model.score, method(0.9), iteration=2, seed=0, scorer="clip")
+    rounds = len(model.asked)
+    tables.write_nodes(tmp_path / "part.parquet", [node for tree in trees for node in tree.nodes])
+
+    def pairs(weight: float) -> list[Pair | str]:
+        read = tables.read_trees(tmp_path / "part.parquet")
+        return [make_pair(p, nodes, method(weight), "clip", 0) for p, (_, nodes) in zip(prompts, read, strict=True)]
+
+    def ends(found: list[Pair | str]) -> list[object]:
+        return [(p.chosen.node_id, p.rejected.node_id) if isinstance(p, Pair) else p for p in found]
+
+    in_memory = [make_pair(t.prompt, t.nodes, method(0.9), "clip", 0) for t in trees]
+    assert ends(pairs(0.9)) == ends(in_memory), "the ledger holds all that pairs need"
+    assert ends(pairs(0.9)) != ends(pairs(0.0)), "another lambda chooses otherwise"
+    assert len(model.asked) == rounds

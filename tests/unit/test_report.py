@@ -1,0 +1,485 @@
+"""The HTML report, on small made-up runs: no model is loaded."""
+
+from __future__ import annotations
+
+import base64
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from csr_vlm.config import resolve
+from csr_vlm.evaluation.statistics import ratio
+from csr_vlm.records import Fate, Finish, Node, Pair, Prompt, Response
+from csr_vlm.report.charts import Axes, Point, Series, chart, nice_ticks, smoothed
+from csr_vlm.report.formats import compact, duration, fixed, indexed, relative_change, signed
+from csr_vlm.report.gallery import MOST_PROMPTS, MOST_SCENES, Scale, change, marked, scene_gallery, spread
+from csr_vlm.report.html import write_report
+from csr_vlm.report.measures import paired_difference, read_evaluation, verdict
+from csr_vlm.report.provenance import without_secrets
+from csr_vlm.store import files, tables
+from csr_vlm.store.run import Run
+
+SCRIPT = "<script>alert(1)</script>"
+HANDLER = '"><img onerror='
+VOID = {"meta", "img", "input", "br", "hr", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest and remembers them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & set(self.open[-1:]):
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def new_run(root: Path, iterations: int = 2, world: bool = True, **extra: Any) -> Run:
+    layer = {
+        "iterations": iterations,
+        "model": {"path": "/models/tiny-llava"},
+        "scorer": {"path": "openai/clip-vit-large-patch14-336"},
+        "data": {"prompts": "prompts.jsonl"},
+        "evaluation": {"world": {"num_scenes": 4}} if world else {},
+        **extra,
+    }
+    return Run.create(root, resolve(layer))
+
+
+def node(prompt_id: str, node_id: str, text: str, cosine: float | None = 0.3) -> Node:
+    return Node(
+        prompt_id=prompt_id,
+        iteration=1,
+        node_id=node_id,
+        parent_id=node_id.rpartition(".")[0],
+        depth=node_id.count(".") + 1,
+        token_ids=(1, 2),
+        token_logprobs=(-0.1, -0.2),
+        text=text,
+        finish=Finish.DELIMITER,
+        fate=Fate.FINISHED,
+        cosines={} if cosine is None else {"clip": cosine},
+    )
+
+
+def response(node_id: str, text: str, reward: float) -> Response:
+    return Response(node_id, (1, 2), -0.3, text, 1, reward, complete=True)
+
+
+def add_pairs(run: Run, iteration: int, prompts: list[Prompt], chosen: str, rejected: str, ledger: bool = True) -> None:
+    """One pair a prompt: two sentences against one."""
+    pairs = [
+        Pair(p, iteration, response("0.1", f"{chosen} {chosen}", 41.5), response("1", rejected, 20.25)) for p in prompts
+    ]
+    nodes = [
+        made
+        for p in prompts
+        for made in (
+            node(p.prompt_id, "0", chosen, 0.4),
+            node(p.prompt_id, "0.1", f" {chosen}", 0.35),
+            node(p.prompt_id, "1", rejected, -0.1),
+            node(p.prompt_id, "1.0", "", None),
+        )
+    ]
+    if ledger:
+        tables.write_nodes(run.iteration(iteration) / "ledger" / "part-000000-x.parquet", nodes)
+        run.mark_done(iteration, "generate", nodes=len(nodes), fates={"finished": len(nodes)}, seconds=2.0)
+    tables.write_pairs(run.pairs_path(iteration), pairs)
+    run.mark_done(
+        iteration,
+        "pairs",
+        pairs=len(pairs),
+        prompts_without={"incomplete": 3},
+        margin=21.25,
+        chosen_reward=41.5,
+        rejected_reward=20.25,
+        chosen_sentences=2.0,
+        rejected_sentences=1.0,
+        chosen_longer=1.0,
+    )
+
+
+def add_training(run: Run, iteration: int) -> None:
+    log = [
+        {"step": step, "loss": 0.7 - step / 100, "rewards/accuracies": 0.5, "rewards/margins": step / 10}
+        for step in range(1, 21)
+    ]
+    run.mark_done(iteration, "train", seconds=61.0, reference="ledger", reference_difference=6e-6, num_pairs=2, log=log)
+
+
+def metrics(chair_s: float, recall: float = 0.99, width: float = 0.02) -> dict[str, dict[str, Any]]:
+    values = {
+        "chair_s": chair_s,
+        "chair_i": chair_s / 4,
+        "recall": recall,
+        "repeats": 0.1,
+        "words": 12,
+        "relevance": 30,
+    }
+    return {key: {"value": v, "low": v - width, "high": v + width, "n": 200} for key, v in values.items()}
+
+
+def row(number: int, *hallucinated: str, text: str = "There is a red boat.") -> dict[str, Any]:
+    return {
+        "id": f"harbour-test-1-{number:06d}",
+        "text": text,
+        "hallucinated": list(hallucinated),
+        "relevance": 30.0,
+    }
+
+
+def add_evaluation(run: Run, iteration: int, found: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> None:
+    document = {"metrics": found, "protocol": {"split": "test", "decoding": "greedy"}, "rows": rows or []}
+    files.write_json(run.evaluation_path(iteration, "world"), document)
+    run.mark_done(iteration, "evaluate", world=found, seconds=1.5)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> list[Prompt]:
+    Image.new("RGB", (800, 400), "teal").save(tmp_path / "photo.png")
+    return [
+        Prompt("harbour-prompts-0-000000", "absent.png", "Describe the image."),
+        Prompt("mine", str(tmp_path / "photo.png"), "What is this?"),
+        Prompt("lost", str(tmp_path / "no.png"), "Where?"),
+    ]
+
+
+def complete_run(tmp_path: Path, prompts: list[Prompt]) -> Run:
+    run = new_run(tmp_path / "run")
+    tables.write_prompts(run.prompts_path, prompts, 64)
+    run.mark_done(0, "prompts", accepted=3, dropped={"missing": 2}, examples=["line 4: missing"], sha256="ab" * 32)
+    add_evaluation(run, 0, metrics(0.48), [row(0, "fish", "fish"), row(1), row(2, "cup"), row(3)])
+    for iteration in (1, 2):
+        add_pairs(run, iteration, prompts, "There is a red boat.", "There is a blue teapot and a fish.")
+        add_training(run, iteration)
+        add_evaluation(
+            run, iteration, metrics(0.48 / (iteration + 1)), [row(0, "fish"), row(1, "sign"), row(2, "cup"), row(3)]
+        )
+    return run
+
+
+def test_complete_run(tmp_path: Path, prompts: list[Prompt]) -> None:
+    run = complete_run(tmp_path, prompts)
+    path = write_report(run)
+    assert path == run.root / "report.html"
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert "After 2 iterations CHAIRS fell from 0.480 to 0.160 (−67 %)" in page.text
+    assert "unfinished" not in page.text
+    for words in ("tiny-llava", "openai/clip-vit-large-patch14-336", "3 incomplete", "2 missing", "6e−6 nats apart"):
+        assert words in page.text
+    assert "csr run " in page.text
+    assert "config.yaml --out DIR" in page.text
+    assert {"iterations", "pairs", "before-after", "pictures", "provenance"} <= {
+        a.get("id") for a in page.all("section")
+    }
+    # Six measures, three of the pairs, three of the training.
+    assert len(page.all("svg")) == 12
+
+
+def test_the_page_is_self_contained(tmp_path: Path, prompts: list[Prompt]) -> None:
+    text = write_report(complete_run(tmp_path, prompts)).read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.all("link")
+    assert all(not attrs.get("src") for attrs in page.all("script"))
+    assert all((attrs["src"] or "").startswith("data:image/") for attrs in page.all("img"))
+    assert not re.search(r"(https?:|url\(|@import)", text)
+    assert all((attrs["href"] or "").startswith("#") for attrs in page.all("a"))
+
+
+def test_every_picture_is_embedded_once_and_small(tmp_path: Path, prompts: list[Prompt]) -> None:
+    page = Page(write_report(complete_run(tmp_path, prompts)).read_text(encoding="utf-8"))
+    sources = [attrs["src"] or "" for attrs in page.all("img")]
+    # One drawn prompt and one photo, shown for two iterations, and the three scenes that are not clean.
+    assert len(sources) == len(set(sources)) == 5
+    photo = next(attrs for attrs in page.all("img") if (attrs["src"] or "").startswith("data:image/jpeg"))
+    assert (photo["width"], photo["height"]) == ("336", "168")
+    assert base64.b64decode((photo["src"] or "").partition(",")[2])[:2] == b"\xff\xd8"
+    assert "picture missing" in page.text
+
+
+def test_sentences_carry_their_relevance_and_absent_words_are_marked(tmp_path: Path, prompts: list[Prompt]) -> None:
+    text = write_report(complete_run(tmp_path, prompts)).read_text(encoding="utf-8")
+    assert re.search(r'<li class="r6"><span>There is a .*?boat.*?</span> <span class="score"[^>]*>40.0</span>', text)
+    assert re.search(r'<li class="r0">.*?<span class="score"[^>]*>0.0</span>', text)  # cos < 0
+    assert '<mark class="absent" title="not in the picture">' in text
+    # Truth is known of the drawn prompt only: the photo's own card marks nothing.
+    photo = text[text.index("data:image/jpeg") :]
+    assert 'class="absent"' not in photo[: photo.index("</article>")]
+
+
+def test_a_run_without_evaluation(tmp_path: Path, prompts: list[Prompt]) -> None:
+    run = new_run(tmp_path / "run", iterations=1, world=False)
+    tables.write_prompts(run.prompts_path, prompts, 64)
+    run.mark_done(0, "prompts", accepted=3, dropped={}, examples=[], sha256="00")
+    add_pairs(run, 1, prompts, "A.", "B.", ledger=False)
+    add_training(run, 1)
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "this run evaluates nothing, so whether the model hallucinates less is not known" in page.text
+    assert "before-after" not in {a.get("id") for a in page.all("section")}
+    assert "21.2" in page.text  # the margin
+    assert "A. A." in page.text  # without a ledger the response's own text is shown
+    assert "unfinished" not in page.text
+
+
+def test_an_unfinished_run_and_an_empty_one(tmp_path: Path, prompts: list[Prompt]) -> None:
+    run = new_run(tmp_path / "run", iterations=3)
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "unfinished" in page.text
+    assert "not checked yet" in page.text
+    add_evaluation(run, 0, metrics(0.48), [row(0, "fish")])
+    assert "Only the base model is evaluated so far: its CHAIRS is 0.480." in Page(write_report(run).read_text()).text
+    add_pairs(run, 1, prompts, "A.", "B.")
+    add_training(run, 1)
+    add_evaluation(run, 1, metrics(0.3), [row(0)])
+    assert "After 1 of 3 iterations CHAIRS fell" in Page(write_report(run).read_text()).text
+
+
+def test_whatever_a_model_or_a_file_says_is_escaped(tmp_path: Path) -> None:
+    evil = f"{SCRIPT} {HANDLER}"
+    run = new_run(
+        tmp_path / "run",
+        model={"path": f"/m/{HANDLER}{SCRIPT.replace('/', '')}"},
+        scorer={"path": evil},
+        data={"prompts": evil},
+    )
+    prompts = [Prompt(evil, f"/img/{evil}", evil), Prompt("harbour-prompts-0-000001", evil, evil)]
+    tables.write_prompts(run.prompts_path, prompts, 64)
+    run.mark_done(0, "prompts", accepted=2, dropped={evil: 1}, examples=[evil], sha256=evil)
+    for iteration in (1, 2):
+        add_pairs(run, iteration, prompts, f"fish {evil} cup", f"{evil}")
+        add_training(run, iteration)
+    extra = metrics(0.4) | {evil: {"value": 1.0, "low": 0.5, "high": 1.5, "n": 3}}
+    add_evaluation(run, 0, extra, [row(0, evil, text=evil), row(1) | {"id": evil}])
+    add_evaluation(run, 2, extra, [row(0, text=evil), row(1, "cup") | {"id": evil}])
+    text = write_report(run).read_text(encoding="utf-8")
+    page = Page(text)
+    assert SCRIPT not in text
+    assert "<img onerror" not in text
+    assert len(page.all("script")) == 1
+    assert all("onerror" not in attrs for _, attrs in page.tags)
+    assert page.text.count("alert(1)") > 10
+
+
+def test_a_script_that_slipped_through_would_not_run(tmp_path: Path) -> None:
+    text = write_report(new_run(tmp_path / "run")).read_text(encoding="utf-8")
+    import hashlib
+
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(a["content"] for a in Page(text).all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert f"script-src 'sha256-{digest}'" in (policy or "")
+
+
+def test_the_report_depends_on_the_run_alone(tmp_path: Path, prompts: list[Prompt]) -> None:
+    run = complete_run(tmp_path, prompts)
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+    assert not list(run.root.glob(".report*"))
+
+
+def test_a_large_gallery_is_sampled(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run", world=False)
+    prompts = [Prompt(f"p{number}", "none.png", "What?") for number in range(500)]
+    add_pairs(run, 1, prompts, "A.", "B.")
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert len(page.all("article")) == MOST_PROMPTS
+    assert "60 of 500 prompts" in page.text
+
+
+def outcome(tmp_path: Path, before: dict[str, Any], after: dict[str, Any], rows: Any = ((), ())) -> Any:
+    run = new_run(tmp_path / "run", iterations=3)
+    add_evaluation(run, 0, before, list(rows[0]))
+    add_evaluation(run, 3, after, list(rows[1]))
+    return verdict(run, read_evaluation(run))
+
+
+def test_verdict_of_a_gain(tmp_path: Path) -> None:
+    found = outcome(tmp_path, metrics(0.48, 0.992), metrics(0.09, 0.990))
+    assert found.sentence == (
+        "After 3 iterations CHAIR_S fell from 0.480 to 0.090 (−81 %), while recall went from 0.992 to 0.990."
+    )
+    assert found.tone == "better"
+    assert found.notes == []
+
+
+def test_verdict_of_a_gain_that_costs_recall(tmp_path: Path) -> None:
+    found = outcome(tmp_path, metrics(0.48, 0.99), metrics(0.09, 0.93))
+    assert "but recall fell from 0.990 to 0.930 (−0.060): it leaves out more of what is there." in found.sentence
+    assert found.tone == "mixed"
+    assert found.notes == ["Worse than the base model: Recall −0.060."]
+
+
+def test_verdict_of_a_loss(tmp_path: Path) -> None:
+    found = outcome(tmp_path, metrics(0.1), metrics(0.3))
+    assert "CHAIR_S rose from 0.100 to 0.300 (+200 %): the model hallucinates more than before" in found.sentence
+    assert found.tone == "worse"
+    assert "CHAIR_S was lowest with the base model, at 0.100, not at the end." in found.notes
+
+
+def test_verdict_of_a_change_that_may_be_chance(tmp_path: Path) -> None:
+    found = outcome(tmp_path, metrics(0.30), metrics(0.29))
+    assert "CHAIR_S fell from 0.300 to 0.290 (−3 %), which may be chance" in found.sentence
+    assert found.tone == "none"
+
+
+def test_the_same_scenes_decide_what_intervals_cannot(tmp_path: Path) -> None:
+    """Intervals of 0.2 overlap, yet 40 of 200 scenes improved and none got worse."""
+    before = [row(n, *(["cup"] if n < 80 else [])) for n in range(200)]
+    after = [row(n, *(["cup"] if n < 40 else [])) for n in range(200)]
+    found = outcome(tmp_path, metrics(0.4, width=0.2), metrics(0.2, width=0.2), (before, after))
+    assert found.tone == "better"
+    assert "chance" not in found.sentence
+    assert found.notes[0].startswith("On the same 200 scenes CHAIR_S changed by −0.200 (95 % interval −0.2")
+
+
+def test_paired_difference_by_hand(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    add_evaluation(run, 0, metrics(0.5), [row(0, "cup"), row(1, "cup"), row(2), row(9)])
+    add_evaluation(run, 2, metrics(0.5), [row(0), row(1, "cup"), row(2), row(7)])
+    evaluation = read_evaluation(run)
+    assert evaluation is not None
+    assert paired_difference(evaluation) == ratio([-1, 0, 0], [1, 1, 1])
+
+
+def test_metrics_without_a_value_are_dashes(tmp_path: Path) -> None:
+    nothing = {"value": None, "low": None, "high": None, "n": 4}
+    found = metrics(0.2) | {"companion_recall": nothing, "recall": nothing}
+    run = new_run(tmp_path / "run")
+    add_evaluation(run, 0, found)
+    add_evaluation(run, 2, found | {"chair_s": nothing})
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "CHAIRS has no value" in page.text
+    assert "None" not in page.text.replace("None.", "")
+
+
+def test_scene_gallery_divides_its_places(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    add_evaluation(run, 0, metrics(0.5), [row(n, "cup") for n in range(50)] + [row(n) for n in range(50, 60)])
+    after = [row(n) for n in range(40)] + [row(n, "cup") for n in range(40, 53)] + [row(n) for n in range(53, 60)]
+    add_evaluation(run, 2, metrics(0.2), after)
+    evaluation = read_evaluation(run)
+    assert evaluation is not None
+    gallery = scene_gallery(evaluation)
+    assert gallery is not None
+    assert gallery.totals == {"improved": 40, "worsened": 3, "still hallucinating": 10, "clean": 7}
+    assert len(gallery.cards) == MOST_SCENES
+    shown = [card.change for card in gallery.cards]
+    assert shown == ["improved"] * 15 + ["worsened"] * 3 + ["still hallucinating"] * 6
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (["a", "b"], ["a"], "improved"),
+        (["a"], ["a", "b"], "worsened"),
+        (["a"], ["b"], "still hallucinating"),
+        ([], [], "clean"),
+    ],
+)
+def test_change(before: list[str], after: list[str], expected: str) -> None:
+    assert change({"hallucinated": before}, {"hallucinated": after}) == expected
+
+
+def test_marked_words_only() -> None:
+    text = str(marked("A Fish & a fishing boat.", {"fish"}))
+    assert text.count("<mark") == 1
+    assert ">Fish<" in text
+    assert text.endswith(" &amp; a fishing boat.")
+    assert marked("<b>", set()) == "&lt;b&gt;"
+
+
+def test_spread() -> None:
+    assert spread([1, 2, 3], 5) == [1, 2, 3]
+    assert spread(list(range(10)), 4) == [0, 2, 5, 7]
+
+
+def test_scale() -> None:
+    scale = Scale.of([10.0, 45.0])
+    assert [scale.step(value) for value in (0, 10, 14.9, 15, 45, 99)] == [0, 0, 0, 1, 6, 6]
+    assert Scale.of([]).step(1.0) == Scale.of([3.0]).step(3.0) == 3
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 0.41, [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]),
+        (0.935, 0.988, [0.92, 0.94, 0.96, 0.98, 1.0]),
+        (-1e-7, 0.13, [0.0, 0.05, 0.1, 0.15]),
+        (5, 5, None),
+    ],
+)
+def test_nice_ticks(low: float, high: float, expected: list[float] | None) -> None:
+    ticks = nice_ticks(low, high)
+    assert expected is None or ticks == expected
+    assert len(ticks) >= 2
+
+
+def test_chart_survives_what_logs_hold() -> None:
+    axes = Axes()
+    assert chart("nothing", [Series("a", [])], axes) == ""
+    assert chart("nothing", [Series("a", [Point(1, float("nan"))])], axes) == ""
+    for values in ([0.0], [0.0, 0.0], [1e9, -1e9], [1e-12, 2e-12]):
+        drawn = chart("x", [Series("a", [Point(n, value) for n, value in enumerate(values)])], axes)
+        assert "nan" not in drawn
+        Page(drawn)
+    assert "&lt;b&gt;" in chart("<b>", [Series("<b>", [Point(1, 2, title="<b>")])], axes)
+
+
+def test_smoothed_keeps_the_mean() -> None:
+    points = [Point(n, n) for n in range(1000)]
+    short = smoothed(points, 100)
+    assert len(short) == 100
+    assert sum(point.value for point in short) / 100 == pytest.approx(499.5)
+    assert smoothed(points[:5]) == points[:5]
+
+
+def test_formats() -> None:
+    assert (fixed(-0.5, 1), fixed(None), fixed(float("nan"))) == ("−0.5", "–", "–")
+    assert (signed(0.25, 2), signed(-0.25, 2), signed(0.0, 1)) == ("+0.25", "−0.25", "0.0")
+    assert (compact(66.75), compact(-0.31)) == ("66.8", "−0.310")
+    assert (relative_change(0.48, 0.09), relative_change(0, 1)) == ("−81 %", None)
+    assert [duration(s) for s in (0.4, 42, 185, 7800, None)] == ["0.4 s", "42 s", "3 min 5 s", "2 h 10 min", "–"]
+    assert indexed("CHAIR_S & R_I") == "CHAIR<sub>S</sub> &amp; R<sub>I</sub>"
+
+
+def test_credentials_are_not_shown() -> None:
+    config = {"trl": {"hub_token": "hf_secret", "pad_token": "<pad>", "learning_rate": 1.0}, "seed": 1}
+    assert without_secrets(config) == {
+        "trl": {"hub_token": "(not shown)", "pad_token": "<pad>", "learning_rate": 1.0},
+        "seed": 1,
+    }
+
+
+def test_the_report_needs_no_machine_learning_library() -> None:
+    code = (
+        "import sys, csr_vlm.report.html; "
+        "print(sorted({'torch', 'transformers', 'trl', 'peft', 'datasets'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"

@@ -1,0 +1,227 @@
+"""Rewards against numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csr_vlm.config import RewardConfig
+from csr_vlm.errors import CsrError
+from csr_vlm.method.reward import (
+    bag_of_words,
+    image_score,
+    path_ids,
+    repeats_earlier,
+    response_reward,
+    sentence_rewards,
+    text_score,
+)
+from csr_vlm.records import Node
+from tests.unit.builders import method, node
+
+HALF, QUARTER = math.log(0.5), math.log(0.25)
+
+
+def totals(nodes: list[Node], weight: float, **reward: object) -> dict[str, float]:
+    rewards = sentence_rewards(nodes, method(weight, reward=reward), "clip")
+    return {node_id: reward.total for node_id, reward in rewards.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "expected"),
+    [
+        ("product", 1.0, 0.125),  # 0.5 * 0.25
+        ("product", 100.0, 12.5),
+        ("geometric_mean", 1.0, 0.3535534),  # sqrt(0.125)
+        ("geometric_mean", 100.0, 35.35534),
+        ("mean_logprob", 1.0, -1.0397208),  # (-0.6931472 - 1.3862944) / 2
+        ("mean_logprob", 10.0, -10.397208),
+    ],
+)
+def test_text_score(kind, scale, expected):
+    config = RewardConfig(text_score=kind, text_scale=scale)
+    assert text_score(node("0", logprobs=(HALF, QUARTER)), config) == pytest.approx(expected, abs=1e-6)
+
+
+def test_product_punishes_length_and_geometric_mean_does_not():
+    short, long = node("0", logprobs=(HALF,)), node("1", logprobs=(HALF,) * 10)
+    product, mean = (RewardConfig(text_score=kind, text_scale=1.0) for kind in ("product", "geometric_mean"))
+    assert text_score(short, product) == pytest.approx(0.5)
+    assert text_score(long, product) == pytest.approx(0.5**10)
+    assert text_score(short, mean) == pytest.approx(text_score(long, mean))
+
+
+def test_product_of_a_very_long_sentence_is_zero_rather_than_an_error():
+    assert text_score(node("0", logprobs=(-20.0,) * 70), RewardConfig(text_score="product")) == 0.0
+
+
+@pytest.mark.parametrize(("cosine", "expected"), [(0.27, 27.0), (1.0, 100.0), (0.0, 0.0), (-0.1, 0.0)])
+def test_image_score(cosine, expected):
+    assert image_score(node("0", cosine=cosine), "clip") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("cosine", [None, math.nan, math.inf, -math.inf])
+def test_a_missing_or_broken_cosine_names_the_prompt_and_the_sentence(cosine):
+    broken = node("2.1", cosine=cosine, prompt_id="photo-17")
+    with pytest.raises(CsrError, match=r"photo-17.*2\.1") as caught:
+        sentence_rewards([node("0"), broken], method(), "clip")
+    assert "clip" in caught.value.message
+
+
+def test_another_scorers_column_does_not_stand_in():
+    with pytest.raises(CsrError, match="siglip"):
+        image_score(node("0", cosine=0.3), "siglip")
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        (0.9, 24.3125),  # 0.9 * 27 + 0.1 * 0.125
+        (0.5, 13.5625),
+        (0.0, 0.125),
+        (1.0, 27.0),
+    ],
+)
+def test_weighted_fusion_is_equation_4(weight, expected):
+    sentence = node("0", cosine=0.27, logprobs=(HALF, QUARTER))
+    assert totals([sentence], weight, text_score="product", text_scale=1.0)["0"] == pytest.approx(expected)
+
+
+def test_lambda_acts_on_the_order():
+    likely, relevant = node("0", cosine=0.10, logprobs=(-0.1,)), node("1", cosine=0.30, logprobs=(-3.0,))
+    by_text, by_image = totals([likely, relevant], 0.0), totals([likely, relevant], 1.0)
+    assert by_text["0"] > by_text["1"]
+    assert by_image["0"] < by_image["1"]
+
+
+def test_the_parts_are_reported_beside_the_total():
+    reward = sentence_rewards([node("0", cosine=0.27, logprobs=(HALF,))], method(0.25), "clip")["0"]
+    assert reward.image == pytest.approx(27.0)
+    assert reward.text == pytest.approx(50.0)  # 100 * 0.5
+    assert reward.total == pytest.approx(0.25 * 27 + 0.75 * 50)
+
+
+def test_standardised_fusion():
+    # R_I 10 and 30, R_T 0.5 and 0.25: each standardises to -1 and +1, in opposite order.
+    nodes = [node("0", cosine=0.10, logprobs=(HALF,)), node("1", cosine=0.30, logprobs=(QUARTER,))]
+    found = totals(nodes, 0.25, fusion="standardised")
+    assert found["0"] == pytest.approx(0.25 * -1 + 0.75 * 1)
+    assert found["1"] == pytest.approx(0.25 * 1 + 0.75 * -1)
+
+
+def test_standardised_fusion_uses_the_population_deviation():
+    nodes = [node(str(i), cosine=cosine) for i, cosine in enumerate((0.1, 0.2, 0.6))]
+    # Mean 30, deviations -20, -10, 30, variance 1400 / 3.
+    expected = [value / math.sqrt(1400 / 3) for value in (-20, -10, 30)]
+    assert list(totals(nodes, 1.0, fusion="standardised").values()) == pytest.approx(expected)
+
+
+def test_standardised_fusion_of_equal_scores_is_zero():
+    nodes = [node("0", cosine=0.2), node("1", cosine=0.2)]
+    assert totals(nodes, 0.5, fusion="standardised") == {"0": 0.0, "1": 0.0}
+
+
+def test_standardised_fusion_does_not_feel_the_text_scale_but_weighted_does():
+    nodes = [node("0", cosine=0.1, logprobs=(-0.3,)), node("1", cosine=0.4, logprobs=(-1.1,))]
+    small, large = ({"text_scale": scale} for scale in (1.0, 1000.0))
+    assert totals(nodes, 0.5, fusion="standardised", **small) == pytest.approx(
+        totals(nodes, 0.5, fusion="standardised", **large)
+    )
+    assert totals(nodes, 0.5, **small) != pytest.approx(totals(nodes, 0.5, **large))
+
+
+def test_sibling_rank_fusion():
+    nodes = [
+        node("0", cosine=0.30, logprobs=(-3.0,)),  # image 1/3, text 3/3
+        node("1", cosine=0.20, logprobs=(-1.0,)),  # image 2/3, text 1/3
+        node("2", cosine=0.10, logprobs=(-2.0,)),  # image 3/3, text 2/3
+        node("1.0", cosine=0.90, logprobs=(-0.1,)),  # alone in its family: 1 and 1
+    ]
+    found = totals(nodes, 0.9, fusion="sibling_rank", text_score="mean_logprob")
+    assert found["0"] == pytest.approx(-(0.9 / 3 + 0.1))
+    assert found["1"] == pytest.approx(-(0.9 * 2 / 3 + 0.1 / 3))
+    assert found["2"] == pytest.approx(-(0.9 + 0.1 * 2 / 3))
+    assert found["1.0"] == pytest.approx(-1.0)
+
+
+def test_sibling_rank_ties_go_to_the_earlier_sibling():
+    found = totals([node("0"), node("1")], 0.5, fusion="sibling_rank")
+    assert found == {"0": pytest.approx(-0.5), "1": pytest.approx(-1.0)}
+
+
+@pytest.mark.parametrize(("how", "expected"), [("sum", 6.0), ("mean", 2.0), ("mean_plus_one", 1.5)])
+def test_response_reward(how, expected):
+    assert response_reward([1.0, 2.0, 3.0], RewardConfig(response=how)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("how", ["sum", "mean", "mean_plus_one"])
+def test_a_response_without_sentences_earns_nothing(how):
+    assert response_reward([], RewardConfig(response=how)) == 0.0
+
+
+def test_a_sum_of_positive_rewards_prefers_length_and_a_mean_does_not():
+    short, long = [20.0, 20.0], [18.0, 18.0, 18.0]
+    by_sum, by_mean = RewardConfig(response="sum"), RewardConfig(response="mean")
+    assert response_reward(long, by_sum) > response_reward(short, by_sum)
+    assert response_reward(long, by_mean) < response_reward(short, by_mean)
+
+
+REPEATING = [
+    node("0", "A cat sits.", cosine=0.10),
+    node("0.0", " Sits a CAT!", cosine=0.30),  # the words of 0 again
+    node("0.1", " A dog.", cosine=0.20),
+    node("1", "A cat sits.", cosine=0.15),  # the words of 0 on another path
+]
+
+
+def test_repeat_penalty():
+    # Rewards 10, 30, 20, 15 spread over 20; half of that is the price of saying it again.
+    assert totals(REPEATING, 1.0) == pytest.approx({"0": 10, "0.0": 30, "0.1": 20, "1": 15})
+    assert totals(REPEATING, 1.0, repeat_penalty=0.5) == pytest.approx({"0": 10, "0.0": 20, "0.1": 20, "1": 15})
+
+
+def test_repeats_are_found_along_the_path_only():
+    by_id = {item.node_id: item for item in REPEATING}
+    assert [repeats_earlier(item, by_id) for item in REPEATING] == [False, True, False, False]
+
+
+def test_repeats_count_words():
+    assert bag_of_words("The cat, the DOG.") == ("cat", "dog", "the", "the")
+    assert bag_of_words("A red car and a blue car.") != bag_of_words("A red car and a blue one.")
+
+
+def test_a_node_without_a_sentence_earns_nothing_and_sways_nobody():
+    nodes = [node("0", cosine=0.1), node("1", cosine=0.3)]
+    ending = node("0.0", "  ", cosine=None, logprobs=(-50.0,))
+    for fusion in ("weighted", "standardised", "sibling_rank"):
+        alone = totals(nodes, 0.5, fusion=fusion, repeat_penalty=1.0)
+        assert totals([*nodes, ending], 0.5, fusion=fusion, repeat_penalty=1.0) == alone
+        assert "0.0" not in alone
+
+
+def test_no_nodes_no_rewards():
+    for fusion in ("weighted", "standardised", "sibling_rank"):
+        assert totals([], 0.5, fusion=fusion, repeat_penalty=1.0) == {}
+
+
+def test_path_ids():
+    assert path_ids("2") == ["2"]
+    assert path_ids("2.0.13") == ["2", "2.0", "2.0.13"]
+
+
+scores = st.tuples(st.floats(-1, 1), st.lists(st.floats(-30, 0), min_size=1, max_size=5))
+
+
+@given(st.lists(scores, min_size=1, max_size=8), st.floats(0, 1), st.sampled_from(["weighted", "standardised"]))
+def test_rewards_do_not_depend_on_the_order_of_the_nodes(scored, weight, fusion):
+    nodes = [node(str(i), cosine=c, logprobs=tuple(lps)) for i, (c, lps) in enumerate(scored)]
+    assert totals(nodes, weight, fusion=fusion) == pytest.approx(totals(nodes[::-1], weight, fusion=fusion))
+
+
+@given(st.lists(scores, min_size=2, max_size=8), st.floats(0, 1))
+def test_weighted_rewards_stay_within_their_units(scored, weight):
+    nodes = [node(str(i), cosine=c, logprobs=tuple(lps)) for i, (c, lps) in enumerate(scored)]
+    assert all(-1e-9 <= total <= 100 + 1e-9 for total in totals(nodes, weight).values())

@@ -1,0 +1,358 @@
+"""The search against a hand-worked tree and against what must hold of every tree."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csr_vlm.config import FilterConfig, MethodConfig
+from csr_vlm.method.search import Tree, refused, search
+from csr_vlm.records import Candidate, Expansion, Fate, Finish, Prompt
+from tests.unit.builders import config, method, prompt
+
+STOP = Candidate((0,), (-0.5,), "", Finish.EOS)
+"""Ends a response and adds no sentence."""
+
+
+def say(text: str, *logprobs: float, finish: Finish = Finish.DELIMITER) -> Candidate:
+    logprobs = logprobs or (-1.0, -1.0)
+    return Candidate(tuple(hash_ids(text, len(logprobs))), logprobs, text, finish)
+
+
+def hash_ids(text: str, length: int) -> list[int]:
+    return [sum(map(ord, text)) * 10 + place for place in range(length)]
+
+
+@dataclass
+class Script:
+    """A proposer that says what it is told, and a response's end where it is told nothing."""
+
+    lines: dict[str, list[Candidate]]
+    asked: list[list[Expansion]] = field(default_factory=list)
+
+    def __call__(self, requests: Sequence[Expansion]) -> list[list[Candidate]]:
+        self.asked.append(list(requests))
+        return [self.lines.get(request.node_id, [STOP]) for request in requests]
+
+
+@dataclass
+class Scores:
+    """A scorer that looks cosines up, and notes what it was asked."""
+
+    cosines: dict[str, float]
+    asked: list[list[tuple[str, str]]] = field(default_factory=list)
+
+    def __call__(self, items: Sequence[tuple[Prompt, str]]) -> list[dict[str, float]]:
+        self.asked.append([(asked.prompt_id, sentence) for asked, sentence in items])
+        return [{"clip": self.cosines[sentence]} for _, sentence in items]
+
+
+def grow(lines: dict[str, list[Candidate]], cosines: dict[str, float], how: MethodConfig) -> Tree:
+    (tree,) = search([prompt()], Script(lines), Scores(cosines), how, iteration=1, seed=0, scorer="clip")
+    return tree
+
+
+def fates(tree: Tree) -> dict[str, Fate]:
+    return {node.node_id: node.fate for node in tree.nodes}
+
+
+# Two rounds. With lambda 1 a sentence's reward is 100 times its cosine.
+LINES = {
+    "": [
+        say("Aaaa.", -1.0, -1.0),
+        say("Bbbb.", -1.5, -1.5),
+        say("Cccc.", -2.0, -2.0),
+        say("Aaaa.", -1.0, -1.0),
+        say("Dd."),
+        say("Eeee.", finish=Finish.EOS),
+        say("Ffff", finish=Finish.LENGTH),
+    ],
+    "0": [STOP, say(" Gggg.", -4.0, -4.0), say(" Hhhh.", -0.1, -0.1)],
+    "2": [say(" Iiii.", -0.5, -0.5), say(" Jjjj.", -1.0, -1.0)],
+}
+COSINES = {
+    "Aaaa.": 0.30,
+    "Bbbb.": 0.20,
+    "Cccc.": 0.10,
+    "Dd.": 0.99,
+    "Eeee.": 0.05,
+    "Ffff": 0.98,
+    "Gggg.": 0.25,
+    "Hhhh.": 0.15,
+    "Iiii.": 0.05,
+    "Jjjj.": 0.40,
+}
+FIRST_ROUND = {
+    "0": Fate.TOP,  # 30, the best that can go on
+    "1": Fate.PRUNED,  # 20
+    "2": Fate.BOTTOM,  # 10, the worst that can go on
+    "3": Fate.DUPLICATE,
+    "4": Fate.FILTERED,  # three characters
+    "5": Fate.FINISHED,  # kept although its 5 is the worst
+    "6": Fate.TRUNCATED,  # kept out of the beam although its 98 is the best
+}
+
+
+def steered(steer_by: str, max_sentences: int) -> MethodConfig:
+    search_settings = {
+        "num_candidates": 7,
+        "keep_top": 1,
+        "keep_bottom": 1,
+        "steer_by": steer_by,
+        "max_sentences": max_sentences,
+        "filters": {"min_chars": 4},
+    }
+    return method(1.0, search=search_settings, reward={"response": "sum"})
+
+
+def test_every_fate_of_a_hand_worked_tree():
+    tree = grow(LINES, COSINES, steered("sentence", max_sentences=2))
+    assert fates(tree) == FIRST_ROUND | {
+        "0.0": Fate.FINISHED,  # only ends "Aaaa."
+        "0.1": Fate.PRUNED,  # 25
+        "0.2": Fate.PRUNED,  # 15
+        "2.0": Fate.TRUNCATED,  # 5, the worst, at the sentence limit
+        "2.1": Fate.TRUNCATED,  # 40, the best, at the sentence limit
+    }
+    assert tree.frontier == []
+
+
+@pytest.mark.parametrize(
+    ("steer_by", "best", "worst"),
+    [
+        ("sentence", "2.1", "2.0"),  # 25, 15, 5, 40
+        ("response", "0.1", "2.0"),  # 30+25, 30+15, 10+5, 10+40
+        ("logprob", "0.2", "0.1"),  # -10/4, -2.2/4, -5/4, -6/4
+    ],
+)
+def test_steering(steer_by, best, worst):
+    found = fates(grow(LINES, COSINES, steered(steer_by, max_sentences=3)))
+    assert {key: found[key] for key in FIRST_ROUND} == FIRST_ROUND
+    second = {key: fate for key, fate in found.items() if key in {"0.1", "0.2", "2.0", "2.1"}}
+    assert second == dict.fromkeys(second, Fate.PRUNED) | {best: Fate.TOP, worst: Fate.BOTTOM}
+
+
+def test_steering_by_logprob_counts_tokens():
+    # -1 for one token against -2 for four: the longer sentence is the likelier a token.
+    lines = {"": [say("Aaaa.", -1.0), say("Bbbb.", -0.5, -0.5, -0.5, -0.5)]}
+    found = fates(grow(lines, COSINES, steered("logprob", max_sentences=2)))
+    assert (found["0"], found["1"]) == (Fate.BOTTOM, Fate.TOP)
+
+
+def test_only_the_kept_are_continued_from_their_own_tokens():
+    script, how = Script(LINES), steered("sentence", max_sentences=3)
+    (tree,) = search([prompt()], script, Scores(COSINES), how, iteration=4, seed=9, scorer="clip")
+    assert [[request.node_id for request in asked] for asked in script.asked] == [[""], ["0", "2"], ["2.1", "2.0"]]
+    first, second, third = script.asked
+    assert first[0].prefix_ids == ()
+    assert second[1].prefix_ids == say("Cccc.", -2.0, -2.0).token_ids
+    assert third[0].prefix_ids == say("Cccc.", -2, -2).token_ids + say(" Jjjj.").token_ids
+    assert first[0].seed == (9, "p", 4, "")
+    assert third[1].seed == (9, "p", 4, "2.0")
+    assert {request.num_candidates for asked in script.asked for request in asked} == {7}
+    assert {node.iteration for node in tree.nodes} == {4}
+
+
+def test_measurements_are_kept_with_every_node():
+    tree = grow(LINES, COSINES, steered("sentence", max_sentences=2))
+    by_id = {node.node_id: node for node in tree.nodes}
+    assert by_id["2.1"].parent_id == "2"
+    assert by_id["2.1"].depth == 2
+    assert by_id["2.1"].text == " Jjjj."
+    assert by_id["2.1"].cosines == {"clip": 0.40}
+    assert by_id["4"].cosines == {"clip": 0.99}, "a refused sentence is measured as well"
+    assert by_id["0.0"].cosines == {}
+    assert by_id["0.0"].token_logprobs == (-0.5,)
+
+
+@pytest.mark.parametrize("finish", [Finish.EOS, Finish.DELIMITER, Finish.LENGTH])
+def test_an_empty_first_sentence_is_refused(finish):
+    tree = grow({"": [Candidate((0,), (-0.1,), " ", finish)]}, {}, method())
+    assert fates(tree) == {"0": Fate.FILTERED}
+    assert tree.frontier == []
+
+
+def test_an_empty_sentence_that_does_not_end_the_response_is_refused():
+    lines = {"": [say("Aaaa.")], "0": [Candidate((7,), (-0.1,), " ", Finish.LENGTH)]}
+    assert fates(grow(lines, COSINES, method())) == {"0": Fate.TOP, "0.0": Fate.FILTERED}
+
+
+@pytest.mark.parametrize("max_sentences", [1, 2, 5])
+def test_max_sentences(max_sentences):
+    lines = {".".join("0" * depth): [say(" Aaaa.")] for depth in range(10)}
+    tree = grow(lines, COSINES, method(search={"max_sentences": max_sentences}))
+    assert [node.depth for node in tree.nodes] == list(range(1, max_sentences + 1))
+    assert [node.fate for node in tree.nodes] == [Fate.TOP] * (max_sentences - 1) + [Fate.TRUNCATED]
+
+
+@pytest.mark.parametrize(("limit", "fate"), [(11, Fate.TOP), (10, Fate.TRUNCATED), (None, Fate.TOP)])
+def test_max_response_chars_counts_the_white_space(limit, fate):
+    lines = {"": [say("Aaaa.")], "0": [say(" Bbbb.")]}  # 5 + 6 characters
+    found = fates(grow(lines, COSINES, method(search={"max_response_chars": limit})))
+    assert found["0"] is Fate.TOP
+    assert found["0.0"] is fate
+
+
+def test_a_finished_response_may_be_longer_than_the_character_limit():
+    lines = {"": [say("Aaaa.", finish=Finish.EOS)]}
+    assert fates(grow(lines, COSINES, method(search={"max_response_chars": 2}))) == {"0": Fate.FINISHED}
+
+
+def test_few_candidates_are_kept_once():
+    # Two candidates, three places: the second is not both among the best and the worst.
+    lines = {"": [say("Aaaa."), say("Bbbb.")]}
+    found = fates(grow(lines, COSINES, method(search={"keep_top": 1, "keep_bottom": 2})))
+    assert found == {"0": Fate.TOP, "1": Fate.BOTTOM, "0.0": Fate.FINISHED, "1.0": Fate.FINISHED}
+
+
+def test_ties_go_to_the_earlier_node():
+    cosines = dict.fromkeys(COSINES, 0.2)
+    lines = {"": [say("Aaaa."), say("Bbbb."), say("Cccc.")]}
+    found = fates(grow(lines, cosines, method(1.0, search={"keep_top": 1, "keep_bottom": 1})))
+    assert (found["0"], found["1"], found["2"]) == (Fate.TOP, Fate.BOTTOM, Fate.PRUNED)
+
+
+def test_official_filters():
+    filters = config(preset="official").method.search.filters
+    assert refused("Abc", [], filters)
+    assert not refused("Abcd", [], filters)
+    assert refused("a\nb\nc\nd\ne\nf\ng", [], filters)
+    assert not refused("a\nb\nc\nd\ne\nfg", [], filters)
+    assert refused("A boat is there.", ["There is a boat."], filters)
+    assert not refused("There are two boats.", ["There is a boat."], filters)
+    for foreign in ("Это лодка.", "有一条船。", "ここに船。", "A boat λ."):
+        assert refused(foreign, [], filters), foreign
+    for latin in ("Ein Café, señor Łukasz!", "3 × 4 = 12 — “naïve” …", "A boat costs 5 €."):
+        assert not refused(latin, [], filters), latin
+
+
+def test_default_filters_refuse_nothing_that_official_does():
+    for text in ("Abc", "a\nb\nc\nd\ne\nf\ng", "A boat is there.", "Это лодка."):
+        assert not refused(text, ["There is a boat."], FilterConfig())
+
+
+def test_a_repeat_is_looked_for_on_the_path_only():
+    how = method(search={"filters": {"repeats": True}, "keep_top": 2})
+    lines = {"": [say("Aaaa."), say("Bbbb.")], "0": [say(" Aaaa."), say(" Bbbb.")], "1": [STOP]}
+    found = fates(grow(lines, COSINES, how))
+    assert found["0.0"] is Fate.FILTERED
+    assert found["0.1"] is Fate.TOP
+
+
+WORDS = ("Boat.", "Fish.", "Tree.", "A bird sings.", "Лодка.", "ok")
+
+
+@dataclass
+class RandomModel:
+    """Proposes and scores at random, as a function of the request alone."""
+
+    salt: int
+    asked: list[list[Expansion]] = field(default_factory=list)
+    scored: list[list[tuple[str, str]]] = field(default_factory=list)
+
+    def propose(self, requests: Sequence[Expansion]) -> list[list[Candidate]]:
+        self.asked.append(list(requests))
+        return [[self._candidate(request, i) for i in range(request.num_candidates)] for request in requests]
+
+    def _candidate(self, request: Expansion, index: int) -> Candidate:
+        rng = random.Random(f"{self.salt} {request.seed} {index}")
+        word = rng.choice(["", *WORDS])
+        finish = rng.choices([Finish.DELIMITER, Finish.EOS, Finish.LENGTH], [6, 2, 1])[0]
+        ids = (len(word), WORDS.index(word) if word else 99)
+        return Candidate(ids, (-rng.random(), -rng.random()), f" {word}", finish)
+
+    def score(self, items: Sequence[tuple[Prompt, str]]) -> list[dict[str, float]]:
+        self.scored.append([(asked.prompt_id, sentence) for asked, sentence in items])
+        return [{"clip": random.Random(f"{self.salt} {p.prompt_id} {s}").uniform(-0.2, 0.5)} for p, s in items]
+
+
+methods = st.builds(
+    lambda weight, fusion, response, repeat_penalty, **settings: method(
+        weight,
+        search=settings | {"filters": {"min_chars": 3, "non_latin": True, "repeats": True}},
+        reward={"fusion": fusion, "response": response, "repeat_penalty": repeat_penalty},
+    ),
+    weight=st.floats(0, 1),
+    fusion=st.sampled_from(["weighted", "standardised", "sibling_rank"]),
+    response=st.sampled_from(["sum", "mean", "mean_plus_one"]),
+    repeat_penalty=st.sampled_from([0.0, 1.0]),
+    num_candidates=st.integers(1, 5),
+    keep_top=st.integers(1, 3),
+    keep_bottom=st.integers(0, 3),
+    steer_by=st.sampled_from(["sentence", "response", "logprob"]),
+    max_sentences=st.integers(1, 4),
+    max_response_chars=st.none() | st.integers(5, 40),
+)
+EXPANDED = {Fate.TOP, Fate.BOTTOM}
+PROMPTS = [prompt(name) for name in ("a", "b", "c")]
+
+
+def run(model: RandomModel, prompts: Sequence[Prompt], how: MethodConfig) -> list[Tree]:
+    return search(prompts, model.propose, model.score, how, iteration=1, seed=3, scorer="clip")
+
+
+@given(st.integers(0, 10**6), methods)
+def test_a_tree_is_a_tree_of_expanded_nodes(salt, how):
+    for tree in run(RandomModel(salt), PROMPTS, how):
+        by_id = {node.node_id: node for node in tree.nodes}
+        assert len(by_id) == len(tree.nodes)
+        parents = {node.parent_id for node in tree.nodes} - {""}
+        assert all(by_id[parent].fate in EXPANDED for parent in parents)
+        assert {node.node_id for node in tree.nodes if node.fate in EXPANDED} == parents, "who is kept is continued"
+        assert all(node.depth == node.node_id.count(".") + 1 <= how.search.max_sentences for node in tree.nodes)
+
+
+@given(st.integers(0, 10**6), methods)
+def test_at_most_the_beam_is_expanded_a_round(salt, how):
+    for tree in run(RandomModel(salt), PROMPTS, how):
+        for depth in range(1, how.search.max_sentences + 1):
+            level = [node for node in tree.nodes if node.depth == depth]
+            assert sum(node.fate is Fate.TOP for node in level) <= how.search.keep_top
+            assert sum(node.fate is Fate.BOTTOM for node in level) <= how.search.keep_bottom
+
+
+@given(st.integers(0, 10**6), methods, st.permutations(PROMPTS))
+def test_a_tree_does_not_depend_on_its_company(salt, how, order):
+    together = {tree.prompt.prompt_id: tree.nodes for tree in run(RandomModel(salt), order, how)}
+    for one in PROMPTS:
+        (alone,) = run(RandomModel(salt), [one], how)
+        assert alone.nodes == together[one.prompt_id]
+
+
+def test_different_prompts_and_seeds_do_give_different_trees():
+    how = method()
+    first, second, _ = run(RandomModel(1), PROMPTS, how)
+    assert [node.text for node in first.nodes] != [node.text for node in second.nodes]
+    other = search(PROMPTS, RandomModel(1).propose, RandomModel(1).score, how, iteration=1, seed=4, scorer="clip")
+    assert [node.text for node in first.nodes] != [node.text for node in other[0].nodes]
+
+
+@given(st.integers(0, 10**6), methods)
+def test_each_sentence_is_scored_once_a_round_and_none_is_missed(salt, how):
+    model = RandomModel(salt)
+    trees = run(model, PROMPTS, how)
+    assert len(model.scored) == len(model.asked) <= how.search.max_sentences
+    for depth, scored in enumerate(model.scored, start=1):
+        assert len(scored) == len(set(scored))
+        said = {
+            (node.prompt_id, node.sentence)
+            for tree in trees
+            for node in tree.nodes
+            if node.depth == depth and node.sentence
+        }
+        assert set(scored) == said
+
+
+@given(st.integers(0, 10**6), methods)
+def test_prefixes_are_the_tokens_along_the_path(salt, how):
+    model = RandomModel(salt)
+    by_id = {(node.prompt_id, node.node_id): node for tree in run(model, PROMPTS, how) for node in tree.nodes}
+    for request in (request for asked in model.asked for request in asked if request.node_id):
+        parts = request.node_id.split(".")
+        path = [by_id[request.prompt.prompt_id, ".".join(parts[: n + 1])] for n in range(len(parts))]
+        assert request.prefix_ids == tuple(token for node in path for token in node.token_ids)

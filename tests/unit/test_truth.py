@@ -1,0 +1,130 @@
+"""Judging hand-written texts about a hand-made scene."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csr_vlm.world.scenes import HARBOUR, Scene, SceneObject, Split, make_scene
+from csr_vlm.world.truth import Judgement, answers_yes, judge, mentions
+from tests.unit.builders import true_caption
+
+SCENE = Scene(
+    scene_id="harbour-test-0-000000",
+    split=Split.TEST,
+    objects=(
+        SceneObject("boat", "red", 0, (0, 0), 20),
+        SceneObject("tree", "green", 4, (0, 0), 20),
+        SceneObject("ball", "blue", 8, (0, 0), 20),
+    ),
+    background=(255, 255, 255),
+)
+
+
+def judged(text: str) -> Judgement:
+    return judge(HARBOUR, SCENE, text)
+
+
+def test_the_whole_truth():
+    assert judged("There is a red boat. There is a green tree. There is a blue ball.") == Judgement(
+        mentioned=("boat", "tree", "ball"),
+        hallucinated=(),
+        recalled=frozenset({"boat", "tree", "ball"}),
+        colors_right=3,
+        colors_wrong=0,
+        repeats=0,
+        words=15,
+    )
+
+
+def test_a_hallucination():
+    found = judged("There is a red boat. There is a red fish.")
+    assert found.mentioned == ("boat", "fish")
+    assert found.hallucinated == ("fish",)
+    assert found.recalled == {"boat"}
+    assert (found.colors_right, found.colors_wrong) == (1, 0), "an absent fish has no true colour"
+
+
+def test_every_mention_of_what_is_not_there_counts():
+    assert judged("A fish. Another fish, and a bird.").hallucinated == ("fish", "fish", "bird")
+
+
+def test_a_wrong_colour_is_no_hallucinated_object():
+    found = judged("There is a blue boat. There is a green tree.")
+    assert found.hallucinated == ()
+    assert (found.colors_right, found.colors_wrong) == (1, 1)
+    assert found.recalled == {"boat", "tree"}
+
+
+def test_a_colour_counts_only_right_before_its_object():
+    found = judged("The boat is blue. A red, large tree.")
+    assert (found.colors_right, found.colors_wrong) == (0, 0)
+    assert mentions(HARBOUR, "red boat; the boat") == [("boat", "red"), ("boat", None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "repeats"),
+    [
+        ("There is a red boat. There is a red boat.", 1),
+        ("There is a red boat. A tree. There is a red boat. there is a RED boat.", 2),
+        ("There is a red boat. A red boat is there.", 1),
+        ("There is a red boat. There is a blue boat.", 0),
+        ("There is a red boat.", 0),
+        ("", 0),
+        ("...", 0),
+        ("There is a red boat. There is a red boat", 1),
+    ],
+)
+def test_repeats(text, repeats):
+    assert judged(text).repeats == repeats
+
+
+def test_repeating_recalls_nothing_more():
+    once, twice = judged("A red boat."), judged("A red boat. A red boat.")
+    assert once.recalled == twice.recalled == {"boat"}
+    assert twice.mentioned == ("boat", "boat")
+    assert twice.words == 6
+
+
+def test_words_are_read_whole_and_in_any_case():
+    assert judged("A RED Boat!").mentioned == ("boat",)
+    assert judged("A boathouse, a treetop and a steamboat.").mentioned == ()
+
+
+def test_nothing_said():
+    assert judged("") == Judgement((), (), frozenset(), 0, 0, 0, 0)
+
+
+@given(st.integers(0, 10**6))
+def test_a_true_caption_is_always_judged_true(index):
+    scene = make_scene(HARBOUR, Split.DEVELOPMENT, 0, index)
+    found = judge(HARBOUR, scene, true_caption(scene))
+    assert found.hallucinated == ()
+    assert found.recalled == scene.kinds
+    assert found.colors_right == len(scene.objects)
+    assert found.colors_wrong == found.repeats == 0
+
+
+@given(st.integers(0, 10**6), st.sampled_from(HARBOUR.kinds))
+def test_adding_a_kind_hallucinates_exactly_where_it_is_absent(index, kind):
+    scene = make_scene(HARBOUR, Split.DEVELOPMENT, 0, index)
+    found = judge(HARBOUR, scene, f"{true_caption(scene)} There is a {kind}.")
+    assert found.hallucinated == (() if kind in scene.kinds else (kind,))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Yes.", True),
+        ("yes, there is", True),
+        (" No", False),
+        ("No, yes.", False),
+        ("", None),
+        ("Maybe.", None),
+        ("Yesterday", None),
+        ("42", None),
+    ],
+)
+def test_answers(text, answer):
+    assert answers_yes(text) is answer
