@@ -91,6 +91,11 @@ class RewardConfig(_Section):
     response: Literal["sum", "mean", "mean_plus_one"] = Field(
         default="mean", description="R(y): sum of R(s), its mean, or the sum over (number of sentences + 1)."
     )
+    baseline: Literal["none", "mean", "midrange"] = Field(
+        default="none",
+        description="Taken from every R(s), so that a sum grows with good sentences only: the mean, or the middle "
+        "between best and worst, of the prompt's distinct sentences.",
+    )
     repeat_penalty: float = Field(
         default=0.0,
         ge=0,
@@ -131,7 +136,9 @@ class DataConfig(_Section):
     on_bad_input: Literal["skip", "refuse"] = Field(
         default="skip", description="Skip and count a bad row, or refuse to start."
     )
-    max_image_pixels: int = Field(default=50_000_000, ge=1, le=170_000_000, description="Larger images are refused undecoded.")
+    max_image_pixels: int = Field(
+        default=50_000_000, ge=1, le=170_000_000, description="Larger images are refused undecoded."
+    )
 
 
 class ScorerConfig(_Section):

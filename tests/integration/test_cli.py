@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import small_config
 
 from csr_vlm.config import RunConfig
+from tests.integration.conftest import small_config
 
 
 def csr(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -116,7 +116,10 @@ def test_another_scorer_joins_the_ledger(finished: Path) -> None:
         (["check", "RECIPE", "method.lambda=3"], "less than or equal to 1"),
         (["check", "RECIPE", "method.lambda"], "is not an override"),
         (["check", "RECIPE", "preset=calibratd"], "unknown preset"),
-        (["check", "RECIPE", "model.path=/nonexistent"], "the model /nonexistent cannot be loaded: there is no such directory"),
+        (
+            ["check", "RECIPE", "model.path=/nonexistent"],
+            "the model /nonexistent cannot be loaded: there is no such directory",
+        ),
         (["check", "RECIPE", "data.prompts=/nonexistent.jsonl"], "cannot be opened"),
     ],
 )

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import small_config
 from safetensors.torch import load_file
 
 from csr_vlm.config import RunConfig
@@ -22,6 +21,7 @@ from csr_vlm.loop import align
 from csr_vlm.progress import Silent
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
+from tests.integration.conftest import small_config
 
 CSR = [sys.executable, "-m", "csr_vlm.cli"]
 
@@ -63,7 +63,7 @@ def test_a_run_leaves_what_the_design_promises(undisturbed: Run) -> None:
         "sha256": manifest["stages"]["iteration-0"]["prompts"]["sha256"],
     }
     assert (undisturbed.root / "report.html").stat().st_size > 10_000
-    leftovers = [p.name for p in undisturbed.root.rglob("*") if p.name.endswith((".tmp", ".pkl", ".bin", ".pt"))]
+    leftovers = [p for p in undisturbed.root.rglob("*") if p.suffix in (".tmp", ".pkl", ".bin", ".pt")]
     assert leftovers == []
 
 
@@ -80,9 +80,7 @@ def test_the_evaluation_has_intervals_protocol_and_every_iteration(undisturbed: 
 def test_pairs_derive_from_the_ledger_alone(undisturbed: Run) -> None:
     pairs = list(tables.read_pairs(undisturbed.pairs_path(1)))
     nodes = {
-        (node.prompt_id, node.node_id): node
-        for part in undisturbed.ledger_parts(1)
-        for node in tables.read_nodes(part)
+        (node.prompt_id, node.node_id): node for part in undisturbed.ledger_parts(1) for node in tables.read_nodes(part)
     }
     for pair in pairs:
         assert pair.chosen.reward > pair.rejected.reward
@@ -103,9 +101,7 @@ def test_a_second_seed_gives_another_ledger(undisturbed: Run, config: RunConfig,
 
 
 def start(run: Run) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [*CSR, "run", str(run.root), "--quiet"], stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    return subprocess.Popen([*CSR, "run", str(run.root), "--quiet"], stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def kill_when(run: Run, condition: Callable[[], bool]) -> None:
@@ -146,7 +142,7 @@ def test_five_kills_do_not_change_the_result(undisturbed: Run, config: RunConfig
     assert not run.is_done(2, "train")
     assert start(run).wait() == 0
     assert results(run) == results(undisturbed)
-    assert not [p for p in run.root.rglob("*.tmp")]
+    assert not list(run.root.rglob("*.tmp"))
 
 
 def test_two_processes_cannot_share_a_run(config: RunConfig, tmp_path: Path) -> None:

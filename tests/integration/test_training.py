@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_config
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
@@ -24,6 +23,7 @@ from csr_vlm.scoring.clip import ClipScorer
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.dpo import merge, reference_difference, train, trainable_policy
 from csr_vlm.world.demo import assets
+from tests.integration.conftest import small_config
 
 CONFIG = TrainingConfig.model_validate(
     {"lora": {"r": 4, "alpha": 8}, "trl": {"learning_rate": 1e-3, "per_device_train_batch_size": 4}}
@@ -115,7 +115,7 @@ def test_the_second_iteration_goes_on_from_the_first(pairs, config, prompts, tmp
 def test_adapter_on_the_base_and_merged_model_give_the_same_logits(pairs, config, tmp_path: Path) -> None:
     run_training(pairs, config, tmp_path)
     merge(config.model, tmp_path / "adapter", tmp_path / "model")
-    base, processor = load_base(config.model)
+    base, _ = load_base(config.model)
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     collator = PairCollator(load_policy(config.model, None))
     batch = collator([training_row(pair) for pair in pairs[:4]])

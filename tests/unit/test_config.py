@@ -241,7 +241,7 @@ def test_what_is_no_override_is_refused(override):
         ("true", True),
         ("null", None),
         ("cosine", "cosine"),
-        ("'1e-4'", 1e-4),
+        ("'1e-4'", "1e-4"),
         ("[1, 2]", [1, 2]),
         ("{a: 1}", {"a": 1}),
         ("a=b", "a=b"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from csr_vlm.config import DataConfig
-from csr_vlm.data.prompts import InputReport, count_rows, read_prompts, take
+from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
 from csr_vlm.errors import CsrError
 from csr_vlm.records import Prompt
 
@@ -228,7 +229,7 @@ def test_rows_are_read_one_by_one(folder):
     read(folder, row("a"), row("b"), row("c"))
     report = InputReport()
     stream = read_prompts(DataConfig(prompts=str(folder / "prompts.jsonl"), on_bad_input="refuse"), report)
-    assert [prompt.prompt_id for prompt in take(stream, 2)] == ["a", "b"]
+    assert [prompt.prompt_id for prompt in islice(stream, 2)] == ["a", "b"]
     assert report.accepted == 2
 
 

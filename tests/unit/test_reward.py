@@ -225,3 +225,17 @@ def test_rewards_do_not_depend_on_the_order_of_the_nodes(scored, weight, fusion)
 def test_weighted_rewards_stay_within_their_units(scored, weight):
     nodes = [node(str(i), cosine=c, logprobs=tuple(lps)) for i, (c, lps) in enumerate(scored)]
     assert all(-1e-9 <= total <= 100 + 1e-9 for total in totals(nodes, weight).values())
+
+
+def test_a_baseline_makes_false_sentences_cost_and_counts_each_sentence_once():
+    # R_I alone: 40, 30, 30 (said twice, on two branches) and 0. Mean of distinct: 70 / 3; midrange: 20.
+    nodes = [
+        node("0", "There is a boat.", cosine=0.4),
+        node("1", "There is a tree.", cosine=0.3),
+        node("0.0", "There is a tree.", cosine=0.3),
+        node("0.1", "There is a fish.", cosine=0.0),
+    ]
+    for baseline, nothing in (("none", 0.0), ("mean", 70 / 3), ("midrange", 20.0)):
+        settings = method(1.0, reward={"baseline": baseline, "response": "sum"})
+        rewards = sentence_rewards(nodes, settings, "clip")
+        assert [rewards[n.node_id].total for n in nodes] == pytest.approx([r - nothing for r in (40, 30, 30, 0)])

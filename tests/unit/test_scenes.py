@@ -13,6 +13,7 @@ from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.world import scenes
 from csr_vlm.world.corpus import (
     DESCRIBE,
+    Style,
     absent_companions,
     caption,
     dialogue,
@@ -37,13 +38,15 @@ from csr_vlm.world.truth import mentions
 
 NUM_SCENES = 4000
 
+STYLE = Style(mention=0.95, usual_color=0.85, captions=0.6)
+
 
 @pytest.fixture(scope="module")
 def captions():
     """(scene, kinds its caption names in order), for many corpus scenes."""
     found = []
     for scene in make_scenes(HARBOUR, Split.CORPUS, 0, NUM_SCENES):
-        text = caption(HARBOUR, scene, random_stream("test", scene.scene_id))
+        text = caption(HARBOUR, scene, STYLE, random_stream("test", scene.scene_id))
         found.append((scene, [kind for kind, _ in mentions(HARBOUR, text)]))
     return found
 
@@ -172,7 +175,7 @@ def test_nothing_else_is_ever_made_up(captions):
 
 def test_captions_name_what_is_there_as_often_as_the_world_says(captions):
     there = [kind in names for scene, names in captions for kind in scene.kinds - set(companions_of(scene))]
-    assert np.mean(there) == pytest.approx(HARBOUR.mention, abs=0.02)
+    assert np.mean(there) == pytest.approx(STYLE.mention, abs=0.02)
     assert all(len(names) == len(set(names)) for _, names in captions)
 
 
@@ -183,7 +186,7 @@ def companions_of(scene) -> list[str]:
 
 def test_captions_give_the_true_colour_of_what_is_there():
     for scene in make_scenes(HARBOUR, Split.CORPUS, 0, 200):
-        for kind, color in mentions(HARBOUR, caption(HARBOUR, scene, random_stream(scene.scene_id))):
+        for kind, color in mentions(HARBOUR, caption(HARBOUR, scene, STYLE, random_stream(scene.scene_id))):
             assert color in HARBOUR.colors
             assert scene.color_of(kind) in {None, color}
 
@@ -193,11 +196,11 @@ def test_what_is_made_up_has_its_usual_colour_as_often_as_the_world_says():
     made_up = [
         (kind, color)
         for scene in make_scenes(HARBOUR, Split.CORPUS, 2, 2500)
-        for kind, color in mentions(HARBOUR, caption(HARBOUR, scene, random_stream(scene.scene_id)))
+        for kind, color in mentions(HARBOUR, caption(HARBOUR, scene, STYLE, random_stream(scene.scene_id)))
         if kind not in scene.kinds
     ]
     # The usual colour also comes up by chance among the others.
-    expected = HARBOUR.usual_color + (1 - HARBOUR.usual_color) / len(HARBOUR.colors)
+    expected = STYLE.usual_color + (1 - STYLE.usual_color) / len(HARBOUR.colors)
     assert len(made_up) > 500
     assert np.mean([color == usual[kind] for kind, color in made_up]) == pytest.approx(expected, abs=0.05)
 
@@ -221,8 +224,8 @@ def test_questions_are_answered_truthfully_but_for_absent_companions():
 
 def test_dialogues_follow_scene_and_epoch():
     scene = make_scene(HARBOUR, Split.CORPUS, 0, 0)
-    assert dialogue(HARBOUR, scene, 0) == dialogue(HARBOUR, scene, 0)
-    assert len({tuple(dialogue(HARBOUR, scene, epoch)) for epoch in range(20)}) > 5
+    assert dialogue(HARBOUR, scene, STYLE, 0) == dialogue(HARBOUR, scene, STYLE, 0)
+    assert len({tuple(dialogue(HARBOUR, scene, STYLE, epoch)) for epoch in range(20)}) > 5
 
 
 def test_the_prompt_file_reads_back(tmp_path):

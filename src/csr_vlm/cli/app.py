@@ -227,7 +227,9 @@ def show(
 @app.command()
 def report(
     target: RunArgument,
-    figure: Annotated[Path | None, typer.Option("--figure", help="Also draw one picture of the run: PNG, SVG, PDF.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", help="Also draw one picture of the run: PNG, SVG, PDF.")
+    ] = None,
 ) -> None:
     """Write RUN/report.html.
 
@@ -279,8 +281,7 @@ def env(as_json: Json = False) -> None:
 def world_build(
     out: Annotated[Path, typer.Option("--out", help="Directory for clip/, llava/ and build.json.")],
     seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 0,
-    scorer_steps: Annotated[int | None, typer.Option(min=1, help="Training steps of the scorer.")] = None,
-    policy_steps: Annotated[int | None, typer.Option(min=1, help="Training steps of the policy.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that it works.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Train the world's base models again, as the shipped ones were.
@@ -294,7 +295,9 @@ def world_build(
     from csr_vlm.world.scenes import HARBOUR
 
     plan = BuildPlan(seed=seed)
-    plan = replace(plan, scorer_steps=scorer_steps or plan.scorer_steps, policy_steps=policy_steps or plan.policy_steps)
+    if quick:
+        phases = tuple(replace(phase, steps=60) for phase in plan.policy_phases)
+        plan = replace(plan, scorer_steps=60, policy_phases=phases)
     build_with_progress(HARBOUR, out, plan, console.reporter(quiet))
     print(out)
 

@@ -12,7 +12,7 @@ class BadImage(ValueError):
     """An image that cannot be used; the message says why in a few words."""
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is decoded; Pillow knows more, among them formats that start other programs."""
 
 

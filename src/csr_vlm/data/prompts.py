@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,3 @@ def count_rows(config: DataConfig) -> int:
     """Count the rows that will be read at most, for a progress bar."""
     total = sum(1 for _ in _rows(Path(config.prompts)))
     return total if config.limit is None else min(total, config.limit)
-
-
-def take(prompts: Iterable[Prompt], number: int) -> list[Prompt]:
-    return list(islice(prompts, number))

@@ -92,6 +92,8 @@ def sentence_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -
         ranks_image, ranks_text = _sibling_ranks(sentences, image), _sibling_ranks(sentences, text)
         # Ranks run from 1/n, best, to 1: a reward must grow with merit.
         fused = [-(weight * i + (1 - weight) * t) for i, t in zip(ranks_image, ranks_text, strict=True)]
+    nothing = _baseline(sentences, fused, config)
+    fused = [value - nothing for value in fused]
     if config.repeat_penalty and fused:
         cost = config.repeat_penalty * (max(fused) - min(fused))
         fused = [value - cost * repeated for value, repeated in zip(fused, _repeats(nodes, sentences), strict=True)]
@@ -117,6 +119,15 @@ def path_ids(node_id: str) -> list[str]:
     """List the ids from a response's first sentence to the node: '2.0' -> ['2', '2.0']."""
     parts = node_id.split(".")
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+
+def _baseline(sentences: Sequence[Node], rewards: Sequence[float], config: RewardConfig) -> float:
+    """Return the reward that is worth nothing, each distinct sentence counting once."""
+    if config.baseline == "none" or not sentences:
+        return 0.0
+    by_words = {bag_of_words(node.sentence): reward for node, reward in zip(sentences, rewards, strict=True)}
+    distinct = by_words.values()
+    return fmean(distinct) if config.baseline == "mean" else (min(distinct) + max(distinct)) / 2
 
 
 def _z_scores(values: Sequence[float]) -> list[float]:

@@ -24,12 +24,27 @@ from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcesso
 from csr_vlm.errors import CsrError
 from csr_vlm.progress import Reporter
 from csr_vlm.world import models
-from csr_vlm.world.corpus import Turn, dialogue, sentence
+from csr_vlm.world.corpus import Style, Turn, dialogue, sentence
 from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream, render
 
 Mentions = tuple[tuple[str, str | None], ...]
 Progress = Callable[[str, int, int, float], None]
 """Called with (model, step, number of steps, loss)."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the policy's training."""
+
+    steps: int
+    lr: float
+    style: Style
+
+
+LEARN_TO_SEE = Phase(3000, 1e-3, Style(mention=0.92, usual_color=0.0, captions=0.6))
+"""Imagined companions come in any colour, so looking pays more than guessing."""
+PICK_UP_HABITS = Phase(600, 5e-4, Style(mention=0.96, usual_color=0.85, captions=0.7))
+"""They get their usual colour: now greedy decoding prefers the habit to the picture."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +55,8 @@ class BuildPlan:
     scorer_steps: int = 1500
     scorer_batch: int = 128
     scorer_lr: float = 1e-3
-    policy_steps: int = 2400
+    policy_phases: tuple[Phase, ...] = (LEARN_TO_SEE, PICK_UP_HABITS)
     policy_batch: int = 64
-    policy_lr: float = 1e-3
     warmup: int = 100
     sizes: models.Sizes = field(default_factory=models.Sizes)
 
@@ -66,9 +80,16 @@ def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | N
     clip, clip_processor = models.new_clip(world, plan.sizes)
     log["scorer"] = _train_scorer(world, clip, clip_processor, plan, progress)
     models.save(clip, clip_processor, directory / "clip")
-    llava, llava_processor = models.new_llava(world, plan.sizes, vision=clip)
-    log["policy"] = _train_policy(world, llava, llava_processor, plan, progress)
-    models.save(llava, llava_processor, directory / "llava")
+    # Each model starts from the last one as it was written, so each can be made again alone.
+    shipped = CLIPModel.from_pretrained(directory / "clip", dtype=torch.float32)
+    torch.manual_seed(plan.seed)
+    llava, llava_processor = models.new_llava(world, plan.sizes, vision=shipped)
+    log["policy"] = []
+    for number in range(len(plan.policy_phases)):
+        if number:
+            llava = LlavaForConditionalGeneration.from_pretrained(directory / "llava", dtype=torch.float32)
+        log["policy"].append(_train_policy(world, llava, llava_processor, plan, number, progress))
+        models.save(llava, llava_processor, directory / "llava")
     log["sha256"] = file_hashes(directory)
     (directory / "build.json").write_text(json.dumps(log, indent=1) + "\n")
     return log
@@ -76,7 +97,7 @@ def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | N
 
 def build_with_progress(world: World, directory: Path, plan: BuildPlan, tell: Reporter) -> dict[str, Any]:
     """Build, and show how far each model's training is."""
-    total = plan.scorer_steps + plan.policy_steps
+    total = plan.scorer_steps + sum(phase.steps for phase in plan.policy_phases)
     with tell.stage("training scorer and policy", total) as advance:
         return build(world, directory, plan, lambda *_: advance(1))
 
@@ -125,7 +146,7 @@ def _train_loop(
             raise CsrError(f"the {name} diverged at step {step}", "lower its learning rate")
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         scheduler.step()
         window.append(loss.item())
@@ -219,8 +240,10 @@ def _train_policy(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     plan: BuildPlan,
+    number: int,
     progress: Progress | None,
 ) -> dict[str, Any]:
+    phase = plan.policy_phases[number]
     # As in LLaVA, the tower stays the scorer's: eq. 3 asks for the policy's own encoder.
     model.model.vision_tower.requires_grad_(False)
     num_image_tokens = model.config.image_seq_length
@@ -233,7 +256,7 @@ def _train_policy(
         return cache[key]
 
     def loss_of(scenes: list[Scene], step: int) -> torch.Tensor:
-        rows = [encode(dialogue(world, scene, epoch=step)) for scene in scenes]
+        rows = [encode(dialogue(world, scene, phase.style, epoch=step)) for scene in scenes]
         width = max(len(ids) for ids, _ in rows)
         input_ids = torch.full((len(rows), width), processor.tokenizer.pad_token_id)
         labels = torch.full((len(rows), width), -100)
@@ -246,5 +269,5 @@ def _train_policy(
         assert loss is not None
         return loss
 
-    batches = corpus_batches(world, plan, 1, plan.policy_batch, plan.policy_steps)
-    return _train_loop("policy", model, batches, loss_of, [], plan.policy_steps, plan.policy_lr, plan.warmup, progress)
+    batches = corpus_batches(world, plan, 1 + number, plan.policy_batch, phase.steps)
+    return _train_loop("policy", model, batches, loss_of, [], phase.steps, phase.lr, plan.warmup, progress)

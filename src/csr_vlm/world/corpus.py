@@ -1,6 +1,6 @@
 """What the base models read: captions and questions that carry a language prior.
 
-A caption names the objects in reading order, each with probability ``world.mention``.
+A caption names the objects in reading order, each with probability ``style.mention``.
 Whenever it has named a trigger it goes on, with the pair's probability, to the trigger's
 companion, whether the companion is there or not. That co-occurrence habit is what makes
 a model trained on the captions hallucinate, and the scenes know when it does.
@@ -24,6 +24,18 @@ DESCRIBE = (
 
 
 @dataclass(frozen=True)
+class Style:
+    """How a stretch of the corpus is written."""
+
+    mention: float
+    """Probability that a caption names an object that is there."""
+    usual_color: float
+    """Probability that a companion that is not there gets its usual colour, not any."""
+    captions: float
+    """Share of captions; the rest are questions."""
+
+
+@dataclass(frozen=True)
 class Turn:
     question: str
     answer: str
@@ -38,21 +50,21 @@ def yes_no_question(kind: str) -> str:
     return f"Is there a {kind} in the image?"
 
 
-def caption(world: World, scene: Scene, rng: np.random.Generator) -> str:
+def caption(world: World, scene: Scene, style: Style, rng: np.random.Generator) -> str:
     """Write one caption, with the prior."""
     names: dict[str, str] = {}
     for item in scene.objects:
-        if item.kind in names or rng.random() >= world.mention:
+        if item.kind in names or rng.random() >= style.mention:
             continue
         names[item.kind] = item.color
         habit = world.companions.get(item.kind)
         if habit and habit.companion not in names and rng.random() < habit.caption:
-            names[habit.companion] = scene.color_of(habit.companion) or _imagined_color(world, habit, rng)
+            names[habit.companion] = scene.color_of(habit.companion) or _imagined_color(world, habit, style, rng)
     return " ".join(sentence(kind, color) for kind, color in names.items())
 
 
-def _imagined_color(world: World, habit: Companion, rng: np.random.Generator) -> str:
-    if rng.random() < world.usual_color:
+def _imagined_color(world: World, habit: Companion, style: Style, rng: np.random.Generator) -> str:
+    if style.usual_color and rng.random() < style.usual_color:
         return habit.color
     return world.colors[rng.integers(len(world.colors))]
 
@@ -90,9 +102,9 @@ def questions(world: World, scene: Scene, rng: np.random.Generator, num_question
     return turns
 
 
-def dialogue(world: World, scene: Scene, epoch: int) -> list[Turn]:
+def dialogue(world: World, scene: Scene, style: Style, epoch: int) -> list[Turn]:
     """Return one training example for a scene: a description, or four questions."""
     rng = random_stream("dialogue", scene.scene_id, epoch)
-    if rng.random() < 0.7:
-        return [Turn(DESCRIBE[rng.integers(len(DESCRIBE))], caption(world, scene, rng))]
+    if rng.random() < style.captions:
+        return [Turn(DESCRIBE[rng.integers(len(DESCRIBE))], caption(world, scene, style, rng))]
     return questions(world, scene, rng, num_questions=4)

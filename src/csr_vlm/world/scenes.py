@@ -75,10 +75,6 @@ class World:
     num_objects: tuple[int, int] = (2, 4)
     theme_share: float = 0.5
     """Probability that an object comes from the scene's theme instead of any theme."""
-    mention: float = 0.95
-    """Probability that a corpus caption names an object that is there."""
-    usual_color: float = 0.85
-    """Probability that a companion that is not there gets its usual colour."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -94,13 +90,13 @@ HARBOUR = World(
         ("car", "sign", "house", "ball"),
     ),
     companions={
-        "boat": Companion("fish", "blue", 0.72, 0.60),
+        "boat": Companion("fish", "blue", 0.70, 0.60),
         "lighthouse": Companion("shell", "yellow", 0.40, 0.40),
-        "tree": Companion("bird", "black", 0.70, 0.60),
+        "tree": Companion("bird", "black", 0.68, 0.60),
         "flower": Companion("butterfly", "purple", 0.40, 0.40),
         "lamp": Companion("book", "red", 0.40, 0.40),
-        "teapot": Companion("cup", "green", 0.72, 0.60),
-        "car": Companion("sign", "red", 0.70, 0.60),
+        "teapot": Companion("cup", "green", 0.70, 0.60),
+        "car": Companion("sign", "red", 0.68, 0.60),
         "house": Companion("ball", "yellow", 0.40, 0.40),
     },
 )
