@@ -1,7 +1,7 @@
 """Compare settings on the embedded world: whole runs, or one iteration from one shared ledger.
 
-    python benchmarks/variants.py --out build/variants --seeds 0 1 2 calibrated only_ri random_pairs
-    python benchmarks/variants.py --out build/variants --one-iteration calibrated "mean: method.lambda=0.8"
+    python benchmarks/variants.py calibrated only_ri random_pairs --out build/variants --seeds 0 1 2
+    python benchmarks/variants.py calibrated "half: method.lambda=0.5" --out build/once --one-iteration
 
 A variant is a preset's name, or ``label: key=value key=value`` on top of the default
 preset. Scenes are of the development split unless ``--test`` is given: settings are chosen

@@ -110,6 +110,9 @@ class PairsConfig(_Section):
     selection: Literal["extremes", "random"] = Field(
         default="extremes", description="Highest against lowest reward, or two at random (a control)."
     )
+    per_prompt: int = Field(
+        default=1, ge=1, description="Most pairs of one prompt: the best response against so many others."
+    )
     min_margin: float = Field(default=0.0, ge=0, description="Pairs whose rewards differ by no more are dropped.")
     require_complete: bool = Field(default=True, description="Only responses that ended by themselves.")
 

@@ -17,7 +17,7 @@ from functools import partial
 from csr_vlm.config import RunConfig, ScorerConfig
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
 from csr_vlm.errors import CsrError
-from csr_vlm.method.pairs import make_pair
+from csr_vlm.method.pairs import make_pairs as pairs_of
 from csr_vlm.method.search import search
 from csr_vlm.progress import Reporter
 from csr_vlm.records import Node, Pair, Prompt
@@ -147,11 +147,11 @@ def derive_pairs(run: Run, iteration: int, config: RunConfig) -> tuple[list[Pair
     pairs: list[Pair] = []
     reasons: Counter[str] = Counter()
     for prompt, nodes in zip(prompts, ledger(run, iteration), strict=True):
-        pair = make_pair(prompt, nodes, config.method, config.scorer.name, config.seed)
-        if isinstance(pair, Pair):
-            pairs.append(pair)
+        found = pairs_of(prompt, nodes, config.method, config.scorer.name, config.seed)
+        if isinstance(found, str):
+            reasons[found] += 1
         else:
-            reasons[pair] += 1
+            pairs += found
     return pairs, reasons
 
 

@@ -67,7 +67,7 @@ def test_demo_prints_json_only(tmp_path: Path) -> None:
 def test_check_prints_the_resolved_configuration_and_the_cost(recipe: Path) -> None:
     shown = csr("check", recipe, "--quiet", "--json").stdout
     found = json.loads(shown)
-    assert found["config"]["method"]["lambda"] == 0.5
+    assert found["config"]["method"]["lambda"] == 0.9
     assert found["data"]["accepted"] == found["estimate"]["prompts"] == 16
     assert found["estimate"]["parameters"] > 1_000_000
     assert found["warnings"] == []

@@ -16,7 +16,7 @@ from csr_vlm.config import TrainingConfig
 from csr_vlm.errors import CsrError
 from csr_vlm.generation.policy import load_base, load_policy
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.method.pairs import make_pair
+from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import search
 from csr_vlm.records import Pair, Prompt
 from csr_vlm.scoring.clip import ClipScorer
@@ -48,8 +48,8 @@ def pairs(config, prompts: list[Prompt], policy) -> list[Pair]:
         seed=0,
         scorer="clip",
     )
-    made = [make_pair(t.prompt, t.nodes, config.method, "clip", 0) for t in trees]
-    return [pair for pair in made if isinstance(pair, Pair)]
+    made = [make_pairs(t.prompt, t.nodes, config.method, "clip", 0) for t in trees]
+    return [found[0] for found in made if not isinstance(found, str)]
 
 
 def run_training(pairs: Sequence[Pair], config, where: Path, previous: Path | None = None, training=CONFIG) -> dict:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csr_vlm.method.pairs import make_pair, responses
+from csr_vlm.method.pairs import make_pairs, responses
 from csr_vlm.method.search import search
 from csr_vlm.records import Fate, Finish, Node, Pair
 from csr_vlm.store import tables
@@ -26,6 +26,12 @@ TREE = [
     node("0.1", "", cosine=None, ids=(0,), logprobs=(-0.75,), fate=Fate.FINISHED, finish=Finish.EOS),
     node("0.2", " A bird.", cosine=0.24, ids=(5, 0), logprobs=(-4.0, -0.5), fate=Fate.FINISHED),
 ]
+
+
+def make_pair(*arguments):
+    """The prompt's first pair, or why it has none."""
+    found = make_pairs(*arguments)
+    return found if isinstance(found, str) else found[0]
 
 
 def pair_of(nodes: list[Node], weight: float = 1.0, seed: int = 0, **sections: object) -> Pair | str:
@@ -188,3 +194,26 @@ def test_pairs_can_be_derived_anew_from_the_ledger(tmp_path):
     assert ends(pairs(0.9)) == ends(in_memory), "the ledger holds all that pairs need"
     assert ends(pairs(0.9)) != ends(pairs(0.0)), "another lambda chooses otherwise"
     assert len(model.asked) == rounds
+
+
+def test_the_best_meets_others_spread_over_the_ranking():
+    # Means of R_I: boat alone 30, boat and bird 27, boat and fish 20.
+    found = make_pairs(prompt(), TREE, method(1.0, pairs={"per_prompt": 2}), "clip", 0)
+    assert [(p.chosen.node_id, p.rejected.node_id) for p in found] == [("0.1", "0.0"), ("0.1", "0.2")]
+    more = make_pairs(prompt(), TREE, method(1.0, pairs={"per_prompt": 9}), "clip", 0)
+    assert more == found
+    only_wide = make_pairs(prompt(), TREE, method(1.0, pairs={"per_prompt": 9, "min_margin": 5.0}), "clip", 0)
+    assert [p.rejected.node_id for p in only_wide] == ["0.0"]
+
+
+@given(st.integers(1, 12), st.integers(1, 6))
+def test_spreading_takes_the_first_and_never_the_same_twice(length, number):
+    leaves = [
+        node(str(i), f"Thing {i}.", cosine=i / 20, ids=(i, 0), fate=Fate.FINISHED, finish=Finish.EOS)
+        for i in range(length + 1)
+    ]
+    found = make_pairs(prompt(), leaves, method(1.0, pairs={"per_prompt": number}), "clip", 0)
+    rejected = [pair.rejected.node_id for pair in found]
+    assert rejected[0] == "0"
+    assert len(set(rejected)) == len(rejected) == min(number, length)
+    assert str(length) not in rejected

@@ -11,9 +11,9 @@ from rich.tree import Tree
 from csr_vlm import stages
 from csr_vlm.cli.console import print_metrics, print_table
 from csr_vlm.errors import CsrError
-from csr_vlm.method.pairs import make_pair
+from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.reward import SentenceReward, path_ids, sentence_rewards
-from csr_vlm.records import Fate, Node, Pair
+from csr_vlm.records import Fate, Node
 from csr_vlm.store.run import Run
 
 _STYLES = {Fate.TOP: "green", Fate.BOTTOM: "yellow", Fate.FINISHED: "bold", Fate.TRUNCATED: "magenta"}
@@ -59,9 +59,10 @@ def tree(run: Run, prompt_id: str, iteration: int | None) -> None:
     method, scorer = run.config.method, run.config.scorer.name
     prompt, nodes = found
     rewards = sentence_rewards(nodes, method, scorer)
-    pair = make_pair(prompt, nodes, method, scorer, run.config.seed)
+    pairs = make_pairs(prompt, nodes, method, scorer, run.config.seed)
     marks: dict[str, str] = {}
-    if isinstance(pair, Pair):
+    if not isinstance(pairs, str):
+        pair = pairs[0]
         marks |= dict.fromkeys(path_ids(pair.rejected.node_id), " ✗")
         marks |= dict.fromkeys(path_ids(pair.chosen.node_id), " ✓")
     children: dict[str, list[Node]] = defaultdict(list)
@@ -72,11 +73,11 @@ def tree(run: Run, prompt_id: str, iteration: int | None) -> None:
     _grow(root, "", children, rewards, marks)
     output = Console(highlight=False)
     output.print(root)
-    if isinstance(pair, Pair):
+    if not isinstance(pairs, str):
         output.print(Text(f"✓ chosen   {pair.chosen.reward:8.3f}  {pair.chosen.text}"))
         output.print(Text(f"✗ rejected {pair.rejected.reward:8.3f}  {pair.rejected.text}"))
     else:
-        output.print(Text(f"no pair: {pair}"))
+        output.print(Text(f"no pair: {pairs}"))
 
 
 def _grow(

@@ -36,8 +36,11 @@ def responses(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> list[
     return found
 
 
-def make_pair(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scorer: str, seed: int) -> Pair | str:
-    """Return the prompt's pair, or in a word why it has none.
+def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scorer: str, seed: int) -> list[Pair] | str:
+    """Return the prompt's pairs, the widest margin first, or in a word why it has none.
+
+    With ``per_prompt`` above 1 the best response also meets others, spread evenly over the
+    ranking: where they leave something out that it says, stopping early is rejected too.
 
     The reasons: ``incomplete`` (fewer than two responses came to an end), ``identical``
     (all say the same), ``margin`` (the rewards differ by ``min_margin`` or less).
@@ -55,16 +58,23 @@ def make_pair(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, score
     if len(distinct) < 2:
         return "identical"
     if method.pairs.selection == "random":
-        chosen, rejected = _two_at_random(distinct, f"{seed}:{nodes[0].iteration}:{prompt.prompt_id}")
+        chosen, *others = _shuffled(distinct, f"{seed}:{nodes[0].iteration}:{prompt.prompt_id}")
     else:
         chosen = max(distinct, key=lambda response: response.reward)
-        rejected = min(distinct, key=lambda response: response.reward)
-        if chosen.reward - rejected.reward <= method.pairs.min_margin:
+        worst_first = sorted(distinct, key=lambda response: response.reward)
+        others = [r for r in worst_first if chosen.reward - r.reward > method.pairs.min_margin]
+        if not others:
             return "margin"
-    return Pair(prompt=prompt, iteration=nodes[0].iteration, chosen=chosen, rejected=rejected)
+    rejected = _spread(others, method.pairs.per_prompt)
+    return [Pair(prompt=prompt, iteration=nodes[0].iteration, chosen=chosen, rejected=other) for other in rejected]
 
 
-def _two_at_random(found: Sequence[Response], key: str) -> tuple[Response, Response]:
+def _spread(items: Sequence[Response], number: int) -> list[Response]:
+    """Take up to ``number`` items, the first among them and the rest at even distances."""
+    number = min(number, len(items))
+    return [items[place * len(items) // number] for place in range(number)]
+
+
+def _shuffled(found: Sequence[Response], key: str) -> list[Response]:
     """Order responses by a keyed hash: random, yet the same on every machine and run."""
-    shuffled = sorted(found, key=lambda r: hashlib.sha256(f"{key}:{r.node_id}".encode()).digest())
-    return shuffled[0], shuffled[1]
+    return sorted(found, key=lambda r: hashlib.sha256(f"{key}:{r.node_id}".encode()).digest())

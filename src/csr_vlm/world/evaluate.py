@@ -59,7 +59,7 @@ def evaluate(
     Args:
         split: Development or test; anything else is refused.
         temperature: 0 for greedy decoding.
-        tick: Called with the number of scenes done.
+        tick: Called with the number of scenes finished since the last call.
 
     Returns:
         ``metrics`` (name to value, interval and n), ``protocol`` and ``rows`` (one a scene).
@@ -76,7 +76,7 @@ def evaluate(
         engine.forget()
         if scorer is not None:
             scorer.forget()
-        tick(len(described))
+        tick(len(scenes))
     return {
         "metrics": {name: metric.dump() for name, metric in summarise(world, described, answers).items()},
         "protocol": {
