@@ -12,16 +12,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from csr_vlm.config import TrainingConfig
+from csr_vlm.config import TrainingConfig, presets, resolve
 from csr_vlm.errors import CsrError
 from csr_vlm.generation.policy import load_base, load_policy
 from csr_vlm.generation.transformers_engine import TransformersEngine
+from csr_vlm.loop import align
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import search
+from csr_vlm.progress import Silent
 from csr_vlm.records import Pair, Prompt
 from csr_vlm.scoring.clip import ClipScorer
+from csr_vlm.store.run import Run
 from csr_vlm.training.collator import PairCollator, training_row
-from csr_vlm.training.dpo import merge, reference_difference, train, trainable_policy
+from csr_vlm.training.dpo import merge, reference_difference, train, trainable_policy, trainer_arguments
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 
@@ -164,3 +167,25 @@ def test_what_cannot_be_trained_says_why(pairs, config, tmp_path: Path) -> None:
         run_training(pairs, config, tmp_path, training=CONFIG.model_copy(update={"trl": {"learning_rat": 1.0}}))
     with pytest.raises(CsrError, match="output_dir"):
         run_training(pairs, config, tmp_path, training=CONFIG.model_copy(update={"trl": {"output_dir": "x"}}))
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_every_presets_training_is_one_that_trl_takes(name: str, tmp_path: Path) -> None:
+    required = {"model": {"path": "m"}, "scorer": {"path": "s"}, "data": {"prompts": "p"}}
+    training = resolve({"preset": name, **required}).training
+    arguments = trainer_arguments(training, tmp_path, 0, "cpu")
+    assert arguments.learning_rate == training.trl["learning_rate"]
+    assert arguments.get_warmup_steps(1000) == (30 if name in ("paper", "official") else 0)
+    assert not arguments.remove_unused_columns
+    assert arguments.max_length is None
+
+
+def test_the_official_preset_runs_as_it_stands(tmp_path: Path, prompts) -> None:
+    config = small_config(tmp_path, preset="official", iterations=1, training={})
+    run = Run.create(tmp_path / "run", config)
+    align(run, Silent())
+    moved = load_file(run.root / "adapter" / "adapter_model.safetensors")
+    assert any("multi_modal_projector" in name for name in moved)
+    fates = run.result(1, "generate")["fates"]
+    assert fates["bottom"] > 0
+    assert run.result(1, "train")["reference"] == "ledger"

@@ -111,7 +111,7 @@ def test_official_is_the_released_code():
             "training.projector_learning_rate": 2e-5,
             "training.trl.learning_rate": 1e-7,
             "training.trl.lr_scheduler_type": "cosine",
-            "training.trl.warmup_ratio": 0.03,
+            "training.trl.warmup_steps": 0.03,
             "training.trl.per_device_train_batch_size": 1,
             "training.trl.num_train_epochs": 1,
             "training.trl.beta": 0.1,

@@ -464,6 +464,7 @@ def test_formats() -> None:
     assert (signed(0.25, 2), signed(-0.25, 2), signed(0.0, 1)) == ("+0.25", "−0.25", "0.0")
     assert (compact(66.75), compact(-0.31)) == ("66.8", "−0.310")
     assert (relative_change(0.48, 0.09), relative_change(0, 1)) == ("−81 %", None)
+    assert (relative_change(0.455, 0.002), relative_change(0.5, 0.0)) == ("−99.6 %", "−100 %")
     assert [duration(s) for s in (0.4, 42, 185, 7800, None)] == ["0.4 s", "42 s", "3 min 5 s", "2 h 10 min", "–"]
     assert indexed("CHAIR_S & R_I") == "CHAIR<sub>S</sub> &amp; R<sub>I</sub>"
 

@@ -42,11 +42,8 @@ def _draw_metrics(figure: Any, metrics: dict[int, dict[str, Any]]) -> None:
         found = [m[name] for m in metrics.values()]
         values = [m["value"] for m in found]
         errors = [[m["value"] - m["low"] for m in found], [m["high"] - m["value"] for m in found]]
-        axes.errorbar(list(metrics), values, yerr=errors, color=color, marker="o", capsize=3, label=label)
-        for x, value in ((0, values[0]), (max(metrics), values[-1])):
-            axes.annotate(
-                f"{value:.3f}", (x, value), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
-            )
+        legend = f"{label}  {values[0]:.3f} → {values[-1]:.3f}"
+        axes.errorbar(list(metrics), values, yerr=errors, color=color, marker="o", capsize=3, label=legend)
     axes.set_xticks(list(metrics), ["base", *map(str, list(metrics)[1:])])
     axes.set_xlabel("iteration")
     axes.set_ylim(0, 1.08)

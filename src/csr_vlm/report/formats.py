@@ -52,7 +52,9 @@ def relative_change(before: float | None, after: float | None) -> str | None:
     """Write (after - before) / before as a percentage; None where it has no meaning."""
     if before is None or after is None or before == 0:
         return None
-    return f"{signed(100 * (after - before) / abs(before), 0)} %"
+    change = 100 * (after - before) / abs(before)
+    # -99.6 % is not -100 %.
+    return f"{signed(change, 1 if -100 < change < -99 else 0)} %"
 
 
 def count(value: float | None) -> str:

@@ -200,7 +200,7 @@ def training_results(run: Run) -> dict[int, dict[str, Any]]:
 
 
 _CURVES = (
-    ("loss", "Loss", "DPO; the line is ln 2, no preference"),
+    ("loss", "Loss", "of TRL; the line is ln 2, where DPO knows no preference"),
     ("rewards/accuracies", "Accuracy", "pairs whose chosen is preferred"),
     ("rewards/margins", "Margin", "implicit reward of chosen less rejected"),
 )
