@@ -68,16 +68,11 @@ class Expansion:
     """Candidate i draws from the stream named by (*seed, i), whatever else is in the batch."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One sentence that an engine proposes."""
+class _Said:
+    """What a candidate and the node made of it both know of their words."""
 
-    token_ids: tuple[int, ...]
-    token_logprobs: tuple[float, ...]
-    """log P(r_o | x, r_<o) of the raw distribution: untempered, before any processor."""
     text: str
-    """What the ids add to the response's text, leading white space included."""
-    finish: Finish
+    token_logprobs: tuple[float, ...]
 
     @property
     def sentence(self) -> str:
@@ -91,7 +86,19 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Node:
+class Candidate(_Said):
+    """One sentence that an engine proposes."""
+
+    token_ids: tuple[int, ...]
+    token_logprobs: tuple[float, ...]
+    """log P(r_o | x, r_<o) of the raw distribution: untempered, before any processor."""
+    text: str
+    """What the ids add to the response's text, leading white space included."""
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class Node(_Said):
     """A candidate sentence in a prompt's tree, with everything measured about it.
 
     Rewards, ranks and pairs are derived from nodes and never stored with them, so they
@@ -114,16 +121,6 @@ class Node:
     fate: Fate
     cosines: Mapping[str, float] = field(default_factory=dict)
     """Scorer name to cos(F_I(image), F_T(text)), in -1..1; empty where there is no sentence."""
-
-    @property
-    def sentence(self) -> str:
-        """The text without surrounding white space; empty where it only ends the response."""
-        return self.text.strip()
-
-    @property
-    def logprob(self) -> float:
-        """Log-probability of the whole sentence, in nats."""
-        return sum(self.token_logprobs)
 
 
 @dataclass(frozen=True)

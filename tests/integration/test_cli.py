@@ -135,3 +135,9 @@ def test_a_run_with_other_settings_is_not_continued(finished: Path, recipe: Path
     shown = csr("run", recipe, "method.lambda=0.4", "--out", finished, check=False)
     assert shown.returncode == 1
     assert "method.lambda" in shown.stderr
+
+
+def test_world_check_measures_the_shipped_models() -> None:
+    found = json.loads(csr("world", "check", "--scenes", 20, "--json", "-q").stdout)
+    assert found["scorer"]["auc_absent"] > 0.97
+    assert found["policy"]["recall"]["n"] == 20

@@ -302,6 +302,32 @@ def world_build(
     print(out)
 
 
+@world_app.command("check")
+def world_check(
+    directory: Annotated[
+        Path | None, typer.Argument(help="Directory with clip/ and llava/; the shipped models by default.")
+    ] = None,
+    scenes: Annotated[int, typer.Option(min=10, help="Test scenes.")] = 1000,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the world's scorer and base model: what they see, and what they make up.
+
+    Example: csr world build --out build/world && csr world check build/world
+    """
+    console.quiet_libraries()
+    from csr_vlm.world.check import check_models
+    from csr_vlm.world.demo import assets
+
+    found = check_models(directory or assets(), scenes, console.reporter(quiet))
+    if as_json:
+        console.print_json(found)
+        return
+    console.print_table("", ["scorer", ""], [[name, f"{value:.4f}"] for name, value in found["scorer"].items()])
+    print()
+    console.print_metrics("", {0: found["policy"]})
+
+
 @world_app.command("export")
 def world_export(
     out: Annotated[Path, typer.Argument(help="Directory for the models, pictures and prompts.jsonl.")],

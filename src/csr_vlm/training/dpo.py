@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,9 @@ def train(
     trainer.projector_learning_rate = config.projector_learning_rate
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    if any(not torch.isfinite(torch.tensor(float(entry["loss"]))) for entry in log):
-        raise CsrError("the DPO loss is not finite", "lower training.trl.learning_rate, or use bfloat16")
+    weights = (p for p in trainer.model.parameters() if p.requires_grad)
+    if not (all(isfinite(float(entry["loss"])) for entry in log) and all(p.isfinite().all() for p in weights)):
+        raise CsrError("DPO diverged: a loss or a weight is not finite", "lower training.trl.learning_rate")
     save_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter)
     shutil.rmtree(work, ignore_errors=True)
     return {
@@ -170,6 +172,8 @@ def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str
     defaults = {
         "report_to": "none",
         "logging_steps": 1,
+        # The filter would show the last finite loss instead of a NaN.
+        "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "bf16": on_gpu,
         "gradient_checkpointing": on_gpu,

@@ -1,0 +1,38 @@
+"""What the world's scorer and base model can do: ``csr world check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from csr_vlm.config import ModelConfig, ScorerConfig
+from csr_vlm.generation.policy import load_policy
+from csr_vlm.generation.transformers_engine import TransformersEngine
+from csr_vlm.progress import Reporter
+from csr_vlm.scoring.clip import ClipScorer
+from csr_vlm.world.evaluate import evaluate, evaluate_scorer
+from csr_vlm.world.scenes import HARBOUR, Split
+
+_SEED = 1
+
+
+def check_models(directory: Path, num_scenes: int, tell: Reporter) -> dict[str, Any]:
+    """Measure ``directory/clip`` and ``directory/llava`` on test scenes.
+
+    Returns:
+        ``scorer``: its areas under the curve; ``policy``: the metrics of greedy descriptions.
+    """
+    policy = load_policy(ModelConfig(path=str(directory / "llava")), adapter=None)
+    scorer = ClipScorer(ScorerConfig(path=str(directory / "clip")), str(policy.device))
+    with tell.stage("describing and answering", num_scenes) as advance:
+        found = evaluate(
+            HARBOUR,
+            TransformersEngine(policy),
+            scorer,
+            split=Split.TEST,
+            seed=_SEED,
+            num_scenes=num_scenes,
+            tick=advance,
+        )
+    areas = evaluate_scorer(HARBOUR, scorer, split=Split.TEST, seed=_SEED, num_scenes=num_scenes)
+    return {"scorer": areas, "policy": found["metrics"]}
