@@ -118,7 +118,7 @@ class PairsConfig(_Section):
 
 
 class MethodConfig(_Section):
-    """The method proper."""
+    """The method proper. The presets set what matters; the defaults here lie beneath them."""
 
     lambda_: float = Field(
         default=0.5, ge=0, le=1, alias="lambda", description="Weight of image relevance in R(s) (eq. 4)."
