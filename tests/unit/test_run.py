@@ -124,6 +124,14 @@ def test_a_preset_that_comes_to_the_same_settings_still_differs_in_name(run):
         Run.create(run.root, config(preset="only_rt", method={"lambda": 0.5}))
 
 
+def test_a_run_can_be_given_more_iterations_but_not_fewer(run):
+    longer = Run.create(run.root, config(iterations=run.config.iterations + 2))
+    assert Run.open(run.root).config == longer.config
+    assert longer.config.iterations == run.config.iterations + 2
+    with pytest.raises(CsrError, match="iterations"):
+        Run.create(run.root, run.config)
+
+
 def test_differences():
     left = {"a": 1, "b": {"c": 2, "d": [1]}, "e": None}
     right = {"a": 1, "b": {"c": 3, "d": [2]}, "f": 4}
