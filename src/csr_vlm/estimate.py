@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from csr_vlm.config import ModelConfig, RunConfig
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
-from csr_vlm.loading import resolve_device, unloadable
+from csr_vlm.loading import resolve_device, resolve_dtype, unloadable
 from csr_vlm.progress import Reporter
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -34,10 +34,10 @@ def estimate(config: RunConfig, tell: Reporter) -> dict[str, Any]:
             pass
     parameters = count_parameters(config.model)
     device = resolve_device(config.model.device)
-    dtype = config.model.dtype if config.model.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
+    dtype = resolve_dtype(config.model.dtype, device)
     search = config.method.search
     beam = search.keep_top + search.keep_bottom
-    expansions = report.accepted * (1 + (search.max_sentences - 1) * min(beam, beam * search.num_candidates))
+    expansions = report.accepted * (1 + (search.max_sentences - 1) * beam)
     nodes = expansions * search.num_candidates
     tokens = nodes * search.max_sentence_tokens
     # A forward pass costs two floating-point operations a parameter and token.

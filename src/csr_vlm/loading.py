@@ -16,6 +16,13 @@ def resolve_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def resolve_dtype(name: str, device: str) -> str:
+    """Turn ``auto`` into bfloat16 on a GPU and float32 on a CPU."""
+    if name != "auto":
+        return name
+    return "float32" if device == "cpu" else "bfloat16"
+
+
 def unloadable(what: str, path: str, error: Exception) -> CsrError:
     """Word why a checkpoint could not be loaded."""
     # A hub id is OWNER/NAME; anything else can only be a directory.

@@ -121,8 +121,7 @@ def score(
     from csr_vlm.config import ScorerConfig
 
     opened = Run.open(target)
-    last = [n for n in range(1, opened.config.iterations + 1) if opened.is_done(n, "generate")]
-    number = iteration or max(last, default=1)
+    number = iteration or max(opened.iterations_done("generate"), default=1)
     with opened.locked():
         stages.score(opened, number, ScorerConfig(path=scorer, name=name), console.reporter(quiet))
     print(
@@ -146,8 +145,7 @@ def pairs(
     from csr_vlm.store import tables
 
     opened = Run.open(target)
-    generated = [n for n in range(1, opened.config.iterations + 1) if opened.is_done(n, "generate")]
-    number = iteration or max(generated, default=1)
+    number = iteration or max(opened.iterations_done("generate"), default=1)
     if overrides:
         config = load_config(None, overrides, base=opened.config.dump())
         found, reasons = stages.derive_pairs(opened, number, config)
@@ -397,7 +395,7 @@ def _align(opened: Run, as_json: bool, quiet: bool) -> None:
     from csr_vlm.loop import align
 
     align(opened, console.reporter(quiet))
-    numbers = [n for n in range(opened.config.iterations + 1) if opened.is_done(n, "evaluate")]
+    numbers = opened.iterations_done("evaluate")
     results = {number: opened.result(number, "evaluate")["world"] for number in numbers}
     report_path = opened.root / "report.html"
     if as_json:

@@ -41,7 +41,7 @@ def summary(run: Run) -> None:
         rows.append([str(number), str(nodes), *(str(made.get(key, "-")) for key in keys)])
     print()
     print_table("", ["iteration", "nodes", "pairs", "margin", "sentences chosen", "rejected"], rows)
-    evaluated = [n for n in range(config.iterations + 1) if run.is_done(n, "evaluate")]
+    evaluated = run.iterations_done("evaluate")
     if evaluated:
         print()
         print_metrics("", {n: run.result(n, "evaluate")["world"] for n in evaluated})
@@ -49,8 +49,7 @@ def summary(run: Run) -> None:
 
 def tree(run: Run, prompt_id: str, iteration: int | None) -> None:
     """Print one prompt's search tree; the best and the worst path are marked."""
-    generated = [n for n in range(1, run.config.iterations + 1) if run.is_done(n, "generate")]
-    number = iteration or max(generated, default=1)
+    number = iteration or max(run.iterations_done("generate"), default=1)
     trees = zip(run.prompts(), stages.ledger(run, number), strict=True)
     found = next(((prompt, nodes) for prompt, nodes in trees if prompt.prompt_id == prompt_id), None)
     if found is None:

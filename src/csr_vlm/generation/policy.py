@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from csr_vlm.config import ModelConfig
 from csr_vlm.data.images import load_image
 from csr_vlm.errors import CsrError
-from csr_vlm.loading import resolve_device, unloadable
+from csr_vlm.loading import resolve_device, resolve_dtype, unloadable
 from csr_vlm.records import Prompt
 
 
@@ -209,7 +209,7 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
         CsrError: It is not there, or not an image-text-to-text model with a chat template.
     """
     device = resolve_device(config.device)
-    dtype = config.dtype if config.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
+    dtype = resolve_dtype(config.dtype, device)
     common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         model = AutoModelForImageTextToText.from_pretrained(config.path, dtype=getattr(torch, dtype), **common)

@@ -23,7 +23,7 @@ def write_figure(run: Run, path: Path) -> Path:
     Raises:
         CsrError: The run was not evaluated on the world.
     """
-    numbers = [n for n in range(run.config.iterations + 1) if run.is_done(n, "evaluate")]
+    numbers = run.iterations_done("evaluate")
     if len(numbers) < 2:
         raise CsrError(f"{run.root} has no evaluations to draw", "set evaluation.world and run it")
     figure = Figure(figsize=(11, 4.2), layout="constrained")

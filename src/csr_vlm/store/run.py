@@ -127,6 +127,10 @@ class Run:
     def is_done(self, number: int, stage: str) -> bool:
         return self._marker(number, stage).exists()
 
+    def iterations_done(self, stage: str) -> list[int]:
+        """List the iterations with a finished stage; 0 is the base model."""
+        return [number for number in range(self.config.iterations + 1) if self.is_done(number, stage)]
+
     def result(self, number: int, stage: str) -> dict[str, Any]:
         """Return what a finished stage had to say."""
         result: dict[str, Any] = files.read_json(self._marker(number, stage))
@@ -142,8 +146,7 @@ class Run:
     @property
     def last_trained(self) -> int:
         """The last iteration with a finished adapter; 0 where there is none."""
-        trained = [n for n in range(1, self.config.iterations + 1) if self.is_done(n, "train")]
-        return max(trained, default=0)
+        return max(self.iterations_done("train"), default=0)
 
     def write_manifest(self) -> None:
         """Gather provenance and the markers of all finished stages."""
