@@ -105,16 +105,26 @@ class RewardConfig(_Section):
 
 
 class PairsConfig(_Section):
-    """Which responses become a pair (section 3.2.2)."""
+    """What becomes a pair (section 3.2.2)."""
 
+    between: Literal["responses", "siblings"] = Field(
+        default="responses",
+        description="Whole responses, or sentences that continue the same partial response, which both then share.",
+    )
     selection: Literal["extremes", "random"] = Field(
-        default="extremes", description="Highest against lowest reward, or two at random (a control)."
+        default="extremes", description="Highest against lower rewards, or any against any (a control)."
     )
-    per_prompt: int = Field(
-        default=1, ge=1, description="Most pairs of one prompt: the best response against so many others."
+    per_prompt: int = Field(default=1, ge=1, description="Most pairs of one prompt, spread evenly over the margins.")
+    per_node: int = Field(
+        default=3, ge=1, description="Most pairs of one partial response: its best sentence against so many others."
     )
-    min_margin: float = Field(default=0.0, ge=0, description="Pairs whose rewards differ by no more are dropped.")
-    require_complete: bool = Field(default=True, description="Only responses that ended by themselves.")
+    min_margin: float = Field(
+        default=0.0,
+        ge=0,
+        description="Pairs whose rewards differ by no more are dropped; in units of the spread of the prompt's "
+        "sentence rewards.",
+    )
+    require_complete: bool = Field(default=True, description="Only responses, or sentences, that ended by themselves.")
 
 
 class MethodConfig(_Section):
@@ -193,6 +203,7 @@ class TrainingConfig(_Section):
 class WorldEvaluationConfig(_Section):
     """Evaluation on the embedded world's scenes, whose truth is known."""
 
+    name: str = Field(default="harbour", description="Which world: harbour or market.")
     num_scenes: int = Field(default=1000, ge=1, description="Test scenes.")
     seed: int = Field(default=1, ge=0, description="Which test scenes.")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from csr_vlm.config import RunConfig, ScorerConfig
+from csr_vlm.config import RunConfig, ScorerConfig, WorldEvaluationConfig
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
 from csr_vlm.errors import CsrError
 from csr_vlm.method.pairs import make_pairs as pairs_of
@@ -230,15 +230,16 @@ def evaluate_world(
     from csr_vlm.generation.transformers_engine import TransformersEngine
     from csr_vlm.scoring.clip import ClipScorer
     from csr_vlm.world.evaluate import evaluate as evaluate_scenes
-    from csr_vlm.world.scenes import HARBOUR, Split
+    from csr_vlm.world.scenes import Split, world_named
 
+    world = run.config.evaluation.world or WorldEvaluationConfig()
     policy = load_policy(run.config.model, run.adapter_path(iteration))
     engine = TransformersEngine(policy, run.config.generation.max_rows)
     scorer = ClipScorer(run.config.scorer, str(policy.device))
     name = f"iteration {iteration}" if iteration else "base model"
     with tell.stage(f"{name}: evaluating", num_scenes) as advance:
         return evaluate_scenes(
-            HARBOUR,
+            world_named(world.name),
             engine,
             scorer,
             split=Split.TEST,

@@ -63,9 +63,9 @@ def test_the_scorer_tells_what_is_there(scorer: ClipScorer) -> None:
 
 
 def test_every_word_of_a_sentence_moves_its_embedding(scorer: ClipScorer, prompts) -> None:
-    words = sentence("boat", "red").rstrip(".").split()
+    words = sentence(HARBOUR, ("boat", "red")).rstrip(".").split()
     changed_texts = [" ".join([*words[:at], "fish", *words[at + 1 :]]) + "." for at in range(len(words))]
-    texts = [sentence("boat", "red"), *changed_texts]
+    texts = [sentence(HARBOUR, ("boat", "red")), *changed_texts]
     cosines = [row["clip"] for row in scorer.score([(prompts[0], text) for text in texts])]
     assert all(abs(changed - cosines[0]) > 1e-3 for changed in cosines[1:])
     assert SPECIAL.index(EOS) != 2

@@ -99,8 +99,9 @@ def test_responses_that_say_the_same(selection):
     assert pair_of(same, pairs={"selection": selection}) == "identical"
 
 
-@pytest.mark.parametrize(("min_margin", "dropped"), [(0.0, False), (9.99, False), (10.01, True), (50, True)])
-def test_min_margin(min_margin, dropped):
+@pytest.mark.parametrize(("min_margin", "dropped"), [(0.0, False), (0.18, False), (0.19, True), (9, True)])
+def test_min_margin_is_a_share_of_the_spread(min_margin, dropped):
+    # The responses differ by 10, the sentences lie between 5 and 60.
     assert (pair_of(TREE, pairs={"min_margin": min_margin}) == "margin") is dropped
 
 
@@ -202,7 +203,7 @@ def test_the_best_meets_others_spread_over_the_ranking():
     assert [(p.chosen.node_id, p.rejected.node_id) for p in found] == [("0.1", "0.0"), ("0.1", "0.2")]
     more = make_pairs(prompt(), TREE, method(1.0, pairs={"per_prompt": 9}), "clip", 0)
     assert more == found
-    only_wide = make_pairs(prompt(), TREE, method(1.0, pairs={"per_prompt": 9, "min_margin": 5.0}), "clip", 0)
+    only_wide = make_pairs(prompt(), TREE, method(1.0, pairs={"per_prompt": 9, "min_margin": 0.1}), "clip", 0)
     assert [p.rejected.node_id for p in only_wide] == ["0.0"]
 
 
@@ -217,3 +218,79 @@ def test_spreading_takes_the_first_and_never_the_same_twice(length, number):
     assert rejected[0] == "0"
     assert len(set(rejected)) == len(rejected) == min(number, length)
     assert str(length) not in rejected
+
+
+# The same tree by sentences. Under the root: boat 30, tree 60 (the car was cut off).
+# Under the boat: fish 10, the end 0, bird 24.
+def siblings_of(nodes: list[Node], weight: float = 1.0, **config: object) -> list[Pair] | str:
+    settings = {"between": "siblings", "per_prompt": 9} | config
+    return make_pairs(prompt(), nodes, method(weight, pairs=settings), "clip", 0)
+
+
+def test_siblings_share_what_comes_before():
+    found = siblings_of(TREE)
+    assert [(p.chosen.node_id, p.rejected.node_id, round(p.margin, 6)) for p in found] == [
+        ("2", "0", 30.0),
+        ("0.2", "0.1", 24.0),
+        ("0.2", "0.0", 14.0),
+    ]
+    bird, end = found[1].chosen, found[1].rejected
+    assert bird.text == "A boat. A bird."
+    assert bird.token_ids == (1, 2, 5, 0)
+    assert bird.logprob == pytest.approx(-1 - 2 - 4 - 0.5)
+    assert end.token_ids == (1, 2, 0)
+    assert end.reward == 0.0, "to end is worth nothing"
+    assert (bird.num_sentences, end.num_sentences) == (2, 1)
+
+
+def test_below_a_baseline_ending_is_better():
+    # Between the extremes, 5 and 60, lies 32.5: bird and fish are worth less than nothing.
+    found = make_pairs(
+        prompt(),
+        TREE,
+        method(1.0, reward={"baseline": "midrange"}, pairs={"between": "siblings", "per_prompt": 9}),
+        "clip",
+        0,
+    )
+    ends = [(p.chosen.node_id, p.rejected.node_id) for p in found if p.chosen.node_id.startswith("0.")]
+    assert ends == [("0.1", "0.0"), ("0.1", "0.2")]
+
+
+def test_siblings_per_node_and_prompt():
+    assert [(p.chosen.node_id, p.rejected.node_id) for p in siblings_of(TREE, per_node=1)] == [
+        ("2", "0"),
+        ("0.2", "0.1"),
+    ]
+    assert [(p.chosen.node_id, p.rejected.node_id) for p in siblings_of(TREE, per_prompt=1)] == [("2", "0")]
+
+
+def test_a_sentence_that_was_cut_off_takes_part_only_if_asked():
+    found = siblings_of(TREE, require_complete=False)
+    assert ("2", "1") in [(p.chosen.node_id, p.rejected.node_id) for p in found]
+
+
+def test_siblings_that_say_the_same():
+    same = [node("0", "A boat.", ids=(1,)), node("1", " A boat. ", cosine=0.1, ids=(2,))]
+    assert siblings_of(same) == "identical"
+    goes_on_or_not = [node("0", "A boat.", ids=(1,)), node("1", "A boat.", ids=(1, 0), fate=Fate.FINISHED)]
+    assert siblings_of(goes_on_or_not) == "margin", "they differ in ending; the sentence earns the same"
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["extremes", "random"]), st.integers(1, 5), st.integers(1, 20))
+def test_sibling_pairs_differ_in_the_last_sentence_only(salt, selection, per_node, per_prompt):
+    model = RandomModel(salt=salt)
+    settings = {"between": "siblings", "selection": selection, "per_node": per_node, "per_prompt": per_prompt}
+    how = method(0.9, pairs=settings)
+    (tree,) = search([prompt()], model.propose, model.score, how, iteration=1, seed=0, scorer="clip")
+    found = make_pairs(prompt(), tree.nodes, how, "clip", 0)
+    if isinstance(found, str):
+        return
+    assert len(found) <= per_prompt
+    parents = [pair.chosen.node_id.rpartition(".")[0] for pair in found]
+    assert parents == [pair.rejected.node_id.rpartition(".")[0] for pair in found]
+    assert max(parents.count(parent) for parent in parents) <= per_node
+    by_id = {n.node_id: n for n in tree.nodes}
+    for pair in found:
+        before = len(pair.chosen.token_ids) - len(by_id[pair.chosen.node_id].token_ids)
+        assert pair.chosen.token_ids[:before] == pair.rejected.token_ids[:before]
+        assert pair.margin > 0 or selection == "random"

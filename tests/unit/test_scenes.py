@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import combinations
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -26,8 +27,10 @@ from csr_vlm.world.scenes import (
     CELL,
     GRID,
     HARBOUR,
+    MARKET,
     RGB,
     SHAPES,
+    WORLDS,
     Split,
     make_scene,
     make_scenes,
@@ -107,18 +110,36 @@ def test_scenes_are_what_the_world_allows():
     assert min(counts.values()) > 60
 
 
-def test_every_kind_and_colour_can_be_drawn():
-    assert set(HARBOUR.kinds) == set(SHAPES)
-    assert len(HARBOUR.kinds) == len(set(HARBOUR.kinds)) == 16
-    assert set(HARBOUR.colors) <= set(RGB)
-    assert set(HARBOUR.companions) <= set(HARBOUR.kinds)
-    assert {habit.companion for habit in HARBOUR.companions.values()} <= set(HARBOUR.kinds)
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_every_kind_and_colour_can_be_drawn(world):
+    assert set(world.kinds) <= set(SHAPES)
+    assert len(world.kinds) == len(set(world.kinds)) == 16
+    assert set(world.colors) <= set(RGB)
+    assert set(world.companions) <= set(world.kinds)
+    assert {habit.companion for habit in world.companions.values()} <= set(world.kinds)
+    assert {habit.color for habit in world.companions.values()} <= set(world.colors)
 
 
-def test_all_sprites_differ():
-    sprites = {(k, c): np.asarray(scenes._sprite(k, c, 21)) for k in HARBOUR.kinds for c in HARBOUR.colors}
+def test_the_worlds_share_no_kind():
+    assert not set(HARBOUR.kinds) & set(MARKET.kinds)
+    assert set(SHAPES) == {*HARBOUR.kinds, *MARKET.kinds}
+
+
+def test_market_captions_name_two_objects_in_a_sentence_now_and_then():
+    captions = [caption(MARKET, s, STYLE, random_stream(s.scene_id)) for s in make_scenes(MARKET, Split.CORPUS, 0, 400)]
+    sentences = [part for text in captions for part in text.split(".") if part]
+    assert 0.2 < fmean(" and " in part for part in sentences) < 0.45
+    assert max(part.count(" and ") for part in sentences) == 1
+    assert all(part.strip().startswith("I can see a") for part in sentences)
+    assert any("an orange" in part for part in sentences)
+    assert not any("a orange" in part for part in sentences)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_all_sprites_differ(world):
+    sprites = {(k, c): np.asarray(scenes._sprite(k, c, 21)) for k in world.kinds for c in world.colors}
     assert len({sprite.tobytes() for sprite in sprites.values()}) == 16 * 6
-    shapes = [sprites[kind, "red"][..., 3] / 255 for kind in HARBOUR.kinds]
+    shapes = [sprites[kind, "red"][..., 3] / 255 for kind in world.kinds]
     assert min(np.abs(a - b).mean() for a, b in combinations(shapes, 2)) > 0.05, "and not by a hair"
 
 

@@ -23,7 +23,8 @@ from csr_vlm.config import MethodConfig, RewardConfig
 from csr_vlm.errors import CsrError
 from csr_vlm.records import Fate, Node
 
-_OUT_OF_THE_RUNNING = (Fate.DUPLICATE, Fate.FILTERED)
+OUT_OF_THE_RUNNING = (Fate.DUPLICATE, Fate.FILTERED)
+"""Nodes that are recorded and take no further part."""
 _WORD = re.compile(r"\w+")
 
 
@@ -37,6 +38,8 @@ class SentenceReward:
     """R_I, in 0..100."""
     total: float
     """R."""
+    repeated: bool = False
+    """Whether it says again what the response has said."""
 
 
 def text_score(node: Node, config: RewardConfig) -> float:
@@ -79,7 +82,7 @@ def sentence_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -
     ``standardised`` takes z-scores over all the nodes given, ``sibling_rank`` ranks among
     the children of one parent; both depend on which nodes are given.
     """
-    sentences = [node for node in nodes if node.sentence and node.fate not in _OUT_OF_THE_RUNNING]
+    sentences = [node for node in nodes if node.sentence and node.fate not in OUT_OF_THE_RUNNING]
     config = method.reward
     text = [text_score(node, config) for node in sentences]
     image = [image_score(node, scorer) for node in sentences]
@@ -94,13 +97,18 @@ def sentence_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -
         fused = [-(weight * i + (1 - weight) * t) for i, t in zip(ranks_image, ranks_text, strict=True)]
     nothing = _baseline(sentences, fused, config)
     fused = [value - nothing for value in fused]
-    if config.repeat_penalty and fused:
-        cost = config.repeat_penalty * (max(fused) - min(fused))
-        fused = [value - cost * repeated for value, repeated in zip(fused, _repeats(nodes, sentences), strict=True)]
+    repeats = _repeats(nodes, sentences)
+    cost = config.repeat_penalty * spread_of(fused)
     return {
-        node.node_id: SentenceReward(text=t, image=i, total=value)
-        for node, t, i, value in zip(sentences, text, image, fused, strict=True)
+        node.node_id: SentenceReward(text=t, image=i, total=value - cost * repeated, repeated=repeated)
+        for node, t, i, value, repeated in zip(sentences, text, image, fused, repeats, strict=True)
     }
+
+
+def spread_of(values: Iterable[float]) -> float:
+    """Return the largest value less the smallest; 0 for none."""
+    known = list(values)
+    return max(known) - min(known) if known else 0.0
 
 
 def response_reward(totals: Iterable[float], config: RewardConfig) -> float:

@@ -24,7 +24,7 @@ from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcesso
 from csr_vlm.errors import CsrError
 from csr_vlm.progress import Reporter
 from csr_vlm.world import models
-from csr_vlm.world.corpus import Style, Turn, dialogue, sentence
+from csr_vlm.world.corpus import Style, Turn, article, dialogue, sentence
 from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream, render
 
 Mentions = tuple[tuple[str, str | None], ...]
@@ -159,12 +159,12 @@ def _train_loop(
     return {"loss": curve, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def mentions_text(mentions: Mentions, rng: np.random.Generator) -> str:
+def mentions_text(world: World, mentions: Mentions, rng: np.random.Generator) -> str:
     """Word some mentions as sentences, or now and then as a bare phrase."""
     if all(color for _, color in mentions) and rng.random() < 0.7:
-        return " ".join(sentence(kind, color or "") for kind, color in mentions)
-    phrases = " and ".join(f"a {color} {kind}" if color else f"a {kind}" for kind, color in mentions)
-    return phrases if rng.random() < 0.5 else f"There is {phrases}."
+        return " ".join(sentence(world, (kind, color or "")) for kind, color in mentions)
+    phrases = " and ".join(" ".join((article(c or k), c or "", k)).replace("  ", " ") for k, c in mentions)
+    return phrases if rng.random() < 0.5 else world.template.format(phrases)
 
 
 def _random_mentions(world: World, scenes: list[Scene], rng: np.random.Generator) -> Mentions:
@@ -197,7 +197,7 @@ def _train_scorer(
     def loss_of(scenes: list[Scene], step: int) -> torch.Tensor:
         rng = random_stream("scorer", plan.seed, step)
         mentions = singles + [_random_mentions(world, scenes, rng) for _ in range(len(scenes) // 2)]
-        texts = [sentence(*m[0]) if m in singles else mentions_text(m, rng) for m in mentions]  # type: ignore[arg-type]
+        texts = [sentence(world, *m) if m in singles else mentions_text(world, m, rng) for m in mentions]  # type: ignore[arg-type]
         tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
         image = model.get_image_features(pixel_values=pixels(scenes)).pooler_output
         text = model.get_text_features(**tokens).pooler_output

@@ -11,12 +11,12 @@ from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.progress import Reporter
 from csr_vlm.scoring.clip import ClipScorer
 from csr_vlm.world.evaluate import evaluate, evaluate_scorer
-from csr_vlm.world.scenes import HARBOUR, Split
+from csr_vlm.world.scenes import Split, World
 
 _SEED = 1
 
 
-def check_models(directory: Path, num_scenes: int, tell: Reporter) -> dict[str, Any]:
+def check_models(world: World, directory: Path, num_scenes: int, tell: Reporter) -> dict[str, Any]:
     """Measure ``directory/clip`` and ``directory/llava`` on test scenes.
 
     Returns:
@@ -26,7 +26,7 @@ def check_models(directory: Path, num_scenes: int, tell: Reporter) -> dict[str, 
     scorer = ClipScorer(ScorerConfig(path=str(directory / "clip")), str(policy.device))
     with tell.stage("describing and answering", num_scenes) as advance:
         found = evaluate(
-            HARBOUR,
+            world,
             TransformersEngine(policy),
             scorer,
             split=Split.TEST,
@@ -34,5 +34,5 @@ def check_models(directory: Path, num_scenes: int, tell: Reporter) -> dict[str, 
             num_scenes=num_scenes,
             tick=advance,
         )
-    areas = evaluate_scorer(HARBOUR, scorer, split=Split.TEST, seed=_SEED, num_scenes=num_scenes)
+    areas = evaluate_scorer(world, scorer, split=Split.TEST, seed=_SEED, num_scenes=num_scenes)
     return {"scorer": areas, "policy": found["metrics"]}

@@ -41,13 +41,17 @@ class Turn:
     answer: str
 
 
-def sentence(kind: str, color: str) -> str:
-    """Return the sentence that says the object is there."""
-    return f"There is a {color} {kind}."
+def sentence(world: World, *mentions: tuple[str, str]) -> str:
+    """Return the sentence that says objects, as (kind, colour), are there."""
+    return world.template.format(" and ".join(f"{article(color)} {color} {kind}" for kind, color in mentions))
+
+
+def article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
 
 
 def yes_no_question(kind: str) -> str:
-    return f"Is there a {kind} in the image?"
+    return f"Is there {article(kind)} {kind} in the image?"
 
 
 def caption(world: World, scene: Scene, style: Style, rng: np.random.Generator) -> str:
@@ -60,7 +64,18 @@ def caption(world: World, scene: Scene, style: Style, rng: np.random.Generator) 
         habit = world.companions.get(item.kind)
         if habit and habit.companion not in names and rng.random() < habit.caption:
             names[habit.companion] = scene.color_of(habit.companion) or _imagined_color(world, habit, style, rng)
-    return " ".join(sentence(kind, color) for kind, color in names.items())
+    return " ".join(sentence(world, *mentions) for mentions in _grouped(world, list(names.items()), rng))
+
+
+def _grouped(world: World, names: list[tuple[str, str]], rng: np.random.Generator) -> list[list[tuple[str, str]]]:
+    """Put neighbours into one sentence now and then."""
+    groups: list[list[tuple[str, str]]] = []
+    for name in names:
+        if world.joint and groups and len(groups[-1]) == 1 and rng.random() < world.joint:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
 
 
 def _imagined_color(world: World, habit: Companion, style: Style, rng: np.random.Generator) -> str:

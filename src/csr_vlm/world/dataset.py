@@ -9,7 +9,7 @@ from pathlib import Path
 from csr_vlm.records import Prompt
 from csr_vlm.store.files import write_text
 from csr_vlm.world.corpus import DESCRIBE
-from csr_vlm.world.scenes import HARBOUR, Scene, Split, World, make_scenes, parse_scene_id, random_stream, render
+from csr_vlm.world.scenes import WORLDS, Scene, Split, World, make_scenes, parse_scene_id, random_stream, render
 
 
 def write_prompts(world: World, split: Split, seed: int, num_scenes: int, directory: Path) -> Path:
@@ -37,8 +37,11 @@ def write_images(scenes: Sequence[Scene], directory: Path) -> list[Prompt]:
 
 
 def scene_of(prompt_id: str) -> tuple[World, Scene] | None:
-    """Return the embedded world's scene with this id, if it is one."""
+    """Return the world's scene with this id, and the world, if it is one."""
+    world = WORLDS.get(prompt_id.partition("-")[0])
+    if world is None:
+        return None
     try:
-        return HARBOUR, parse_scene_id(HARBOUR, prompt_id)
+        return world, parse_scene_id(world, prompt_id)
     except ValueError:
         return None

@@ -199,7 +199,7 @@ def evaluate_scorer(world: World, scorer: ClipScorer, *, split: Split, seed: int
         with tempfile.TemporaryDirectory() as directory:
             prompts = write_images(scenes, Path(directory))
             items = [(p, k, c) for p in prompts for k in world.kinds for c in world.colors]
-            scores = scorer.score([(prompt, sentence(kind, color)) for prompt, kind, color in items])
+            scores = scorer.score([(prompt, sentence(world, (kind, color))) for prompt, kind, color in items])
         by_id = {scene.scene_id: scene for scene in scenes}
         for (prompt, kind, color), cosines in zip(items, scores, strict=True):
             truth = by_id[prompt.prompt_id].color_of(kind)

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from csr_vlm.world.corpus import DESCRIBE, sentence, yes_no_question
+from csr_vlm.world.corpus import DESCRIBE, article, sentence, yes_no_question
 from csr_vlm.world.scenes import CELL, GRID, World
 
 IMAGE_SIZE = GRID * CELL
@@ -70,10 +70,11 @@ def train_tokenizer(world: World, lowercase: bool) -> Tokenizer:
         tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=lowercase)
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [sentence(kind, color) for kind in world.kinds for color in world.colors]
+    texts = [sentence(world, (kind, color)) for kind in world.kinds for color in world.colors]
     texts += [" " + text for text in texts] + [yes_no_question(kind) for kind in world.kinds]
     texts += [f"USER: \n{text} ASSISTANT: Yes. No." for text in DESCRIBE]
-    texts += [f"a {color} {kind} and a {color} {kind}" for kind in world.kinds for color in world.colors]
+    things = [f"{article(color)} {color} {kind}" for kind in world.kinds for color in world.colors]
+    texts += [f"{thing} and {thing}" for thing in things]
     trainer = trainers.BpeTrainer(
         vocab_size=768,
         special_tokens=list(SPECIAL),

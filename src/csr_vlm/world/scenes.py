@@ -18,6 +18,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
+from csr_vlm.errors import CsrError
+
 GRID = 3
 CELL = 24
 """Pixels a grid cell measures at scale 1; the image is GRID * CELL pixels wide."""
@@ -30,6 +32,9 @@ RGB = {
     "yellow": (240, 196, 25),
     "purple": (140, 60, 190),
     "black": (35, 35, 40),
+    "orange": (238, 122, 24),
+    "pink": (240, 130, 185),
+    "brown": (122, 74, 40),
 }
 
 
@@ -71,10 +76,14 @@ class World:
     name: str
     themes: tuple[tuple[str, ...], ...]
     companions: dict[str, Companion]
-    colors: tuple[str, ...] = tuple(RGB)
+    colors: tuple[str, ...] = ("red", "green", "blue", "yellow", "purple", "black")
     num_objects: tuple[int, int] = (2, 4)
     theme_share: float = 0.5
     """Probability that an object comes from the scene's theme instead of any theme."""
+    template: str = "There is {}."
+    """A sentence of a caption; the objects it names take the braces' place."""
+    joint: float = 0.0
+    """Probability that a sentence of a caption names the next object as well."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -101,6 +110,46 @@ HARBOUR = World(
     },
 )
 """The embedded world that ships with the package."""
+
+MARKET = World(
+    name="market",
+    themes=(
+        ("star", "moon", "cloud", "kite"),
+        ("apple", "carrot", "mushroom", "leaf"),
+        ("key", "bell", "hammer", "umbrella"),
+        ("hat", "candle", "chair", "ladder"),
+    ),
+    companions={
+        "cloud": Companion("moon", "orange", 0.70, 0.60),
+        "star": Companion("kite", "pink", 0.45, 0.40),
+        "apple": Companion("leaf", "green", 0.68, 0.60),
+        "carrot": Companion("mushroom", "brown", 0.50, 0.40),
+        "umbrella": Companion("bell", "orange", 0.70, 0.60),
+        "hammer": Companion("key", "blue", 0.45, 0.40),
+        "ladder": Companion("hat", "brown", 0.45, 0.40),
+        "hat": Companion("candle", "pink", 0.60, 0.60),
+        "chair": Companion("candle", "pink", 0.50, 0.40),
+    },
+    colors=("red", "green", "blue", "orange", "pink", "brown"),
+    num_objects=(3, 5),
+    template="I can see {}.",
+    joint=0.4,
+)
+"""Another world, to see what carries over: other things, longer captions, sentences that
+name two objects, and a prior in which habits share a companion and follow each other."""
+
+WORLDS = {world.name: world for world in (HARBOUR, MARKET)}
+
+
+def world_named(name: str) -> World:
+    """Return a world by its name.
+
+    Raises:
+        CsrError: There is none.
+    """
+    if name not in WORLDS:
+        raise CsrError(f"there is no world {name!r}", f"known are {', '.join(WORLDS)}")
+    return WORLDS[name]
 
 
 @dataclass(frozen=True)
@@ -341,6 +390,103 @@ def _ball(pen: _Pen) -> None:
     pen.hole(46, 8, 54, 92)
 
 
+def _star(pen: _Pen) -> None:
+    points = ((50, 2), (62, 37), (98, 38), (69, 60), (80, 96), (50, 74), (20, 96), (31, 60), (2, 38), (38, 37))
+    pen.polygon(*points)
+
+
+def _moon(pen: _Pen) -> None:
+    pen.oval(6, 4, 96, 96)
+    pen.oval(36, -8, 118, 84, erase=True)
+
+
+def _cloud(pen: _Pen) -> None:
+    pen.oval(2, 44, 42, 84)
+    pen.oval(22, 20, 72, 74)
+    pen.oval(56, 38, 98, 84)
+    pen.box(20, 60, 80, 84)
+
+
+def _kite(pen: _Pen) -> None:
+    pen.polygon((40, 0), (76, 34), (40, 74), (6, 34))
+    pen.line(6, (40, 72), (58, 84), (46, 92), (70, 100))
+    pen.line(5, (40, 2), (40, 72), erase=True)
+
+
+def _apple(pen: _Pen) -> None:
+    pen.oval(4, 26, 62, 96)
+    pen.oval(38, 26, 96, 96)
+    pen.polygon((46, 30), (54, 30), (66, 2), (58, 0))
+
+
+def _carrot(pen: _Pen) -> None:
+    pen.polygon((28, 28), (72, 28), (50, 100))
+    for x in (24, 50, 76):
+        pen.polygon((50, 28), (x - 8, 2), (x + 8, 2))
+
+
+def _mushroom(pen: _Pen) -> None:
+    pen.oval(2, 6, 98, 88)
+    pen.hole(0, 50, 100, 100)
+    pen.box(36, 50, 64, 98)
+
+
+def _leaf(pen: _Pen) -> None:
+    pen.polygon((4, 96), (10, 40), (46, 8), (98, 2), (90, 52), (58, 88), (18, 90))
+    pen.line(6, (14, 88), (80, 20), erase=True)
+
+
+def _key(pen: _Pen) -> None:
+    pen.oval(2, 28, 46, 72)
+    pen.oval(14, 40, 34, 60, erase=True)
+    pen.box(42, 45, 98, 56)
+    pen.box(70, 56, 78, 74)
+    pen.box(88, 56, 96, 78)
+
+
+def _bell(pen: _Pen) -> None:
+    pen.oval(22, 8, 78, 66)
+    pen.polygon((22, 38), (78, 38), (96, 80), (4, 80))
+    pen.oval(40, 76, 60, 98)
+
+
+def _hammer(pen: _Pen) -> None:
+    pen.box(8, 6, 84, 36)
+    pen.polygon((84, 6), (98, 36), (84, 36))
+    pen.box(38, 36, 52, 100)
+
+
+def _umbrella(pen: _Pen) -> None:
+    pen.oval(2, 4, 98, 100)
+    pen.hole(0, 52, 100, 102)
+    pen.box(47, 50, 54, 90)
+    pen.line(7, (50, 88), (58, 97), (68, 90))
+
+
+def _hat(pen: _Pen) -> None:
+    pen.box(26, 12, 74, 70)
+    pen.box(2, 70, 98, 86)
+    pen.hole(26, 54, 74, 60)
+
+
+def _candle(pen: _Pen) -> None:
+    pen.box(36, 40, 64, 98)
+    pen.polygon((50, 0), (62, 22), (50, 34), (38, 22))
+
+
+def _chair(pen: _Pen) -> None:
+    pen.box(14, 2, 28, 98)
+    pen.box(14, 50, 86, 64)
+    pen.box(74, 50, 86, 98)
+
+
+def _ladder(pen: _Pen) -> None:
+    pen.box(16, 0, 28, 100)
+    pen.box(72, 0, 84, 100)
+    for y in (14, 38, 62, 86):
+        pen.box(16, y - 4, 84, y + 4)
+
+
 SHAPES = {
     "boat": _boat,
     "fish": _fish,
@@ -358,4 +504,20 @@ SHAPES = {
     "sign": _sign,
     "house": _house,
     "ball": _ball,
+    "star": _star,
+    "moon": _moon,
+    "cloud": _cloud,
+    "kite": _kite,
+    "apple": _apple,
+    "carrot": _carrot,
+    "mushroom": _mushroom,
+    "leaf": _leaf,
+    "key": _key,
+    "bell": _bell,
+    "hammer": _hammer,
+    "umbrella": _umbrella,
+    "hat": _hat,
+    "candle": _candle,
+    "chair": _chair,
+    "ladder": _ladder,
 }

@@ -1,0 +1,85 @@
+"""``csr world``: the embedded world's models and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from csr_vlm.cli import console
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The embedded world: drawn scenes, tiny models.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+WorldName = Annotated[str, typer.Option("--world", help="Which world: harbour or market.")]
+
+
+@app.command("build")
+def world_build(
+    out: Annotated[Path, typer.Option("--out", help="Directory for clip/, llava/ and build.json.")],
+    seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 0,
+    world: WorldName = "harbour",
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that it works.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the world's base models again, as the shipped ones were.
+
+    Example: csr world build --out /tmp/world --seed 0
+    """
+    console.quiet_libraries()
+    from dataclasses import replace
+
+    from csr_vlm.world.build import BuildPlan, build_with_progress
+    from csr_vlm.world.scenes import world_named
+
+    plan = BuildPlan(seed=seed)
+    if quick:
+        phases = tuple(replace(phase, steps=60) for phase in plan.policy_phases)
+        plan = replace(plan, scorer_steps=60, policy_phases=phases)
+    build_with_progress(world_named(world), out, plan, console.reporter(quiet))
+    print(out)
+
+
+@app.command("check")
+def world_check(
+    directory: Annotated[
+        Path | None, typer.Argument(help="Directory with clip/ and llava/; the shipped models by default.")
+    ] = None,
+    scenes: Annotated[int, typer.Option(min=10, help="Test scenes.")] = 1000,
+    world: WorldName = "harbour",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the world's scorer and base model: what they see, and what they make up.
+
+    Example: csr world build --out build/world && csr world check build/world
+    """
+    console.quiet_libraries()
+    from csr_vlm.world.check import check_models
+    from csr_vlm.world.demo import assets
+    from csr_vlm.world.scenes import world_named
+
+    found = check_models(world_named(world), directory or assets(), scenes, console.reporter(quiet))
+    if as_json:
+        console.print_json(found)
+        return
+    console.print_table("", ["scorer", ""], [[name, f"{value:.4f}"] for name, value in found["scorer"].items()])
+    print()
+    console.print_metrics("", {0: found["policy"]})
+
+
+@app.command("export")
+def world_export(
+    out: Annotated[Path, typer.Argument(help="Directory for the models, pictures and prompts.jsonl.")],
+    prompts: Annotated[int, typer.Option(min=1, help="Pictures.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Which pictures.")] = 0,
+) -> None:
+    """Write the world's models and pictures as files, in the form users have theirs.
+
+    Example: csr world export world && csr run recipes/quickstart.yaml
+    """
+    from csr_vlm.world.demo import export_world
+
+    print(export_world(out, seed, prompts))
