@@ -40,12 +40,12 @@ def evaluate(config: RunConfig, adapter: Path | None, split: str, scenes: int, t
     """Measure base plus adapter on fresh scenes."""
     from csr_vlm.generation.policy import load_policy
     from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.scoring.clip import ClipScorer
+    from csr_vlm.scoring.load import load_scorer
     from csr_vlm.world.evaluate import evaluate as evaluate_scenes
     from csr_vlm.world.scenes import HARBOUR, Split
 
     engine = TransformersEngine(load_policy(config.model, adapter))
-    scorer = ClipScorer(config.scorer, "cpu")
+    scorer = load_scorer(config.scorer, "cpu")
     found = evaluate_scenes(
         HARBOUR, engine, scorer, split=Split(split), seed=5, num_scenes=scenes, temperature=temperature
     )

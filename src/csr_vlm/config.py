@@ -154,13 +154,57 @@ class DataConfig(_Section):
     )
 
 
-class ScorerConfig(_Section):
-    """What measures image-text relevance."""
+class OneScorerConfig(_Section):
+    """One measure of image-text relevance: a column of the ledger."""
 
-    path: str = Field(description="Directory or hub id of a CLIP model.")
+    path: str = Field(
+        description="Directory or hub id of a CLIP, SigLIP or SigLIP 2 model; open_clip:MODEL/PRETRAINED or "
+        "open_clip:DIRECTORY; python:MODULE:CLASS for one of your own."
+    )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     name: str = Field(default="clip", pattern=r"^[A-Za-z0-9_-]+$", description="Name of its column in the ledger.")
     batch_size: int = Field(default=256, ge=1, description="Sentences or images encoded at once.")
+    long_sentences: Literal["split", "cut"] = Field(
+        default="split",
+        description="Sentences longer than the text tower reads: the mean cosine of clauses that fit, or the "
+        "sentence cut at the limit.",
+    )
+    vision: Literal["own", "policy"] = Field(
+        default="own",
+        description="Image encoder: the scorer's, or the policy's own vision tower under the scorer's projection "
+        "and text tower; the two must have the same shape.",
+    )
+    trust_import: bool = Field(default=False, description="Import and run the class that python:MODULE:CLASS names.")
+
+    @model_validator(mode="after")
+    def _asked_to_import(self) -> OneScorerConfig:
+        if self.path.startswith("python:") and not self.trust_import:
+            raise ValueError(f"{self.path} is code that would run here; set trust_import: true beside it to allow that")
+        return self
+
+
+class ScorerConfig(OneScorerConfig):
+    """What measures image-text relevance, and which measure the reward uses."""
+
+    extra: tuple[OneScorerConfig, ...] = Field(default=(), description="More scorers, each a column of its own.")
+    use: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_-]+(\+[A-Za-z0-9_-]+)*$",
+        description="Column that the reward uses, or several as A+B for the mean of their R_I; by default the "
+        "scorer's own.",
+    )
+
+    @property
+    def used(self) -> str:
+        """Name what the reward uses, as :func:`csr_vlm.method.reward.image_score` reads it."""
+        return self.use or self.name
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> ScorerConfig:
+        names = [self.name, *(other.name for other in self.extra)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"scorers need distinct names; these are {', '.join(names)}")
+        return self
 
 
 class GenerationConfig(_Section):
@@ -273,6 +317,14 @@ def resolve(layer: Mapping[str, Any]) -> RunConfig:
         raise CsrError(*_explain(error)) from None
 
 
+def scorer_config(**settings: Any) -> ScorerConfig:
+    """Validate a scorer that is not part of a run's configuration."""
+    try:
+        return ScorerConfig.model_validate(settings)
+    except ValidationError as error:
+        raise CsrError(*_explain(error)) from None
+
+
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Overlay ``above`` on ``below``, mapping by mapping."""
     result = dict(below)
@@ -338,6 +390,8 @@ def _explain(error: ValidationError) -> tuple[str, str]:
 
 def _option_names(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     for part in location:
+        if isinstance(part, int):  # a place in a list of what the field holds
+            continue
         field = next(f for name, f in model.model_fields.items() if part in (name, f.alias))
         candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))

@@ -47,13 +47,13 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
         return
     from csr_vlm.generation.policy import load_policy
     from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.scoring.clip import ClipScorer
+    from csr_vlm.scoring.load import load_scorer
 
     config = run.config
     started = time.perf_counter()
     policy = load_policy(config.model, run.adapter_path(iteration - 1), config.data.max_image_pixels)
     engine = TransformersEngine(policy, config.generation.max_rows)
-    scorer = ClipScorer(config.scorer, str(policy.device), config.data.max_image_pixels)
+    scorer = load_scorer(config.scorer, str(policy.device), config.data.max_image_pixels, config.model)
     total = run.result(0, "prompts")["accepted"]
     with tell.stage(f"iteration {iteration}: searching", total) as advance:
         for index, prompts in enumerate(tables.prompt_groups(run.prompts_path)):
@@ -66,19 +66,24 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
                     config.method,
                     iteration=iteration,
                     seed=config.seed,
-                    scorer=scorer.name,
+                    scorer=config.scorer.used,
                 )
                 tables.write_nodes(part, [node for tree in trees for node in tree.nodes])
                 engine.forget()
                 scorer.forget()
             advance(len(prompts))
-    fates = Counter(node.fate.value for part in run.ledger_parts(iteration) for node in tables.read_nodes(part))
+    fates: Counter[str] = Counter()
+    over_length: Counter[str] = Counter()
+    for part in run.ledger_parts(iteration):
+        nodes = list(tables.read_nodes(part))
+        fates.update(node.fate.value for node in nodes)
+        over_length.update(scorer.num_over_length([node.sentence for node in nodes if node.sentence]))
     run.mark_done(
         iteration,
         "generate",
         nodes=fates.total(),
         fates=dict(fates),
-        sentences_cut_for_scorer=scorer.num_cut,
+        sentences_over_length=dict(over_length),
         seconds=_since(started),
     )
 
@@ -86,11 +91,12 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
 def score(run: Run, iteration: int, scorer_config: ScorerConfig, tell: Reporter) -> None:
     """Add a scorer's cosines to every sentence of a ledger, part by part."""
     from csr_vlm.loading import resolve_device
-    from csr_vlm.scoring.clip import ClipScorer
+    from csr_vlm.scoring.load import load_scorer
 
     if not run.is_done(iteration, "generate"):
         raise CsrError(f"iteration {iteration} of {run.root} is not generated", f"csr generate {run.root}")
-    scorer = ClipScorer(scorer_config, resolve_device(run.config.model.device), run.config.data.max_image_pixels)
+    device = resolve_device(run.config.model.device)
+    scorer = load_scorer(scorer_config, device, run.config.data.max_image_pixels, run.config.model)
     prompts = {prompt.prompt_id: prompt for prompt in run.prompts()}
     parts = run.ledger_parts(iteration)
     with tell.stage(f"iteration {iteration}: scoring", len(parts)) as advance:
@@ -147,7 +153,7 @@ def derive_pairs(run: Run, iteration: int, config: RunConfig) -> tuple[list[Pair
     pairs: list[Pair] = []
     reasons: Counter[str] = Counter()
     for prompt, nodes in zip(prompts, ledger(run, iteration), strict=True):
-        found = pairs_of(prompt, nodes, config.method, config.scorer.name, config.seed)
+        found = pairs_of(prompt, nodes, config.method, config.scorer.used, config.seed)
         if isinstance(found, str):
             reasons[found] += 1
         else:
@@ -228,14 +234,14 @@ def evaluate_world(
     """Evaluate the policy after an iteration (0: the base) on the world's test scenes."""
     from csr_vlm.generation.policy import load_policy
     from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.scoring.clip import ClipScorer
+    from csr_vlm.scoring.load import load_scorer
     from csr_vlm.world.evaluate import evaluate as evaluate_scenes
     from csr_vlm.world.scenes import Split, world_named
 
     world = run.config.evaluation.world or WorldEvaluationConfig()
     policy = load_policy(run.config.model, run.adapter_path(iteration))
     engine = TransformersEngine(policy, run.config.generation.max_rows)
-    scorer = ClipScorer(run.config.scorer, str(policy.device))
+    scorer = load_scorer(run.config.scorer, str(policy.device), policy=run.config.model)
     name = f"iteration {iteration}" if iteration else "base model"
     with tell.stage(f"{name}: evaluating", num_scenes) as advance:
         return evaluate_scenes(

@@ -10,7 +10,8 @@ import torch
 from csr_vlm.config import ModelConfig, RunConfig, ScorerConfig, resolve
 from csr_vlm.generation.policy import Policy, load_policy
 from csr_vlm.records import Prompt
-from csr_vlm.scoring.clip import ClipScorer
+from csr_vlm.scoring.load import load_scorer
+from csr_vlm.scoring.scorer import ScorerGroup
 from csr_vlm.world.dataset import write_images, write_prompts
 from csr_vlm.world.demo import assets
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
@@ -30,8 +31,8 @@ def policy() -> Policy:
 
 
 @pytest.fixture
-def scorer() -> ClipScorer:
-    return ClipScorer(ScorerConfig(path=str(assets() / "clip")), device="cpu")
+def scorer() -> ScorerGroup:
+    return load_scorer(ScorerConfig(path=str(assets() / "clip")), device="cpu")
 
 
 def small_config(directory: Path, **changes: object) -> RunConfig:

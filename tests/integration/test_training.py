@@ -21,7 +21,7 @@ from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import search
 from csr_vlm.progress import Silent
 from csr_vlm.records import Pair, Prompt
-from csr_vlm.scoring.clip import ClipScorer
+from csr_vlm.scoring.load import load_scorer
 from csr_vlm.store.run import Run
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.dpo import merge, reference_difference, train, trainable_policy, trainer_arguments
@@ -41,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> object:
 @pytest.fixture(scope="module")
 def pairs(config, prompts: list[Prompt], policy) -> list[Pair]:
     engine = TransformersEngine(policy)
-    scorer = ClipScorer(config.scorer, "cpu")
+    scorer = load_scorer(config.scorer, "cpu")
     trees = search(
         prompts,
         lambda requests: engine.propose(requests, config.method.search),

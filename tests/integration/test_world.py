@@ -14,7 +14,8 @@ from csr_vlm.config import ModelConfig, ScorerConfig
 from csr_vlm.errors import CsrError
 from csr_vlm.generation.policy import Policy, load_policy
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.scoring.clip import ClipScorer
+from csr_vlm.scoring.load import load_scorer
+from csr_vlm.scoring.scorer import ScorerGroup
 from csr_vlm.world.build import LEARN_TO_SEE, PICK_UP_HABITS, BuildPlan, build, dialogue_ids, file_hashes, pixels
 from csr_vlm.world.corpus import Turn, sentence
 from csr_vlm.world.demo import assets, verify_assets
@@ -44,7 +45,7 @@ def test_the_shipped_weights_are_those_of_the_log_and_small() -> None:
 
 
 @pytest.mark.slow
-def test_the_base_sees_well_and_hallucinates_by_habit(policy: Policy, scorer: ClipScorer) -> None:
+def test_the_base_sees_well_and_hallucinates_by_habit(policy: Policy, scorer: ScorerGroup) -> None:
     found = evaluate(HARBOUR, TransformersEngine(policy), scorer, split=Split.TEST, seed=1, num_scenes=1000)
     value = {name: metric["value"] for name, metric in found["metrics"].items()}
     assert 0.40 <= value["chair_s"] <= 0.60
@@ -56,13 +57,13 @@ def test_the_base_sees_well_and_hallucinates_by_habit(policy: Policy, scorer: Cl
     assert value["yes_no_companion"] < value["yes_no_absent"] - 0.05
 
 
-def test_the_scorer_tells_what_is_there(scorer: ClipScorer) -> None:
+def test_the_scorer_tells_what_is_there(scorer: ScorerGroup) -> None:
     found = evaluate_scorer(HARBOUR, scorer, split=Split.TEST, seed=1, num_scenes=200)
     assert found["auc_absent"] >= 0.97
     assert found["auc_attribute"] >= 0.95
 
 
-def test_every_word_of_a_sentence_moves_its_embedding(scorer: ClipScorer, prompts) -> None:
+def test_every_word_of_a_sentence_moves_its_embedding(scorer: ScorerGroup, prompts) -> None:
     words = sentence(HARBOUR, ("boat", "red")).rstrip(".").split()
     changed_texts = [" ".join([*words[:at], "fish", *words[at + 1 :]]) + "." for at in range(len(words))]
     texts = [sentence(HARBOUR, ("boat", "red")), *changed_texts]
@@ -100,6 +101,6 @@ def test_the_builder_makes_the_same_loadable_models_from_a_seed(tmp_path: Path) 
     assert other["sha256"] != log["sha256"]
     assert json.loads((tmp_path / "a" / "build.json").read_text())["plan"]["scorer_steps"] == 12
     policy = load_policy(ModelConfig(path=str(tmp_path / "a" / "llava"), device="cpu"), None)
-    scorer = ClipScorer(ScorerConfig(path=str(tmp_path / "a" / "clip")), "cpu")
+    scorer = load_scorer(ScorerConfig(path=str(tmp_path / "a" / "clip")), "cpu")
     found = evaluate(HARBOUR, TransformersEngine(policy), scorer, split=Split.DEVELOPMENT, seed=0, num_scenes=4)
     assert found["metrics"]["words"]["n"] == 4

@@ -104,26 +104,26 @@ def generate(
 @app.command()
 def score(
     target: RunArgument,
-    scorer: Annotated[str, typer.Option(help="Directory or hub id of another CLIP model.")],
+    scorer: Annotated[str, typer.Option(help="Another scorer, as in scorer.path.")],
     name: Annotated[str, typer.Option(help="Its name in the ledger.")],
     iteration: Iteration = None,
+    trust_import: Annotated[bool, typer.Option(help="Run the class that python:MODULE:CLASS names.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Add another scorer's cosines to a ledger that exists.
 
-    Then: csr pairs RUN scorer.name=NAME. Example: csr score runs/q --scorer ./siglip --name siglip
+    Then: csr pairs RUN scorer.use=NAME. Example: csr score runs/q --scorer ./siglip --name siglip
     """
     console.quiet_libraries()
     from csr_vlm import stages
-    from csr_vlm.config import ScorerConfig
+    from csr_vlm.config import scorer_config
 
+    config = scorer_config(path=scorer, name=name, trust_import=trust_import)
     opened = Run.open(target)
     number = iteration or max(opened.iterations_done("generate"), default=1)
     with opened.locked():
-        stages.score(opened, number, ScorerConfig(path=scorer, name=name), console.reporter(quiet))
-    print(
-        f"iteration {number} is scored by {name}; use it with: csr pairs {target} scorer.name={name}", file=sys.stderr
-    )
+        stages.score(opened, number, config, console.reporter(quiet))
+    print(f"iteration {number} is scored by {name}; use it with: csr pairs {target} scorer.use={name}", file=sys.stderr)
 
 
 @app.command()

@@ -55,7 +55,7 @@ def tree(run: Run, prompt_id: str, iteration: int | None) -> None:
     if found is None:
         some = ", ".join(prompt.prompt_id for prompt, _ in zip(run.prompts(), range(3), strict=False))
         raise CsrError(f"{run.root} has no prompt {prompt_id!r}", f"it has {some}, ...")
-    method, scorer = run.config.method, run.config.scorer.name
+    method, scorer = run.config.method, run.config.scorer.used
     prompt, nodes = found
     rewards = sentence_rewards(nodes, method, scorer)
     pairs = make_pairs(prompt, nodes, method, scorer, run.config.seed)

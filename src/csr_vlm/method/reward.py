@@ -59,11 +59,16 @@ def text_score(node: Node, config: RewardConfig) -> float:
 
 
 def image_score(node: Node, scorer: str) -> float:
-    """Return R_I(s) = max(100 cos, 0), eq. 3.
+    """Return R_I(s) = max(100 cos, 0), eq. 3; the mean over scorers where several are named as ``a+b``.
 
     Raises:
-        CsrError: The node has no score by this scorer, or one that is not finite.
+        CsrError: The node has no score by a scorer, or one that is not finite.
     """
+    names = scorer.split("+")
+    return sum(_relevance(node, name) for name in names) / len(names)
+
+
+def _relevance(node: Node, scorer: str) -> float:
     cosine = node.cosines.get(scorer)
     if cosine is None:
         raise CsrError(

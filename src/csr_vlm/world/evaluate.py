@@ -20,7 +20,7 @@ from csr_vlm.errors import CsrError
 from csr_vlm.evaluation.statistics import Metric, ratio
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.records import Finish, Prompt
-from csr_vlm.scoring.clip import ClipScorer
+from csr_vlm.scoring.scorer import ScorerGroup
 from csr_vlm.world.corpus import absent_companions, sentence, yes_no_question
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream
@@ -46,7 +46,7 @@ class Described:
 def evaluate(
     world: World,
     engine: TransformersEngine,
-    scorer: ClipScorer | None,
+    scorer: ScorerGroup | None,
     *,
     split: Split,
     seed: int,
@@ -103,7 +103,7 @@ def evaluate(
 def _describe(
     world: World,
     engine: TransformersEngine,
-    scorer: ClipScorer | None,
+    scorer: ScorerGroup | None,
     scenes: Sequence[Scene],
     prompts: Sequence[Prompt],
     temperature: float,
@@ -118,7 +118,7 @@ def _describe(
     ]
 
 
-def _relevance(scorer: ClipScorer, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
+def _relevance(scorer: ScorerGroup, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
     """Mean R_I (eq. 3) over each text's sentences."""
     parts = [[part.strip() + "." for part in text.split(".") if part.strip()] for text in texts]
     items = [(prompt, part) for prompt, mine in zip(prompts, parts, strict=True) for part in mine]
@@ -182,7 +182,7 @@ def summarise(world: World, described: Sequence[Described], answers: Sequence[di
     return metrics
 
 
-def evaluate_scorer(world: World, scorer: ClipScorer, *, split: Split, seed: int, num_scenes: int) -> dict[str, float]:
+def evaluate_scorer(world: World, scorer: ScorerGroup, *, split: Split, seed: int, num_scenes: int) -> dict[str, float]:
     """Measure how well cosines separate what is there from what is not.
 
     Returns:

@@ -1,0 +1,114 @@
+"""Named tensors in checkpoint files, read one file at a time."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from csr_vlm.errors import CsrError
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+"""What holds a model's weights, whole or as ``NAME.index.json`` and shards; the first that is there counts."""
+
+
+def find_file(source: str | Path, name: str, revision: str | None = None) -> Path | None:
+    """Locate a file of a directory, or of a hub model, which is downloaded then; None where there is none.
+
+    Raises:
+        CsrError: There is no such directory or hub model.
+    """
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(str(source), name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CsrError(f"{source} cannot be read: {reason}", "name a directory or a hub id") from None
+    return Path(found) if found else None
+
+
+def tensor_files(
+    source: str | Path, names: tuple[str, ...] = FILES, revision: str | None = None
+) -> dict[str, Path] | None:
+    """Map each tensor of a checkpoint to the file that holds it; None where there is no checkpoint.
+
+    Raises:
+        CsrError: A shard of the index is missing.
+    """
+    for name in names:
+        index = find_file(source, f"{name}.index.json", revision)
+        if index is not None:
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {shard: find_file(source, shard, revision) for shard in sorted(set(weight_map.values()))}
+            missing = [shard for shard, path in files.items() if path is None]
+            if missing:
+                raise CsrError(f"{source} lacks {', '.join(missing)}, which {index.name} lists", "download it again")
+            return {tensor: cast("Path", files[shard]) for tensor, shard in weight_map.items()}
+        whole = find_file(source, name, revision)
+        if whole is not None:
+            with _opened(whole) as tensors:
+                return dict.fromkeys(tensors.keys(), whole)
+    return None
+
+
+def read_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
+    """Yield (name, tensor) file by file; no more than one file is open, and its tensors are read one by one.
+
+    Raises:
+        CsrError: A file lacks a tensor, or cannot be read without running code.
+    """
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for name, file in files.items():
+        by_file[file].append(name)
+    for file, names in by_file.items():
+        with _opened(file) as tensors:
+            missing = sorted(set(names) - set(tensors.keys()))
+            if missing:
+                raise CsrError(f"{file} lacks {', '.join(missing[:3])}", "download it again")
+            for name in names:
+                yield name, tensors.get_tensor(name)
+
+
+class _Loaded:
+    """A ``.bin`` file behind the interface of an open safetensors file."""
+
+    def __init__(self, tensors: dict[str, Any]) -> None:
+        self.keys = tensors.keys
+        self.get_tensor = tensors.__getitem__
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            handle = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CsrError(f"{file} is no safetensors file: {error}", "download it again") from None
+        with handle as tensors:
+            yield tensors
+    else:
+        yield _Loaded(_load_bin(file))
+
+
+def _load_bin(file: Path) -> dict[str, Any]:
+    """Read a ``.bin`` file, which is a pickle: only tensors and plain containers are let through."""
+    import torch
+
+    try:
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # Files of before PyTorch 1.6 cannot be mapped.
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CsrError(f"{file} cannot be read as plain tensors: {reason}", "convert it to safetensors") from None
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise CsrError(f"{file} holds something else than named tensors", "convert it to safetensors")
+    return loaded
