@@ -83,6 +83,11 @@ class RewardConfig(_Section):
         description="R_T: prod P (eq. 2), its geometric mean over tokens, or the mean log-probability.",
     )
     text_scale: float = Field(default=100.0, gt=0, description="Factor on R_T; R_I lives in 0..100.")
+    image_score: Literal["cosine", "contrast"] = Field(
+        default="cosine",
+        description="R_I: max(100 cos, 0) (eq. 3), or 100 times what the cosine with the prompt's image is above the "
+        "mean cosine with other images, so that what is not there lies about 0.",
+    )
     fusion: Literal["weighted", "standardised", "sibling_rank"] = Field(
         default="weighted",
         description="Weighted sum (eq. 4); the same of scores standardised over the prompt's sentences; or of ranks "
@@ -91,10 +96,11 @@ class RewardConfig(_Section):
     response: Literal["sum", "mean", "mean_plus_one"] = Field(
         default="mean", description="R(y): sum of R(s), its mean, or the sum over (number of sentences + 1)."
     )
-    baseline: Literal["none", "mean", "midrange"] = Field(
+    baseline: Literal["none", "mean", "midrange", "half_best"] = Field(
         default="none",
         description="Taken from every R(s), so that a sum grows with good sentences only: the mean, or the middle "
-        "between best and worst, of the prompt's distinct sentences.",
+        "between best and worst, of the prompt's distinct sentences; or half of the best R_I, R_T against its mean "
+        "(fusion: weighted, image_score: contrast).",
     )
     repeat_penalty: float = Field(
         default=0.0,
@@ -102,6 +108,12 @@ class RewardConfig(_Section):
         description="Taken from a sentence that says again what the response has said, in units of the spread of "
         "the prompt's sentence rewards.",
     )
+
+    @model_validator(mode="after")
+    def _half_of_a_contrast(self) -> RewardConfig:
+        if self.baseline == "half_best" and (self.fusion, self.image_score) != ("weighted", "contrast"):
+            raise ValueError("baseline half_best goes with fusion weighted and image_score contrast")
+        return self
 
 
 class PairsConfig(_Section):
@@ -187,6 +199,12 @@ class ScorerConfig(OneScorerConfig):
     """What measures image-text relevance, and which measure the reward uses."""
 
     extra: tuple[OneScorerConfig, ...] = Field(default=(), description="More scorers, each a column of its own.")
+    others: int = Field(
+        default=16,
+        ge=0,
+        description="Other images of the work item that every sentence is also scored against: what image_score "
+        "contrast and the estimate of the scorer's quality need; 0 for none.",
+    )
     use: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9_-]+(\+[A-Za-z0-9_-]+)*$",

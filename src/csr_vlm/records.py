@@ -24,6 +24,11 @@ class Prompt:
     text: str
 
 
+def others_column(scorer: str) -> str:
+    """Name the ledger's column with a sentence's mean cosine over other prompts' images."""
+    return f"{scorer}:others"
+
+
 class Finish(StrEnum):
     """Why a candidate sentence ends."""
 
@@ -120,7 +125,8 @@ class Node(_Said):
     finish: Finish
     fate: Fate
     cosines: Mapping[str, float] = field(default_factory=dict)
-    """Scorer name to cos(F_I(image), F_T(text)), in -1..1; empty where there is no sentence."""
+    """Scorer name to cos(F_I(image), F_T(text)), in -1..1, and :func:`others_column` to its
+    mean over other images; empty where there is no sentence."""
 
 
 @dataclass(frozen=True)

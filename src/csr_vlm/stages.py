@@ -55,10 +55,13 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
     engine = TransformersEngine(policy, config.generation.max_rows)
     scorer = load_scorer(config.scorer, str(policy.device), config.data.max_image_pixels, config.model)
     total = run.result(0, "prompts")["accepted"]
+    company = next(tables.prompt_groups(run.prompts_path))
     with tell.stage(f"iteration {iteration}: searching", total) as advance:
         for index, prompts in enumerate(tables.prompt_groups(run.prompts_path)):
             part = run.iteration(iteration) / "ledger" / _part_name(index, prompts, config, iteration)
             if not part.exists():
+                # The first prompts stand in where a work item is too small to have others.
+                scorer.compare_among([*prompts, *company], config.scorer.others)
                 trees = search(
                     prompts,
                     lambda requests: engine.propose(requests, config.method.search),
@@ -98,11 +101,14 @@ def score(run: Run, iteration: int, scorer_config: ScorerConfig, tell: Reporter)
     device = resolve_device(run.config.model.device)
     scorer = load_scorer(scorer_config, device, run.config.data.max_image_pixels, run.config.model)
     prompts = {prompt.prompt_id: prompt for prompt in run.prompts()}
+    company = next(tables.prompt_groups(run.prompts_path))
     parts = run.ledger_parts(iteration)
     with tell.stage(f"iteration {iteration}: scoring", len(parts)) as advance:
         for part in parts:
             nodes = list(tables.read_nodes(part))
             items = [(prompts[node.prompt_id], node.sentence) for node in nodes if node.sentence]
+            own = [prompts[prompt_id] for prompt_id in dict.fromkeys(node.prompt_id for node in nodes)]
+            scorer.compare_among([*own, *company], scorer_config.others)
             scores = iter(scorer.score(items))
             tables.write_nodes(
                 part, [replace(n, cosines={**n.cosines, **next(scores)}) if n.sentence else n for n in nodes]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from csr_vlm.config import RewardConfig
 from csr_vlm.errors import CsrError
@@ -16,6 +18,7 @@ from csr_vlm.method.reward import (
     path_ids,
     repeats_earlier,
     response_reward,
+    reward_scale,
     sentence_rewards,
     text_score,
 )
@@ -60,7 +63,7 @@ def test_product_of_a_very_long_sentence_is_zero_rather_than_an_error():
 
 @pytest.mark.parametrize(("cosine", "expected"), [(0.27, 27.0), (1.0, 100.0), (0.0, 0.0), (-0.1, 0.0)])
 def test_image_score(cosine, expected):
-    assert image_score(node("0", cosine=cosine), "clip") == pytest.approx(expected)
+    assert image_score(node("0", cosine=cosine), "clip", RewardConfig()) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("cosine", [None, math.nan, math.inf, -math.inf])
@@ -73,7 +76,7 @@ def test_a_missing_or_broken_cosine_names_the_prompt_and_the_sentence(cosine):
 
 def test_another_scorers_column_does_not_stand_in():
     with pytest.raises(CsrError, match="siglip"):
-        image_score(node("0", cosine=0.3), "siglip")
+        image_score(node("0", cosine=0.3), "siglip", RewardConfig())
 
 
 @pytest.mark.parametrize(
@@ -178,9 +181,9 @@ REPEATING = [
 
 
 def test_repeat_penalty():
-    # Rewards 10, 30, 20, 15 spread over 20; half of that is the price of saying it again.
+    # What is new earns 10, 20, 15, spread over 10; half of that is the price of saying it again.
     assert totals(REPEATING, 1.0) == pytest.approx({"0": 10, "0.0": 30, "0.1": 20, "1": 15})
-    assert totals(REPEATING, 1.0, repeat_penalty=0.5) == pytest.approx({"0": 10, "0.0": 20, "0.1": 20, "1": 15})
+    assert totals(REPEATING, 1.0, repeat_penalty=0.5) == pytest.approx({"0": 10, "0.0": 25, "0.1": 20, "1": 15})
 
 
 def test_repeats_are_found_along_the_path_only():
@@ -239,3 +242,50 @@ def test_a_baseline_makes_false_sentences_cost_and_counts_each_sentence_once():
         settings = method(1.0, reward={"baseline": baseline, "response": "sum"})
         rewards = sentence_rewards(nodes, settings, "clip")
         assert [rewards[n.node_id].total for n in nodes] == pytest.approx([r - nothing for r in (40, 30, 30, 0)])
+
+
+def contrasted(node_id: str, cosine: float, others: float, **more: object) -> Node:
+    made = node(node_id, f"Sentence {node_id}.", cosine=cosine, **more)
+    return replace(made, cosines={"clip": cosine, "clip:others": others})
+
+
+CONTRAST = {"image_score": "contrast", "baseline": "half_best"}
+
+
+def test_contrast_is_what_suits_this_image_better_than_others():
+    config = RewardConfig(image_score="contrast")
+    assert image_score(contrasted("0", 0.30, 0.10), "clip", config) == pytest.approx(20.0)
+    assert image_score(contrasted("0", 0.05, 0.10), "clip", config) == pytest.approx(-5.0), "below 0 it is not cut off"
+    with pytest.raises(CsrError, match="no score by 'clip:others'") as error:
+        image_score(node("0"), "clip", config)
+    assert "scorer.others" in error.value.hint
+
+
+def test_half_of_the_best():
+    # Contrasts 20, 16 and -4; at lambda 1 half of the best, 10, is worth nothing.
+    nodes = [contrasted("0", 0.30, 0.10), contrasted("1", 0.26, 0.10), contrasted("2", 0.06, 0.10)]
+    assert totals(nodes, 1.0, **CONTRAST) == pytest.approx({"0": 10, "1": 6, "2": -14})
+    # At lambda 0.5 R_T counts against its mean: 100 / e for all, so nothing.
+    assert totals(nodes, 0.5, text_scale=100, **CONTRAST) == pytest.approx({"0": 5, "1": 3, "2": -7})
+
+
+def test_where_all_is_good_all_is_worth_something():
+    """The middle between best and worst would call one of two true sentences worthless."""
+    good = [contrasted("0", 0.30, 0.10), contrasted("1", 0.26, 0.10)]
+    assert min(totals(good, 1.0, **CONTRAST).values()) > 0
+    assert min(totals(good, 1.0, image_score="contrast", baseline="midrange").values()) < 0
+
+
+def test_the_scale_reaches_down_to_what_is_not_about_the_image():
+    method_ = method(1.0, reward=CONTRAST)
+    good = [contrasted("0", 0.30, 0.10), contrasted("1", 0.26, 0.10)]
+    # Totals 10 and 6; a sentence of contrast 0 would be at -10.
+    assert reward_scale(sentence_rewards(good, method_, "clip").values(), method_) == pytest.approx(20.0)
+    plain = method(1.0)
+    assert reward_scale(sentence_rewards(good, plain, "clip").values(), plain) == pytest.approx(4.0)
+    assert reward_scale([], plain) == 0.0
+
+
+def test_half_of_the_best_goes_with_a_contrast():
+    with pytest.raises(ValidationError, match="half_best"):
+        RewardConfig(baseline="half_best")

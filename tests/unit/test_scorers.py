@@ -6,10 +6,11 @@ import math
 import sys
 import types
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from csr_vlm.config import ScorerConfig, resolve, scorer_config
+from csr_vlm.config import RewardConfig, ScorerConfig, resolve, scorer_config
 from csr_vlm.errors import CsrError
 from csr_vlm.method.reward import image_score
 from csr_vlm.records import Prompt
@@ -79,11 +80,11 @@ def test_the_mean_of_several_columns():
     """max(100 x 0.3, 0) = 30 and max(100 x -0.5, 0) = 0: the mean is 15, not 100 x -0.1."""
     sentence = node("0", cosine=0.3)
     sentence.cosines["siglip"] = -0.5
-    assert image_score(sentence, "clip") == pytest.approx(30.0)
-    assert image_score(sentence, "siglip") == 0.0
-    assert image_score(sentence, "clip+siglip") == pytest.approx(15.0)
+    assert image_score(sentence, "clip", RewardConfig()) == pytest.approx(30.0)
+    assert image_score(sentence, "siglip", RewardConfig()) == 0.0
+    assert image_score(sentence, "clip+siglip", RewardConfig()) == pytest.approx(15.0)
     with pytest.raises(CsrError, match="no score by 'other'"):
-        image_score(sentence, "clip+other")
+        image_score(sentence, "clip+other", RewardConfig())
 
 
 @pytest.fixture
@@ -150,3 +151,29 @@ def test_an_unknown_option_of_an_extra_scorer_is_named():
     with pytest.raises(CsrError, match=r"unknown option scorer\.extra\.0\.nmae") as caught:
         resolve(REQUIRED | {"scorer": {"path": "a", "extra": [{"path": "b", "nmae": "c"}]}})
     assert caught.value.hint == "did you mean name?"
+
+
+class Numbered(Constant):
+    """Cosine 0.01 times the number in the image's name, less the sentence's length in thousandths."""
+
+    def score(self, items):
+        return [{self.name: int(Path(p.image).stem) / 100 - len(text) / 1000} for p, text in items]
+
+
+def test_every_sentence_meets_the_next_images_too():
+    prompts = [Prompt(f"p{i}", f"/images/{i}.png", "?") for i in range(4)]
+    again = Prompt("p0b", "/images/0.png", "Another question about the first image?")
+    group = ScorerGroup([Numbered("a")])
+    group.compare_among([prompts[0], again, *prompts[1:]], 2)
+    rows = group.score([(prompts[0], "one"), (again, "one"), (prompts[3], "one")])
+    # Image 0 meets 1 and 2, image 3 meets 0 and 1; the sentence costs 0.003 everywhere.
+    assert [row["a"] for row in rows] == pytest.approx([-0.003, -0.003, 0.027])
+    assert [row["a:others"] for row in rows] == pytest.approx([0.012, 0.012, 0.002])
+    assert group.score([(prompts[3], "one"), (prompts[0], "one")]) == [rows[2], rows[0]], "whatever else is scored"
+    group.compare_among(prompts[:2], 16)
+    assert group.score([(prompts[0], "one")])[0]["a:others"] == pytest.approx(0.007), "no more than there are"
+    group.compare_among(prompts[:1], 16)
+    assert set(group.score([(prompts[0], "one")])[0]) == {"a"}, "a single image has no others"
+    group.compare_among(prompts, 2)
+    group.forget()
+    assert set(group.score([(prompts[0], "one")])[0]) == {"a"}

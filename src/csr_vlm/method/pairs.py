@@ -12,8 +12,8 @@ from csr_vlm.method.reward import (
     SentenceReward,
     path_ids,
     response_reward,
+    reward_scale,
     sentence_rewards,
-    spread_of,
 )
 from csr_vlm.records import Fate, Finish, Node, Pair, Prompt, Response
 
@@ -56,12 +56,12 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
         contests = [[r for r in responses(nodes, method, scorer) if r.complete or not config.require_complete]]
     contests = [contest for contest in contests if len(contest) > 1]
     if not contests:
-        return "incomplete"
+        return "incomplete" if config.between == "responses" else "identical"
     distinct = [kept for contest in contests if len(kept := _distinct(contest)) > 1]
     if not distinct:
         return "identical"
     key = f"{seed}:{nodes[0].iteration}:{prompt.prompt_id}"
-    least = config.min_margin * spread_of(reward.total for reward in rewards.values() if not reward.repeated)
+    least = config.min_margin * reward_scale(rewards.values(), method)
     ranked = [_ranking(contest, config, key, least) for contest in distinct]
     limit = config.per_node if config.between == "siblings" else config.per_prompt
     found = [(chosen, rejected) for chosen, others in ranked for rejected in _spread(others, limit)]

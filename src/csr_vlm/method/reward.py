@@ -16,12 +16,12 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
 
 from csr_vlm.config import MethodConfig, RewardConfig
 from csr_vlm.errors import CsrError
-from csr_vlm.records import Fate, Node
+from csr_vlm.records import Fate, Node, others_column
 
 OUT_OF_THE_RUNNING = (Fate.DUPLICATE, Fate.FILTERED)
 """Nodes that are recorded and take no further part."""
@@ -35,7 +35,7 @@ class SentenceReward:
     text: float
     """R_T, scaled as configured."""
     image: float
-    """R_I, in 0..100."""
+    """R_I, in 0..100, or -200..200 as a contrast."""
     total: float
     """R."""
     repeated: bool = False
@@ -58,25 +58,31 @@ def text_score(node: Node, config: RewardConfig) -> float:
     return config.text_scale * value
 
 
-def image_score(node: Node, scorer: str) -> float:
-    """Return R_I(s) = max(100 cos, 0), eq. 3; the mean over scorers where several are named as ``a+b``.
+def image_score(node: Node, scorer: str, config: RewardConfig) -> float:
+    """Return R_I(s), by ``config.image_score``; the mean over scorers where several are named as ``a+b``.
+
+    ``cosine``: max(100 cos, 0), eq. 3. ``contrast``: 100 (cos - mean cos with other images),
+    how much better a sentence suits this image than others; what is not there lies about 0.
 
     Raises:
         CsrError: The node has no score by a scorer, or one that is not finite.
     """
     names = scorer.split("+")
-    return sum(_relevance(node, name) for name in names) / len(names)
+    if config.image_score == "contrast":
+        return 100.0 * sum(_cosine(node, name) - _cosine(node, others_column(name)) for name in names) / len(names)
+    return sum(max(100.0 * _cosine(node, name), 0.0) for name in names) / len(names)
 
 
-def _relevance(node: Node, scorer: str) -> float:
+def _cosine(node: Node, scorer: str) -> float:
     cosine = node.cosines.get(scorer)
     if cosine is None:
         raise CsrError(
-            f"prompt {node.prompt_id}: sentence {node.node_id} has no score by {scorer!r}", "score the run first"
+            f"prompt {node.prompt_id}: sentence {node.node_id} has no score by {scorer!r}",
+            "score the run first; a contrast needs scorer.others above 0 and two images or more",
         )
     if not math.isfinite(cosine):
         raise CsrError(f"prompt {node.prompt_id}: the score of sentence {node.node_id} by {scorer!r} is {cosine}")
-    return max(100.0 * cosine, 0.0)
+    return cosine
 
 
 def sentence_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> dict[str, SentenceReward]:
@@ -90,7 +96,7 @@ def sentence_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -
     sentences = [node for node in nodes if node.sentence and node.fate not in OUT_OF_THE_RUNNING]
     config = method.reward
     text = [text_score(node, config) for node in sentences]
-    image = [image_score(node, scorer) for node in sentences]
+    image = [image_score(node, scorer, config) for node in sentences]
     weight = method.lambda_
     if config.fusion == "weighted":
         fused = [weight * i + (1 - weight) * t for i, t in zip(image, text, strict=True)]
@@ -100,20 +106,36 @@ def sentence_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -
         ranks_image, ranks_text = _sibling_ranks(sentences, image), _sibling_ranks(sentences, text)
         # Ranks run from 1/n, best, to 1: a reward must grow with merit.
         fused = [-(weight * i + (1 - weight) * t) for i, t in zip(ranks_image, ranks_text, strict=True)]
-    nothing = _baseline(sentences, fused, config)
-    fused = [value - nothing for value in fused]
+    if config.baseline == "half_best" and sentences:
+        nothing = weight * max(image) / 2 + (1 - weight) * fmean(text)
+    else:
+        nothing = _baseline(sentences, fused, config)
     repeats = _repeats(nodes, sentences)
-    cost = config.repeat_penalty * spread_of(fused)
+    rewards = [
+        SentenceReward(text=t, image=i, total=value - nothing, repeated=repeated)
+        for t, i, value, repeated in zip(text, image, fused, repeats, strict=True)
+    ]
+    cost = config.repeat_penalty * reward_scale(rewards, method)
     return {
-        node.node_id: SentenceReward(text=t, image=i, total=value - cost * repeated, repeated=repeated)
-        for node, t, i, value, repeated in zip(sentences, text, image, fused, repeats, strict=True)
+        node.node_id: replace(reward, total=reward.total - cost) if reward.repeated else reward
+        for node, reward in zip(sentences, rewards, strict=True)
     }
 
 
-def spread_of(values: Iterable[float]) -> float:
-    """Return the largest value less the smallest; 0 for none."""
-    known = list(values)
-    return max(known) - min(known) if known else 0.0
+def reward_scale(rewards: Iterable[SentenceReward], method: MethodConfig) -> float:
+    """Return the distance from a prompt's worst sentence to its best: the unit of costs and margins.
+
+    Sentences that repeat are left out. With the baseline ``half_best`` a sentence that is
+    not about the image at all, worth -lambda max(R_I) / 2, counts as there: where all
+    sentences are good, the distance between two of them is not a large one.
+    """
+    said = [reward for reward in rewards if not reward.repeated]
+    if not said:
+        return 0.0
+    totals = [reward.total for reward in said]
+    if method.reward.baseline == "half_best":
+        totals.append(-method.lambda_ * max(reward.image for reward in said) / 2)
+    return max(totals) - min(totals)
 
 
 def response_reward(totals: Iterable[float], config: RewardConfig) -> float:
