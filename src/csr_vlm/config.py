@@ -166,12 +166,26 @@ class DataConfig(_Section):
     )
 
 
+class JudgeConfig(_Section):
+    """How a policy that judges itself is asked (scorer.path: judge:policy)."""
+
+    pattern: str = Field(default=".*", description="Regular expression; its groups fill the question's {0}, {1}, ...")
+    question: str = Field(
+        default="{sentence} Is that true of the image? Answer yes or no.",
+        description="What is asked about a sentence in which the pattern is found.",
+    )
+    otherwise: str = Field(
+        default="{sentence} Is that true of the image? Answer yes or no.",
+        description="What is asked about any other sentence.",
+    )
+
+
 class OneScorerConfig(_Section):
     """One measure of image-text relevance: a column of the ledger."""
 
     path: str = Field(
         description="Directory or hub id of a CLIP, SigLIP or SigLIP 2 model; open_clip:MODEL/PRETRAINED or "
-        "open_clip:DIRECTORY; python:MODULE:CLASS for one of your own."
+        "open_clip:DIRECTORY; python:MODULE:CLASS for one of your own; judge:policy for the policy itself."
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     name: str = Field(default="clip", pattern=r"^[A-Za-z0-9_-]+$", description="Name of its column in the ledger.")
@@ -186,6 +200,7 @@ class OneScorerConfig(_Section):
         description="Image encoder: the scorer's, or the policy's own vision tower under the scorer's projection "
         "and text tower; the two must have the same shape.",
     )
+    judge: JudgeConfig = JudgeConfig()
     trust_import: bool = Field(default=False, description="Import and run the class that python:MODULE:CLASS names.")
 
     @model_validator(mode="after")

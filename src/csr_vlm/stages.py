@@ -53,7 +53,13 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
     started = time.perf_counter()
     policy = load_policy(config.model, run.adapter_path(iteration - 1), config.data.max_image_pixels)
     engine = TransformersEngine(policy, config.generation.max_rows)
-    scorer = load_scorer(config.scorer, str(policy.device), config.data.max_image_pixels, config.model)
+    scorer = load_scorer(
+        config.scorer,
+        str(policy.device),
+        config.data.max_image_pixels,
+        config.model,
+        run.adapter_path(iteration - 1),
+    )
     total = run.result(0, "prompts")["accepted"]
     company = next(tables.prompt_groups(run.prompts_path))
     with tell.stage(f"iteration {iteration}: searching", total) as advance:
@@ -99,7 +105,13 @@ def score(run: Run, iteration: int, scorer_config: ScorerConfig, tell: Reporter)
     if not run.is_done(iteration, "generate"):
         raise CsrError(f"iteration {iteration} of {run.root} is not generated", f"csr generate {run.root}")
     device = resolve_device(run.config.model.device)
-    scorer = load_scorer(scorer_config, device, run.config.data.max_image_pixels, run.config.model)
+    scorer = load_scorer(
+        scorer_config,
+        device,
+        run.config.data.max_image_pixels,
+        run.config.model,
+        run.adapter_path(iteration - 1),
+    )
     prompts = {prompt.prompt_id: prompt for prompt in run.prompts()}
     company = next(tables.prompt_groups(run.prompts_path))
     parts = run.ledger_parts(iteration)

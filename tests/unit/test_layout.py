@@ -23,8 +23,8 @@ LAYERS = (
     {"cli"},
 )
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
-SIDEWAYS = {("training", "generation")}
-"""Training encodes prompts as the policy does."""
+SIDEWAYS = {("training", "generation"), ("scoring", "generation")}
+"""Training encodes prompts as the policy does; a policy that judges itself is asked as it is prompted."""
 HEAVY = {"torch", "transformers", "trl", "vllm", "ray", "peft", "accelerate", "datasets"}
 MOST_LINES = 80
 MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}

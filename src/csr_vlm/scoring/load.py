@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 from csr_vlm.config import ModelConfig, OneScorerConfig, ScorerConfig
 from csr_vlm.errors import CsrError
@@ -10,7 +11,11 @@ from csr_vlm.scoring.scorer import Scorer, ScorerGroup
 
 
 def load_scorer(
-    config: ScorerConfig, device: str, max_image_pixels: int = 50_000_000, policy: ModelConfig | None = None
+    config: ScorerConfig,
+    device: str,
+    max_image_pixels: int = 50_000_000,
+    policy: ModelConfig | None = None,
+    adapter: Path | None = None,
 ) -> ScorerGroup:
     """Load the scorer and the extra ones.
 
@@ -18,7 +23,9 @@ def load_scorer(
         config: The scorers.
         device: Torch device.
         max_image_pixels: Larger images are refused undecoded.
-        policy: Where ``vision: policy`` takes the vision tower from.
+        policy: Where ``vision: policy`` takes the vision tower from; with ``adapter``, who
+            ``judge:policy`` asks.
+        adapter: The last iteration's adapter.
 
     Raises:
         CsrError: One cannot be loaded, or the reward is to use one that is not among them.
@@ -28,15 +35,22 @@ def load_scorer(
     unknown = sorted(set(config.used.split("+")) - set(names))
     if unknown:
         raise CsrError(f"scorer.use names {', '.join(unknown)}, which no scorer is", f"there is {', '.join(names)}")
-    return ScorerGroup([_load(member, device, max_image_pixels, policy) for member in members])
+    return ScorerGroup([_load(member, device, max_image_pixels, policy, adapter) for member in members])
 
 
-def _load(config: OneScorerConfig, device: str, max_image_pixels: int, policy: ModelConfig | None) -> Scorer:
+def _load(
+    config: OneScorerConfig, device: str, max_image_pixels: int, policy: ModelConfig | None, adapter: Path | None
+) -> Scorer:
     from csr_vlm.scoring.embedding import EmbeddingScorer, Encoder
 
     scheme, separator, _ = config.path.partition(":")
     if separator and scheme == "python":
         return _own(config, device)
+    if config.path == "judge:policy":
+        from csr_vlm.scoring.judge import JudgeScorer
+
+        assert policy is not None
+        return JudgeScorer(config, policy, adapter, max_image_pixels)
     encoder: Encoder
     if separator and scheme == "open_clip":
         from csr_vlm.scoring.openclip_encoder import OpenClipEncoder

@@ -1,0 +1,252 @@
+"""Signs of health that need no truth, and what they say about a run.
+
+Before training, the iteration's ledger and pairs are looked at: do the pairs prefer what
+suits the image, or merely what is short, long or said twice? After training, the
+responses of base and new policy to prompts that nobody trained on are compared. Each sign
+has a bound at which it warns and one at which it stops; docs/method.md has the settings
+that were used to find them, those that collapsed and those that worked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from statistics import correlation, fmean
+from typing import Any
+
+from csr_vlm.config import MethodConfig
+from csr_vlm.method.pairs import responses
+from csr_vlm.method.reward import (
+    OUT_OF_THE_RUNNING,
+    bag_of_words,
+    image_score,
+    path_ids,
+    reward_scale,
+    sentence_rewards,
+)
+from csr_vlm.records import Node, Pair, others_column
+
+
+class Verdict(StrEnum):
+    GO = "go"
+    WARN = "warn"
+    STOP = "stop"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sign, and what it means."""
+
+    sign: str
+    value: float
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True)
+class Bound:
+    """From where on a sign warns, and from where on it stops; ``high`` signs are bad above."""
+
+    warn: float
+    stop: float
+    high: bool
+    reason: str
+
+    def judge(self, value: float) -> Verdict:
+        side = 1 if self.high else -1
+        if side * value >= side * self.stop:
+            return Verdict.STOP
+        return Verdict.WARN if side * value >= side * self.warn else Verdict.GO
+
+
+_NEVER = math.inf
+PAIR_BOUNDS = {
+    "relevance_win": Bound(
+        0.75, 0.62, False, "what is chosen hardly suits the image better than what is rejected: {value:.2f} of pairs"
+    ),
+    "omission_gap": Bound(
+        0.0, 0.05, True, "what is chosen leaves out more of what was seen than what is rejected: {value:+.2f} a pair"
+    ),
+    "repeat_gap": Bound(0.0, 0.08, True, "what is chosen says more things twice than what is rejected: {value:+.2f}"),
+    "length_correlation": Bound(
+        0.55, 0.9, True, "length decides: the rewards of a prompt's responses go with their length, r = {value:+.2f}"
+    ),
+    "prompts_with_pairs": Bound(
+        0.10, 0.03, False, "hardly a prompt has a pair left: {value:.2f} of them; there is nothing more to learn"
+    ),
+}
+"""Signs of an iteration's pairs, in the order they are shown."""
+RESPONSE_BOUNDS = {
+    "sentences_ratio": Bound(
+        0.80, 0.65, False, "responses have shrunk to {value:.2f} of the base model's: the policy falls silent"
+    ),
+    "relevance_gain": Bound(-0.5, -1.5, False, "responses suit their images less than the base's: R_I {value:+.1f}"),
+    "repeats_gain": Bound(0.10, 0.30, True, "responses say more things twice than the base's: {value:+.2f} each"),
+    "unfinished": Bound(0.10, 0.30, True, "{value:.2f} of the responses come to no end"),
+    "chosen_drop": Bound(1.0, _NEVER, True, "training made the chosen responses less likely, by {value:.2f} nats each"),
+}
+"""Signs of a trained policy, against the base model's."""
+
+
+@dataclass(frozen=True)
+class TreeSigns:
+    """What one prompt's tree and pairs show; sums and counts, so that prompts can be pooled."""
+
+    pairs: int
+    wins: float
+    margin: float
+    length_gap: int
+    omission_gap: float
+    repeat_gap: int
+    correlation: float | None
+    own_above_others: float | None
+
+
+def tree_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfig, scorer: str) -> TreeSigns:
+    """Look at one prompt's tree and the pairs made of it."""
+    by_id = {node.node_id: node for node in nodes}
+    sentences = [node for node in nodes if node.sentence and node.fate not in OUT_OF_THE_RUNNING]
+    relevance = {node.node_id: image_score(node, scorer, method.reward) for node in sentences}
+    seen = _seen(sentences, relevance)
+    middle = _middle(relevance.values())
+    scale = reward_scale(sentence_rewards(nodes, method, scorer).values(), method)
+    wins = margin = omission = 0.0
+    length = repeats = 0
+    for pair in pairs:
+        sides = [_said(by_id, side.node_id) for side in (pair.chosen, pair.rejected)]
+        shared = _num_shared(*sides)
+        chosen, rejected = (
+            fmean([relevance[node.node_id] for node in side[shared:] if node.node_id in relevance] or [middle])
+            for side in sides
+        )
+        wins += (chosen > rejected) + (chosen == rejected) / 2
+        margin += pair.margin / scale if scale else 0.0
+        words = [{bag_of_words(node.sentence) for node in side} for side in sides]
+        length += len(sides[0]) - len(sides[1])
+        omission += len(seen - words[0]) - len(seen - words[1])
+        repeats += (len(sides[0]) - len(words[0])) - (len(sides[1]) - len(words[1]))
+    return TreeSigns(
+        pairs=len(pairs),
+        wins=wins,
+        margin=margin,
+        length_gap=length,
+        omission_gap=omission,
+        repeat_gap=repeats,
+        correlation=_length_correlation(nodes, method, scorer),
+        own_above_others=_own_above_others(sentences, scorer),
+    )
+
+
+def pair_signs(trees: Iterable[TreeSigns]) -> dict[str, float]:
+    """Pool the prompts of an iteration.
+
+    ``relevance_win``: share of pairs whose chosen side has the higher R_I where the sides
+    differ; 0.5 is chance. ``omission_gap``, ``repeat_gap``, ``length_gap``: chosen less
+    rejected, a pair, in sentences that the tree shows to suit the image, in repeats, in
+    sentences. ``margin``: mean reward margin in units of the prompt's scale.
+    ``length_correlation``: mean over prompts of Pearson's r between R(y) and the number of
+    sentences. ``scorer_agreement``: share of sentences that suit their own image better
+    than the average other one; it needs a ledger with :func:`others_column`.
+    """
+    found = list(trees)
+    num_pairs = max(sum(tree.pairs for tree in found), 1)
+    correlations = [tree.correlation for tree in found if tree.correlation is not None]
+    agreements = [tree.own_above_others for tree in found if tree.own_above_others is not None]
+    signs = {
+        "prompts_with_pairs": fmean(tree.pairs > 0 for tree in found) if found else 0.0,
+        "pairs": float(sum(tree.pairs for tree in found)),
+        "relevance_win": sum(tree.wins for tree in found) / num_pairs,
+        "margin": sum(tree.margin for tree in found) / num_pairs,
+        "length_gap": sum(tree.length_gap for tree in found) / num_pairs,
+        "omission_gap": sum(tree.omission_gap for tree in found) / num_pairs,
+        "repeat_gap": sum(tree.repeat_gap for tree in found) / num_pairs,
+        "length_correlation": fmean(correlations) if correlations else 0.0,
+    }
+    return signs | ({"scorer_agreement": fmean(agreements)} if agreements else {})
+
+
+def response_signs(
+    base: Mapping[str, float], now: Mapping[str, float], chosen_change: float | None
+) -> dict[str, float]:
+    """Compare the policy's responses to held-out prompts with the base model's.
+
+    Args:
+        base: ``sentences``, ``relevance``, ``repeats``, ``complete``: means over responses.
+        now: The same of the policy.
+        chosen_change: Mean change of the chosen responses' log-probability in training, nats.
+    """
+    return {
+        "sentences_ratio": now["sentences"] / base["sentences"] if base["sentences"] else 0.0,
+        "relevance_gain": now["relevance"] - base["relevance"],
+        "repeats_gain": now["repeats"] - base["repeats"],
+        "unfinished": 1.0 - now["complete"],
+        **({} if chosen_change is None else {"chosen_drop": -chosen_change}),
+    }
+
+
+def findings(signs: Mapping[str, float], bounds: Mapping[str, Bound]) -> list[Finding]:
+    """Judge every sign that has a bound."""
+    found = []
+    for sign, bound in bounds.items():
+        if sign in signs:
+            value = abs(signs[sign]) if sign == "length_correlation" else signs[sign]
+            verdict = bound.judge(value)
+            reason = "" if verdict is Verdict.GO else bound.reason.format(value=signs[sign])
+            found.append(Finding(sign, signs[sign], verdict, reason))
+    return found
+
+
+def worst(found: Iterable[Finding]) -> Verdict:
+    """Return the verdict of the gravest finding."""
+    order = list(Verdict)
+    return max((finding.verdict for finding in found), key=order.index, default=Verdict.GO)
+
+
+def dump(found: Sequence[Finding]) -> list[dict[str, Any]]:
+    return [asdict(finding) | {"verdict": finding.verdict.value} for finding in found]
+
+
+def _said(by_id: Mapping[str, Node], node_id: str) -> list[Node]:
+    return [by_id[part] for part in path_ids(node_id) if by_id[part].sentence]
+
+
+def _num_shared(left: Sequence[Node], right: Sequence[Node]) -> int:
+    same = 0
+    while same < min(len(left), len(right)) and left[same].node_id == right[same].node_id:
+        same += 1
+    return same
+
+
+def _middle(values: Iterable[float]) -> float:
+    known = list(values)
+    return (min(known) + max(known)) / 2 if known else 0.0
+
+
+def _seen(sentences: Sequence[Node], relevance: Mapping[str, float]) -> set[tuple[str, ...]]:
+    """Collect the sentences, as bags of words, that suit the image better than the tree's middle."""
+    by_words: dict[tuple[str, ...], float] = {}
+    for node in sentences:
+        by_words.setdefault(bag_of_words(node.sentence), relevance[node.node_id])
+    middle = _middle(by_words.values())
+    return {words for words, value in by_words.items() if value > middle}
+
+
+def _length_correlation(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> float | None:
+    by_text = {r.text: r for r in responses(nodes, method, scorer) if r.complete}
+    lengths = [r.num_sentences for r in by_text.values()]
+    rewards = [r.reward for r in by_text.values()]
+    if len(lengths) < 3 or len(set(lengths)) < 2 or len(set(rewards)) < 2:
+        return None
+    return correlation(lengths, rewards)
+
+
+def _own_above_others(sentences: Sequence[Node], scorer: str) -> float | None:
+    name = scorer.partition("+")[0]
+    pairs = [
+        (node.cosines[name], node.cosines[others_column(name)])
+        for node in {bag_of_words(node.sentence): node for node in sentences}.values()
+        if others_column(name) in node.cosines
+    ]
+    return fmean((own > other) + (own == other) / 2 for own, other in pairs) if pairs else None
