@@ -98,6 +98,6 @@ def _last_part(path: str) -> str:
 
 
 def _finished(run: Run) -> bool:
-    last = run.config.iterations
+    last = run.stopped_at or run.config.iterations
     evaluated = run.config.evaluation.world is None or run.is_done(last, "evaluate")
     return run.is_done(last, "train") and evaluated
