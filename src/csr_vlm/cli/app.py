@@ -10,6 +10,7 @@ import typer
 
 from csr_vlm.cli import console
 from csr_vlm.cli.compare import MeasureByDefault, compare, measure
+from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.config import RunConfig, load_config
 from csr_vlm.errors import CsrError
 from csr_vlm.store.run import Run
@@ -34,6 +35,7 @@ world_app = typer.Typer(
 app.add_typer(eval_app, name="eval")
 eval_app.command("run")(measure)
 app.command("compare")(compare)
+app.command("reproduce")(reproduce)
 app.add_typer(world_app, name="world")
 
 Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe (YAML), or the directory of a run.")]

@@ -34,13 +34,18 @@ def write_report(run: Run) -> Path:
 
 def render(run: Run) -> str:
     """Return the report of a run as HTML."""
+    return page("report.html.j2", **_content(run))
+
+
+def page(template: str, **content: Any) -> str:
+    """Fill a template; the style sheet and the script go into the page as they stand."""
     environment = _environment()
     script, style = _source(environment, "script.js.j2"), _source(environment, "style.css.j2")
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
         style=style,
-        **_content(run),
+        **content,
     )
 
 
