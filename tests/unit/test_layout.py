@@ -18,13 +18,13 @@ LAYERS = (
     {"store", "data", "loading"},
     {"generation", "scoring", "training", "evaluation"},
     {"world", "scale"},
-    {"stages", "report", "estimate"},
+    {"stages", "report", "estimate", "analysis"},
     {"loop"},
     {"cli"},
 )
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
-SIDEWAYS = {("training", "generation")}
-"""Training encodes prompts as the policy does."""
+SIDEWAYS = {("training", "generation"), ("evaluation", "generation")}
+"""Training encodes prompts as the policy does; evaluation reads what the policy attends to and prefers."""
 HEAVY = {"torch", "transformers", "trl", "vllm", "ray", "peft", "accelerate", "datasets"}
 MOST_LINES = 80
 MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli.analyse import analyse
 from csr_vlm.cli.compare import MeasureByDefault, compare, measure
 from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.config import RunConfig, load_config
@@ -36,6 +37,7 @@ app.add_typer(eval_app, name="eval")
 eval_app.command("run")(measure)
 app.command("compare")(compare)
 app.command("reproduce")(reproduce)
+app.command("analyse")(analyse)
 app.add_typer(world_app, name="world")
 
 Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe (YAML), or the directory of a run.")]

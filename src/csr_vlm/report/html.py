@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from csr_vlm.report import formats, panels
+from csr_vlm.report.analysis import analysis_panel
 from csr_vlm.report.gallery import SCALE_STEPS, pair_gallery, scene_gallery
 from csr_vlm.report.measures import read_evaluation, verdict
 from csr_vlm.report.provenance import STAGES, provenance
@@ -89,6 +90,7 @@ def _content(run: Run) -> dict[str, Any]:
         "pair_figures": panels.pair_figures(pairs),
         "training": training,
         "training_figures": panels.training_figures(training),
+        "analysis": analysis_panel(run),
         "scenes": scene_gallery(evaluation) if evaluation else None,
         "gallery": pair_gallery(run),
         "scale_steps": SCALE_STEPS,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +25,12 @@ from csr_vlm.report.html import page
 from csr_vlm.report.panels import Figure, interval, iteration_name
 from csr_vlm.report.provenance import provenance
 from csr_vlm.report.radar import Shape, Spoke, legend_of, radar, values_in
+from csr_vlm.report.tables import Grid, Row
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
 _COMPARED = ("base", "self-rewarding", "CSR (3)")
 """The published models that the radar shows; all are in the table."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a table; an own one is told from a published one."""
-
-    name: str
-    cells: Sequence[tuple[str, str]]
-    """(value, interval) of each column."""
-    own: bool = False
-
-
-@dataclass(frozen=True)
-class Grid:
-    title: str
-    first: str
-    columns: Sequence[str]
-    rows: Sequence[Row]
-    note: str = ""
 
 
 def write_reproduction(runs: Sequence[Run], path: Path) -> Path:
