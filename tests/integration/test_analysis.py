@@ -87,8 +87,6 @@ def test_the_log_probabilities_before_training_are_the_ledgers(run: Run) -> None
     found = analyse(run, Silent(), num_responses=2, num_pairs=len(pairs))["separability"][0]["before"]
     sides = [[r.logprob / len(r.token_ids) for r in (pair.chosen, pair.rejected)] for pair in pairs]
     stored = [chosen - rejected for chosen, rejected in sides]
-        p.chosen.logprob / len(p.chosen.token_ids) - p.rejected.logprob / len(p.rejected.token_ids) for p in pairs
-    ]
     assert found["margin"]["value"] == pytest.approx(sum(stored) / len(stored), abs=1e-4)
 
 

@@ -56,11 +56,8 @@ def test_sinks_are_those_of_either_policy_and_the_first_position():
 
 def test_a_sink_that_grows_does_not_pass_for_a_look_away():
     """The first position takes half of every weight; between the others nothing changed."""
-    before, after = (
-        rows(FIRST, SECOND),
-        rows(*([0.5 * w + (0.5 if at == 0 else 0) for at, w in enumerate(line)] for line in (FIRST, SECOND))),
-    )
-    # Only position 0 may be a sink here: 0.3 on position 3 would be one as well.
+    halved = [[0.5 * weight for weight in line] for line in (FIRST, SECOND)]
+    before, after = rows(FIRST, SECOND), rows(*([line[0] + 0.5, *line[1:]] for line in halved))
     (found,) = compare_attention([before] * 3, [after] * 3)
     assert found["mass"].value == pytest.approx(-0.225)
     assert found["beyond_sinks"].value == pytest.approx(0.0, abs=1e-6)
