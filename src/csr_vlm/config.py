@@ -16,9 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from csr_vlm.errors import CsrError
+
+RULE = (
+    r"(?:(?P<evaluation>[a-z0-9_-]+)/)?(?P<metric>[A-Za-z_][A-Za-z0-9_]*)(?:\.(?P<field>low|high))?"
+    r"\s*(?P<operator><=|>=|<|>)\s*(?P<bound>[-+]?(?:[0-9]*\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?)"
+)
+"""A condition on how a metric changed: ``recall < -0.01``, ``world/chair_s.low > 0``."""
 
 
 class _Section(BaseModel):
@@ -289,6 +295,28 @@ class EvaluationConfig(_Section):
     """What is measured for the base model and after every iteration."""
 
     world: WorldEvaluationConfig | None = Field(default=None, description="For policies trained on the world only.")
+    stop_if: list[str] = Field(
+        default_factory=list,
+        description="Stop the run after an iteration whose change meets one of these, such as 'recall < -0.02', and "
+        "keep the iteration before it. METRIC.low and METRIC.high are the ends of the change's interval.",
+    )
+    stop_against: Literal["base", "last"] = Field(
+        default="base", description="What stop_if compares with: the base model or the iteration before."
+    )
+
+    @field_validator("stop_if")
+    @classmethod
+    def _rules(cls, rules: list[str]) -> list[str]:
+        for rule in rules:
+            if not re.fullmatch(RULE, rule.strip()):
+                raise ValueError(f"{rule!r} is not a rule; write METRIC OPERATOR NUMBER, such as 'recall < -0.02'")
+        return rules
+
+    @model_validator(mode="after")
+    def _rules_have_something_to_judge(self) -> EvaluationConfig:
+        if self.stop_if and self.world is None:
+            raise ValueError("stop_if needs an evaluation; set evaluation.world")
+        return self
 
 
 class RunConfig(_Section):

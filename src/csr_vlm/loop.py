@@ -11,7 +11,8 @@
         pi_t = DPO on (x, y_w, y_l) from pi_{t-1}, reference pi_{t-1}    train
     Output: pi_T
 
-Where this departs from the paper: each policy is also evaluated, the base included; the
+Where this departs from the paper: each policy is also evaluated, the base included, and one
+that got worse, as evaluation.stop_if says, ends the run with the policy before it; the
 adapter of pi_{t-1} is trained on instead of a merged model; every stage is resumable.
 """
 
@@ -33,5 +34,7 @@ def align(run: Run, tell: Reporter) -> None:
             stages.make_pairs(run, iteration, tell)
             stages.train(run, iteration, tell)
             stages.evaluate(run, iteration, tell)
+            if stages.gate(run, iteration, tell):
+                break
         stages.export(run, tell)
         write_report(run)

@@ -17,6 +17,7 @@ from functools import partial
 from csr_vlm.config import RunConfig, ScorerConfig, WorldEvaluationConfig
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
 from csr_vlm.errors import CsrError
+from csr_vlm.evaluation.compare import Measured, broken_rules, compare, parse_rule
 from csr_vlm.method.pairs import make_pairs as pairs_of
 from csr_vlm.method.search import search
 from csr_vlm.progress import Reporter
@@ -235,15 +236,35 @@ def train(run: Run, iteration: int, tell: Reporter) -> None:
     run.mark_done(iteration, "train", seconds=_since(started), **result)
 
 
-def evaluate(run: Run, iteration: int, tell: Reporter) -> None:
+def evaluate(run: Run, iteration: int, tell: Reporter, again: bool = False) -> None:
     """Measure the policy after an iteration, where the configuration asks for it."""
     world = run.config.evaluation.world
-    if world is None or run.is_done(iteration, "evaluate"):
+    if world is None or (run.is_done(iteration, "evaluate") and not again):
         return
     started = time.perf_counter()
     result = evaluate_world(run, iteration, world.num_scenes, world.seed, tell)
     files.write_json(run.evaluation_path(iteration, "world"), result)
     run.mark_done(iteration, "evaluate", world=result["metrics"], seconds=_since(started))
+
+
+def gate(run: Run, iteration: int, tell: Reporter) -> bool:
+    """Judge an evaluated iteration by evaluation.stop_if.
+
+    Returns:
+        Whether the run is to stop: a rule holds, so the iteration before is the run's result.
+    """
+    config = run.config.evaluation
+    if not config.stop_if:
+        return False
+    if not run.is_done(iteration, "gate"):
+        against = 0 if config.stop_against == "base" else iteration - 1
+        found = compare(Measured(run, against), Measured(run, iteration))
+        reasons = broken_rules([parse_rule(rule) for rule in config.stop_if], found)
+        run.mark_done(iteration, "gate", stopped=bool(reasons), against=against, reasons=reasons)
+    result = run.result(iteration, "gate")
+    for reason in result["reasons"]:
+        tell.say(f"iteration {iteration}: stopped by {reason}; what was before it is kept")
+    return bool(result["stopped"])
 
 
 def evaluate_world(
@@ -276,10 +297,14 @@ def evaluate_world(
 
 def export(run: Run, tell: Reporter) -> None:
     """Put the final adapter, and the merged model if asked for, where users look for them."""
-    last = run.adapter_path(run.last_trained)
-    if last is None:
+    last = run.adapter_path(run.final)
+    if last is None and run.stopped_at is None:
         raise CsrError(f"{run.root} has no trained adapter yet", f"csr run {run.root}")
     final = run.root / "adapter"
+    if last is None:
+        tell.say(f"no iteration of {run.root} passed evaluation.stop_if; the base model stays as it is")
+        shutil.rmtree(final, ignore_errors=True)
+        return
     files.replace_directory(final, partial(shutil.copytree, last))
     if run.config.training.merge and not (run.root / "model").exists():
         from csr_vlm.training.dpo import merge

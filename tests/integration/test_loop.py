@@ -16,7 +16,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from csr_vlm.config import RunConfig
+from csr_vlm.config import RunConfig, resolve
 from csr_vlm.loop import align
 from csr_vlm.progress import Silent
 from csr_vlm.store import tables
@@ -178,3 +178,15 @@ def test_bad_prompts_are_counted_named_and_survived(config: RunConfig, tmp_path:
     assert found["accepted"] == 3
     assert found["dropped"] == {"not an image": 1, "missing": 1, "duplicate id": 1, "not a JSON object": 1}
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["prompts"] == str(broken)
+
+
+def test_a_run_stops_at_its_own_rule(config: RunConfig, tmp_path: Path) -> None:
+    """The rule holds for any change but a large fall of length, so iteration 1 is the last."""
+    settings = config.dump()
+    settings["evaluation"] |= {"stop_if": ["words > -100"]}
+    run = Run.create(tmp_path, resolve(settings))
+    align(run, Silent())
+    assert run.iterations_done("train") == [1], "iteration 2 never began"
+    assert run.stopped_at == 1
+    assert not (tmp_path / "adapter").exists()
+    assert "The run stopped after iteration 1 and kept the base model" in (tmp_path / "report.html").read_text()

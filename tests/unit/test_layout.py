@@ -18,13 +18,14 @@ LAYERS = (
     {"store", "data", "loading", "weights"},
     {"generation", "scoring", "training", "evaluation", "convert"},
     {"world", "scale"},
-    {"stages", "report", "estimate"},
+    {"stages", "report", "estimate", "analysis"},
     {"loop"},
     {"cli"},
 )
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
-SIDEWAYS = {("training", "generation"), ("scoring", "generation")}
-"""Training encodes prompts as the policy does; a policy that judges itself is asked as it is prompted."""
+SIDEWAYS = {("training", "generation"), ("scoring", "generation"), ("evaluation", "generation")}
+"""Training encodes prompts as the policy does; a policy that judges itself is asked as it is prompted;
+evaluation reads what the policy attends to and prefers."""
 HEAVY = {"torch", "transformers", "trl", "vllm", "ray", "peft", "accelerate", "datasets"}
 MOST_LINES = 80
 MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}

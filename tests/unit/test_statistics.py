@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csr_vlm.evaluation.statistics import Metric, ratio
+from csr_vlm.evaluation.statistics import Metric, auc, holm, mcnemar, paired_difference, pooled, ratio
 
 
 def test_a_hand_worked_ratio_of_sums():
@@ -84,3 +84,108 @@ def test_the_interval_is_within_the_prompts_own_ratios(rows):
     assert found.value is not None
     assert min(each) - 1e-9 <= found.low <= found.high <= max(each) + 1e-9
     assert found.dump() == {"value": found.value, "low": found.low, "high": found.high, "n": len(rows)}
+
+
+def test_pooling_is_the_ratio_of_each_metric():
+    rows = [{"chair_i": (1, 2), "asked": (1, 1)}, {"chair_i": (0, 4)}]
+    found = pooled(rows)
+    assert found == {"chair_i": ratio([1, 0], [2, 4]), "asked": ratio([1], [1])}
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    # 2 (1) / 2^5, 2 (1 + 6) / 2^6; evenly split is no evidence; none changed is none either.
+    [(0, 5, 0.0625), (1, 5, 0.21875), (5, 1, 0.21875), (4, 4, 1.0), (0, 0, 1.0), (0, 1, 1.0)],
+)
+def test_mcnemar_by_hand(gained, lost, p):
+    assert mcnemar(gained, lost) == pytest.approx(p)
+
+
+def test_mcnemar_of_many_prompts_neither_overflows_nor_vanishes():
+    # Normal approximation with continuity correction: z = 199 / sqrt(100000), p = 0.529.
+    assert mcnemar(50_100, 49_900) == pytest.approx(0.529, abs=0.001)
+
+
+def test_a_hand_worked_paired_difference_of_ratios():
+    # 3 of 6 mentions before, 1 of 5 after.
+    found = paired_difference([(1, 2), (2, 4)], [(0, 1), (1, 4)])
+    assert (found.before, found.after) == (0.5, 0.2)
+    assert found.value == pytest.approx(-0.3)
+    assert found.n == 2
+
+
+def test_the_permutation_test_by_enumeration():
+    # Exchanging whole prompts: |D| over the eight signs of 3, 1, 1 is at least 5 twice.
+    found = paired_difference([(0, 1), (0, 1), (0, 1)], [(3, 1), (1, 1), (1, 1)])
+    assert found.test == "paired permutation"
+    assert found.p == pytest.approx(2 / 8, abs=0.015)
+
+
+def test_binary_outcomes_take_mcnemar():
+    before, after = [(1, 1)] * 5 + [(0, 1)] * 3, [(0, 1)] * 5 + [(0, 1)] * 3
+    found = paired_difference(before, after)
+    assert (found.test, found.p) == ("McNemar, exact", pytest.approx(0.0625))
+    assert found.value == pytest.approx(-5 / 8)
+
+
+def test_both_tests_of_a_binary_outcome_agree():
+    rng = np.random.default_rng(3)
+    old = rng.integers(0, 2, 200)
+    new = np.where(rng.random(200) < 0.15, 1 - old, old)
+    exact = paired_difference([(a, 1) for a in old], [(b, 1) for b in new])
+    permuted = paired_difference([(2 * a, 2) for a in old], [(2 * b, 2) for b in new])
+    assert (exact.test, permuted.test) == ("McNemar, exact", "paired permutation")
+    assert permuted.p == pytest.approx(exact.p, abs=0.03)
+
+
+def test_pairing_is_what_makes_a_small_change_certain():
+    """The same two ratios, once with every prompt worse by a little and once shuffled."""
+    rng = np.random.default_rng(0)
+    old = rng.integers(0, 50, 200)
+    paired = paired_difference([(a, 50) for a in old], [(a + 1, 50) for a in old])
+    shuffled = paired_difference([(a, 50) for a in old], [(a + 1, 50) for a in rng.permutation(old)])
+    assert paired.value == pytest.approx(shuffled.value)
+    assert paired.low > 0
+    assert shuffled.low < 0 < shuffled.high
+    assert paired.p < 0.001 < 0.1 < shuffled.p
+
+
+def test_no_difference_is_found_as_often_as_the_level_says():
+    rng, hits = np.random.default_rng(5), 0
+    for _ in range(60):
+        both = rng.integers(0, 4, (40, 2))
+        found = paired_difference([(a, 4) for a, _ in both], [(b, 4) for _, b in both])
+        hits += found.p < 0.2
+    assert 4 <= hits <= 22, "about 12 of 60 at the level 0.2"
+
+
+def test_a_policy_without_a_value_leaves_no_difference():
+    found = paired_difference([(0, 0)], [(1, 1)])
+    assert (found.before, found.after, found.value, found.p) == (None, 1.0, None, None)
+
+
+def test_the_two_sides_must_be_of_one_length():
+    with pytest.raises(ValueError, match="same prompts"):
+        paired_difference([(1, 1)], [])
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(*[st.integers(0, 3), st.integers(1, 4)] * 2), min_size=2, max_size=20))
+def test_turning_the_comparison_round_turns_its_sign(rows):
+    old, new = [(a, b) for a, b, _, _ in rows], [(c, d) for _, _, c, d in rows]
+    there, back = paired_difference(old, new), paired_difference(new, old)
+    assert there.value == pytest.approx(-back.value)
+    assert (there.low, there.high) == (pytest.approx(-back.high), pytest.approx(-back.low))
+    assert there.p == pytest.approx(back.p)
+    assert 0 < there.p <= 1
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.5, 0.02]) == pytest.approx([0.03, 0.5, 0.04])
+    assert holm([0.04, 0.03]) == pytest.approx([0.06, 0.06]), "never smaller than a smaller one's"
+    assert holm([]) == []
+
+
+def test_auc_by_hand():
+    assert auc([2.0, 1.0], [1.0, 0.0]) == pytest.approx(3.5 / 4)
+    assert auc([0.0], [1.0]) == 0.0

@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from csr_vlm.cli import console, world
+from csr_vlm.cli.analyse import analyse
+from csr_vlm.cli.compare import MeasureByDefault, compare, measure
+from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.config import RunConfig, load_config
 from csr_vlm.errors import CsrError
 from csr_vlm.store.run import Run
@@ -19,10 +22,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Calibrated Self-Rewarding: make a vision-language model hallucinate less, without labels.",
-    epilog="Start with: csr demo. Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted.",
+    epilog="Start with: csr demo. Exit codes: 0 done, 1 error, 2 wrong usage, 3 a --fail-if holds, 130 interrupted.",
 )
-eval_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure the policies of a run.")
+eval_app = typer.Typer(
+    cls=MeasureByDefault,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measure the policies of a run: csr eval RUN.",
+)
 app.add_typer(eval_app, name="eval")
+eval_app.command("run")(measure)
+app.command("compare")(compare)
+app.command("reproduce")(reproduce)
+app.command("analyse")(analyse)
 app.add_typer(world.app, name="world")
 
 Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe (YAML), or the directory of a run.")]
@@ -250,7 +262,7 @@ def merge(
     """
     console.quiet_libraries()
     opened = Run.open(target)
-    adapter = opened.adapter_path(opened.last_trained)
+    adapter = opened.adapter_path(opened.final)
     if adapter is None:
         raise CsrError(f"{target} has no trained adapter yet", f"csr run {target}")
     from csr_vlm.training.dpo import merge as merge_adapter
@@ -329,11 +341,13 @@ def _align(opened: Run, as_json: bool, quiet: bool) -> None:
     numbers = opened.iterations_done("evaluate")
     results = {number: opened.result(number, "evaluate")["world"] for number in numbers}
     report_path = opened.root / "report.html"
+    adapter = opened.root / "adapter" if opened.final else None
     if as_json:
         console.print_json(
             {
                 "run": str(opened.root),
-                "adapter": str(opened.root / "adapter"),
+                "adapter": str(adapter) if adapter else None,
+                "stopped_at": opened.stopped_at,
                 "report": str(report_path),
                 "iterations": [{"iteration": number, "metrics": metrics} for number, metrics in results.items()],
             }
@@ -341,5 +355,5 @@ def _align(opened: Run, as_json: bool, quiet: bool) -> None:
         return
     if results:
         console.print_metrics("Hallucination before and after, with 95 % intervals", results)
-    print(f"\nadapter  {opened.root / 'adapter'}\nreport   {report_path}")
+    print(f"\nadapter  {adapter or 'none'}\nreport   {report_path}")
     print(f"next: open the report, or csr show {opened.root}", file=sys.stderr)

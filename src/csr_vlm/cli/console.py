@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,7 @@ METRICS: Mapping[str, str] = {
     "attributes_right": "attributes right",
     "repeats": "repeats",
     "words": "words",
+    "complete": "complete",
     "relevance": "R_I",
     "yes_no_present": "yes/no, present",
     "yes_no_absent": "yes/no, absent",
@@ -126,10 +127,17 @@ METRICS: Mapping[str, str] = {
 """The world's metrics in the order people read them."""
 
 
+def ordered(names: Iterable[str]) -> list[str]:
+    """Sort metric names: those people read first, then the others."""
+    rank = {name: place for place, name in enumerate(METRICS)}
+    return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
+
+
 def print_metrics(title: str, results: Mapping[int, Mapping[str, Any]]) -> None:
     """Write one row a metric and one column an iteration, 0 being the base model."""
     columns = ["", *("base" if number == 0 else f"iteration {number}" for number in results)]
-    rows = [[label, *(_cell(metrics.get(name)) for metrics in results.values())] for name, label in METRICS.items()]
+    names = ordered({name for metrics in results.values() for name in metrics})
+    rows = [[METRICS.get(name, name), *(_cell(metrics.get(name)) for metrics in results.values())] for name in names]
     print_table(title, columns, rows)
 
 
@@ -137,5 +145,7 @@ def _cell(metric: Mapping[str, Any] | None) -> str:
     if metric is None or metric["value"] is None:
         return "-"
     digits = 1 if metric["value"] >= 10 else 3
+    if metric["low"] is None:
+        return f"{metric['value']:.{digits}f}"
     half = (metric["high"] - metric["low"]) / 2
     return f"{metric['value']:.{digits}f} ±{half:.{digits}f}"

@@ -104,6 +104,19 @@ class Policy:
             per_image={key: value for key, value in extras.items() if value.shape != shape},
         )
 
+    def answer_ids(self, prompt: Prompt, answer: str) -> tuple[int, ...]:
+        """Encode an answer that no policy generated, as the chat template writes it, its end included.
+
+        For what a policy did generate the ids are known and never encoded again.
+        """
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt.text}]}
+        said = {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}
+        asked = self.processor.apply_chat_template([question], add_generation_prompt=True)
+        whole = self.processor.apply_chat_template([question, said])
+        if not whole.startswith(asked):
+            raise CsrError("the chat template writes an answered question differently", "give pairs of token ids")
+        return tuple(self.tokenizer(whole[len(asked) :], add_special_tokens=False)["input_ids"])
+
     @property
     def reuses_features(self) -> bool:
         """Whether the model takes image features that were computed before."""

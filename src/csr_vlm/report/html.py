@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from csr_vlm.report import formats, panels
+from csr_vlm.report.analysis import analysis_panel
 from csr_vlm.report.gallery import SCALE_STEPS, pair_gallery, scene_gallery
 from csr_vlm.report.measures import read_evaluation, verdict
 from csr_vlm.report.provenance import STAGES, provenance
@@ -34,13 +35,18 @@ def write_report(run: Run) -> Path:
 
 def render(run: Run) -> str:
     """Return the report of a run as HTML."""
+    return page("report.html.j2", **_content(run))
+
+
+def page(template: str, **content: Any) -> str:
+    """Fill a template; the style sheet and the script go into the page as they stand."""
     environment = _environment()
     script, style = _source(environment, "script.js.j2"), _source(environment, "style.css.j2")
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
         style=style,
-        **_content(run),
+        **content,
     )
 
 
@@ -84,6 +90,7 @@ def _content(run: Run) -> dict[str, Any]:
         "pair_figures": panels.pair_figures(pairs),
         "training": training,
         "training_figures": panels.training_figures(training),
+        "analysis": analysis_panel(run),
         "scenes": scene_gallery(evaluation) if evaluation else None,
         "gallery": pair_gallery(run),
         "scale_steps": SCALE_STEPS,
@@ -98,6 +105,6 @@ def _last_part(path: str) -> str:
 
 
 def _finished(run: Run) -> bool:
-    last = run.config.iterations
+    last = run.stopped_at or run.config.iterations
     evaluated = run.config.evaluation.world is None or run.is_done(last, "evaluate")
     return run.is_done(last, "train") and evaluated

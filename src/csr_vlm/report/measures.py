@@ -76,6 +76,8 @@ class Evaluation:
     before: Sequence[Mapping[str, Any]]
     after: Sequence[Mapping[str, Any]]
     """Empty where only one policy is evaluated."""
+    final: int | None = None
+    """The iteration that is the run's result, where the run was stopped."""
 
     @property
     def first(self) -> int:
@@ -83,7 +85,7 @@ class Evaluation:
 
     @property
     def last(self) -> int:
-        return max(self.measured)
+        return max(self.measured) if self.final is None else self.final
 
     def metric(self, iteration: int, key: str) -> Metric:
         return self.measured[iteration].get(key, Metric(None, None, None, 0))
@@ -98,9 +100,10 @@ def read_evaluation(run: Run) -> Evaluation | None:
             measured[number] = {name: _metric(values) for name, values in found.items()}
     if not measured:
         return None
-    first, last = _document(run, min(measured)), _document(run, max(measured))
+    final = None if run.stopped_at is None else run.final
+    first, last = _document(run, min(measured)), _document(run, max(measured) if final is None else final)
     after = last.get("rows", []) if len(measured) > 1 else []
-    return Evaluation(measured, last.get("protocol", {}), first.get("rows", []), after)
+    return Evaluation(measured, last.get("protocol", {}), first.get("rows", []), after, final)
 
 
 def _metric(values: Mapping[str, Any]) -> Metric:
@@ -139,6 +142,8 @@ def verdict(run: Run, evaluation: Evaluation | None) -> Verdict:
         reason = "no evaluation has finished" if run.config.evaluation.world else "this run evaluates nothing"
         return Verdict(f"{done}; {reason}, so whether the model hallucinates less is not known.", "none")
     base, last = evaluation.first, evaluation.last
+    if run.stopped_at is not None and run.final == 0:
+        return Verdict("Iteration 1 did not pass, so the base model stays as it is.", "none", _stop_notes(run))
     if base == last:
         before = fixed(evaluation.metric(base, "chair_s").value)
         name = "the base model" if base == 0 else f"iteration {base}"
@@ -159,7 +164,16 @@ def _comparison(run: Run, evaluation: Evaluation) -> Verdict:
     recall, lost = _recall_clause(evaluation)
     if lost:
         tone = "mixed" if tone == "better" else "worse"
-    return Verdict(f"{when} {sentence}{recall}.", tone, _notes(evaluation, difference))
+    return Verdict(f"{when} {sentence}{recall}.", tone, _stop_notes(run) + _notes(evaluation, difference))
+
+
+def _stop_notes(run: Run) -> list[str]:
+    """Say why a run stopped and what it kept, where it did."""
+    if run.stopped_at is None:
+        return []
+    reasons = "; ".join(run.result(run.stopped_at, "gate")["reasons"])
+    kept = f"iteration {run.final}" if run.final else "the base model"
+    return [f"The run stopped after iteration {run.stopped_at} and kept {kept}: {reasons}."]
 
 
 def _certain(evaluation: Evaluation, difference: Metric | None) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.evaluation.statistics import Metric
 from csr_vlm.report.charts import Axes, Point, Series, chart, smoothed
 from csr_vlm.report.formats import compact, count, fixed, percent, relative_change, scientific, signed
@@ -49,10 +50,6 @@ class Table:
 
 def iteration_name(number: float) -> str:
     return "base" if number == 0 else f"{number:g}"
-
-
-def _policy_name(number: int) -> str:
-    return "base model" if number == 0 else f"iteration {number}"
 
 
 def interval(metric: Metric, digits: int) -> str:
@@ -113,7 +110,7 @@ def _metric_figure(measure: Measure, evaluation: Evaluation) -> Figure:
     for number in evaluation.measured:
         metric = evaluation.metric(number, measure.key)
         if metric.value is not None:
-            title = f"{_policy_name(number)}: {fixed(metric.value, measure.digits)}"
+            title = f"{policy_name(number)}: {fixed(metric.value, measure.digits)}"
             if metric.low is not None:
                 title += f" (95 % interval {interval(metric, measure.digits)}, n = {metric.n})"
             points.append(Point(number, metric.value, metric.low, metric.high, title))
@@ -140,7 +137,7 @@ def metric_table(evaluation: Evaluation) -> Table:
         found = [evaluation.metric(number, measure.key) for number in numbers]
         cells = [(fixed(m.value, measure.digits), interval(m, measure.digits)) for m in found]
         rows.append((measure, cells, max(m.n for m in found)))
-    return Table([_policy_name(number) for number in numbers], rows)
+    return Table([policy_name(number) for number in numbers], rows)
 
 
 def pair_results(run: Run) -> dict[int, dict[str, Any]]:

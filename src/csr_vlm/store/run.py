@@ -148,6 +148,17 @@ class Run:
         """The last iteration with a finished adapter; 0 where there is none."""
         return max(self.iterations_done("train"), default=0)
 
+    @property
+    def stopped_at(self) -> int | None:
+        """The iteration whose evaluation stopped the run (evaluation.stop_if); None where none did."""
+        gated = (number for number in self.iterations_done("gate") if self.result(number, "gate")["stopped"])
+        return next(gated, None)
+
+    @property
+    def final(self) -> int:
+        """The iteration whose adapter is the run's result; 0 where that is the base model itself."""
+        return self.last_trained if self.stopped_at is None else self.stopped_at - 1
+
     def write_manifest(self) -> None:
         """Gather provenance and the markers of all finished stages."""
         stages = {
@@ -162,6 +173,8 @@ class Run:
             "seed": self.config.seed,
             "versions": versions(),
             "git": _git_commit(),
+            "stopped_at": self.stopped_at,
+            "final_iteration": self.final,
             "stages": stages,
         }
         files.write_json(self.root / "manifest.json", manifest)

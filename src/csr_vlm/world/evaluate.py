@@ -8,7 +8,7 @@ word. Recall and the rest stand beside them, because silence hallucinates nothin
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from csr_vlm.batches import batched
 from csr_vlm.errors import CsrError
-from csr_vlm.evaluation.statistics import Metric, ratio
+from csr_vlm.evaluation.statistics import Metric, Tally, auc, pooled
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.records import Finish, Prompt
 from csr_vlm.scoring.scorer import ScorerGroup
@@ -94,8 +94,9 @@ def evaluate(
                 "text": item.text,
                 "hallucinated": list(item.judgement.hallucinated),
                 "relevance": item.relevance,
+                "tallies": tallies(world, item, answered),
             }
-            for item in described
+            for item, answered in zip(described, answers, strict=True)
         ],
     }
 
@@ -155,31 +156,28 @@ def _question(
     return right
 
 
-def summarise(world: World, described: Sequence[Described], answers: Sequence[dict[str, bool]]) -> dict[str, Metric]:
-    """Pool the judgements of some responses into metrics."""
-    judged = [item.judgement for item in described]
-    ones = [1.0] * len(judged)
+def tallies(world: World, item: Described, answers: Mapping[str, bool]) -> dict[str, Tally]:
+    """What one scene adds to the numerator and the denominator of each metric."""
+    judged, kinds = item.judgement, item.scene.kinds
     companions = {habit.companion: trigger for trigger, habit in world.companions.items()}
-    tempted = [{kind for kind in item.scene.kinds if companions.get(kind) in item.scene.kinds} for item in described]
-    colored = [j.colors_right + j.colors_wrong for j in judged]
-    scored = [item.relevance for item in described]
-    metrics = {
-        "chair_s": ratio([bool(j.hallucinated) for j in judged], ones),
-        "chair_i": ratio([len(j.hallucinated) for j in judged], [len(j.mentioned) for j in judged]),
-        "recall": ratio([len(j.recalled) for j in judged], [len(item.scene.kinds) for item in described]),
-        "companion_recall": ratio(
-            [len(j.recalled & kinds) for j, kinds in zip(judged, tempted, strict=True)], [len(k) for k in tempted]
-        ),
-        "attributes_right": ratio([j.colors_right for j in judged], colored),
-        "repeats": ratio([j.repeats for j in judged], ones),
-        "words": ratio([j.words for j in judged], ones),
-        "complete": ratio([item.complete for item in described], ones),
-        "relevance": ratio([value or 0.0 for value in scored], [float(value is not None) for value in scored]),
+    tempting = {kind for kind in kinds if companions.get(kind) in kinds}
+    return {
+        "chair_s": (int(bool(judged.hallucinated)), 1),
+        "chair_i": (len(judged.hallucinated), len(judged.mentioned)),
+        "recall": (len(judged.recalled), len(kinds)),
+        "companion_recall": (len(judged.recalled & tempting), len(tempting)),
+        "attributes_right": (judged.colors_right, judged.colors_right + judged.colors_wrong),
+        "repeats": (judged.repeats, 1),
+        "words": (judged.words, 1),
+        "complete": (int(item.complete), 1),
+        "relevance": (item.relevance or 0.0, int(item.relevance is not None)),
+        **{f"yes_no_{name}": (int(right), 1) for name, right in answers.items()},
     }
-    for name in ("present", "absent", "companion"):
-        rows = [row for row in answers if name in row]
-        metrics[f"yes_no_{name}"] = ratio([row[name] for row in rows], [1.0] * len(rows))
-    return metrics
+
+
+def summarise(world: World, described: Sequence[Described], answers: Sequence[dict[str, bool]]) -> dict[str, Metric]:
+    """Pool what each scene adds into metrics."""
+    return pooled([tallies(world, item, answered) for item, answered in zip(described, answers, strict=True)])
 
 
 def evaluate_scorer(world: World, scorer: ScorerGroup, *, split: Split, seed: int, num_scenes: int) -> dict[str, float]:
@@ -206,11 +204,3 @@ def evaluate_scorer(world: World, scorer: ScorerGroup, *, split: Split, seed: in
             (absent if truth is None else true if truth == color else recolored).append(cosines[scorer.name])
         scorer.forget()
     return {"auc_absent": auc(true, absent), "auc_attribute": auc(true, recolored)}
-
-
-def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """P(a positive > a negative) + P(equal) / 2."""
-    ordered = np.sort(np.asarray(negative))
-    below = np.searchsorted(ordered, positive, side="left")
-    not_above = np.searchsorted(ordered, positive, side="right")
-    return float((below + not_above).mean() / 2 / len(ordered))

@@ -1,0 +1,142 @@
+"""``csr eval RUN`` and ``csr compare``: what was measured, and whether it changed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from csr_vlm.cli import console
+from csr_vlm.errors import CsrError
+from csr_vlm.store.run import Run
+
+if TYPE_CHECKING:
+    from csr_vlm.evaluation.compare import Comparison, Measured
+    from csr_vlm.evaluation.statistics import Difference
+
+
+class MeasureByDefault(TyperGroup):
+    """A group that takes what is none of its commands for the arguments of ``run``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, "--help"}:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+def measure(
+    target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what the configuration asks for.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Print everything that was measured of base and iterations; measure what is missing.
+
+    Example: csr eval runs/d0
+    """
+    console.quiet_libraries()
+    from csr_vlm import stages
+    from csr_vlm.evaluation.compare import evaluated, read_documents
+
+    opened = Run.open(target)
+    with opened.locked():
+        for number in range(opened.last_trained + 1):
+            stages.evaluate(opened, number, console.reporter(quiet), again)
+    found = {number: read_documents(opened, number) for number in evaluated(opened)}
+    if not found:
+        raise CsrError(f"nothing is measured in {target}", "set evaluation in its recipe, or see csr eval --help")
+    if as_json:
+        listed = [
+            {"iteration": number, "evaluation": name, "metrics": document["metrics"], "protocol": document["protocol"]}
+            for number, documents in found.items()
+            for name, document in documents.items()
+        ]
+        console.print_json({"run": str(target), "measured": listed})
+        return
+    for name in sorted({name for documents in found.values() for name in documents}):
+        documents = {number: mine[name] for number, mine in found.items() if name in mine}
+        console.print_metrics(
+            f"{name}, with 95 % intervals", {number: document["metrics"] for number, document in documents.items()}
+        )
+        for protocol in _distinct([document["protocol"] for document in documents.values()]):
+            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in protocol.items()), file=sys.stderr)
+
+
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Directory of a run.")],
+    run_b: Annotated[
+        Path | None, typer.Argument(metavar="[RUN_B]", help="Another; without it, RUN_A's base and its result.")
+    ] = None,
+    iteration_a: Annotated[int | None, typer.Option(min=0, help="Of RUN_A; 0 is the base model.")] = None,
+    iteration_b: Annotated[int | None, typer.Option(min=0, help="Of RUN_B.")] = None,
+    fail_if: Annotated[
+        list[str] | None, typer.Option("--fail-if", help="Such as 'recall < -0.01'; exit code 3 if it holds.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Compare two policies prompt by prompt: differences, intervals and tests.
+
+    One run: its base model against its result. Two runs: the result of each.
+    Example: csr compare runs/d0 --fail-if 'recall < -0.01'
+    """
+    from csr_vlm.evaluation.compare import Measured, broken_rules, parse_rule
+    from csr_vlm.evaluation.compare import compare as compare_policies
+
+    rules = [parse_rule(rule) for rule in fail_if or ()]
+    first = Run.open(run_a)
+    second = first if run_b is None else Run.open(run_b)
+    if iteration_a is None:
+        iteration_a = 0 if run_b is None else first.final
+    before = Measured(first, iteration_a)
+    after = Measured(second, second.final if iteration_b is None else iteration_b)
+    found = compare_policies(before, after)
+    reasons = broken_rules(rules, found)
+    if as_json:
+        console.print_json(
+            {
+                "before": {"run": str(run_a), "iteration": before.iteration},
+                "after": {"run": str(second.root), "iteration": after.iteration},
+                "comparisons": [comparison.dump() for comparison in found],
+                "failed": reasons,
+            }
+        )
+    else:
+        _print(before, after, found)
+    for reason in reasons:
+        print(f"failed: {reason}", file=sys.stderr)
+    if reasons:
+        raise typer.Exit(3)
+
+
+def _print(before: Measured, after: Measured, found: Sequence[Comparison]) -> None:
+    for comparison in found:
+        rows = [
+            [console.METRICS.get(name, name), *_cells(comparison.metrics[name], comparison.adjusted.get(name))]
+            for name in console.ordered(comparison.metrics)
+        ]
+        columns = ["", "before", "after", "change", "95 % interval", "p", "Holm"]
+        console.print_table(f"{comparison.evaluation}\n{before.name}\n-> {after.name}", columns, rows)
+        counts = sorted({found.n for found in comparison.metrics.values()}, reverse=True)
+        print(
+            f"{counts[0]} prompts, fewer where a metric does not apply to all. p: McNemar's exact test where a prompt "
+            "is right or wrong, else a paired permutation test; Holm: adjusted for the number of metrics",
+            file=sys.stderr,
+        )
+
+
+def _cells(found: Difference, adjusted: float | None) -> list[str]:
+    def write(value: float | None, sign: str = "") -> str:
+        digits = 1 if max(abs(found.before or 0.0), abs(found.after or 0.0)) >= 10 else 3
+        return "-" if value is None else f"{value:{sign}.{digits}f}"
+
+    interval = "-" if found.low is None else f"{write(found.low, '+')} to {write(found.high, '+')}"
+    tests = ["-" if p is None else f"{p:.2g}" if p >= 1e-4 else "<0.0001" for p in (found.p, adjusted)]
+    return [write(found.before), write(found.after), write(found.value, "+"), interval, *tests]
+
+
+def _distinct(protocols: Sequence[Any]) -> list[Any]:
+    return [protocol for place, protocol in enumerate(protocols) if protocol not in protocols[:place]]

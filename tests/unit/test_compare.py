@@ -1,0 +1,251 @@
+"""Comparing stored evaluations, the rules about the outcome, and the gate that stops a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from csr_vlm import stages
+from csr_vlm.cli.app import app
+from csr_vlm.config import resolve
+from csr_vlm.errors import CsrError
+from csr_vlm.evaluation.compare import Measured, broken_rules, compare, parse_rule
+from csr_vlm.evaluation.statistics import pooled
+from csr_vlm.progress import Silent
+from csr_vlm.report.html import render
+from csr_vlm.store import files
+from csr_vlm.store.run import Run
+from tests.unit.builders import REQUIRED
+
+# Per scene: hallucinated mentions and mentions, objects recalled and objects present.
+BASE = [(1, 3, 2, 2), (0, 2, 2, 2), (2, 4, 2, 2), (1, 2, 1, 2)]
+BETTER = [(0, 2, 2, 2), (0, 2, 2, 2), (1, 3, 2, 2), (0, 1, 1, 2)]
+SILENT = [(0, 1, 1, 2), (0, 1, 1, 2), (0, 0, 0, 2), (0, 1, 1, 2)]
+
+
+def document(scenes: list[tuple[int, int, int, int]], **protocol: Any) -> dict[str, Any]:
+    rows = [
+        {
+            "id": f"scene-{number}",
+            "text": "",
+            "hallucinated": ["boat"] * false,
+            "relevance": None,
+            "tallies": {
+                "chair_s": (int(false > 0), 1),
+                "chair_i": (false, mentions),
+                "recall": (recalled, present),
+            },
+        }
+        for number, (false, mentions, recalled, present) in enumerate(scenes)
+    ]
+    return {"protocol": {"world": "harbour", "seed": 1} | protocol, "metrics": {}, "rows": rows}
+
+
+def new_run(root: Path, *measured: dict[str, Any], **evaluation: Any) -> Run:
+    """A run whose base and iterations were measured as given, trained as far."""
+    iterations = max(len(measured) - 1, 1)
+    run = Run.create(
+        root, resolve(REQUIRED | {"iterations": iterations, "evaluation": {"world": {"num_scenes": 4}, **evaluation}})
+    )
+    for number, found in enumerate(measured):
+        files.write_json(run.evaluation_path(number, "world"), found)
+        pooling = pooled([row.get("tallies", {}) for row in found["rows"]])
+        run.mark_done(number, "evaluate", world={name: metric.dump() for name, metric in pooling.items()})
+        if number:
+            adapter = run.adapter_path(number)
+            assert adapter is not None
+            files.write_text(adapter / "weights", f"iteration {number}")
+            run.mark_done(number, "train")
+    return run
+
+
+def test_differences_by_hand(tmp_path):
+    run = new_run(tmp_path, document(BASE), document(BETTER))
+    (found,) = compare(Measured(run, 0), Measured(run, 1))
+    assert found.evaluation == "world"
+    # CHAIR_S 3/4 to 1/4, CHAIR_I 4/11 to 1/8, recall 7/8 both times.
+    assert found.metrics["chair_s"].value == pytest.approx(-0.5)
+    assert found.metrics["chair_s"].p == pytest.approx(0.5), "two scenes changed, both one way: 2 / 2^2"
+    assert found.metrics["chair_i"].value == pytest.approx(1 / 8 - 4 / 11)
+    assert found.metrics["recall"].value == 0.0
+    assert found.metrics["recall"].p == 1.0
+    assert found.adjusted["chair_s"] >= found.metrics["chair_s"].p
+
+
+def test_the_order_of_the_rows_does_not_matter(tmp_path):
+    turned = document(BETTER)
+    turned["rows"].reverse()
+    straight = new_run(tmp_path / "a", document(BASE), document(BETTER))
+    other = new_run(tmp_path / "b", document(BASE), turned)
+    assert compare(Measured(straight, 0), Measured(straight, 1)) == compare(Measured(other, 0), Measured(other, 1))
+
+
+def test_a_policy_does_not_differ_from_itself(tmp_path):
+    run = new_run(tmp_path, document(BASE))
+    (found,) = compare(Measured(run, 0), Measured(run, 0))
+    assert {(d.value, d.low, d.high, d.p) for d in found.metrics.values()} == {(0.0, 0.0, 0.0, 1.0)}
+
+
+def test_a_metric_of_some_prompts_is_compared_on_those(tmp_path):
+    old, new = document(BASE), document(BETTER)
+    for side, answer in ((old, 0), (new, 1)):
+        side["rows"][2]["tallies"]["yes_no_absent"] = (answer, 1)
+    run = new_run(tmp_path, old, new)
+    found = compare(Measured(run, 0), Measured(run, 1))[0].metrics["yes_no_absent"]
+    assert (found.before, found.after, found.n) == (0.0, 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (document(BETTER, seed=7), r"different protocols: seed \(1 against 7\)"),
+        (document(BETTER, prompt="Look."), r"prompt \(nothing against Look.\)"),
+        (document(BETTER[:3]), "1 prompts were answered by one policy only"),
+        ({"protocol": {"world": "harbour", "seed": 1}, "metrics": {}, "rows": [{"id": "a"}]}, "does not say what each"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, other, message):
+    run = new_run(tmp_path, document(BASE), other)
+    with pytest.raises(CsrError, match=message):
+        compare(Measured(run, 0), Measured(run, 1))
+
+
+def test_nothing_in_common(tmp_path):
+    run = new_run(tmp_path, document(BASE))
+    with pytest.raises(CsrError, match=r"nothing to compare: .*iteration 1 has no evaluation"):
+        compare(Measured(run, 0), Measured(run, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("recall < -0.1", True),
+        ("recall<-0.1", True),
+        ("recall < -0.5", False),
+        ("world/recall <= -0.5", True),
+        ("pope/recall < -0.1", None),
+        ("recall.high < 0", True),
+        ("chair_s < 0", True),
+        ("chair_s >= 0", False),
+        ("chair_i > 1e-3", False),
+        ("nonsense > 0", None),
+    ],
+)
+def test_rules(tmp_path, text, holds):
+    run = new_run(tmp_path, document(BASE), document(SILENT))  # recall 7/8 to 3/8
+    found = compare(Measured(run, 0), Measured(run, 1))
+    if holds is None:
+        with pytest.raises(CsrError, match="was not measured"):
+            broken_rules([parse_rule(text)], found)
+    else:
+        assert bool(broken_rules([parse_rule(text)], found)) is holds
+
+
+@pytest.mark.parametrize("text", ["", "recall", "recall = 1", "recall < much", "recall < -0.1 or 2", "< 1", "a b < 1"])
+def test_what_is_no_rule(text):
+    with pytest.raises(CsrError, match="is not a rule"):
+        parse_rule(text)
+    with pytest.raises(CsrError, match="is not a rule"):
+        resolve(REQUIRED | {"evaluation": {"world": {}, "stop_if": [text]}})
+
+
+@given(st.floats(-1, 1), st.sampled_from(["<", "<=", ">", ">="]), st.floats(-1, 1))
+def test_a_rule_means_what_it_says(bound, sign, value):
+    says = {"<": value < bound, "<=": value <= bound, ">": value > bound, ">=": value >= bound}[sign]
+    assert parse_rule(f"recall {sign} {bound!r}").holds(value) is says
+
+
+def test_a_rule_needs_something_to_judge():
+    with pytest.raises(CsrError, match="stop_if needs an evaluation"):
+        resolve(REQUIRED | {"evaluation": {"stop_if": ["recall < 0"]}})
+
+
+def test_the_gate_keeps_the_last_good_iteration(tmp_path):
+    run = new_run(tmp_path, document(BASE), document(BETTER), document(SILENT), stop_if=["recall < -0.1"])
+    assert [stages.gate(run, number, Silent()) for number in (1, 2)] == [False, True]
+    assert (run.stopped_at, run.final) == (2, 1)
+    stages.export(run, Silent())
+    assert (tmp_path / "adapter" / "weights").read_text() == "iteration 1"
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["stopped_at"], manifest["final_iteration"]) == (2, 1)
+    assert "recall went from 0.875 to 0.375" in manifest["stages"]["iteration-2"]["gate"]["reasons"][0]
+    assert "The run stopped after iteration 2 and kept iteration 1" in render(run)
+
+
+def test_the_gate_decides_once(tmp_path):
+    run = new_run(tmp_path, document(BASE), document(SILENT), stop_if=["recall < -0.1"])
+    assert stages.gate(run, 1, Silent())
+    files.write_json(run.evaluation_path(1, "world"), document(BETTER))
+    assert stages.gate(Run.open(tmp_path), 1, Silent()), "going on with a stopped run does not start it again"
+
+
+def test_the_gate_can_look_at_the_iteration_before(tmp_path):
+    measured = [document(SILENT), document(BETTER), document(BASE)]
+    rules: dict[str, Any] = {"stop_if": ["chair_s > 0.4"]}
+    against_base = new_run(tmp_path / "a", *measured, **rules)
+    assert stages.gate(against_base, 2, Silent()), "0 to 3/4"
+    steps = new_run(tmp_path / "b", document(BASE), document(SILENT), document(BETTER), stop_against="last", **rules)
+    assert not stages.gate(steps, 2, Silent()), "0 to 1/4"
+    assert steps.result(2, "gate")["against"] == 1
+
+
+def test_where_no_iteration_passes_the_base_stays(tmp_path):
+    run = new_run(tmp_path, document(BASE), document(SILENT), stop_if=["recall < -0.1"])
+    assert stages.gate(run, 1, Silent())
+    stages.export(run, Silent())
+    assert run.final == 0
+    assert not (tmp_path / "adapter").exists()
+    assert "the base model stays as it is" in render(run)
+
+
+def test_without_rules_nothing_is_judged(tmp_path):
+    run = new_run(tmp_path, document(BASE), document(SILENT))
+    assert not stages.gate(run, 1, Silent())
+    assert not run.is_done(1, "gate")
+    assert run.final == 1
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_command_prints_json_and_fails_with_the_reason(tmp_path):
+    run = new_run(tmp_path, document(BASE), document(SILENT))
+    fine = invoke("compare", run.root, "--json", "--fail-if", "chair_s > 0")
+    assert fine.exit_code == 0
+    found = json.loads(fine.stdout)
+    assert found["before"]["iteration"] == 0
+    assert found["after"]["iteration"] == 1
+    assert found["comparisons"][0]["metrics"]["recall"]["value"] == pytest.approx(-0.5)
+    failed = invoke("compare", run.root, run.root, "--iteration-a", 0, "--fail-if", "recall < -0.01")
+    assert failed.exit_code == 3
+    assert "failed: recall < -0.01" in failed.stderr
+    assert "-0.500" in failed.stdout
+
+
+def test_two_runs_compare_their_results(tmp_path):
+    one = new_run(tmp_path / "one", document(BASE), document(BETTER))
+    two = new_run(tmp_path / "two", document(BASE), document(SILENT))
+    found = json.loads(invoke("compare", one.root, two.root, "--json").stdout)
+    assert found["comparisons"][0]["metrics"]["chair_s"]["before"] == 0.25
+    assert found["comparisons"][0]["metrics"]["chair_s"]["after"] == 0.0
+
+
+@pytest.mark.parametrize("order", [("RUN", "--json"), ("--json", "RUN"), ("run", "RUN", "--json")])
+def test_eval_takes_a_run_without_a_command(tmp_path, order):
+    run = new_run(tmp_path, document(BASE), document(BETTER))
+    shown = invoke("eval", *(run.root if part == "RUN" else part for part in order), "--quiet")
+    assert shown.exit_code == 0, shown.output
+    assert [row["iteration"] for row in json.loads(shown.stdout)["measured"]] == [0, 1]
+
+
+def test_eval_still_has_its_commands():
+    assert "world-seed" in invoke("eval", "world", "--help").output
+    assert invoke("eval", "--help").output.count("world") >= 1
+    assert isinstance(invoke("eval", "/nonexistent").exception, CsrError)
