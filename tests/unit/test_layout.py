@@ -18,13 +18,14 @@ LAYERS = (
     {"store", "data", "loading"},
     {"generation", "scoring", "training", "evaluation"},
     {"world", "scale"},
+    {"external"},
     {"stages", "report", "estimate"},
     {"loop"},
     {"cli"},
 )
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
-SIDEWAYS = {("training", "generation")}
-"""Training encodes prompts as the policy does."""
+SIDEWAYS = {("training", "generation"), ("data", "store")}
+"""Training encodes prompts as the policy does; data writes its files as the store does."""
 HEAVY = {"torch", "transformers", "trl", "vllm", "ray", "peft", "accelerate", "datasets"}
 MOST_LINES = 80
 MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
