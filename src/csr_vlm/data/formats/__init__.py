@@ -135,7 +135,7 @@ def recognise(name: str) -> str:
 
 
 def _folder_format(path: Path) -> str:
-    if any((path / mark).is_file() for mark in huggingface.MARKS):
+    if huggingface.saved(path):
         return "huggingface"
     seen: set[str] = set()
     for file in images.files(path):

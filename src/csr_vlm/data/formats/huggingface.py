@@ -1,4 +1,4 @@
-"""Hugging Face data sets: a folder that save_to_disk wrote, or a hub id, which is streamed.
+"""Hugging Face data sets: a folder that save_to_disk wrote; a hub id or a copy of its folder, streamed.
 
 ``datasets`` is imported when one is opened and not before. Images stay encoded.
 """
@@ -23,8 +23,13 @@ def rows(source: str, split: str) -> Rows:
 
 
 def count(source: str, split: str) -> int:
-    """Count the rows of a saved data set; 0 for the hub, which need not say."""
-    return len(_open(source, split)) if Path(source).is_dir() else 0
+    """Count the rows of a saved data set; 0 for a streamed one, which need not say."""
+    return len(_open(source, split)) if saved(Path(source)) else 0
+
+
+def saved(path: Path) -> bool:
+    """Tell whether save_to_disk wrote a folder."""
+    return any((path / mark).is_file() for mark in MARKS)
 
 
 def _open(source: str, split: str) -> Any:
@@ -36,7 +41,7 @@ def _open(source: str, split: str) -> Any:
     from datasets import load_dataset, load_from_disk
 
     try:
-        if Path(source).is_dir():
+        if saved(Path(source)):
             found = load_from_disk(source)
             found = _split(source, found, split) if isinstance(found, dict) else found
         else:

@@ -89,10 +89,13 @@ def _decode(decoder: json.JSONDecoder, handle: IO[str], buffer: str, at: int) ->
         except ValueError:
             if len(buffer) > _LONGEST:
                 raise
-        else:
-            if end < len(buffer):  # Otherwise a number may go on in the next chunk.
-                return value, buffer, end
+            end = None
+        # A number may go on where the chunk does not: 1 of 1.5.
+        if end is not None and buffer[end : end + 1] in (",", "]", *_SPACE):
+            return value, buffer, end
         more = handle.read(max(_CHUNK, len(buffer)))
+        if not more and end is not None:
+            return value, buffer, end
         if not more:
             raise ValueError("the array breaks off")
         buffer += more

@@ -51,9 +51,9 @@ def _members(shard: Path) -> Iterator[Member]:
             # The archive would remember every member it has passed.
             archive.members = []  # type: ignore[attr-defined]
             name = member.name.removeprefix("./")
-            if not member.isfile() or Path(name).name.startswith("."):
-                continue
             folder, slash, file = name.rpartition("/")
+            if not member.isfile() or file.startswith("."):
+                continue
             stem, _, suffix = file.partition(".")
             content = None
             if member.size <= _LARGEST:
