@@ -157,19 +157,55 @@ class MethodConfig(_Section):
 
 
 class DataConfig(_Section):
-    """What is asked about which images."""
+    """What is asked about which images, and pairs from outside."""
 
-    prompts: str = Field(description="JSON Lines file with prompt_id (or id), image and text.")
-    image_root: str | None = Field(
-        default=None, description="Folder that image paths are relative to; the prompt file's own by default."
+    prompts: str | tuple[str, ...] = Field(
+        description="File, folder, glob or hub id of prompts, or a list of them; docs/data.md has the formats."
     )
+    format: Literal["auto", "jsonl", "llava", "images", "imagefolder", "parquet", "huggingface", "webdataset"] = Field(
+        default="auto", description="Format of every source of prompts; auto looks at each."
+    )
+    split: str = Field(default="train", min_length=1, description="Split of a Hugging Face data set.")
+    image_root: str | None = Field(
+        default=None, description="Folder that image paths are relative to; each source's own by default."
+    )
+    questions: tuple[str, ...] = Field(
+        default=(), description="Asked about every image, in place of what the rows ask."
+    )
+    sample: int | None = Field(default=None, ge=1, description="Draw so many prompts at random; their order stays.")
+    sample_seed: int | None = Field(default=None, ge=0, description="Of that draw; the run's seed by default.")
     limit: int | None = Field(default=None, ge=1, description="Use the first so many prompts.")
+    pairs: str | None = Field(
+        default=None, description="File with pairs from outside: iteration 1 trains on them instead of a search."
+    )
+    pairs_format: Literal["auto", "trl", "llava", "llamafactory", "swift", "rlaifv"] = Field(
+        default="auto", description="Format of data.pairs; auto looks at each row."
+    )
     on_bad_input: Literal["skip", "refuse"] = Field(
         default="skip", description="Skip and count a bad row, or refuse to start."
     )
     max_image_pixels: int = Field(
         default=50_000_000, ge=1, le=170_000_000, description="Larger images are refused undecoded."
     )
+
+    @field_validator("prompts")
+    @classmethod
+    def _some_source(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value or not all(value):
+            raise ValueError("names no source")
+        return value
+
+    @field_validator("questions")
+    @classmethod
+    def _real_questions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(question.replace("<image>", "").strip() for question in value):
+            raise ValueError("holds an empty question")
+        return value
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources of prompts, in their order."""
+        return (self.prompts,) if isinstance(self.prompts, str) else self.prompts
 
 
 class JudgeConfig(_Section):
@@ -337,6 +373,12 @@ class RunConfig(_Section):
     def _known_preset(self) -> RunConfig:
         if self.preset not in presets():
             raise ValueError(f"unknown preset {self.preset!r}; known are {', '.join(presets())}")
+        return self
+
+    @model_validator(mode="after")
+    def _external_has_pairs(self) -> RunConfig:
+        if self.preset == "external" and self.data.pairs is None:
+            raise ValueError("preset external trains on pairs from outside: set data.pairs")
         return self
 
     def dump(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def estimate(config: RunConfig, tell: Reporter) -> dict[str, Any]:
     """
     report = InputReport()
     with tell.stage("checking prompts and images", count_rows(config.data)) as advance:
-        for _ in read_prompts(config.data, report, tick=lambda: advance(1)):
+        for _ in read_prompts(config.data, report, seed=config.seed, tick=lambda: advance(1)):
             pass
     parameters = count_parameters(config.model)
     device = resolve_device(config.model.device)

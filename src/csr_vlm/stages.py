@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+from csr_vlm import external
 from csr_vlm.config import RunConfig, ScorerConfig, WorldEvaluationConfig
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
 from csr_vlm.errors import CsrError
@@ -27,24 +28,26 @@ from csr_vlm.store.run import Run
 
 
 def check_inputs(run: Run, tell: Reporter) -> None:
-    """Read all prompts, decode every image once, and keep those that passed."""
+    """Read all prompts, decode every image once, and keep those that passed; the same for pairs from outside."""
     if run.is_done(0, "prompts"):
         return
-    report = InputReport()
-    with tell.stage("checking prompts and images", count_rows(run.config.data)) as advance:
-        prompts = list(read_prompts(run.config.data, report, tick=lambda: advance(1)))
-    if not prompts:
-        raise CsrError(f"no usable prompt in {run.config.data.prompts}", "; ".join(report.examples[:3]))
-    tables.write_prompts(run.prompts_path, prompts, run.config.generation.prompts_per_part)
+    config, report = run.config, InputReport()
+    with tell.stage("checking prompts and images", count_rows(config.data)) as advance:
+        prompts = read_prompts(config.data, report, seed=config.seed, images=run.images_path, tick=lambda: advance(1))
+        tables.write_prompts(run.prompts_path, prompts, config.generation.prompts_per_part)
+    if not report.accepted:
+        raise CsrError(f"no usable prompt in {', '.join(config.data.sources)}", "; ".join(report.examples[:3]))
     if report.dropped:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
-        tell.say(f"dropped {report.dropped.total()} prompts: {dropped}; the manifest names them")
-    run.mark_done(0, "prompts", sha256=files.sha256_of(run.prompts_path), **report.dump())
+        tell.say(f"dropped {report.dropped.total()} prompts: {report.reasons}; the manifest names them")
+    found = {"sha256": files.sha256_of(run.prompts_path), **report.dump()}
+    if config.data.pairs is not None:
+        found["pairs"] = external.check_pairs(run, tell).dump()
+    run.mark_done(0, "prompts", **found)
 
 
 def generate(run: Run, iteration: int, tell: Reporter) -> None:
     """Search with the last iteration's policy and score every sentence, work item by work item."""
-    if run.is_done(iteration, "generate"):
+    if run.is_done(iteration, "generate") or external.supplies(run.config, iteration):
         return
     from csr_vlm.generation.policy import load_policy
     from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -144,11 +147,12 @@ def require_before(run: Run, iteration: int, stage: str) -> None:
 
 
 def make_pairs(run: Run, iteration: int, tell: Reporter) -> None:
-    """Derive the iteration's pairs from its ledger."""
+    """Derive the iteration's pairs from its ledger, or take those from outside."""
     if run.is_done(iteration, "pairs"):
         return
     started = time.perf_counter()
-    pairs, reasons = derive_pairs(run, iteration, run.config)
+    outside = external.supplies(run.config, iteration)
+    pairs, reasons = external.take_pairs(run, tell) if outside else derive_pairs(run, iteration, run.config)
     tables.write_pairs(run.pairs_path(iteration), pairs)
     if not pairs:
         raise CsrError(f"iteration {iteration} has no pairs: {dict(reasons)}", "loosen method.pairs or add prompts")

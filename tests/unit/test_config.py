@@ -43,17 +43,31 @@ def test_the_presets_of_the_design():
     assert set(presets()) >= {"paper", "official", "calibrated", "only_rt", "only_ri", "random_pairs"}
 
 
+def config_of(preset: str) -> RunConfig:
+    """The configuration of a preset, with what it cannot do without."""
+    needed = {"data": {"prompts": "prompts.jsonl", "pairs": "pairs.json"}} if preset == "external" else {}
+    return config(preset=preset, **needed)
+
+
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_is_valid_and_resolves_to_itself(name):
-    found = config(preset=name)
+    found = config_of(name)
     assert found.preset == name
     assert resolve(found.dump()) == found
 
 
 @pytest.mark.parametrize("name", presets())
 def test_a_preset_writes_no_option_twice_and_none_that_is_unknown(name):
-    resolved = flat(config(preset=name).dump())
+    resolved = flat(config_of(name).dump())
     assert flat(presets()[name]).items() <= resolved.items()
+
+
+def test_external_needs_pairs():
+    with pytest.raises(CsrError, match=r"set data\.pairs"):
+        config(preset="external")
+    found = differing(config(preset="calibrated"), config_of("external"))
+    assert set(found) == {"preset", "iterations", "data.pairs"}
+    assert found["iterations"][1] == 1
 
 
 def test_the_default_preset_is_calibrated():

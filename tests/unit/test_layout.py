@@ -18,14 +18,16 @@ LAYERS = (
     {"store", "data", "loading", "weights"},
     {"generation", "scoring", "training", "evaluation", "convert"},
     {"world", "scale"},
+    {"external"},
     {"stages", "report", "estimate", "analysis"},
+    {"sweep"},
     {"loop"},
     {"cli"},
 )
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
-SIDEWAYS = {("training", "generation"), ("scoring", "generation"), ("evaluation", "generation")}
+SIDEWAYS = {("training", "generation"), ("scoring", "generation"), ("evaluation", "generation"), ("data", "store")}
 """Training encodes prompts as the policy does; a policy that judges itself is asked as it is prompted;
-evaluation reads what the policy attends to and prefers."""
+evaluation reads what the policy attends to and prefers; data writes its files as the store does."""
 HEAVY = {"torch", "transformers", "trl", "vllm", "ray", "peft", "accelerate", "datasets"}
 MOST_LINES = 80
 MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}

@@ -214,7 +214,7 @@ def test_a_prompt_file_that_is_not_there(tmp_path, how):
     config = DataConfig(prompts=str(tmp_path / "none.jsonl"), on_bad_input=how)
     with pytest.raises(CsrError, match=r"none\.jsonl"):
         list(read_prompts(config, InputReport()))
-    with pytest.raises(CsrError, match="cannot be opened"):
+    with pytest.raises(CsrError, match="holds nothing"):
         list(read_prompts(DataConfig(prompts=str(tmp_path)), InputReport()))
 
 

@@ -11,6 +11,7 @@ import typer
 from csr_vlm.cli import console, world
 from csr_vlm.cli.analyse import analyse
 from csr_vlm.cli.compare import MeasureByDefault, compare, measure
+from csr_vlm.cli.export import export
 from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.config import RunConfig, load_config
 from csr_vlm.errors import CsrError
@@ -35,6 +36,7 @@ eval_app.command("run")(measure)
 app.command("compare")(compare)
 app.command("reproduce")(reproduce)
 app.command("analyse")(analyse)
+app.command("export")(export)
 app.add_typer(world.app, name="world")
 
 Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe (YAML), or the directory of a run.")]

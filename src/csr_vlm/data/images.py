@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -14,10 +15,15 @@ class BadImage(ValueError):
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is decoded; Pillow knows more, among them formats that start other programs."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+"""What files of these formats are called, in lower case."""
 
 
-def load_image(path: str | Path, max_pixels: int) -> Image.Image:
+def load_image(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     """Decode an image completely, upright and as RGB.
+
+    Args:
+        source: Path of a file, or what is in it.
 
     Raises:
         BadImage: Missing, unreadable, truncated, or larger than ``max_pixels``, which is
@@ -26,7 +32,7 @@ def load_image(path: str | Path, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise BadImage(f"too large ({image.width} x {image.height} pixels)")
                 if image.mode in ("I", "F"):
@@ -55,3 +61,12 @@ def load_image(path: str | Path, max_pixels: int) -> Image.Image:
     except Exception:
         # Decoders of damaged files raise whatever they stumble over.
         raise BadImage("unreadable (damaged)") from None
+
+
+def suffix_of(content: bytes) -> str:
+    """Return the file suffix of an encoded image by its first bytes; empty where they are of no known format."""
+    heads = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp"}
+    heads |= {b"II*\x00": ".tif", b"MM\x00*": ".tif", b"P5": ".ppm", b"P6": ".ppm"}
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return ".webp"
+    return next((suffix for head, suffix in heads.items() if content.startswith(head)), "")

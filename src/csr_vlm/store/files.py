@@ -57,6 +57,19 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def keep_content(directory: Path, content: bytes, suffix: str = "") -> Path:
+    """Keep bytes in a file named by their hash, so that keeping them again changes nothing."""
+    name = hashlib.sha256(content).hexdigest()
+    path = directory / name[:2] / f"{name}{suffix}"
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    if not path.exists():
+        write_atomically(path, write)
+    return path
+
+
 def sha256_of(path: Path) -> str:
     """Hash a file in pieces."""
     with path.open("rb") as handle:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from csr_vlm.batches import batched
 from csr_vlm.records import SCHEMA_VERSION, Fate, Finish, Node, Pair, Prompt, Response
 from csr_vlm.store.files import write_atomically
 
@@ -65,6 +66,17 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema, ro
     )
 
 
+def write_row_groups(path: Path, groups: Iterable[Sequence[dict[str, Any]]], schema: pa.Schema) -> None:
+    """Write each group of rows as one row group of a Parquet file, atomically, holding one group at a time."""
+
+    def write(temporary: Path) -> None:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for rows in groups:
+                writer.write_table(pa.Table.from_pylist(list(rows), schema=schema), row_group_size=len(rows))
+
+    write_atomically(path, write)
+
+
 def _row_groups(path: Path) -> Iterator[list[dict[str, Any]]]:
     with pq.ParquetFile(path) as file:
         for index in range(file.num_row_groups):
@@ -72,8 +84,9 @@ def _row_groups(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def write_prompts(path: Path, prompts: Iterable[Prompt], group_size: int) -> None:
-    """Write prompts so that each row group is one work item."""
-    write_rows(path, [asdict(prompt) for prompt in prompts], PROMPTS, row_group_size=group_size)
+    """Write prompts as they come, so that each row group is one work item."""
+    rows = (asdict(prompt) for prompt in prompts)
+    write_row_groups(path, batched(rows, group_size), PROMPTS)
 
 
 def prompt_groups(path: Path) -> Iterator[list[Prompt]]:

@@ -1,0 +1,58 @@
+"""Hugging Face's ImageFolder: images beside a metadata.jsonl, .csv or .parquet that names them.
+
+A line is {"file_name": "a.jpg", "question": "What is this?"}; the image is relative to the
+metadata file, and there may be one in every subfolder. The files are read where they are.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from csr_vlm.data.formats import jsonl, parquet
+from csr_vlm.data.formats.images import files
+from csr_vlm.data.formats.rows import BadRow, Rows, image_of
+
+NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+def rows(path: Path) -> Rows:
+    for file in metadata_files(path):
+        below = file.parent.relative_to(path)
+        for where, row in _READERS[file.suffix](file):
+            if isinstance(row, BadRow):
+                yield where, row
+                continue
+            name = image_of(row)
+            if not isinstance(name, str):
+                yield where, BadRow("no prompt_id or no image")
+                continue
+            image = (below / name).as_posix()
+            yield where, {**row, "image": image, "__key__": image}
+
+
+def count(path: Path) -> int:
+    return sum(_COUNTERS[file.suffix](file) for file in metadata_files(path))
+
+
+def metadata_files(path: Path) -> Iterator[Path]:
+    return (file for file in files(path) if file.name in NAMES)
+
+
+def _csv_rows(path: Path) -> Rows:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+        table = csv.DictReader(handle)
+        try:
+            for row in table:
+                yield f"{path.name} line {table.line_num}", row
+        except csv.Error:
+            yield f"{path.name} line {table.line_num}", BadRow("broken CSV")
+
+
+def _csv_count(path: Path) -> int:
+    return sum(1 for _ in _csv_rows(path))
+
+
+_READERS = {".jsonl": jsonl.rows, ".csv": _csv_rows, ".parquet": parquet.rows}
+_COUNTERS = {".jsonl": jsonl.count, ".csv": _csv_count, ".parquet": parquet.count}

@@ -1,0 +1,90 @@
+"""Pairs from outside as this project's own: token ids as the policy would have sampled them.
+
+Text from elsewhere has no token ids and no log-probabilities. The ids are what the chat
+template and the tokenizer make of the whole dialogue, after the prompt's own, up to and with
+the end of the response; the log-probabilities are the policy's in a teacher-forced pass, so
+they serve as DPO's reference like those of a ledger. There are no rewards: they are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from csr_vlm.batches import batched
+from csr_vlm.data.pairs import TextPair
+from csr_vlm.generation.policy import Policy
+from csr_vlm.generation.sentences import SentenceRule
+from csr_vlm.records import Pair, Prompt, Response
+
+_BATCH = 8
+
+
+def scored_pairs(pairs: Iterable[TextPair], policy: Policy, iteration: int, rule: SentenceRule) -> Iterator[Pair | str]:
+    """Tokenise pairs and compute the log-probabilities of both responses under the policy.
+
+    Yields:
+        A pair, or in a word why there is none: ``placeholder`` (a response holds an id that
+        stands for a picture), ``identical`` (both are the same ids).
+    """
+    for batch in batched(pairs, _BATCH):
+        ids = [(response_ids(policy, p.prompt, p.chosen), response_ids(policy, p.prompt, p.rejected)) for p in batch]
+        refused = [_refusal(policy, chosen, rejected) for chosen, rejected in ids]
+        kept = [(pair, both) for pair, both, why in zip(batch, ids, refused, strict=True) if why is None]
+        yield from (why for why in refused if why is not None)
+        if not kept:
+            continue
+        prompts = [pair.prompt for pair, _ in kept]
+        logprobs = [policy.teacher_forced(prompts, [both[side] for _, both in kept]) for side in (0, 1)]
+        for (pair, both), chosen, rejected in zip(kept, *logprobs, strict=True):
+            yield Pair(
+                prompt=pair.prompt,
+                iteration=iteration,
+                chosen=_response("chosen", pair.chosen, both[0], float(chosen.sum()), rule),
+                rejected=_response("rejected", pair.rejected, both[1], float(rejected.sum()), rule),
+            )
+
+
+def response_ids(policy: Policy, prompt: Prompt, text: str) -> tuple[int, ...]:
+    """Tokenise a response as it follows the prompt, ending as the policy ends its own."""
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt.text}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    template, tokenizer = policy.processor.apply_chat_template, policy.tokenizer
+    asked = template([question], add_generation_prompt=True)
+    # Some templates put a space or a line break after the answer, which no policy samples.
+    whole = template([question, answer]).rstrip()
+    prompt_ids, whole_ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (asked, whole))
+    pairs = zip(prompt_ids, whole_ids, strict=False)
+    shared = next((place for place, (one, other) in enumerate(pairs) if one != other), len(prompt_ids))
+    ids = whole_ids[shared:]
+    end = next((place for place, token in enumerate(ids) if token in policy.eos_ids), None)
+    if end is not None:
+        return tuple(ids[: end + 1])
+    eos = tokenizer.eos_token_id
+    return (*ids, eos if eos in policy.eos_ids else min(policy.eos_ids))
+
+
+def count_sentences(text: str, rule: SentenceRule) -> int:
+    """Count sentences as the search would have cut them."""
+    start = number = 0
+    for end in range(1, len(text) + 1):
+        if not text[end - 1].isspace() and rule.ends(text[start:end], text[end:] or None):
+            start, number = end, number + 1
+    return number + bool(text[start:].strip())
+
+
+def _refusal(policy: Policy, chosen: Sequence[int], rejected: Sequence[int]) -> str | None:
+    if set(policy.barred_ids).intersection((*chosen, *rejected)):
+        return "placeholder"
+    return "identical" if chosen == rejected else None
+
+
+def _response(name: str, text: str, ids: tuple[int, ...], logprob: float, rule: SentenceRule) -> Response:
+    return Response(
+        node_id=name,
+        token_ids=ids,
+        logprob=logprob,
+        text=text,
+        num_sentences=count_sentences(text, rule),
+        reward=0.0,
+        complete=True,
+    )

@@ -1,0 +1,287 @@
+"""Pairs to other programs' files and back: the exact fields, and the same prompts and texts."""
+
+from __future__ import annotations
+
+import io
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from csr_vlm.cli.export import Format
+from csr_vlm.config import DataConfig
+from csr_vlm.data.formats import PAIR_FORMATS
+from csr_vlm.data.images import load_image
+from csr_vlm.data.pairs import TextPair, count_pairs, read_text_pairs, write_pairs
+from csr_vlm.data.prompts import InputReport, read_prompts
+from csr_vlm.errors import CsrError
+from csr_vlm.records import Pair, Prompt, Response
+
+FORMATS = sorted(PAIR_FORMATS)
+EMBEDDING = {"trl", "rlaifv"}
+
+
+def response(text: str, reward: float = 0.0) -> Response:
+    return Response("0", (1, 2), -1.5, text, 1, reward, complete=True)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> list[Pair]:
+    """Three pairs over two pictures; the first prompt has two."""
+    found = []
+    for name, color, text in (
+        ("a", "red", 'A "red" café.'),
+        ("a", "red", "Red\nand <b>."),
+        ("b/1", "blue", "一条船。"),
+    ):
+        path = tmp_path / f"{color}.png"
+        Image.new("RGB", (4, 4), color).save(path)
+        found.append(Pair(Prompt(name, str(path), "What is this?"), 2, response(text, 2.0), response("A boat.", 1.0)))
+    return found
+
+
+def export(pairs: list[Pair], form: str, out: Path, copy_images: bool = False) -> Path:
+    return write_pairs(iter(pairs), form, out, copy_images=copy_images, origin="org/model")
+
+
+def read_back(path: Path, images: Path | None = None, **settings: Any) -> tuple[list[TextPair], InputReport]:
+    report = InputReport()
+    config = DataConfig(prompts="-", pairs=str(path), **{"image_root": "/", **settings})
+    return list(read_text_pairs(config, report, images=images)), report
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_formats_have_one_list() -> None:
+    named = typing.get_args(DataConfig.model_fields["pairs_format"].annotation)
+    assert set(named) - {"auto"} == {form.value for form in Format} == set(PAIR_FORMATS)
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_exported_reads_back(pairs: list[Pair], tmp_path: Path, form: str, named: bool) -> None:
+    path = export(pairs, form, tmp_path / "out")
+    found, report = read_back(path, images=tmp_path / "kept", pairs_format=form if named else "auto")
+    assert report.dump() == {"accepted": 3, "dropped": {}, "examples": []}
+    for text, pair in zip(found, pairs, strict=True):
+        assert (text.prompt.prompt_id, text.prompt.text) == (pair.prompt.prompt_id, pair.prompt.text)
+        assert (text.chosen, text.rejected) == (pair.chosen.text, pair.rejected.text)
+        assert load_image(text.prompt.image, 100).tobytes() == load_image(pair.prompt.image, 100).tobytes()
+        if form != "rlaifv":
+            assert text.prompt.image == pair.prompt.image
+    assert count_pairs(DataConfig(prompts="-", pairs=str(path))) == 3
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_with_its_images_an_export_stands_alone(pairs: list[Pair], tmp_path: Path, form: str) -> None:
+    path = export(pairs, form, tmp_path / "out", copy_images=True)
+    pixels = [load_image(pair.prompt.image, 100).tobytes() for pair in pairs]
+    for pair in pairs:
+        Path(pair.prompt.image).unlink(missing_ok=True)
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    found, _ = read_back(moved / path.name, images=tmp_path / "kept", image_root=None)
+    assert [load_image(text.prompt.image, 100).tobytes() for text in found] == pixels
+    copied = [file for file in (moved / "images").rglob("*") if file.is_file()] if form not in EMBEDDING else []
+    assert len(copied) == (0 if form in EMBEDDING else 2), "one copy of each picture"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_pairs_are_prompts_as_well(pairs: list[Pair], tmp_path: Path, form: str) -> None:
+    path = export(pairs, form, tmp_path / "out", copy_images=True)
+    report = InputReport()
+    found = list(read_prompts(DataConfig(prompts=str(path)), report, images=tmp_path / "kept"))
+    assert [(prompt.prompt_id, prompt.text) for prompt in found] == [("a", "What is this?"), ("b/1", "What is this?")]
+    assert report.dropped == {"duplicate id": 1}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_same_pairs_give_the_same_bytes(pairs: list[Pair], tmp_path: Path, form: str) -> None:
+    first, again = (export(pairs, form, tmp_path / name, copy_images=True) for name in ("one", "two"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_pairs_are_a_file_as_well(tmp_path: Path, form: str) -> None:
+    assert rows_of(export([], form, tmp_path)) == []
+
+
+# The exact fields
+
+
+def test_trl(pairs: list[Pair], tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    path = export(pairs[:1], "trl", tmp_path / "out")
+    assert rows_of(path) == [
+        {
+            "id": "a",
+            "images": [{"bytes": None, "path": pairs[0].prompt.image}],
+            "prompt": [{"role": "user", "content": "What is this?"}],
+            "chosen": [{"role": "assistant", "content": 'A "red" café.'}],
+            "rejected": [{"role": "assistant", "content": "A boat."}],
+        }
+    ]
+    for copied in (False, True):
+        path = export(pairs, "trl", tmp_path / "out", copy_images=copied)
+        loaded = load_dataset(
+            "parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / f"cache-{copied}")
+        )
+        assert [row["images"][0].getpixel((0, 0)) for row in loaded] == [(255, 0, 0), (255, 0, 0), (0, 0, 255)]
+
+
+def test_llava(pairs: list[Pair], tmp_path: Path) -> None:
+    question = {"from": "human", "value": "<image>\nWhat is this?"}
+    assert rows_of(export(pairs[:1], "llava", tmp_path / "out")) == [
+        {
+            "id": "a",
+            "image": pairs[0].prompt.image,
+            "conversations": [question, {"from": "gpt", "value": 'A "red" café.'}],
+            "rejected_conversations": [question, {"from": "gpt", "value": "A boat."}],
+        }
+    ]
+
+
+def test_llamafactory(pairs: list[Pair], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (row,) = rows_of(export(pairs[:1], "llamafactory", out, copy_images=True))
+    (image,) = row["images"]
+    assert (out / image).is_file(), "media_dir is the folder of dataset_info.json"
+    assert row == {
+        "id": "a",
+        "conversations": [{"from": "human", "value": "<image>What is this?"}],
+        "chosen": {"from": "gpt", "value": 'A "red" café.'},
+        "rejected": {"from": "gpt", "value": "A boat."},
+        "images": [image],
+    }
+    assert json.loads((out / "dataset_info.json").read_text()) == {
+        "csr_pairs": {
+            "file_name": "pairs.json",
+            "formatting": "sharegpt",
+            "ranking": True,
+            "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "images": "images"},
+        }
+    }
+
+
+def test_swift(pairs: list[Pair], tmp_path: Path) -> None:
+    assert rows_of(export(pairs[:1], "swift", tmp_path / "out")) == [
+        {
+            "id": "a",
+            "messages": [
+                {"role": "user", "content": "<image>What is this?"},
+                {"role": "assistant", "content": 'A "red" café.'},
+            ],
+            "images": [pairs[0].prompt.image],
+            "rejected_response": "A boat.",
+        }
+    ]
+    (entry,) = json.loads((tmp_path / "out" / "dataset_info.json").read_text())
+    assert entry["dataset_path"] == "pairs.jsonl", "relative to dataset_info.json"
+
+
+def test_rlaifv(pairs: list[Pair], tmp_path: Path) -> None:
+    path = export(pairs[:1], "rlaifv", tmp_path / "out")
+    (row,) = rows_of(path)
+    assert Image.open(io.BytesIO(row["image"].pop("bytes"))).getpixel((0, 0)) == (255, 0, 0)
+    assert row == {
+        "ds_name": "csr-vlm",
+        "image": {"path": "red.png"},
+        "question": "What is this?",
+        "chosen": 'A "red" café.',
+        "rejected": "A boat.",
+        "origin_dataset": "csr-vlm",
+        "origin_split": '{"model": "org/model", "iteration": 2}',
+        "idx": "a",
+        "image_path": pairs[0].prompt.image,
+    }
+    features = json.loads(pq.read_schema(path).metadata[b"huggingface"])["info"]["features"]
+    assert features["image"] == {"_type": "Image"}
+
+
+@pytest.mark.parametrize(
+    ("form", "others"), [("llamafactory", {"mine": {"file_name": "x"}}), ("swift", [{"dataset_path": "mine.jsonl"}])]
+)
+def test_data_sets_that_are_registered_already_stay(pairs: list[Pair], tmp_path: Path, form: str, others: Any) -> None:
+    (tmp_path / "dataset_info.json").write_text(json.dumps(others))
+    for _ in range(2):
+        export(pairs, form, tmp_path)
+    found = json.loads((tmp_path / "dataset_info.json").read_text())
+    assert len(found) == 2
+    assert found["mine"] == others["mine"] if form == "llamafactory" else found[0] == others[0]
+
+
+@pytest.mark.parametrize("form", ["llamafactory", "swift"])
+@pytest.mark.parametrize("content", ["{broken", "3"])
+def test_a_registry_of_another_form_is_left_alone(pairs: list[Pair], tmp_path: Path, form: str, content: str) -> None:
+    (tmp_path / "dataset_info.json").write_text(content)
+    with pytest.raises(CsrError, match="no list of data sets"):
+        export(pairs, form, tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["dataset_info.json"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_image_that_is_gone_leaves_no_half_export(pairs: list[Pair], tmp_path: Path, form: str) -> None:
+    Path(pairs[-1].prompt.image).unlink()
+    with pytest.raises(CsrError, match=r"blue\.png cannot be read"):
+        export(pairs, form, tmp_path / "out", copy_images=True)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_file()]
+
+
+def test_an_export_where_no_folder_can_be(pairs: list[Pair], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CsrError, match="cannot be written to"):
+        export(pairs, "llava", tmp_path / "file")
+
+
+# Bad pairs
+
+
+def llava_row(**changes: Any) -> dict[str, Any]:
+    talk = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "Good."}]
+    other = [talk[0], {"from": "gpt", "value": "Bad."}]
+    return {"id": 1, "image": "a.png", "conversations": talk, "rejected_conversations": other} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rejected_conversations": llava_row()["conversations"]}, "identical responses"),
+        ({"rejected_conversations": []}, "no chosen or no rejected response"),
+        ({"rejected_conversations": None}, "no chosen or no rejected response"),
+        ({"rejected_conversations": "Bad."}, "no chosen or no rejected response"),
+        ({"conversations": llava_row()["conversations"] * 2}, "several turns"),
+        ({"conversations": [{"from": "gpt", "value": "Good."}]}, "empty prompt"),
+        ({"image": "gone.png"}, "missing"),
+        ({"image": "../a.png"}, "image outside the image root"),
+        ({"id": None}, "no prompt_id or no image"),
+        (
+            {"rejected_conversations": [{"from": "gpt", "value": "\ud800"}]},
+            "text or path that cannot be encoded or resolved",
+        ),
+    ],
+)
+def test_bad_pairs_are_counted_by_reason(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    (tmp_path / "p.json").write_text(json.dumps([llava_row(**changes), llava_row()]))
+    found, report = read_back(tmp_path / "p.json", image_root=None)
+    assert [(text.chosen, text.rejected) for text in found] == [("Good.", "Bad.")]
+    assert report.examples == [f"p.json entry 1: {reason}"]
+    with pytest.raises(CsrError, match="entry 1"):
+        read_back(tmp_path / "p.json", image_root=None, on_bad_input="refuse")
+
+
+def test_a_named_format_is_held_to(pairs: list[Pair], tmp_path: Path) -> None:
+    path = export(pairs, "trl", tmp_path / "out")
+    assert not read_back(path, pairs_format="llava")[0]
