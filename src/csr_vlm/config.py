@@ -323,6 +323,9 @@ class WorldEvaluationConfig(_Section):
     """Evaluation on the embedded world's scenes, whose truth is known."""
 
     name: str = Field(default="harbour", description="Which world: harbour or market.")
+    split: Literal["development", "test"] = Field(
+        default="test", description="Scenes to choose settings on, or scenes to make claims on."
+    )
     num_scenes: int = Field(default=1000, ge=1, description="Test scenes.")
     seed: int = Field(default=1, ge=0, description="Which test scenes.")
 
@@ -330,6 +333,15 @@ class WorldEvaluationConfig(_Section):
 class EvaluationConfig(_Section):
     """What is measured for the base model and after every iteration."""
 
+    heldout: int = Field(
+        default=32,
+        ge=0,
+        description="Prompts kept out of training, the last ones and at most an eighth: what the policy answers to "
+        "them shows its health without any truth.",
+    )
+    audit: Literal["stop", "warn", "off"] = Field(
+        default="stop", description="What a bad sign of health does to the run: csr audit shows the signs."
+    )
     world: WorldEvaluationConfig | None = Field(default=None, description="For policies trained on the world only.")
     stop_if: list[str] = Field(
         default_factory=list,
@@ -350,8 +362,8 @@ class EvaluationConfig(_Section):
 
     @model_validator(mode="after")
     def _rules_have_something_to_judge(self) -> EvaluationConfig:
-        if self.stop_if and self.world is None:
-            raise ValueError("stop_if needs an evaluation; set evaluation.world")
+        if self.stop_if and self.world is None and not self.heldout:
+            raise ValueError("stop_if needs an evaluation; set evaluation.heldout or evaluation.world")
         return self
 
 

@@ -11,14 +11,14 @@
         pi_t = DPO on (x, y_w, y_l) from pi_{t-1}, reference pi_{t-1}    train
     Output: pi_T
 
-Where this departs from the paper: each policy is also evaluated, the base included, and one
-that got worse, as evaluation.stop_if says, ends the run with the policy before it; the
-adapter of pi_{t-1} is trained on instead of a merged model; every stage is resumable.
+Where this departs from the paper: each policy is also evaluated, the base included; pairs that
+would teach the wrong thing, and a policy that got worse, end the run with the policy before;
+the adapter of pi_{t-1} is trained on instead of a merged model; every stage is resumable.
 """
 
 from __future__ import annotations
 
-from csr_vlm import stages
+from csr_vlm import stages, verdicts
 from csr_vlm.progress import Reporter
 from csr_vlm.report.html import write_report
 from csr_vlm.store.run import Run
@@ -32,9 +32,11 @@ def align(run: Run, tell: Reporter) -> None:
         for iteration in range(1, run.config.iterations + 1):
             stages.generate(run, iteration, tell)
             stages.make_pairs(run, iteration, tell)
+            if verdicts.audit(run, iteration, tell):
+                break
             stages.train(run, iteration, tell)
             stages.evaluate(run, iteration, tell)
-            if stages.gate(run, iteration, tell):
+            if verdicts.gate(run, iteration, tell):
                 break
         stages.export(run, tell)
         write_report(run)

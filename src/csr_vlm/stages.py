@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from csr_vlm import external
 from csr_vlm.config import RunConfig, ScorerConfig, WorldEvaluationConfig
-from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
+from csr_vlm.data.prompts import InputReport, count_rows, hold_out, read_prompts
 from csr_vlm.errors import CsrError
-from csr_vlm.evaluation.compare import Measured, broken_rules, compare, parse_rule
 from csr_vlm.method.pairs import make_pairs as pairs_of
 from csr_vlm.method.search import search
 from csr_vlm.progress import Reporter
@@ -26,20 +27,27 @@ from csr_vlm.records import Node, Pair, Prompt
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
 
+if TYPE_CHECKING:
+    from csr_vlm.generation.transformers_engine import TransformersEngine
+    from csr_vlm.scoring.scorer import ScorerGroup
+
 
 def check_inputs(run: Run, tell: Reporter) -> None:
     """Read all prompts, decode every image once, and keep those that passed; the same for pairs from outside."""
     if run.is_done(0, "prompts"):
         return
     config, report = run.config, InputReport()
+    heldout: list[Prompt] = []
     with tell.stage("checking prompts and images", count_rows(config.data)) as advance:
         prompts = read_prompts(config.data, report, seed=config.seed, images=run.images_path, tick=lambda: advance(1))
-        tables.write_prompts(run.prompts_path, prompts, config.generation.prompts_per_part)
+        kept = hold_out(prompts, config.evaluation.heldout, heldout)
+        tables.write_prompts(run.prompts_path, kept, config.generation.prompts_per_part)
+        tables.write_prompts(run.heldout_path, heldout, config.generation.prompts_per_part)
     if not report.accepted:
         raise CsrError(f"no usable prompt in {', '.join(config.data.sources)}", "; ".join(report.examples[:3]))
     if report.dropped:
         tell.say(f"dropped {report.dropped.total()} prompts: {report.reasons}; the manifest names them")
-    found = {"sha256": files.sha256_of(run.prompts_path), **report.dump()}
+    found = {"sha256": files.sha256_of(run.prompts_path), "heldout": len(heldout), **report.dump()}
     if config.data.pairs is not None:
         found["pairs"] = external.check_pairs(run, tell).dump()
     run.mark_done(0, "prompts", **found)
@@ -49,22 +57,10 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
     """Search with the last iteration's policy and score every sentence, work item by work item."""
     if run.is_done(iteration, "generate") or external.supplies(run.config, iteration):
         return
-    from csr_vlm.generation.policy import load_policy
-    from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.scoring.load import load_scorer
-
     config = run.config
     started = time.perf_counter()
-    policy = load_policy(config.model, run.adapter_path(iteration - 1), config.data.max_image_pixels)
-    engine = TransformersEngine(policy, config.generation.max_rows)
-    scorer = load_scorer(
-        config.scorer,
-        str(policy.device),
-        config.data.max_image_pixels,
-        config.model,
-        run.adapter_path(iteration - 1),
-    )
-    total = run.result(0, "prompts")["accepted"]
+    engine, scorer = _engine_and_scorer(config, run.adapter_path(iteration - 1))
+    total = run.num_prompts
     company = next(tables.prompt_groups(run.prompts_path))
     with tell.stage(f"iteration {iteration}: searching", total) as advance:
         for index, prompts in enumerate(tables.prompt_groups(run.prompts_path)):
@@ -154,7 +150,7 @@ def make_pairs(run: Run, iteration: int, tell: Reporter) -> None:
     outside = external.supplies(run.config, iteration)
     pairs, reasons = external.take_pairs(run, tell) if outside else derive_pairs(run, iteration, run.config)
     tables.write_pairs(run.pairs_path(iteration), pairs)
-    if not pairs:
+    if not pairs and iteration == 1:
         raise CsrError(f"iteration {iteration} has no pairs: {dict(reasons)}", "loosen method.pairs or add prompts")
     run.mark_done(
         iteration,
@@ -241,62 +237,87 @@ def train(run: Run, iteration: int, tell: Reporter) -> None:
 
 
 def evaluate(run: Run, iteration: int, tell: Reporter, again: bool = False) -> None:
-    """Measure the policy after an iteration, where the configuration asks for it."""
-    world = run.config.evaluation.world
-    if world is None or (run.is_done(iteration, "evaluate") and not again):
+    """Measure the policy after an iteration: on held-out prompts, and whatever the configuration names."""
+    if run.is_done(iteration, "evaluate") and not again:
         return
     started = time.perf_counter()
-    result = evaluate_world(run, iteration, world.num_scenes, world.seed, tell)
-    files.write_json(run.evaluation_path(iteration, "world"), result)
-    run.mark_done(iteration, "evaluate", world=result["metrics"], seconds=_since(started))
+    found = measure(run.config, run.adapter_path(iteration), run.heldout(), _policy_name(iteration), tell)
+    for name, document in found.items():
+        files.write_json(run.evaluation_path(iteration, name), document)
+    metrics = {name: document["metrics"] for name, document in found.items()}
+    run.mark_done(iteration, "evaluate", **metrics, seconds=_since(started))
 
 
-def gate(run: Run, iteration: int, tell: Reporter) -> bool:
-    """Judge an evaluated iteration by evaluation.stop_if.
+def measure(
+    config: RunConfig, adapter: Path | None, heldout: list[Prompt], title: str, tell: Reporter
+) -> dict[str, dict[str, Any]]:
+    """Evaluate a policy in every way that the configuration asks for.
+
+    Args:
+        adapter: None for the base model.
+        heldout: Prompts that nothing was trained on; none, no such evaluation.
+        title: What the policy is called in the progress shown.
 
     Returns:
-        Whether the run is to stop: a rule holds, so the iteration before is the run's result.
+        By the evaluation's name its ``metrics``, ``protocol`` and ``rows``.
     """
-    config = run.config.evaluation
-    if not config.stop_if:
-        return False
-    if not run.is_done(iteration, "gate"):
-        against = 0 if config.stop_against == "base" else iteration - 1
-        found = compare(Measured(run, against), Measured(run, iteration))
-        reasons = broken_rules([parse_rule(rule) for rule in config.stop_if], found)
-        run.mark_done(iteration, "gate", stopped=bool(reasons), against=against, reasons=reasons)
-    result = run.result(iteration, "gate")
-    for reason in result["reasons"]:
-        tell.say(f"iteration {iteration}: stopped by {reason}; what was before it is kept")
-    return bool(result["stopped"])
+    found = {}
+    if heldout:
+        found["heldout"] = _evaluate_heldout(config, adapter, heldout, title, tell)
+    world = config.evaluation.world
+    if world is not None:
+        found["world"] = evaluate_world(config, adapter, title, tell)
+    return found
+
+
+def _evaluate_heldout(
+    config: RunConfig, adapter: Path | None, prompts: list[Prompt], title: str, tell: Reporter
+) -> dict[str, Any]:
+    from csr_vlm.evaluation.heldout import evaluate as evaluate_responses
+
+    engine, scorer = _engine_and_scorer(config, adapter)
+    limit = config.method.search.max_sentences * config.method.search.max_sentence_tokens
+    with tell.stage(f"{title}: answering held-out prompts", len(prompts)) as advance:
+        found = evaluate_responses(engine, scorer, prompts, limit, config.method.search.delimiters)
+        advance(len(prompts))
+    return found
 
 
 def evaluate_world(
-    run: Run, iteration: int, num_scenes: int, seed: int, tell: Reporter, temperature: float = 0.0
-) -> dict[str, object]:
-    """Evaluate the policy after an iteration (0: the base) on the world's test scenes."""
-    from csr_vlm.generation.policy import load_policy
-    from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.scoring.load import load_scorer
+    config: RunConfig, adapter: Path | None, title: str, tell: Reporter, temperature: float = 0.0
+) -> dict[str, Any]:
+    """Evaluate a policy on the test scenes that the configuration names."""
     from csr_vlm.world.evaluate import evaluate as evaluate_scenes
     from csr_vlm.world.scenes import Split, world_named
 
-    world = run.config.evaluation.world or WorldEvaluationConfig()
-    policy = load_policy(run.config.model, run.adapter_path(iteration))
-    engine = TransformersEngine(policy, run.config.generation.max_rows)
-    scorer = load_scorer(run.config.scorer, str(policy.device), policy=run.config.model)
-    name = f"iteration {iteration}" if iteration else "base model"
-    with tell.stage(f"{name}: evaluating", num_scenes) as advance:
+    world = config.evaluation.world or WorldEvaluationConfig()
+    engine, scorer = _engine_and_scorer(config, adapter)
+    with tell.stage(f"{title}: evaluating", world.num_scenes) as advance:
         return evaluate_scenes(
             world_named(world.name),
             engine,
             scorer,
-            split=Split.TEST,
-            seed=seed,
-            num_scenes=num_scenes,
+            split=Split(world.split),
+            seed=world.seed,
+            num_scenes=world.num_scenes,
             temperature=temperature,
             tick=advance,
         )
+
+
+def _engine_and_scorer(config: RunConfig, adapter: Path | None) -> tuple[TransformersEngine, ScorerGroup]:
+    """Load a policy and the scorer."""
+    from csr_vlm.generation.policy import load_policy
+    from csr_vlm.generation.transformers_engine import TransformersEngine
+    from csr_vlm.scoring.load import load_scorer
+
+    policy = load_policy(config.model, adapter, config.data.max_image_pixels)
+    scorer = load_scorer(config.scorer, str(policy.device), config.data.max_image_pixels, config.model, adapter)
+    return TransformersEngine(policy, config.generation.max_rows), scorer
+
+
+def _policy_name(iteration: int) -> str:
+    return f"iteration {iteration}" if iteration else "base model"
 
 
 def export(run: Run, tell: Reporter) -> None:
@@ -306,7 +327,7 @@ def export(run: Run, tell: Reporter) -> None:
         raise CsrError(f"{run.root} has no trained adapter yet", f"csr run {run.root}")
     final = run.root / "adapter"
     if last is None:
-        tell.say(f"no iteration of {run.root} passed evaluation.stop_if; the base model stays as it is")
+        tell.say(f"no iteration of {run.root} passed; the base model stays as it is")
         shutil.rmtree(final, ignore_errors=True)
         return
     files.replace_directory(final, partial(shutil.copytree, last))

@@ -65,13 +65,13 @@ def sweep(run: Run, axes: Sequence[str], iteration: int, out: Path, tell: Report
             raise CsrError(f"{fixed[0]} made the ledger and cannot be swept", "start a run for each value instead")
         root = out / files.digest({"overrides": overrides, "iteration": iteration})
         if not (root / "result.json").exists():
-            result = _point(run, config, iteration, root, tell)
+            result = _point(run, config, iteration, root, " ".join(overrides), tell)
             files.write_json(root / "result.json", {"overrides": overrides, **result})
         rows.append(files.read_json(root / "result.json"))
     return rows
 
 
-def _point(run: Run, config: RunConfig, iteration: int, root: Path, tell: Reporter) -> dict[str, Any]:
+def _point(run: Run, config: RunConfig, iteration: int, root: Path, title: str, tell: Reporter) -> dict[str, Any]:
     from csr_vlm.training.dpo import train
 
     pairs, reasons = stages.derive_pairs(run, iteration, config)
@@ -87,4 +87,8 @@ def _point(run: Run, config: RunConfig, iteration: int, root: Path, tell: Report
         work=root / "trainer",
         seed=config.seed * 1000 + iteration,
     )
-    return {"pairs": stages.summarise_pairs(pairs) | {"pairs": len(pairs)}}
+    found = stages.measure(config, root / "adapter", run.heldout(), title, tell)
+    return {
+        "pairs": {"pairs": len(pairs), **stages.summarise_pairs(pairs)},
+        "metrics": {name: document["metrics"] for name, document in found.items()},
+    }

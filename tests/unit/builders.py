@@ -7,7 +7,7 @@ from typing import Any
 from csr_vlm.config import MethodConfig, RunConfig, resolve
 from csr_vlm.records import Fate, Finish, Node, Prompt
 from csr_vlm.world.corpus import sentence
-from csr_vlm.world.scenes import Scene
+from csr_vlm.world.scenes import HARBOUR, Scene
 
 REQUIRED = {"model": {"path": "model"}, "scorer": {"path": "scorer"}, "data": {"prompts": "prompts.jsonl"}}
 
@@ -54,4 +54,4 @@ def node(
 
 def true_caption(scene: Scene) -> str:
     """Name every object in reading order and nothing else."""
-    return " ".join(sentence(item.kind, item.color) for item in scene.objects)
+    return " ".join(sentence(HARBOUR, (item.kind, item.color)) for item in scene.objects)

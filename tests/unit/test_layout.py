@@ -20,14 +20,18 @@ LAYERS = (
     {"world", "scale"},
     {"external"},
     {"stages", "report", "estimate", "analysis"},
-    {"sweep"},
+    {"verdicts", "sweep"},
     {"loop"},
     {"cli"},
 )
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
-SIDEWAYS = {("training", "generation"), ("scoring", "generation"), ("evaluation", "generation"), ("data", "store")}
+SIDEWAYS = {("training", "generation"), ("scoring", "generation"), ("data", "store")} | {
+    ("evaluation", "generation"),
+    ("evaluation", "scoring"),
+}
 """Training encodes prompts as the policy does; a policy that judges itself is asked as it is prompted;
-evaluation reads what the policy attends to and prefers; data writes its files as the store does."""
+evaluation reads what the policy attends to and prefers, and how its responses are scored; data writes
+its files as the store does."""
 HEAVY = {"torch", "transformers", "trl", "vllm", "ray", "peft", "accelerate", "datasets"}
 MOST_LINES = 80
 MODULES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
@@ -123,7 +127,7 @@ def test_imports_go_down(path):
         ("method/new.py", "from .. import cli"),
         ("store/new.py", "from csr_vlm.data.prompts import read_prompts"),
         ("generation/new.py", "from csr_vlm.training.dpo import train"),
-        ("scoring/new.py", "from csr_vlm.generation.policy import Policy"),
+        ("scoring/new.py", "from csr_vlm.training.dpo import train"),
         ("world/new.py", "from csr_vlm.report.html import write_report"),
         ("stages.py", "from csr_vlm.loop import align"),
         ("config.py", "from csr_vlm.method.reward import text_score"),

@@ -12,6 +12,7 @@ from csr_vlm.cli import console, world
 from csr_vlm.cli.analyse import analyse
 from csr_vlm.cli.compare import MeasureByDefault, compare, measure
 from csr_vlm.cli.export import export
+from csr_vlm.cli.health import audit, sweep
 from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.config import RunConfig, load_config
 from csr_vlm.errors import CsrError
@@ -37,6 +38,8 @@ app.command("compare")(compare)
 app.command("reproduce")(reproduce)
 app.command("analyse")(analyse)
 app.command("export")(export)
+app.command("audit")(audit)
+app.command("sweep")(sweep)
 app.add_typer(world.app, name="world")
 
 Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe (YAML), or the directory of a run.")]
@@ -204,9 +207,12 @@ def eval_world(
 
     opened = Run.open(target)
     tell = console.reporter(quiet)
+    changed = [f"evaluation.world.num_scenes={scenes}", f"evaluation.world.seed={world_seed}"]
+    config = load_config(None, changed, base=opened.config.dump())
     results: dict[int, Any] = {}
     for number in range(opened.last_trained + 1):
-        results[number] = stages.evaluate_world(opened, number, scenes, world_seed, tell, temperature)
+        title = f"iteration {number}" if number else "base model"
+        results[number] = stages.evaluate_world(config, opened.adapter_path(number), title, tell, temperature)
     if as_json:
         found = [{"iteration": n, "metrics": r["metrics"], "protocol": r["protocol"]} for n, r in results.items()]
         console.print_json({"run": str(target), "iterations": found})
@@ -341,7 +347,7 @@ def _align(opened: Run, as_json: bool, quiet: bool) -> None:
 
     align(opened, console.reporter(quiet))
     numbers = opened.iterations_done("evaluate")
-    results = {number: opened.result(number, "evaluate")["world"] for number in numbers}
+    results = {number: opened.metrics(number) for number in numbers}
     report_path = opened.root / "report.html"
     adapter = opened.root / "adapter" if opened.final else None
     if as_json:

@@ -44,7 +44,7 @@ def summary(run: Run) -> None:
     evaluated = run.iterations_done("evaluate")
     if evaluated:
         print()
-        print_metrics("", {n: run.result(n, "evaluate")["world"] for n in evaluated})
+        print_metrics("", {n: run.metrics(n) for n in evaluated})
 
 
 def tree(run: Run, prompt_id: str, iteration: int | None) -> None:

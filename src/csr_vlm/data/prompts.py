@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,29 @@ class InputReport:
 
     def dump(self) -> dict[str, Any]:
         return {"accepted": self.accepted, "dropped": dict(self.dropped), "examples": self.examples}
+
+
+def hold_out(prompts: Iterable[Prompt], number: int, heldout: list[Prompt]) -> Iterator[Prompt]:
+    """Yield prompts but for the last ``number`` of them, at most an eighth of all.
+
+    Args:
+        heldout: Gets the others, once everything else was yielded.
+
+    Example:
+        >>> kept_back = []
+        >>> list(hold_out("abcdefgh", 3, kept_back)), kept_back
+        (['a', 'b', 'c', 'd', 'e', 'f', 'g'], ['h'])
+    """
+    waiting: deque[Prompt] = deque()
+    total = 0
+    for prompt in prompts:
+        total += 1
+        waiting.append(prompt)
+        if len(waiting) > number:
+            yield waiting.popleft()
+    while len(waiting) > total // 8:
+        yield waiting.popleft()
+    heldout += waiting
 
 
 def read_prompts(

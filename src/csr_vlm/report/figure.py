@@ -28,7 +28,7 @@ def write_figure(run: Run, path: Path) -> Path:
         raise CsrError(f"{run.root} has no evaluations to draw", "set evaluation.world and run it")
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.6), squeeze=False)[0]
-    _draw_metrics(left, {n: run.result(n, "evaluate")["world"] for n in numbers})
+    _draw_metrics(left, {n: run.metrics(n) for n in numbers})
     before, after = (read_json(run.evaluation_path(n, "world"))["rows"] for n in (numbers[0], numbers[-1]))
     _draw_examples(right, before, after)
     path.parent.mkdir(parents=True, exist_ok=True)

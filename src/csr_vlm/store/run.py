@@ -109,6 +109,26 @@ class Run:
     def images_path(self) -> Path:
         return self.root / "images"
 
+    def metrics(self, number: int) -> dict[str, Any]:
+        """Return what was measured after an iteration: on the world, or else on held-out prompts."""
+        found = self.result(number, "evaluate")
+        metrics: dict[str, Any] = found.get("world") or found.get("heldout") or {}
+        return metrics
+
+    @property
+    def heldout_path(self) -> Path:
+        return self.root / "heldout.parquet"
+
+    def heldout(self) -> list[Prompt]:
+        """The prompts that nothing is trained on; few."""
+        return [prompt for group in tables.prompt_groups(self.heldout_path) for prompt in group]
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that are trained on."""
+        counted = self.result(0, "prompts")
+        return int(counted["accepted"]) - int(counted["heldout"])
+
     def prompts(self) -> Iterator[Prompt]:
         return (prompt for group in tables.prompt_groups(self.prompts_path) for prompt in group)
 
@@ -155,9 +175,14 @@ class Run:
 
     @property
     def stopped_at(self) -> int | None:
-        """The iteration whose evaluation stopped the run (evaluation.stop_if); None where none did."""
-        gated = (number for number in self.iterations_done("gate") if self.result(number, "gate")["stopped"])
-        return next(gated, None)
+        """The iteration whose pairs or policy stopped the run; None where none did."""
+        judged = (
+            number
+            for number in range(1, self.config.iterations + 1)
+            for stage in ("audit", "gate")
+            if self.is_done(number, stage) and self.result(number, stage)["stopped"]
+        )
+        return next(judged, None)
 
     @property
     def final(self) -> int:

@@ -7,7 +7,7 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-from csr_vlm.config import RunConfig, resolve
+from csr_vlm.config import EvaluationConfig, RunConfig, resolve
 from csr_vlm.errors import CsrError
 from csr_vlm.store.files import sha256_of
 from csr_vlm.world.dataset import write_prompts
@@ -38,7 +38,9 @@ def demo_config(out: Path, seed: int, num_prompts: int, num_scenes: int) -> RunC
     directory = out / f"world-{seed}-{num_prompts}"
     prompts = directory / "prompts.jsonl"
     if not prompts.exists():
-        write_prompts(HARBOUR, Split.PROMPTS, seed, num_prompts, directory)
+        # Those that will be held out come on top.
+        heldout = min(EvaluationConfig().heldout, -(-num_prompts // 7))
+        write_prompts(HARBOUR, Split.PROMPTS, seed, num_prompts + heldout, directory)
     return resolve(
         {
             "seed": seed,
