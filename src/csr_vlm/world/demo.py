@@ -11,7 +11,7 @@ from csr_vlm.config import EvaluationConfig, RunConfig, resolve
 from csr_vlm.errors import CsrError
 from csr_vlm.store.files import sha256_of
 from csr_vlm.world.dataset import write_prompts
-from csr_vlm.world.scenes import HARBOUR, Split
+from csr_vlm.world.scenes import HARBOUR, Split, World
 
 
 def assets() -> Path:
@@ -32,22 +32,30 @@ def verify_assets() -> None:
             raise CsrError(f"the shipped weights {name} are damaged", "install the package again")
 
 
-def demo_config(out: Path, seed: int, num_prompts: int, num_scenes: int) -> RunConfig:
-    """Write the demonstration's pictures below ``out`` and return its configuration."""
-    verify_assets()
-    directory = out / f"world-{seed}-{num_prompts}"
+def demo_config(
+    out: Path, seed: int, num_prompts: int, num_scenes: int, world: World = HARBOUR, models: Path | None = None
+) -> RunConfig:
+    """Write the demonstration's pictures below ``out`` and return its configuration.
+
+    Args:
+        models: Directory with ``clip/`` and ``llava/``; the shipped ones by default.
+    """
+    if models is None:
+        verify_assets()
+        models = assets()
+    directory = out / f"{world.name}-{seed}-{num_prompts}"
     prompts = directory / "prompts.jsonl"
     if not prompts.exists():
         # Those that will be held out come on top.
         heldout = min(EvaluationConfig().heldout, -(-num_prompts // 7))
-        write_prompts(HARBOUR, Split.PROMPTS, seed, num_prompts + heldout, directory)
+        write_prompts(world, Split.PROMPTS, seed, num_prompts + heldout, directory)
     return resolve(
         {
             "seed": seed,
-            "model": {"path": str(assets() / "llava")},
-            "scorer": {"path": str(assets() / "clip")},
+            "model": {"path": str(models / "llava")},
+            "scorer": {"path": str(models / "clip")},
             "data": {"prompts": str(prompts)},
-            "evaluation": {"world": {"num_scenes": num_scenes}},
+            "evaluation": {"world": {"name": world.name, "num_scenes": num_scenes}},
         }
     )
 

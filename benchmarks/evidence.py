@@ -1,0 +1,215 @@
+"""Everything that the documentation claims about the method, from nothing: ``make evidence``.
+
+    python benchmarks/evidence.py run --out build/evidence --jobs 2     # hours; may be stopped and called again
+    python benchmarks/evidence.py write --out build/evidence --to docs/evidence
+
+``run`` does every job that has no result yet, each in a process with one thread, so that
+results do not depend on how many run at a time. ``write`` makes the tables and plots.
+A job is a whole run of the method on the embedded world under some settings, measured on
+scenes that it was neither trained nor tuned on; ``JOBS`` lists them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WHOLE_RESPONSES = "method.pairs.between=responses method.pairs.per_prompt=4 method.pairs.min_margin=0"
+PLAIN_SUM = "method.reward.baseline=none method.reward.image_score=cosine"
+OUR_RATE = "training.lora.r=16 training.lora.alpha=32 training.lora.dropout=0 training.projector_learning_rate=null "
+OUR_RATE += "training.trl.learning_rate=3e-4 training.trl.per_device_train_batch_size=16 training.trl.warmup_steps=0"
+JUDGE = "scorer.path=judge:policy scorer.others=0 method.reward.image_score=cosine method.reward.baseline=midrange"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the method."""
+
+    name: str
+    group: str
+    overrides: str = ""
+    seed: int = 0
+    iterations: int = 3
+    measured: tuple[int, ...] = (3,)
+    """Iterations to measure; 0 is the base model."""
+    temperatures: tuple[float, ...] = (0.0,)
+    scenes: int = 1000
+    split: str = "test"
+    prompts: int = 256
+    world: str = "harbour"
+    models: str | None = None
+    """Directory of other base models, below the output's ``models``."""
+
+
+def _tuning(name: str, overrides: str, **more: Any) -> Job:
+    """Settings are compared on development scenes."""
+    return Job(name, "settings", overrides, scenes=500, split="development", **more)
+
+
+def _ablation(name: str, overrides: str) -> Job:
+    return Job(name, "ablations", overrides, scenes=500, split="development")
+
+
+JOBS = [
+    *(
+        Job("calibrated", "main", seed=s, iterations=5, measured=tuple(range(6)), temperatures=(0.0, 1.0))
+        for s in range(5)
+    ),
+    Job("random_pairs", "comparisons", "preset=random_pairs"),
+    Job("only_rt", "comparisons", "preset=only_rt"),
+    Job("only_ri", "comparisons", "preset=only_ri"),
+    Job("paper", "comparisons", "preset=paper"),
+    Job("paper, our rate", "comparisons", f"preset=paper {OUR_RATE}"),
+    Job("official", "comparisons", "preset=official"),
+    Job("official, our rate", "comparisons", f"preset=official {OUR_RATE}"),
+    Job("self-judged", "comparisons", JUDGE),
+    _ablation("calibrated", ""),
+    _ablation("R_I as cosine, middle as baseline", "method.reward.image_score=cosine method.reward.baseline=midrange"),
+    _ablation("plain sum", PLAIN_SUM),
+    _ablation("mean instead of sum", f"{PLAIN_SUM} method.reward.response=mean {WHOLE_RESPONSES}"),
+    _ablation("whole responses in pairs", WHOLE_RESPONSES),
+    _ablation("best against worst response", f"{WHOLE_RESPONSES} method.pairs.per_prompt=1"),
+    _ablation("repeats cost nothing", "method.reward.repeat_penalty=0"),
+    _ablation("any margin", "method.pairs.min_margin=0"),
+    _ablation("no SFT term", "training.trl.loss_weights=[1.0,0.0]"),
+    _ablation("search steered by likelihood", "method.search.steer_by=logprob"),
+    _tuning("lambda 0.5", "method.lambda=0.5"),
+    _tuning("2 candidates", "method.search.num_candidates=2"),
+    _tuning("8 candidates", "method.search.num_candidates=8"),
+    _tuning("keep 1 and 1", "method.search.keep_top=1 method.search.keep_bottom=1"),
+    _tuning("64 prompts", "", prompts=64),
+    _tuning("1024 prompts", "", prompts=1024),
+    _tuning("half the rate", "training.trl.learning_rate=1.5e-4"),
+    _tuning("double the rate", "training.trl.learning_rate=6e-4"),
+    _tuning("beta 0.03", "training.trl.beta=0.03"),
+    _tuning("beta 0.3", "training.trl.beta=0.3"),
+    *(Job("market", "generality", seed=s, measured=(0, 1, 2, 3), world="market", models="market") for s in range(3)),
+    *(Job("larger LLaVA", "generality", seed=s, measured=(0, 1, 2, 3), models="larger") for s in range(3)),
+]
+
+
+def directory_of(job: Job, out: Path) -> Path:
+    return out / job.group / f"{job.name.replace(' ', '-').replace(',', '')}-{job.seed}"
+
+
+def models_of(job: Job, out: Path) -> Path | None:
+    return None if job.models is None else out / "models" / job.models
+
+
+def do(job: Job, out: Path) -> None:
+    """Run one job and write ``result.json`` last."""
+    import torch
+
+    torch.set_num_threads(1)
+    from csr_vlm import stages, verdicts
+    from csr_vlm.cli.console import quiet_libraries
+    from csr_vlm.config import load_config
+    from csr_vlm.progress import Silent
+    from csr_vlm.store import files
+    from csr_vlm.store.run import Run
+    from csr_vlm.world.demo import demo_config
+    from csr_vlm.world.scenes import world_named
+
+    quiet_libraries()
+    root, models = directory_of(job, out), models_of(job, out)
+    base = demo_config(out / "pictures", job.seed, job.prompts, job.scenes, world_named(job.world), models).dump()
+    own = {key: base[key] for key in ("seed", "model", "scorer", "data")} | {
+        "iterations": job.iterations,
+        "evaluation": {"audit": "warn"},
+    }
+    config = load_config(None, job.overrides.split(), base=own)
+    world = {"name": job.world, "split": job.split, "seed": 5, "num_scenes": job.scenes}
+    measuring = load_config(None, (), base={**own, "evaluation": {"world": world}})
+    run = Run.create(root, config)
+    seconds = []
+    with run.locked():
+        stages.check_inputs(run, Silent())
+        for iteration in range(job.iterations + 1):
+            started = time.perf_counter()
+            if iteration:
+                stages.generate(run, iteration, Silent())
+                stages.make_pairs(run, iteration, Silent())
+                verdicts.audit(run, iteration, Silent())
+                stages.train(run, iteration, Silent())
+            seconds.append(time.perf_counter() - started)
+            stages.evaluate(run, iteration, Silent())
+            if iteration:
+                verdicts.gate(run, iteration, Silent())
+            for temperature in job.temperatures if iteration in job.measured else ():
+                path = run.evaluation_path(iteration, f"world-{temperature:g}")
+                if not path.exists():
+                    found = stages.evaluate_world(measuring, run.adapter_path(iteration), "", Silent(), temperature)
+                    files.write_json(path, found)
+    files.write_json(root / "result.json", {"seconds": seconds, "commit": _commit()})
+
+
+def _commit() -> str:
+    shown = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return shown.stdout.strip()
+
+
+def pending(out: Path, only: str | None) -> Iterator[int]:
+    """Yield the numbers of the jobs that are to be done and can be."""
+    for number, job in enumerate(JOBS):
+        models = models_of(job, out)
+        if (directory_of(job, out) / "result.json").exists() or only not in (None, job.group):
+            continue
+        if models is not None and not (models / "llava").is_dir():
+            print(
+                f"{job.group}/{job.name}: no base model in {models}; docs/evidence says how to make it", file=sys.stderr
+            )
+            continue
+        yield number
+
+
+def run_all(out: Path, workers: int, only: str | None) -> None:
+    """Do the pending jobs, several at a time, each in its own process."""
+
+    def one(number: int) -> None:
+        job, started = JOBS[number], time.perf_counter()
+        command = [sys.executable, __file__, "job", str(number), "--out", str(out)]
+        done = subprocess.run(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        )
+        state = "done" if done.returncode == 0 else f"failed: {done.stderr.strip().splitlines()[-1:]}"
+        print(f"{job.group}/{job.name} seed {job.seed}: {state}, {time.perf_counter() - started:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, pending(out, only)))
+
+
+def main() -> None:
+    """Run, or write up."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name in ("run", "job", "write"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("--out", type=Path, default=Path("build/evidence"))
+        if name == "run":
+            verb.add_argument("--jobs", type=int, default=2, help="processes at a time")
+            verb.add_argument("--only", help="one group of jobs")
+        if name == "job":
+            verb.add_argument("number", type=int)
+        if name == "write":
+            verb.add_argument("--to", type=Path, default=Path("docs/evidence"))
+    arguments = parser.parse_args()
+    if arguments.verb == "run":
+        run_all(arguments.out, arguments.jobs, arguments.only)
+    elif arguments.verb == "job":
+        do(JOBS[arguments.number], arguments.out)
+    else:
+        from evidence_report import write
+
+        write(JOBS, arguments.out, arguments.to)
+
+
+if __name__ == "__main__":
+    main()
