@@ -136,6 +136,10 @@ class PairsConfig(_Section):
     per_node: int = Field(
         default=3, ge=1, description="Most pairs of one partial response: its best sentence against so many others."
     )
+    look_ahead: bool = Field(
+        default=True,
+        description="Between siblings: a sentence is worth its reward and the most that the tree earns after it.",
+    )
     min_margin: float = Field(
         default=0.0,
         ge=0,

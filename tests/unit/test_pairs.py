@@ -223,7 +223,7 @@ def test_spreading_takes_the_first_and_never_the_same_twice(length, number):
 # The same tree by sentences. Under the root: boat 30, tree 60 (the car was cut off).
 # Under the boat: fish 10, the end 0, bird 24.
 def siblings_of(nodes: list[Node], weight: float = 1.0, **config: object) -> list[Pair] | str:
-    settings = {"between": "siblings", "per_prompt": 9} | config
+    settings = {"between": "siblings", "per_prompt": 9, "look_ahead": False} | config
     return make_pairs(prompt(), nodes, method(weight, pairs=settings), "clip", 0)
 
 
@@ -294,3 +294,48 @@ def test_sibling_pairs_differ_in_the_last_sentence_only(salt, selection, per_nod
         before = len(pair.chosen.token_ids) - len(by_id[pair.chosen.node_id].token_ids)
         assert pair.chosen.token_ids[:before] == pair.rejected.token_ids[:before]
         assert pair.margin > 0 or selection == "random"
+
+
+# A boat (30) and a car (28); who speaks of the boat goes on to the car (28) and ends, who
+# starts with the car finds nothing but a fish (-20) or the end.
+ORDERED = [
+    node("0", "A boat.", cosine=0.30, ids=(1,), fate=Fate.TOP),
+    node("1", "A car.", cosine=0.28, ids=(2,), fate=Fate.TOP),
+    node("2", "A bird.", cosine=0.29, ids=(3,), fate=Fate.PRUNED),
+    node("0.0", "A car.", cosine=0.28, ids=(2, 0), fate=Fate.FINISHED),
+    node("1.0", "", cosine=None, ids=(0,), fate=Fate.FINISHED, finish=Finish.EOS),
+    node("1.1", "A fish.", cosine=0.01, ids=(4, 0), fate=Fate.FINISHED),
+]
+
+
+def test_passing_over_something_costs_what_is_never_said_later():
+    found = siblings_of(ORDERED, look_ahead=True, min_margin=0.5)
+    (first,) = [p for p in found if "." not in p.chosen.node_id]
+    assert (first.chosen.node_id, first.rejected.node_id) == ("0", "1")
+    assert first.chosen.reward == pytest.approx(30 + 28)
+    assert first.rejected.reward == pytest.approx(28 + 1)
+    assert siblings_of(ORDERED, min_margin=0.5) == "margin", "2 alone is none"
+
+
+def test_what_was_not_followed_is_compared_by_its_own_reward():
+    found = siblings_of(ORDERED, look_ahead=True)
+    (bird,) = [p for p in found if p.rejected.node_id == "2"]
+    assert bird.chosen.node_id == "0"
+    assert (bird.chosen.reward, bird.rejected.reward) == (pytest.approx(30), pytest.approx(29))
+
+
+def test_ending_with_the_last_true_sentence_beats_going_on_to_a_false_one():
+    nodes = [
+        node("0", "A boat.", cosine=0.30, ids=(1,), fate=Fate.TOP),
+        node("1", "A boat.", cosine=0.30, ids=(1, 0), fate=Fate.FINISHED, finish=Finish.EOS),
+        node("0.0", "A fish.", cosine=0.05, ids=(4, 0), fate=Fate.FINISHED),
+    ]
+    how = method(
+        1.0,
+        reward={"baseline": "midrange"},  # 17.5: the boat earns 12.5, the fish -12.5
+        pairs={"between": "siblings", "per_prompt": 9},
+    )
+    found = make_pairs(prompt(), nodes, how, "clip", 0)
+    assert [(p.chosen.node_id, p.rejected.node_id) for p in found] == [("1", "0")]
+    assert found[0].chosen.reward == pytest.approx(12.5)
+    assert found[0].rejected.reward == pytest.approx(0.0)

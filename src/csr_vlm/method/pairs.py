@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from csr_vlm.config import MethodConfig, PairsConfig
@@ -19,8 +20,15 @@ from csr_vlm.records import Fate, Finish, Node, Pair, Prompt, Response
 
 _Item = TypeVar("_Item")
 _LEAVES = (Fate.FINISHED, Fate.TRUNCATED)
-Ranking = tuple[Response, Sequence[Response]]
-"""What is preferred, and what it is preferred to, the widest margin first."""
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A response, whole or so far, that could be preferred to others."""
+
+    response: Response
+    after: float | None
+    """The most that was found to be earned after it; None where nobody looked."""
 
 
 def responses(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> list[Response]:
@@ -42,8 +50,10 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
     Between ``responses`` the best whole response meets others, spread over the ranking
     (``per_prompt`` 1: the worst). Between ``siblings`` the best sentence of every partial
     response meets the others that could have stood in its place; the two sides share all
-    tokens before it, so that a pair is about one decision and nothing else. Ending the
-    response is such a decision, and earns 0.
+    tokens before it, so that a pair is about one decision and nothing else. A sentence is
+    worth its reward and, with ``look_ahead``, the most that the tree earns after it, so
+    that passing over something that is never said later costs; two of which one was not
+    followed are compared by their own rewards. Ending the response earns 0.
 
     The reasons: ``incomplete`` (fewer than two came to an end), ``identical`` (all say the
     same), ``margin`` (no rewards differ by more than ``min_margin``).
@@ -53,7 +63,8 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
     if config.between == "siblings":
         contests = _siblings(nodes, rewards, config)
     else:
-        contests = [[r for r in responses(nodes, method, scorer) if r.complete or not config.require_complete]]
+        found = responses(nodes, method, scorer)
+        contests = [[_Option(r, 0.0) for r in found if r.complete or not config.require_complete]]
     contests = [contest for contest in contests if len(contest) > 1]
     if not contests:
         return "incomplete" if config.between == "responses" else "identical"
@@ -62,30 +73,39 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
         return "identical"
     key = f"{seed}:{nodes[0].iteration}:{prompt.prompt_id}"
     least = config.min_margin * reward_scale(rewards.values(), method)
-    ranked = [_ranking(contest, config, key, least) for contest in distinct]
     limit = config.per_node if config.between == "siblings" else config.per_prompt
-    found = [(chosen, rejected) for chosen, others in ranked for rejected in _spread(others, limit)]
-    if not found:
+    ranked = [pair for contest in distinct for pair in _spread(_ranking(contest, config, key, least), limit)]
+    if not ranked:
         return "margin"
-    found.sort(key=lambda pair: pair[1].reward - pair[0].reward)
+    ranked.sort(key=lambda pair: pair[1].reward - pair[0].reward)
     return [
         Pair(prompt=prompt, iteration=nodes[0].iteration, chosen=chosen, rejected=rejected)
-        for chosen, rejected in _spread(found, config.per_prompt)
+        for chosen, rejected in _spread(ranked, config.per_prompt)
     ]
 
 
-def _siblings(
-    nodes: Sequence[Node], rewards: Mapping[str, SentenceReward], config: PairsConfig
-) -> list[list[Response]]:
+def _siblings(nodes: Sequence[Node], rewards: Mapping[str, SentenceReward], config: PairsConfig) -> list[list[_Option]]:
     """Group the partial responses that differ in their last sentence only, each worth that sentence."""
     by_id = {node.node_id: node for node in nodes}
-    families: dict[str, list[Response]] = {}
+    families: dict[str, list[Node]] = {}
     for node in nodes:
         ended = node.finish is not Finish.LENGTH
         if node.fate not in OUT_OF_THE_RUNNING and (ended or not config.require_complete):
-            reward = rewards[node.node_id].total if node.sentence else 0.0
-            families.setdefault(node.parent_id, []).append(_response(node, by_id, reward))
-    return list(families.values())
+            families.setdefault(node.parent_id, []).append(node)
+
+    def worth(node: Node) -> float:
+        return rewards[node.node_id].total if node.sentence else 0.0
+
+    def after(node: Node) -> float | None:
+        if node.fate is Fate.FINISHED:
+            return 0.0
+        children = families.get(node.node_id)
+        return max(worth(child) + (after(child) or 0.0) for child in children) if children else None
+
+    return [
+        [_Option(_response(node, by_id, worth(node)), after(node) if config.look_ahead else None) for node in family]
+        for family in families.values()
+    ]
 
 
 def _response(last: Node, by_id: Mapping[str, Node], reward: float) -> Response:
@@ -101,22 +121,38 @@ def _response(last: Node, by_id: Mapping[str, Node], reward: float) -> Response:
     )
 
 
-def _distinct(contest: Iterable[Response]) -> list[Response]:
-    """Keep one of several that say the same: the choice between them means nothing."""
-    by_words: dict[object, Response] = {}
-    for response in contest:
-        by_words.setdefault((response.text, response.complete), response)
+def _distinct(contest: Iterable[_Option]) -> list[_Option]:
+    """Keep one of several that say the same, if possible one that was followed."""
+    by_words: dict[object, _Option] = {}
+    for option in contest:
+        key = (option.response.text, option.response.complete)
+        if key not in by_words or (by_words[key].after is None and option.after is not None):
+            by_words[key] = option
     return list(by_words.values())
 
 
-def _ranking(contest: Sequence[Response], config: PairsConfig, key: str, least: float) -> Ranking:
-    """Choose what is preferred, and list what it is preferred to."""
+def _ranking(
+    contest: Sequence[_Option], config: PairsConfig, key: str, least: float
+) -> list[tuple[Response, Response]]:
+    """Choose what is preferred, and pair it with what it is preferred to, the widest margin first."""
     if config.selection == "random":
-        chosen, *others = _shuffled(contest, key)
-        return chosen, others
-    chosen = max(contest, key=lambda response: response.reward)
-    worst_first = sorted(contest, key=lambda response: response.reward)
-    return chosen, [other for other in worst_first if chosen.reward - other.reward > least]
+        chosen, *others = _shuffled([option.response for option in contest], key)
+        return [(chosen, other) for other in others]
+    followed = [option for option in contest if option.after is not None]
+    best = max(followed or contest, key=lambda option: option.response.reward + (option.after or 0.0))
+    pairs = [_compared(best, other) for other in contest if other is not best]
+    pairs = [pair for pair in pairs if pair[0].reward - pair[1].reward > least]
+    return sorted(pairs, key=lambda pair: pair[1].reward - pair[0].reward)
+
+
+def _compared(best: _Option, other: _Option) -> tuple[Response, Response]:
+    """Return the two with what each is worth: with what comes after, where that is known of both."""
+    if best.after is None or other.after is None:
+        return best.response, other.response
+    return (
+        replace(best.response, reward=best.response.reward + best.after),
+        replace(other.response, reward=other.response.reward + other.after),
+    )
 
 
 def _spread(items: Sequence[_Item], number: int) -> list[_Item]:
