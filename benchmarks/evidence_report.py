@@ -1,0 +1,308 @@
+"""Tables and plots of ``docs/evidence`` from the results of ``evidence.py``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from csr_vlm.evaluation.statistics import Tally, holm, paired_difference, pooled
+from csr_vlm.world.evaluate import Described, tallies
+from csr_vlm.world.scenes import World, parse_scene_id, world_named
+from csr_vlm.world.truth import judge
+
+COLUMNS = {
+    "chair_s": "CHAIR_S",
+    "chair_i": "CHAIR_I",
+    "recall": "recall",
+    "companion_recall": "companion recall",
+    "attributes_right": "attributes",
+    "repeats": "repeats",
+    "words": "words",
+    "relevance": "R_I",
+    "yes_no_present": "yes/no present",
+    "yes_no_absent": "absent",
+    "yes_no_companion": "companion",
+}
+SHORT = ("chair_s", "chair_i", "recall", "companion_recall", "repeats", "words", "relevance")
+Rows = Mapping[str, Mapping[str, Tally]]
+"""Scene id to its tallies."""
+
+
+def write(jobs: Sequence[Any], out: Path, to: Path) -> None:
+    """Write every table whose jobs are done, the plots, and all numbers as ``results.json``."""
+    to.mkdir(parents=True, exist_ok=True)
+    done = [Result(job, out) for job in jobs]
+    done = [result for result in done if result.finished]
+    parts = [
+        _main(done, to),
+        _comparisons(done, out),
+        _table(done, "ablations", "Which repairs matter", "500 development scenes, seed 0, after iteration 3."),
+        _table(done, "settings", "Other settings", "500 development scenes, seed 0, after iteration 3."),
+        _lambdas(out, to),
+        _generality(done),
+        _audits(done),
+        _scorers(out, to),
+    ]
+    commits = sorted({result.info["commit"] for result in done})
+    head = (
+        "# Evidence\n\nMade by `make evidence` (commits " + ", ".join(commits) + "); every run with one thread. "
+        "CHAIR and recall are counted against the truth of drawn scenes; intervals are 95 % over scenes.\n"
+    )
+    (to / "README.md").write_text("\n".join([head, *filter(None, parts)]), encoding="utf-8")
+    numbers = {f"{r.job.group}/{r.job.name}/{r.job.seed}": r.numbers() for r in done}
+    (to / "results.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+
+
+class Result:
+    """What a job left behind."""
+
+    def __init__(self, job: Any, out: Path) -> None:
+        from evidence import directory_of
+
+        self.job = job
+        self.root = directory_of(job, out)
+        self.finished = (self.root / "result.json").exists()
+        self.info: dict[str, Any] = json.loads((self.root / "result.json").read_text()) if self.finished else {}
+
+    def rows(self, iteration: int, temperature: float = 0.0) -> Rows:
+        path = self.root / f"iteration-{iteration}" / "eval" / f"world-{temperature:g}.json"
+        return {row["id"]: row["tallies"] for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+
+    def texts(self, iteration: int) -> dict[str, str]:
+        path = self.root / f"iteration-{iteration}" / "eval" / "world-0.json"
+        return {row["id"]: row["text"] for row in json.loads(path.read_text())["rows"]}
+
+    def values(self, iteration: int, temperature: float = 0.0) -> dict[str, float]:
+        metrics = pooled(list(self.rows(iteration, temperature).values()))
+        return {name: metric.value for name, metric in metrics.items() if metric.value is not None}
+
+    def marker(self, iteration: int, stage: str) -> dict[str, Any]:
+        path = self.root / f"iteration-{iteration}" / "done" / f"{stage}.json"
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found
+
+    def numbers(self) -> dict[str, Any]:
+        return {
+            "overrides": self.job.overrides,
+            "seconds": [round(second, 1) for second in self.info["seconds"]],
+            "measured": {
+                f"iteration {i}, temperature {t:g}": self.values(i, t)
+                for i in self.job.measured
+                for t in self.job.temperatures
+            },
+            "signs": {
+                f"iteration {i}": self.marker(i, "audit").get("signs", {}) | self.marker(i, "gate").get("signs", {})
+                for i in range(1, self.job.iterations + 1)
+            },
+        }
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def cells(values: Mapping[str, float], names: Iterable[str]) -> list[str]:
+    return [f"{values[name]:.1f}" if name in ("words", "relevance") else f"{values[name]:.3f}" for name in names]
+
+
+def _summed(runs: Sequence[Rows]) -> dict[str, list[Tally]]:
+    """Add each scene's tallies over runs; by metric, in the order of the scenes."""
+    names = {name for rows in runs for row in rows.values() for name in row}
+    return {
+        name: [
+            (sum(rows[scene][name][0] for rows in runs), sum(rows[scene][name][1] for rows in runs))
+            for scene in runs[0]
+            if name in runs[0][scene]
+        ]
+        for name in names
+    }
+
+
+def _main(done: Sequence[Result], to: Path) -> str:
+    runs = [result for result in done if result.job.group == "main"]
+    if not runs:
+        return ""
+    parts = [
+        f"## The default preset over {len(runs)} seeds of the whole run\n\n1,000 test scenes. {_plot_main(runs, to)}\n"
+    ]
+    for temperature, how in ((0.0, "Greedy"), (1.0, "Sampled at temperature 1")):
+        base, last = ([run.rows(i, temperature) for run in runs] for i in (0, 3))
+        before, after = _summed(base), _summed(last)
+        found = {name: paired_difference(before[name], after[name]) for name in COLUMNS}
+        adjusted = holm([difference.p or 1.0 for difference in found.values()])
+        spread = {name: [run.values(3, temperature)[name] for run in runs] for name in COLUMNS}
+        rows = [
+            [
+                COLUMNS[name],
+                f"{d.before:.3f}",
+                f"{d.after:.3f}",
+                f"{min(spread[name]):.3f} to {max(spread[name]):.3f}",
+                f"{d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})",
+                "< 0.001" if p < 0.001 else f"{p:.3f}",
+            ]
+            for (name, d), p in zip(found.items(), adjusted, strict=True)
+        ]
+        head = ["metric", "base", "iteration 3, mean", "seeds", "paired difference", "p, Holm"]
+        parts.append(f"{how}, base against iteration 3:\n\n{table(head, rows)}")
+    each = [
+        [str(run.job.seed), str(i), *cells(run.values(i), COLUMNS), run.marker(i, "gate").get("verdict", "")]
+        for run in runs
+        for i in run.job.measured
+    ]
+    parts.append(
+        "Each run, greedy; five iterations:\n\n" + table(["seed", "iteration", *COLUMNS.values(), "gate"], each)
+    )
+    return "\n".join(parts)
+
+
+def _plot_main(runs: Sequence[Result], to: Path) -> str:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    for axis, name in zip(axes, ("chair_s", "recall", "companion_recall"), strict=True):
+        for run in runs:
+            axis.plot(run.job.measured, [run.values(i)[name] for i in run.job.measured], alpha=0.6, marker=".")
+        axis.set_title(COLUMNS[name])
+        axis.set_xlabel("iteration")
+        axis.set_xticks(runs[0].job.measured)
+        if name != "chair_s":
+            axis.set_ylim(0.9, 1.0)
+    figure.savefig(to / "main.png", dpi=110)
+    return "One line a seed:\n\n![CHAIR_S falls, recall stays](main.png)\n"
+
+
+def _comparisons(done: Sequence[Result], out: Path) -> str:
+    runs = [result for result in done if result.job.group == "comparisons"]
+    main = next((r for r in done if r.job.group == "main" and r.job.seed == 0), None)
+    if not runs or main is None:
+        return ""
+    rows = [["base model", *cells(main.values(0), SHORT), ""]]
+    cut = pooled(list(_cut_to_length(main, world_named("harbour")).values()))
+    rows.append(
+        [
+            "base, cut to the same number of sentences",
+            *cells({n: m.value or 0 for n, m in cut.items()} | {"relevance": float("nan")}, SHORT),
+            "",
+        ]
+    )
+    rows += [[r.job.name, *cells(r.values(3), SHORT), f"{sum(r.info['seconds'][:4]):.0f} s"] for r in [main, *runs]]
+    text = (
+        "## Against what else could be done\n\n1,000 test scenes, greedy, seed 0, after iteration 3, the same "
+        "number of prompts. `paper` and `official` are shown at their own learning rate of 1e-7 and at ours; self-judged is "
+        "self-rewarding without calibration: the policy answers whether what a sentence names is there.\n\n"
+    )
+    return text + table(["", *(COLUMNS[name] for name in SHORT), "search and training"], rows)
+
+
+def _cut_to_length(run: Result, world: World) -> dict[str, dict[str, Tally]]:
+    """Cut each response of the base model to as many sentences as the aligned one has."""
+    base, aligned = run.texts(0), run.texts(3)
+    found = {}
+    for scene_id, text in base.items():
+        sentences = [part.strip() + "." for part in text.split(".") if part.strip()]
+        kept = sentences[: sum(bool(part.strip()) for part in aligned[scene_id].split("."))]
+        scene = parse_scene_id(world, scene_id)
+        short = " ".join(kept)
+        found[scene_id] = tallies(world, Described(scene, short, True, judge(world, scene, short), None), {})
+    return found
+
+
+def _table(done: Sequence[Result], group: str, title: str, how: str) -> str:
+    runs = [result for result in done if result.job.group == group]
+    if not runs:
+        return ""
+    rows = [
+        [r.job.name, f"`{r.job.overrides}`", *cells(r.values(3), SHORT), f"{sum(r.info['seconds']):.0f} s"]
+        for r in runs
+    ]
+    return f"## {title}\n\n{how}\n\n" + table(["", "changed", *(COLUMNS[n] for n in SHORT), "time"], rows)
+
+
+def _generality(done: Sequence[Result]) -> str:
+    runs = [result for result in done if result.job.group == "generality"]
+    if not runs:
+        return ""
+    rows = [[r.job.name, str(r.job.seed), str(i), *cells(r.values(i), COLUMNS)] for r in runs for i in r.job.measured]
+    text = "## Other base models, another world\n\nThe same preset, unchanged; 1,000 test scenes, greedy.\n\n"
+    return text + table(["base model", "seed", "iteration", *COLUMNS.values()], rows)
+
+
+def _audits(done: Sequence[Result]) -> str:
+    runs = [r for r in done if r.job.group in ("main", "comparisons", "ablations")]
+    if not runs:
+        return ""
+    rows = []
+    for run in runs:
+        after = run.values(3)
+        verdicts = [
+            "/".join(run.marker(i, stage).get("verdict", "-") for stage in ("audit", "gate"))
+            for i in range(1, min(run.job.iterations, 3) + 1)
+        ]
+        signs = run.marker(1, "audit").get("signs", {})
+        shown = [
+            f"{signs.get(name, float('nan')):.2f}"
+            for name in ("relevance_win", "omission_gap", "repeat_gap", "length_correlation")
+        ]
+        rows.append(
+            [
+                f"{run.job.name}, {run.job.group}, {run.job.seed}",
+                *shown,
+                *verdicts,
+                *cells(after, ("chair_s", "recall", "repeats")),
+            ]
+        )
+    head = ["run", "relevance win", "omission gap", "repeat gap", "length correlation", "1: pairs/policy", "2", "3"]
+    text = "## Do the signs of health, which see no truth, tell good runs from bad ones?\n\nSigns of "
+        "iteration 1's pairs, the verdicts before and after each training, and how it ended.\n\n"
+    return text + table([*head, "CHAIR_S", "recall", "repeats"], rows)
+
+
+def _lambdas(out: Path, to: Path) -> str:
+    path = out / "lambda.json"
+    if not path.exists():
+        return ""
+    points = json.loads(path.read_text())["points"]
+    rows = [
+        [
+            point["overrides"][0].partition("=")[2],
+            *cells({n: m["value"] for n, m in point["metrics"]["world"].items()}, SHORT),
+        ]
+        for point in points
+    ]
+    text = (
+        "## Lambda, from one ledger\n\n`csr sweep`: pairs and training of iteration 1 anew for every value; 500 "
+        "development scenes.\n\n"
+    )
+    return text + table(["lambda", *(COLUMNS[n] for n in SHORT)], rows)
+
+
+def _scorers(out: Path, to: Path) -> str:
+    path = out / "scorers.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    rows = [
+        [
+            str(row["steps"]),
+            f"{row['auc_absent']:.3f}",
+            f"{row['auc_attribute']:.3f}",
+            f"{row['agreement']:.3f}",
+            row["lambda"],
+            *cells(row["metrics"], SHORT),
+        ]
+        for row in found
+    ]
+    text = (
+        "## How good must the judge be?\n\nScorers from early in their training, one iteration from one ledger, "
+        "500 development scenes. Agreement is the estimate that needs no truth (`csr audit`): the share of sentences "
+        "that suit their own image better than others.\n\n"
+    )
+    return text + table(
+        ["training steps", "AUC, absent", "AUC, colour", "agreement", "lambda", *(COLUMNS[n] for n in SHORT)], rows
+    )
