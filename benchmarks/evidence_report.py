@@ -194,8 +194,8 @@ def _comparisons(done: Sequence[Result], out: Path) -> str:
     rows += [[r.job.name, *cells(r.values(3), SHORT), f"{sum(r.info['seconds'][:4]):.0f} s"] for r in [main, *runs]]
     text = (
         "## Against what else could be done\n\n1,000 test scenes, greedy, seed 0, after iteration 3, the same "
-        "number of prompts. `paper` and `official` are shown at their own learning rate of 1e-7 and at ours; self-judged is "
-        "self-rewarding without calibration: the policy answers whether what a sentence names is there.\n\n"
+        "number of prompts. `paper` and `official` stand at their own learning rate of 1e-7 and at ours; self-judged "
+        "is self-rewarding without calibration: the policy answers whether what a sentence names is there.\n\n"
     )
     return text + table(["", *(COLUMNS[name] for name in SHORT), "search and training"], rows)
 
@@ -258,8 +258,10 @@ def _audits(done: Sequence[Result]) -> str:
             ]
         )
     head = ["run", "relevance win", "omission gap", "repeat gap", "length correlation", "1: pairs/policy", "2", "3"]
-    text = "## Do the signs of health, which see no truth, tell good runs from bad ones?\n\nSigns of "
+    text = (
+        "## Do the signs of health, which see no truth, tell good runs from bad ones?\n\nSigns of "
         "iteration 1's pairs, the verdicts before and after each training, and how it ended.\n\n"
+    )
     return text + table([*head, "CHAIR_S", "recall", "repeats"], rows)
 
 
