@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli.convert import convert
 from csr_vlm.config import RunConfig, load_config
 from csr_vlm.errors import CsrError
 from csr_vlm.store.run import Run
@@ -27,6 +28,7 @@ world_app = typer.Typer(
 )
 app.add_typer(eval_app, name="eval")
 app.add_typer(world_app, name="world")
+app.command()(convert)
 
 Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe (YAML), or the directory of a run.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
