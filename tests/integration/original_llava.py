@@ -158,6 +158,18 @@ def write_tokenizer(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
+def write_spaced_tokenizer(directory: Path, prepend: str) -> None:
+    """One token a character; a space is put before a text, or before every stretch of it, as Llama's does."""
+    characters = sorted({*"".join(VOCABULARY), "\n", *map(chr, range(33, 127)), "▁"})
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *characters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(directory)
+
+
 def write_weights(directory: Path, tensors: dict[str, torch.Tensor], form: str) -> None:
     """Write weights as ``safetensors``, ``bin``, or two shards of either with an index."""
     kind, _, sharded = form.partition("-")

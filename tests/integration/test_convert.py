@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from csr_vlm.config import ModelConfig
 from csr_vlm.convert import llava
@@ -31,6 +31,7 @@ from tests.integration.original_llava import (
     make_parts,
     settings,
     write_config,
+    write_spaced_tokenizer,
     write_tokenizer,
     write_vision,
     write_weights,
@@ -123,8 +124,33 @@ def test_the_prompt_is_vicunas_first(plain: Path) -> None:
     )
     text = processor.apply_chat_template([question, answer, again], add_generation_prompt=True)
     assert text == f"{system} USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: And that? ASSISTANT:"
-    own = [{"role": "system", "content": "Be brief."}, question]
+    brief = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    own = [brief, question]
     assert processor.apply_chat_template(own) == "Be brief. USER: <image>\nWhat is this? "
+
+
+@pytest.mark.parametrize("prepend", ["first", "always"])
+def test_the_tokens_are_llavas(tmp_path: Path, parts: Parts, prepend: str) -> None:
+    """Llama's tokenizer puts a space before a text; LLaVA tokenises what follows an image as a text of its own."""
+    source = write_full(tmp_path, parts)
+    write_spaced_tokenizer(source, prepend)
+    vocabulary = len(AutoTokenizer.from_pretrained(source))
+    write_config(source, settings(vision=str(tmp_path / "clip"), vocab_size=vocabulary))
+    tensors = parts.tensors(vision=False)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.zeros(vocabulary, tensors[name].shape[1])
+    write_weights(source, tensors, "bin")
+    original = AutoTokenizer.from_pretrained(source)
+    assert convert(source, tmp_path / "out")["prompts tokenised as by LLaVA"]
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this?"}]}]
+    text = processor.apply_chat_template(question, add_generation_prompt=True)
+    ids = processor(images=[Image.new("RGB", (24, 24))], text=[text])["input_ids"][0]
+    before, after = text.replace("<image> ", "<image>").split("<image>")
+    assert after.startswith("\nwhat")
+    expected = [*original(before)["input_ids"], *[vocabulary] * PATCHES, *original(after)["input_ids"][1:]]
+    assert ids == expected
+    assert ("<image> " in text) == (prepend == "first")
 
 
 @pytest.mark.parametrize("aspect", ["pad", "resize", None])

@@ -57,20 +57,20 @@ STRATEGIES = {"patch": "default", "cls_patch": "full"}
 """``mm_vision_select_feature``: patches alone, or with whatever token stands before them."""
 
 VICUNA_V1 = (
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
-    "{% else %}A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions.{% endif %}{{ ' ' }}"
-    "{% for message in messages if message['role'] != 'system' %}"
+    "{% if messages[0]['role'] != 'system' %}A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. {% endif %}"
+    "{% for message in messages %}"
     "{% set parts = [{'type': 'text', 'text': message['content']}] if message['content'] is string"
     " else message['content'] %}"
-    "{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
-    "{% for part in parts if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{{ {'user': 'USER: ', 'assistant': 'ASSISTANT: '}.get(message['role'], '') }}"
+    "{% for part in parts if part['type'] == 'image' %}{{ '<image>GAP\n' }}{% endfor %}"
     "{% for part in parts if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{{ ' ' if message['role'] == 'user' else '</s>' }}"
+    "{{ '</s>' if message['role'] == 'assistant' else ' ' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""The conversation that LLaVA-1.5 was trained with, images first in a turn."""
+"""The conversation that LLaVA-1.5 was trained with, images first in a turn. GAP is nothing or a space,
+see :func:`csr_vlm.convert.target.gap_after_image`."""
 
 
 def renamed(name: str, table: tuple[tuple[str, str], ...]) -> str | None:

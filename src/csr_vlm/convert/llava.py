@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from csr_vlm.convert.layouts import DROPPED, module_name
 from csr_vlm.convert.source import Lora, Original, open_original
-from csr_vlm.convert.target import Target, make_target
+from csr_vlm.convert.target import Target, gap_after_image, make_target
 from csr_vlm.convert.tensors import adapter_tensors, common_dtype, converted, name_map
 from csr_vlm.errors import CsrError
 from csr_vlm.store import files
@@ -180,5 +180,6 @@ def _summary(original: Original, target: Target, dtype: torch.dtype, merge: bool
         "dtype": str(dtype).removeprefix("torch."),
         "rows added to the embeddings": target.config.text_config.vocab_size - rows,
         "LoRA": "none" if original.lora is None else "merged" if merge else "adapter",
+        "prompts tokenised as by LLaVA": gap_after_image(target.processor.tokenizer) is not None,
         "checked": check,
     }

@@ -76,7 +76,7 @@ def make_target(original: Original) -> Target:
         patch_size=vision.patch_size,
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=int(has_class_token),
-        chat_template=VICUNA_V1,
+        chat_template=VICUNA_V1.replace("GAP", gap_after_image(tokenizer) or ""),
     )
     ids = {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return Target(config, GenerationConfig(**ids), processor, _shapes(config))
@@ -128,6 +128,23 @@ def _tokenizer(where: str) -> Any:
         ) from None
     tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
+
+
+def gap_after_image(tokenizer: Any) -> str | None:
+    """Find what must stand between an image and its question to get LLaVA's tokens; None if nothing does.
+
+    LLaVA tokenises the text after an image by itself, so a tokenizer that puts a space
+    before every text puts one there; in transformers that text is no beginning, and some
+    versions of the tokenizer leave the space out.
+    """
+    text = "\nWhat is this?"
+    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    for gap in ("", " "):
+        ids = tokenizer(f"{IMAGE}{gap}{text}", add_special_tokens=False)["input_ids"]
+        if ids[ids.index(image) + 1 :] == alone:
+            return gap
+    return None
 
 
 def _image_processor(original: Original) -> Any:
