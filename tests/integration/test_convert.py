@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from csr_vlm.cli import main
 from csr_vlm.config import ModelConfig
 from csr_vlm.convert import llava
 from csr_vlm.convert.llava import convert
@@ -23,7 +24,6 @@ from csr_vlm.generation.policy import load_policy
 from csr_vlm.records import Prompt
 from tests.integration.original_llava import (
     ANSWER,
-    POSITIONS,
     PROMPT,
     SIDE,
     VOCABULARY,
@@ -236,7 +236,7 @@ def test_vilas_three_folders(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, torch.Tensor]:
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Parts]:
     """A LoRA, its base, and what the two compute together: the projector was trained as well."""
     directory = tmp_path_factory.mktemp("lora")
     parts = make_parts()
@@ -254,11 +254,12 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, torch
     trained = {f"base_model.model.model.mm_projector.{n}": t for n, t in parts.projector.state_dict().items()}
     torch.save(trained, source / "non_lora_trainables.bin")
     write_config(source, settings())
-    return source, base, parts.logits(PIXELS)
+    return source, base, parts
 
 
-def test_a_lora_becomes_one_that_peft_loads(tmp_path: Path, adapted: tuple[Path, Path, torch.Tensor]) -> None:
-    source, base, expected = adapted
+def test_a_lora_becomes_one_that_peft_loads(tmp_path: Path, adapted: tuple[Path, Path, Parts]) -> None:
+    source, base, parts = adapted
+    expected = parts.logits(PIXELS)
     vision = str(base.parent / "clip")
     with pytest.raises(CsrError, match="holds a LoRA only"):
         convert(source, tmp_path / "out", vision=vision)
@@ -266,7 +267,7 @@ def test_a_lora_becomes_one_that_peft_loads(tmp_path: Path, adapted: tuple[Path,
     model = loaded(tmp_path / "out")
     alone = logits_of(model)
     with_adapter = PeftModel.from_pretrained(model, tmp_path / "out" / "adapter").eval()
-    assert torch.equal(logits_of(with_adapter), expected)
+    torch.testing.assert_close(logits_of(with_adapter), expected, rtol=0, atol=0)
     assert (alone - expected).abs().max() > 0.1
     adapted_modules = {name for name, _ in with_adapter.named_modules() if name.endswith("lora_A")}
     assert len(adapted_modules) == 6
@@ -277,8 +278,9 @@ def test_a_lora_becomes_one_that_peft_loads(tmp_path: Path, adapted: tuple[Path,
     assert torch.allclose(logits_of(again.model), expected, atol=1e-5)
 
 
-def test_a_lora_can_be_merged(tmp_path: Path, adapted: tuple[Path, Path, torch.Tensor]) -> None:
-    source, base, expected = adapted
+def test_a_lora_can_be_merged(tmp_path: Path, adapted: tuple[Path, Path, Parts]) -> None:
+    source, base, parts = adapted
+    expected = parts.logits(PIXELS)
     vision = str(base.parent / "clip")
     assert convert(source, tmp_path / "out", base=str(base), vision=vision, merge=True)["LoRA"] == "merged"
     assert not (tmp_path / "out" / "adapter").exists()
@@ -374,17 +376,48 @@ def test_the_check_notices_a_changed_bit(tmp_path: Path, parts: Parts, monkeypat
     monkeypatch.setattr(llava, "_write_weights", damaging)
     with pytest.raises(CsrError, match=r"the check failed: language_model\.model\.norm\.weight"):
         convert(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "original"]
 
 
-def test_the_command_line(tmp_path: Path, parts: Parts) -> None:
+@pytest.mark.parametrize(
+    ("changes", "rename", "message"),
+    [
+        ({"use_dora": True}, None, "use_dora"),
+        ({"rank_pattern": {"q_proj": 8}}, None, "rank_pattern"),
+        ({}, "model.vision_tower.vision_tower.vision_model.encoder.layers.", "vision_tower"),
+        ({}, "layers.5.", "adapted but absent: model.layers.5."),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused(
+    tmp_path: Path, adapted: tuple[Path, Path, Parts], changes: dict[str, Any], rename: str | None, message: str
+) -> None:
+    source, base, _ = adapted
+    shutil.copytree(source, tmp_path / "lora")
+    config = json.loads((source / "adapter_config.json").read_text())
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config | changes))
+    if rename is not None:
+        tensors = load_file(source / "adapter_model.safetensors")
+        moved = {name.replace("layers.1.", rename): tensor for name, tensor in tensors.items()}
+        save_file(moved, tmp_path / "lora" / "adapter_model.safetensors")
+    with pytest.raises(CsrError, match=message):
+        convert(tmp_path / "lora", tmp_path / "out", base=str(base), vision=str(base.parent / "clip"))
+
+
+def test_the_command_line(
+    tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def csr(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["csr", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
     source = write_full(tmp_path, parts, inside=True)
-    command = [sys.executable, "-m", "csr_vlm.cli", "convert", str(source), "--out", str(tmp_path / "out")]
-    shown = subprocess.run([*command, "--dtype", "bfloat16", "--json"], capture_output=True, text=True, check=True)
-    found = json.loads(shown.stdout)
+    code, shown, _ = csr("convert", source, "--out", tmp_path / "out", "--dtype", "bfloat16", "--json")
+    found = json.loads(shown)
+    assert code == 0
     assert found["dtype"] == "bfloat16"
     assert found["rows added to the embeddings"] == 64 - WORDS
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 1
-    assert "Traceback" not in again.stderr
-    assert POSITIONS not in again.stderr
+    code, shown, complaint = csr("convert", source, "--out", tmp_path / "out")
+    assert (code, shown) == (1, "")
+    assert "is there already" in complaint

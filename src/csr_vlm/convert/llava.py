@@ -5,7 +5,6 @@ What is read is streamed: one source file is open and one shard of the result is
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -119,13 +118,13 @@ def _write_adapter(directory: Path, lora: Lora, base: Path) -> None:
     """Write a LoRA that PEFT loads on the converted base."""
     directory.mkdir()
     save_file(adapter_tensors(lora), directory / _ADAPTER_FILE, metadata={"format": "pt"})
-    modules = sorted(str(module_name(f"{name}.", "linear")).rstrip(".") for name in lora.modules)
-    kinds = sorted({name.rpartition(".")[2] for name in modules})
-    inside = re.escape("model.language_model.") + rf"(.*\.)?({'|'.join(kinds)})"
     settings = lora.config | {
         "base_model_name_or_path": str(base.resolve()),
-        # Names alone would fit the vision tower's modules as well.
-        "target_modules": f"({inside}|lm_head)" if "lm_head" in modules else inside,
+        # In full: short names such as q_proj would fit the vision tower's modules as well.
+        "target_modules": sorted(str(module_name(f"{name}.", "linear")).rstrip(".") for name in lora.modules),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
         "inference_mode": True,
     }
     files.write_json(directory / "adapter_config.json", settings)

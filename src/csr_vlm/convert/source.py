@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from csr_vlm.weights import Stored, find_file, read_tensors, tensor_files, tenso
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _VISION = "model.vision_tower.vision_tower.vision_model."
 _PROJECTOR = "model.mm_projector."
+_PLAIN_LORA = re.compile(r"(model\.layers\..+|lm_head)\.lora_[AB]\.weight")
+_NO_PLAIN_LORA = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+"""Options of PEFT under which a weight's update is not alpha / r times B A."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +151,14 @@ def _lora_of(source: Path) -> Lora:
     stored = tensor_files(source, ADAPTER)
     if stored is None:
         raise CsrError(f"there is no adapter in {source}", f"it needs one of {', '.join(ADAPTER)}")
-    odd = sorted(name for name in stored if ".lora_A." not in name and ".lora_B." not in name)
-    if odd or config.get("use_dora") or config.get("fan_in_fan_out"):
-        raise CsrError(f"{source} is more than a plain LoRA: {', '.join(odd[:3]) or 'use_dora or fan_in_fan_out'}")
     names = {name: _unwrapped(name).replace(".default.weight", ".weight") for name in stored}
+    odd = [option for option in _NO_PLAIN_LORA if config.get(option)]
+    odd += sorted(name for name, own in names.items() if not _PLAIN_LORA.fullmatch(own))
+    if odd:
+        raise CsrError(
+            f"{source} is more than a plain LoRA on the language model: {', '.join(odd[:3])}",
+            "merge it where it was trained and convert the whole",
+        )
     return Lora(config, {names[name]: tensor for name, tensor in read_tensors(stored)})
 
 
