@@ -7,12 +7,19 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 from csr_vlm.errors import CsrError
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """What holds a model's weights, whole or as ``NAME.index.json`` and shards; the first that is there counts."""
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies."""
+
+    file: Path
+    name: str
 
 
 def find_file(source: str | Path, name: str, revision: str | None = None) -> Path | None:
@@ -33,8 +40,8 @@ def find_file(source: str | Path, name: str, revision: str | None = None) -> Pat
 
 def tensor_files(
     source: str | Path, names: tuple[str, ...] = FILES, revision: str | None = None
-) -> dict[str, Path] | None:
-    """Map each tensor of a checkpoint to the file that holds it; None where there is no checkpoint.
+) -> dict[str, Stored] | None:
+    """Say where each tensor of a checkpoint lies, by its name; None where there is no checkpoint.
 
     Raises:
         CsrError: A shard of the index is missing.
@@ -43,34 +50,40 @@ def tensor_files(
         index = find_file(source, f"{name}.index.json", revision)
         if index is not None:
             weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {shard: find_file(source, shard, revision) for shard in sorted(set(weight_map.values()))}
-            missing = [shard for shard, path in files.items() if path is None]
+            shards = sorted(set(weight_map.values()))
+            found = {shard: path for shard in shards if (path := find_file(source, shard, revision)) is not None}
+            missing = [shard for shard in shards if shard not in found]
             if missing:
                 raise CsrError(f"{source} lacks {', '.join(missing)}, which {index.name} lists", "download it again")
-            return {tensor: cast("Path", files[shard]) for tensor, shard in weight_map.items()}
+            return {tensor: Stored(found[shard], tensor) for tensor, shard in weight_map.items()}
         whole = find_file(source, name, revision)
         if whole is not None:
-            with _opened(whole) as tensors:
-                return dict.fromkeys(tensors.keys(), whole)
+            return tensors_of(whole)
     return None
 
 
-def read_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, tensor) file by file; no more than one file is open, and its tensors are read one by one.
+def tensors_of(file: Path) -> dict[str, Stored]:
+    """List what one file holds."""
+    with _opened(file) as tensors:
+        return {name: Stored(file, name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+
+
+def read_tensors(where: Mapping[str, Stored]) -> Iterator[tuple[str, Any]]:
+    """Yield (key, tensor) file by file; no more than one file is open, and its tensors are read one by one.
 
     Raises:
         CsrError: A file lacks a tensor, or cannot be read without running code.
     """
     by_file: dict[Path, list[str]] = defaultdict(list)
-    for name, file in files.items():
-        by_file[file].append(name)
-    for file, names in by_file.items():
+    for key, stored in where.items():
+        by_file[stored.file].append(key)
+    for file, keys in by_file.items():
         with _opened(file) as tensors:
-            missing = sorted(set(names) - set(tensors.keys()))
+            missing = sorted({where[key].name for key in keys} - set(tensors.keys()))
             if missing:
                 raise CsrError(f"{file} lacks {', '.join(missing[:3])}", "download it again")
-            for name in names:
-                yield name, tensors.get_tensor(name)
+            for key in keys:
+                yield key, tensors.get_tensor(where[key].name)
 
 
 class _Loaded:

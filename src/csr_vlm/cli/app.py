@@ -11,6 +11,7 @@ import typer
 from csr_vlm.cli import console, world
 from csr_vlm.cli.analyse import analyse
 from csr_vlm.cli.compare import MeasureByDefault, compare, measure
+from csr_vlm.cli.convert import convert
 from csr_vlm.cli.export import export
 from csr_vlm.cli.health import audit, sweep
 from csr_vlm.cli.reproduce import reproduce
@@ -41,6 +42,7 @@ app.command("export")(export)
 app.command("audit")(audit)
 app.command("sweep")(sweep)
 app.add_typer(world.app, name="world")
+app.command()(convert)
 
 Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe (YAML), or the directory of a run.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]

@@ -78,9 +78,8 @@ def use_vision_of(policy: ModelConfig | None, scorer: torch.nn.Module, path: str
     """
     if policy is None:
         raise CsrError("there is no policy whose vision tower the scorer could use", "set scorer.vision=own")
-    files = tensor_files(policy.path, revision=policy.revision) or {}
-    towers = {name: tower_tensor(name) for name in files}
-    found = {towers[name]: tensor for name, tensor in read_tensors({n: f for n, f in files.items() if towers[n]})}
+    stored = tensor_files(policy.path, revision=policy.revision) or {}
+    found = dict(read_tensors({own: where for name, where in stored.items() if (own := tower_tensor(name))}))
     tower: Any = scorer.vision_model
     expected = {name: tensor.shape for name, tensor in tower.state_dict().items()}
     if {name: tensor.shape for name, tensor in found.items()} != expected:

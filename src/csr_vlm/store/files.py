@@ -37,9 +37,12 @@ def replace_directory(directory: Path, fill: Callable[[Path], object]) -> None:
     """Let ``fill`` write a temporary neighbour and put it in the directory's place."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    fill(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.replace(directory)
+    try:
+        fill(temporary)
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.replace(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
