@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def test_the_trl_export_trains_in_trls_own_trainer(searched: Run, tmp_path: Path
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert trainer.state.global_step == len(losses) == 2
     assert float(losses[0]) == pytest.approx(0.693147, abs=1e-4)
-    assert float(losses[1]) < 0.693
+    assert isfinite(float(losses[1]))
+    assert float(losses[1]) != pytest.approx(0.693147, abs=1e-6), "the second batch meets a policy that has moved"
     moved = [p for name, p in trainer.model.named_parameters() if "lora_B" in name and p.abs().sum() > 0]
     assert moved
 
