@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from csr_vlm.config import ModelConfig, RunConfig
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
+from csr_vlm.external import check_pairs
 from csr_vlm.loading import resolve_device, resolve_dtype, unloadable
 from csr_vlm.progress import Reporter
 
@@ -26,12 +27,15 @@ def estimate(config: RunConfig, tell: Reporter) -> dict[str, Any]:
     """Check the data completely and the model's configuration, and count what a run would do.
 
     Returns:
-        ``data`` (accepted and dropped prompts), ``estimate`` and ``warnings``.
+        ``data`` (accepted and dropped prompts, and pairs from outside), ``estimate`` and ``warnings``.
     """
     report = InputReport()
     with tell.stage("checking prompts and images", count_rows(config.data)) as advance:
         for _ in read_prompts(config.data, report, seed=config.seed, tick=lambda: advance(1)):
             pass
+    found = report.dump()
+    if config.data.pairs is not None:
+        found["pairs"] = check_pairs(config.data, tell).dump()
     parameters = count_parameters(config.model)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
@@ -50,7 +54,7 @@ def estimate(config: RunConfig, tell: Reporter) -> dict[str, Any]:
     if device == "cpu" and parameters > 3e8:
         warnings.append("no GPU: a model of this size takes days on a CPU")
     return {
-        "data": report.dump(),
+        "data": found,
         "estimate": {
             "prompts": report.accepted,
             "iterations": config.iterations,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
-from csr_vlm.config import RunConfig
+from csr_vlm.config import DataConfig, RunConfig
 from csr_vlm.data.pairs import count_pairs, read_text_pairs
 from csr_vlm.data.prompts import InputReport
 from csr_vlm.errors import CsrError
@@ -18,15 +19,18 @@ def supplies(config: RunConfig, iteration: int) -> bool:
     return config.data.pairs is not None and iteration == 1
 
 
-def check_pairs(run: Run, tell: Reporter) -> InputReport:
+def check_pairs(config: DataConfig, tell: Reporter, images: Path | None = None) -> InputReport:
     """Read all pairs from outside and decode every image, before any model is loaded.
+
+    Args:
+        images: Where images that come as bytes are kept; None checks them only.
 
     Raises:
         CsrError: None of them can be used.
     """
-    config, report = run.config.data, InputReport()
+    report = InputReport()
     with tell.stage("checking pairs", count_pairs(config)) as advance:
-        for _ in read_text_pairs(config, report, images=run.images_path, tick=lambda: advance(1)):
+        for _ in read_text_pairs(config, report, images=images, tick=lambda: advance(1)):
             pass
     if not report.accepted:
         raise CsrError(f"no usable pair in {config.pairs}", "; ".join(report.examples[:3]) or "it is empty")

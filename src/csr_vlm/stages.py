@@ -49,7 +49,7 @@ def check_inputs(run: Run, tell: Reporter) -> None:
         tell.say(f"dropped {report.dropped.total()} prompts: {report.reasons}; the manifest names them")
     found = {"sha256": files.sha256_of(run.prompts_path), "heldout": len(heldout), **report.dump()}
     if config.data.pairs is not None:
-        found["pairs"] = external.check_pairs(run, tell).dump()
+        found["pairs"] = external.check_pairs(config.data, tell, run.images_path).dump()
     run.mark_done(0, "prompts", **found)
 
 

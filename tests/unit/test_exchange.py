@@ -19,7 +19,10 @@ from csr_vlm.data.images import load_image
 from csr_vlm.data.pairs import TextPair, count_pairs, read_text_pairs, write_pairs
 from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.errors import CsrError
+from csr_vlm.external import check_pairs, supplies
+from csr_vlm.progress import Silent
 from csr_vlm.records import Pair, Prompt, Response
+from tests.unit.builders import config
 
 FORMATS = sorted(PAIR_FORMATS)
 EMBEDDING = {"trl", "rlaifv"}
@@ -50,8 +53,8 @@ def export(pairs: list[Pair], form: str, out: Path, copy_images: bool = False) -
 
 def read_back(path: Path, images: Path | None = None, **settings: Any) -> tuple[list[TextPair], InputReport]:
     report = InputReport()
-    config = DataConfig(prompts="-", pairs=str(path), **{"image_root": "/", **settings})
-    return list(read_text_pairs(config, report, images=images)), report
+    data = DataConfig(prompts="-", pairs=str(path), **{"image_root": "/", **settings})
+    return list(read_text_pairs(data, report, images=images)), report
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -285,3 +288,20 @@ def test_bad_pairs_are_counted_by_reason(tmp_path: Path, changes: dict[str, Any]
 def test_a_named_format_is_held_to(pairs: list[Pair], tmp_path: Path) -> None:
     path = export(pairs, "trl", tmp_path / "out")
     assert not read_back(path, pairs_format="llava")[0]
+
+
+def test_pairs_are_checked_without_keeping_anything(pairs: list[Pair], tmp_path: Path) -> None:
+    path = export(pairs, "rlaifv", tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    assert check_pairs(DataConfig(prompts="-", pairs=str(path)), Silent()).accepted == 3
+    assert sorted(tmp_path.rglob("*")) == before
+    export([], "llava", tmp_path / "none")
+    with pytest.raises(CsrError, match="no usable pair") as caught:
+        check_pairs(DataConfig(prompts="-", pairs=str(tmp_path / "none" / "pairs.json")), Silent())
+    assert caught.value.hint == "it is empty"
+
+
+def test_only_the_first_iteration_takes_them() -> None:
+    given, none = config(data={"prompts": "p", "pairs": "p"}), config()
+    assert [supplies(given, number) for number in (1, 2, 3)] == [True, False, False]
+    assert not supplies(none, 1)
