@@ -99,6 +99,7 @@ def test_a_run_is_measured_on_a_task_and_read_back(run: Run, tmp_path: Path) -> 
     folder = write_task(tmp_path / "tasks")
     shown = invoke("eval", "lmms", run.root, "--tasks", "harbour_yes_no", "--include", folder, "--json", "-q")
     assert shown.exit_code == 0, shown.exception
+    assert [row["iteration"] for row in json.loads(shown.stdout)] == [0, 1], "nothing but data on stdout"
     for number in (0, 1):
         document = json.loads(run.evaluation_path(number, "lmms").read_text())
         metric = document["metrics"]["harbour_yes_no_right"]

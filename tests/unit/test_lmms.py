@@ -107,6 +107,15 @@ def test_a_judge_that_failed_is_no_score():
     assert "judge" in fine["protocol"]["llava_w"]
 
 
+def test_a_silent_judge_is_no_zero():
+    """lmms-eval counts an answer that MM-Vet's judge did not score as 0, with no judge's name."""
+    samples = [{"gpt_eval_score": {"score": 0.0, "eval_model": judge}} for judge in ("gpt", "")]
+    with pytest.raises(CsrError, match="the judge failed on 1 answers"):
+        read("mm_vet", results("mmvet", {"gpt_eval_score": 0.0}, samples))
+    fine = read("mm_vet", results("mmvet", {"gpt_eval_score": 0.0}, samples[:1]))
+    assert fine["metrics"]["mm_vet"]["value"] == 0.0, "a zero that was given stands"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -8,7 +8,11 @@ afterwards; what cannot be refused is written into the protocol.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+import tempfile
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -133,16 +137,19 @@ def run(model: Any, benchmarks: Mapping[str, Benchmark], *, include: Path | None
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise CsrError(f"lmms-eval has no task {unknown[0]}", f"found are {', '.join(manager.all_tasks[:8])}")
-    results = simple_evaluate(
-        model=model,
-        tasks=tasks,
-        task_manager=manager,
-        limit=limit,
-        bootstrap_iters=0,
-        log_samples=True,
-        verbosity="ERROR",
-        process_docs_parallel=1,
-    )
+    # Tasks print, and leave submission files where the command was started.
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
+        results = simple_evaluate(
+            model=model,
+            tasks=tasks,
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            verbosity="ERROR",
+            process_docs_parallel=1,
+            cli_args=Namespace(output_path=scratch, process_with_media=True),
+        )
     return read_results(results, benchmarks, model.unanswered, model.limits, limit)
 
 
@@ -189,9 +196,14 @@ def _refuse_untrustworthy(
             "a policy takes one image; leave this benchmark out",
         )
     scored = [sample.get(reading.metric) for sample in samples for reading in benchmark.readings]
-    failed = sum(-1 in found.get("scores", ()) for found in scored if isinstance(found, Mapping))
+    failed = sum(_judge_failed(found) for found in scored if isinstance(found, Mapping))
     if failed:
         raise CsrError(f"{name}: the judge failed on {failed} answers, which would count as scores", "try again later")
+
+
+def _judge_failed(found: Mapping[str, Any]) -> bool:
+    """Whether an answer has no verdict: -1 in LLaVA-in-the-wild, 0 by a judge without a name in MM-Vet."""
+    return -1 in found.get("scores", ()) or found.get("eval_model") == ""
 
 
 def _all_readings(name: str, found: Mapping[str, Any]) -> tuple[Reading, ...]:
