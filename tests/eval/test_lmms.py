@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typer.testing import CliRunner
 
+from csr_vlm.cli import console
 from csr_vlm.cli.app import app
 from csr_vlm.loop import align
 from csr_vlm.progress import Silent
@@ -89,6 +90,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     made = Run.create(directory / "run", small_config(directory, iterations=1))
     align(made, Silent())
     return made
+
+
+@pytest.fixture(autouse=True)
+def _loud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silencing libraries is for a process of its own: it would last."""
+    monkeypatch.setattr(console, "quiet_libraries", lambda: None)
 
 
 def invoke(*arguments: object) -> Any:

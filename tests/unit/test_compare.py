@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from csr_vlm import stages
+from csr_vlm.cli import console
 from csr_vlm.cli.app import app
 from csr_vlm.config import resolve
 from csr_vlm.errors import CsrError
@@ -210,6 +211,12 @@ def test_without_rules_nothing_is_judged(tmp_path):
     assert not stages.gate(run, 1, Silent())
     assert not run.is_done(1, "gate")
     assert run.final == 1
+
+
+@pytest.fixture(autouse=True)
+def _loud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silencing libraries is for a process of its own: it would last, and loads transformers."""
+    monkeypatch.setattr(console, "quiet_libraries", lambda: None)
 
 
 def invoke(*arguments: object) -> Any:
