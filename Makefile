@@ -2,16 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EVAL_VENV := .venv-eval
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test lint format world clean
+.PHONY: demo test test-eval lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
 	$(BIN)/csr demo --seed $(SEED) --out $(OUT)
 
 test: $(VENV)/.installed-dev lint  ## every check that CI runs
 	$(BIN)/pytest -q
+
+test-eval: $(EVAL_VENV)/.installed  ## the bridge to lmms-eval, offline, in an environment of its own
+	$(EVAL_VENV)/bin/python -m pytest -q tests/eval
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -37,5 +41,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(EVAL_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(EVAL_VENV)
+	$(EVAL_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(EVAL_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build .cache
+	rm -rf $(VENV) $(EVAL_VENV) runs build .cache

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from csr_vlm.analysis import analyse
+from csr_vlm.cli import console
+from csr_vlm.cli.app import app
 from csr_vlm.config import ModelConfig
 from csr_vlm.errors import CsrError
 from csr_vlm.evaluation.attention import attention_rows, use_readable_attention
@@ -54,7 +57,7 @@ def test_an_answer_is_encoded_as_the_policy_generates_it(eager: Policy, run: Run
         assert eager.answer_ids(pair.prompt, pair.chosen.text) == pair.chosen.token_ids
 
 
-def test_a_run_is_analysed_with_pairs_from_elsewhere(run: Run, tmp_path: Path) -> None:
+def test_a_run_is_analysed_with_pairs_from_elsewhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = list(tables.read_pairs(run.pairs_path(1)))
     external = Path(pairs[0].prompt.image).parent / "external.jsonl"
     rows = [
@@ -68,7 +71,11 @@ def test_a_run_is_analysed_with_pairs_from_elsewhere(run: Run, tmp_path: Path) -
         for at, pair in enumerate(pairs[:6])
     ]
     external.write_text("\n".join([*(json.dumps(row) for row in rows), "not json"]))
-    found = analyse(run, Silent(), num_responses=4, num_pairs=8, external=external)
+    monkeypatch.setattr(console, "quiet_libraries", lambda: None)
+    options = ["--responses", "4", "--pairs", "8", "--external", str(external), "--json", "--quiet"]
+    shown = CliRunner().invoke(app, ["analyse", str(run.root), *options])
+    found = json.loads(shown.stdout)
+    assert "What changed inside the model" in (run.root / "report.html").read_text()
     assert found == json.loads((run.root / "analysis.json").read_text())
     own, foreign = found["separability"]
     assert (own["pairs"], foreign["pairs"]) == ("iteration 1", "external")

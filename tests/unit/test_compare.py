@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from csr_vlm import stages, verdicts
+from csr_vlm.cli import console
 from csr_vlm.cli.app import app
 from csr_vlm.config import resolve
 from csr_vlm.errors import CsrError
@@ -176,6 +177,7 @@ def test_the_gate_keeps_the_last_good_iteration(tmp_path):
     assert (manifest["stopped_at"], manifest["final_iteration"]) == (2, 1)
     assert "recall went from 0.875 to 0.375" in manifest["stages"]["iteration-2"]["gate"]["reasons"][0]
     assert "The run stopped after iteration 2 and kept iteration 1" in render(run)
+    assert "stopped after iteration 2; its result: iteration 1" in invoke("show", tmp_path).stdout
 
 
 def test_the_gate_decides_once(tmp_path):
@@ -209,6 +211,12 @@ def test_without_rules_nothing_is_judged(tmp_path):
     assert not verdicts.gate(run, 1, Silent())
     assert run.result(1, "gate")["verdict"] == "go"
     assert run.final == 1
+
+
+@pytest.fixture(autouse=True)
+def _loud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silencing libraries is for a process of its own: it would last, and loads transformers."""
+    monkeypatch.setattr(console, "quiet_libraries", lambda: None)
 
 
 def invoke(*arguments: object) -> Any:

@@ -14,6 +14,7 @@ from csr_vlm.cli.compare import MeasureByDefault, compare, measure
 from csr_vlm.cli.convert import convert
 from csr_vlm.cli.export import export
 from csr_vlm.cli.health import audit, sweep
+from csr_vlm.cli.lmms import eval_lmms
 from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.config import RunConfig, load_config
 from csr_vlm.errors import CsrError
@@ -35,6 +36,7 @@ eval_app = typer.Typer(
 )
 app.add_typer(eval_app, name="eval")
 eval_app.command("run")(measure)
+eval_app.command("lmms")(eval_lmms)
 app.command("compare")(compare)
 app.command("reproduce")(reproduce)
 app.command("analyse")(analyse)

@@ -114,6 +114,9 @@ def compare(
 
 def _print(before: Measured, after: Measured, found: Sequence[Comparison]) -> None:
     for comparison in found:
+        if not comparison.metrics:
+            print(f"{comparison.evaluation}: no metric that prompts have a share in", file=sys.stderr)
+            continue
         rows = [
             [console.METRICS.get(name, name), *_cells(comparison.metrics[name], comparison.adjusted.get(name))]
             for name in console.ordered(comparison.metrics)

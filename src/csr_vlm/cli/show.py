@@ -11,6 +11,7 @@ from rich.tree import Tree
 from csr_vlm import stages
 from csr_vlm.cli.console import print_metrics, print_table
 from csr_vlm.errors import CsrError
+from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.reward import SentenceReward, path_ids, sentence_rewards
 from csr_vlm.records import Fate, Node
@@ -33,6 +34,8 @@ def summary(run: Run) -> None:
             ["iterations", f"{run.last_trained} of {config.iterations}"],
         ],
     )
+    if run.stopped_at is not None:
+        print(f"stopped after iteration {run.stopped_at}; its result: {policy_name(run.final)}")
     rows = []
     for number in range(1, config.iterations + 1):
         made = run.result(number, "pairs") if run.is_done(number, "pairs") else {}

@@ -17,6 +17,7 @@ import yaml
 
 from csr_vlm.config import presets, resolve
 from csr_vlm.evaluation.compare import evaluated, read_documents
+from csr_vlm.evaluation.lmms import protocol_of
 from csr_vlm.evaluation.statistics import Metric
 from csr_vlm.store.run import Run, differences
 
@@ -156,7 +157,9 @@ def _obtained(benchmark: Benchmark, documents: Mapping[str, Mapping[str, Any]]) 
                 None if metric.get(end) is None else factor * metric[end] for end in ("value", "low", "high")
             )
             scaled = Metric(value, low, high, metric.get("n") or 0)
-            return Obtained(scaled, evaluation, documents[evaluation]["protocol"])
+            document = documents[evaluation]
+            protocol = protocol_of(document, name) if evaluation == "lmms" else document["protocol"]
+            return Obtained(scaled, evaluation, protocol)
     return None
 
 
