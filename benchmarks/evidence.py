@@ -29,6 +29,11 @@ OUR_RATE += "training.trl.learning_rate=3e-4 training.trl.per_device_train_batch
 JUDGE = "scorer.path=judge:policy scorer.others=0 method.reward.image_score=cosine method.reward.baseline=midrange"
 
 
+SETTINGS_SCENES = {"num_scenes": 500, "split": "development", "seed": 5}
+SCORER_STEPS = (40, 80, 160, 320, 640)
+"""The shipped scorer was trained for 1,500."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of the method."""
@@ -151,6 +156,68 @@ def do(job: Job, out: Path) -> None:
     files.write_json(root / "result.json", {"seconds": seconds, "commit": _commit()})
 
 
+def sweep_lambda(out: Path) -> None:
+    """Train on the first ledger of the main run under eleven values of lambda."""
+    run = out / "main" / "calibrated-0"
+    values = ",".join(f"{tenth / 10:g}" for tenth in range(11))
+    scenes = ["evaluation.world.num_scenes=500", "evaluation.world.split=development", "evaluation.world.seed=5"]
+    command = [sys.executable, "-m", "csr_vlm.cli", "sweep", str(run), f"method.lambda={values}", *scenes]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--out", str(out / "lambda"), "--quiet", "--json"],
+        env=alone,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (out / "lambda.json").write_text(done.stdout, encoding="utf-8")
+
+
+def grade_scorers(out: Path) -> None:
+    """Train on the first ledger of the main run as scorers from early in their training would have it."""
+    import torch
+
+    torch.set_num_threads(1)
+    from csr_vlm import stages, verdicts
+    from csr_vlm.cli.console import quiet_libraries
+    from csr_vlm.config import load_config, scorer_config
+    from csr_vlm.progress import Silent
+    from csr_vlm.scoring.load import load_scorer
+    from csr_vlm.store.run import Run
+    from csr_vlm.training.dpo import train
+    from csr_vlm.world.build import BuildPlan, build_scorer
+    from csr_vlm.world.evaluate import evaluate_scorer
+    from csr_vlm.world.scenes import HARBOUR, Split
+
+    quiet_libraries()
+    run, path = Run.open(out / "main" / "calibrated-0"), out / "scorers.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    measuring = load_config(None, [f"evaluation.world={json.dumps(SETTINGS_SCENES)}"], base=run.config.dump())
+    for steps in SCORER_STEPS:
+        name, directory = f"steps{steps}", out / "models" / f"scorer-{steps}"
+        if any(row["steps"] == steps for row in rows):
+            continue
+        if not (directory / "model.safetensors").exists():
+            build_scorer(HARBOUR, directory, BuildPlan(scorer_steps=steps))
+        one = scorer_config(path=str(directory), name=name)
+        stages.score(run, 1, one, Silent())
+        areas = evaluate_scorer(HARBOUR, load_scorer(one, "cpu"), split=Split.DEVELOPMENT, seed=5, num_scenes=200)
+        for weight in ("0", "0.5", "0.9"):
+            changes = [f"method.lambda={weight}", f"scorer.name={name}", f"scorer.path={directory}"]
+            config = load_config(None, changes, base=run.config.dump())
+            pairs, _ = stages.derive_pairs(run, 1, config)
+            signs = verdicts.pair_signs(run, 1, config)
+            adapter = out / "scorers" / f"{name}-{weight}"
+            train(pairs, config.model, config.training, previous=None, adapter=adapter, work=out / "work", seed=1)
+            document = stages.evaluate_world(measuring, adapter, "", Silent())
+            values = {metric: found["value"] for metric, found in document["metrics"].items()}
+            rows.append(
+                {"steps": steps, **areas, "agreement": signs["scorer_agreement"], "lambda": weight, "metrics": values}
+                | {"relevance_win": signs["relevance_win"]}
+            )
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
 def _commit() -> str:
     shown = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return shown.stdout.strip()
@@ -184,6 +251,10 @@ def run_all(out: Path, workers: int, only: str | None) -> None:
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, pending(out, only)))
+    if only in (None, "lambda") and not (out / "lambda.json").exists():
+        sweep_lambda(out)
+    if only in (None, "scorers"):
+        grade_scorers(out)
 
 
 def main() -> None:

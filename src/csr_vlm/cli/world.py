@@ -21,6 +21,9 @@ def world_build(
     out: Annotated[Path, typer.Option("--out", help="Directory for clip/, llava/ and build.json.")],
     seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 0,
     world: WorldName = "harbour",
+    grow_from: Annotated[
+        Path | None, typer.Option("--grow-from", help="Make the policy of these finished models twice as deep.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that it works.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -31,10 +34,10 @@ def world_build(
     console.quiet_libraries()
     from dataclasses import replace
 
-    from csr_vlm.world.build import BuildPlan, build_with_progress
+    from csr_vlm.world.build import BuildPlan, build_with_progress, larger
     from csr_vlm.world.scenes import world_named
 
-    plan = BuildPlan(seed=seed)
+    plan = BuildPlan(seed=seed) if grow_from is None else larger(BuildPlan(seed=seed), grow_from)
     if quick:
         phases = tuple(replace(phase, steps=60) for phase in plan.policy_phases)
         plan = replace(plan, scorer_steps=60, policy_phases=phases)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,19 @@ class BuildPlan:
     policy_batch: int = 64
     warmup: int = 100
     sizes: models.Sizes = field(default_factory=models.Sizes)
+    start: Path | None = None
+    """Directory of finished models: their scorer is kept, and their policy grown and trained on."""
+    depth: int = 3
+    """How many times as deep it grows."""
+
+
+SEE_AGAIN = replace(LEARN_TO_SEE, steps=300, lr=5e-4)
+"""What a grown policy, which can see, needs of the first phase."""
+
+
+def larger(plan: BuildPlan, start: Path) -> BuildPlan:
+    """Plan a deeper policy that starts from a finished one."""
+    return replace(plan, start=start, policy_phases=(SEE_AGAIN, PICK_UP_HABITS))
 
 
 def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | None = None) -> dict[str, Any]:
@@ -70,20 +84,24 @@ def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | N
     torch.manual_seed(plan.seed)
     log: dict[str, Any] = {
         "world": world.name,
-        "plan": asdict(plan),
+        "plan": asdict(replace(plan, start=None)) | {"grown": plan.start is not None},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
-    clip, clip_processor = models.new_clip(world, plan.sizes)
-    log["scorer"] = _train_scorer(world, clip, clip_processor, plan, progress)
-    models.save(clip, clip_processor, directory / "clip")
+    if plan.start is None:
+        log["scorer"] = build_scorer(world, directory / "clip", plan, progress)
+    else:
+        shutil.copytree(plan.start / "clip", directory / "clip", dirs_exist_ok=True)
     # Each model starts from the last one as it was written, so each can be made again alone.
     shipped = CLIPModel.from_pretrained(directory / "clip", dtype=torch.float32)
     torch.manual_seed(plan.seed)
     llava, llava_processor = models.new_llava(world, plan.sizes, vision=shipped)
+    if plan.start is not None:
+        small = LlavaForConditionalGeneration.from_pretrained(plan.start / "llava", dtype=torch.float32)
+        llava = models.grow(small, plan.depth)
     log["policy"] = []
     for number in range(len(plan.policy_phases)):
         if number:
@@ -95,9 +113,18 @@ def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | N
     return log
 
 
+def build_scorer(world: World, directory: Path, plan: BuildPlan, progress: Progress | None = None) -> dict[str, Any]:
+    """Train a scorer of ``plan.scorer_steps`` steps, write it, and return its loss curve."""
+    torch.manual_seed(plan.seed)
+    clip, processor = models.new_clip(world, plan.sizes)
+    log = _train_scorer(world, clip, processor, plan, progress)
+    models.save(clip, processor, directory)
+    return log
+
+
 def build_with_progress(world: World, directory: Path, plan: BuildPlan, tell: Reporter) -> dict[str, Any]:
     """Build, and show how far each model's training is."""
-    total = plan.scorer_steps + sum(phase.steps for phase in plan.policy_phases)
+    total = (0 if plan.start else plan.scorer_steps) + sum(phase.steps for phase in plan.policy_phases)
     with tell.stage("training scorer and policy", total) as advance:
         return build(world, directory, plan, lambda *_: advance(1))
 
