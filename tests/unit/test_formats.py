@@ -465,6 +465,31 @@ def test_a_streamed_data_set(folder: Path, tmp_path: Path) -> None:
         read(str(tmp_path / "repo"), split="nowhere", **config)
 
 
+def test_bad_lines_of_an_imagefolder(folder: Path) -> None:
+    rows = [{"file_name": "a.png", "question": "Q"}, {"images": ["a.png", "b.png"]}, {"question": "Q"}]
+    (folder / "metadata.jsonl").write_text("\n".join([*map(json.dumps, rows), "{"]))
+    ids, reasons = dropped(folder)
+    assert ids == ["a.png"]
+    assert reasons == {"several images": 1, "no prompt_id or no image": 1, "not a JSON object": 1}
+
+
+def test_an_imagefolder_in_subfolders(folder: Path) -> None:
+    (folder / "train").mkdir()
+    (folder / "a.png").rename(folder / "train" / "a.png")
+    lines = [{"file_name": "a.png", "question": "Q"}, {"file_name": "../b.png", "question": "Q"}]
+    lines.append({"file_name": "../../rows.jsonl", "question": "Q"})
+    (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert dropped(folder) == (["train/a.png", "train/../b.png"], {"image outside the image root": 1})
+
+
+def test_a_folder_of_shards(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    as_gz(folder).rename(tmp_path / "shards" / "0.tgz")
+    (tmp_path / "shards" / "README.md").write_text("Shards.")
+    assert recognise(str(tmp_path / "shards")) == "webdataset"
+    assert dropped(tmp_path / "shards") == (["a", "b", "c"], {})
+
+
 # Recognition
 
 
@@ -476,6 +501,7 @@ def test_a_streamed_data_set(folder: Path, tmp_path: Path) -> None:
         ("broken.json", b"nothing", "llava"),
         ("first-line-broken.jsonl", b"nothing", "jsonl"),
         ("data", b"PAR1....", "parquet"),
+        ("0.tar.bz2", b"BZh", "webdataset"),
     ],
 )
 def test_content_tells_more_than_the_name(tmp_path: Path, name: str, content: bytes, form: str) -> None:
@@ -484,6 +510,10 @@ def test_content_tells_more_than_the_name(tmp_path: Path, name: str, content: by
 
 
 def test_an_unknown_format_says_what_was_seen_and_what_is_known(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(CsrError, match="of no known format"):
+        read(str(tmp_path / "prompts.jsonl.gz"))
+    (tmp_path / "prompts.jsonl.gz").unlink()
     (tmp_path / "prompts.xml").write_text("<prompts/>")
     with pytest.raises(CsrError) as caught:
         read(str(tmp_path / "prompts.xml"))

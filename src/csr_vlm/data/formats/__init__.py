@@ -60,9 +60,6 @@ _FILE_SUFFIXES = {
     ".ndjson": "jsonl",
     ".json": "llava",
     ".parquet": "parquet",
-    ".tar": "webdataset",
-    ".tgz": "webdataset",
-    ".gz": "webdataset",
 }
 
 
@@ -116,7 +113,7 @@ def recognise(name: str) -> str:
     path = Path(name)
     if path.is_dir():
         return _folder_format(path)
-    suffix = _FILE_SUFFIXES.get(path.suffix.lower())
+    suffix = "webdataset" if webdataset.is_shard(path) else _FILE_SUFFIXES.get(path.suffix.lower())
     if not path.exists() and suffix is None and _HUB_ID.match(name):
         return "huggingface"
     with open_file(path) as handle:
@@ -141,8 +138,8 @@ def _folder_format(path: Path) -> str:
     for file in images.files(path):
         if file.name in imagefolder.NAMES:
             return "imagefolder"
-        seen.add(".tar" if ".tar" in file.suffixes else file.suffix.lower())
-    for suffixes, found in (((".tar", ".tgz"), "webdataset"), ((".parquet",), "parquet"), (SUFFIXES, "images")):
+        seen.add(".tar" if webdataset.is_shard(file) else file.suffix.lower())
+    for suffixes, found in (((".tar",), "webdataset"), ((".parquet",), "parquet"), (SUFFIXES, "images")):
         if seen.intersection(suffixes):
             return found
     listed = ", ".join(sorted(entry.name for entry in islice(path.iterdir(), 5))) or "nothing"

@@ -12,24 +12,15 @@ from pathlib import Path
 
 from csr_vlm.data.formats import jsonl, parquet
 from csr_vlm.data.formats.images import files
-from csr_vlm.data.formats.rows import BadRow, Rows, image_of
+from csr_vlm.data.formats.rows import BadRow, Row, Rows, image_of
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def rows(path: Path) -> Rows:
     for file in metadata_files(path):
-        below = file.parent.relative_to(path)
         for where, row in _READERS[file.suffix](file):
-            if isinstance(row, BadRow):
-                yield where, row
-                continue
-            name = image_of(row)
-            if not isinstance(name, str):
-                yield where, BadRow("no prompt_id or no image")
-                continue
-            image = (below / name).as_posix()
-            yield where, {**row, "image": image, "__key__": image}
+            yield where, _placed(row, file.parent.relative_to(path))
 
 
 def count(path: Path) -> int:
@@ -38,6 +29,20 @@ def count(path: Path) -> int:
 
 def metadata_files(path: Path) -> Iterator[Path]:
     return (file for file in files(path) if file.name in NAMES)
+
+
+def _placed(row: Row | BadRow, below: Path) -> Row | BadRow:
+    """Name a row's image relative to the whole folder, and the row by it."""
+    if isinstance(row, BadRow):
+        return row
+    try:
+        name = image_of(row)
+    except BadRow as error:
+        return error
+    if not isinstance(name, str):
+        return BadRow("no prompt_id or no image")
+    image = (below / name).as_posix()
+    return {**row, "image": image, "__key__": image}
 
 
 def _csv_rows(path: Path) -> Rows:

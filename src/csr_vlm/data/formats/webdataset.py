@@ -42,7 +42,12 @@ def count(path: Path) -> int:
 
 
 def shards(path: Path) -> list[Path]:
-    return sorted(path.rglob("*.tar*")) if path.is_dir() else [path]
+    return sorted(filter(is_shard, path.rglob("*"))) if path.is_dir() else [path]
+
+
+def is_shard(path: Path) -> bool:
+    """Tell by its name whether a file is a tar file, compressed or not."""
+    return ".tar" in path.suffixes or path.suffix == ".tgz"
 
 
 def _members(shard: Path) -> Iterator[Member]:
