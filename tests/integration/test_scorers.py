@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +41,14 @@ def scorer_of(path: Path | str, **settings: object):
     return load_scorer(ScorerConfig(path=str(path), **settings), "cpu")
 
 
+@cache
+def loaded(path: Path) -> tuple[Any, Any]:
+    return AutoModel.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
+
+
 def direct(kind: str, path: Path, image: str, sentence: str) -> float:
     """One image and one sentence, as the models' documentation does it."""
-    model, processor = AutoModel.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
+    model, processor = loaded(path)
     pixels = processor.image_processor(images=[Image.open(image).convert("RGB")], return_tensors="pt")
     if kind == "clip":
         tokens = processor.tokenizer([sentence], truncation=True, max_length=77, return_tensors="pt")
