@@ -12,6 +12,7 @@ scenes that it was neither trained nor tuned on; ``JOBS`` lists them all.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
