@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,13 +35,35 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int 
         >>> ratio([1, 0, 1, 0], [1, 1, 1, 1]).value
         0.5
     """
-    top, bottom = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
-    if top.shape != bottom.shape or top.ndim != 1:
+    if len(numerators) != len(denominators):
         raise ValueError("numerators and denominators must be sequences of one length")
-    if bottom.sum() == 0:
-        return Metric(None, None, None, len(top))
-    draws = np.random.default_rng(seed).multinomial(len(top), np.full(len(top), 1 / len(top)), size=_RESAMPLES)
-    tops, bottoms = draws @ top, draws @ bottom
-    ratios = tops[bottoms > 0] / bottoms[bottoms > 0]
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Metric(float(top.sum() / bottom.sum()), float(low), float(high), len(top))
+
+    def quotient(sums: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            quotients: np.ndarray = sums[0] / np.where(sums[1] > 0, sums[1], np.nan)
+        return quotients
+
+    return bootstrap([numerators, denominators], quotient, seed)
+
+
+def bootstrap(
+    columns: Sequence[Sequence[float]], statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0
+) -> Metric:
+    """Compute a function of sums over prompts and its percentile bootstrap interval.
+
+    Args:
+        columns: What each prompt adds to each sum; all of one length n.
+        statistic: Maps sums of shape (columns, draws) to values of shape (draws,); nan
+            where it is not defined.
+    """
+    table = np.asarray(columns, dtype=float)
+    if table.ndim != 2:
+        raise ValueError("every column must be a sequence of one length")
+    n = table.shape[1]
+    value = float(statistic(table.sum(axis=1, keepdims=True))[0]) if n else float("nan")
+    if np.isnan(value):
+        return Metric(None, None, None, n)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
+    values = statistic(table @ draws.T)
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return Metric(value, float(low), float(high), n)
