@@ -13,9 +13,9 @@ the embedded world included, goes through :class:`Reader` and :func:`judge`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -127,10 +127,21 @@ def evaluate(captions: Sequence[Caption], truth: Mapping[str | int, Set[str]], r
     return rows
 
 
-def rates(verdicts: Sequence[Verdict], truths: Sequence[Set[str]]) -> dict[str, Metric]:
+class Judged(Protocol):
+    """What rates are computed from; :class:`Verdict` is one."""
+
+    @property
+    def mentioned(self) -> Sized: ...
+    @property
+    def hallucinated(self) -> Sized: ...
+    @property
+    def recalled(self) -> Sized: ...
+
+
+def rates(verdicts: Sequence[Judged], truths: Sequence[Sized]) -> dict[str, Metric]:
     """Compute CHAIR_S, CHAIR_I and recall with bootstrap intervals over captions."""
     return {
-        "chair_s": ratio([bool(verdict.hallucinated) for verdict in verdicts], [1.0] * len(verdicts)),
+        "chair_s": ratio([len(verdict.hallucinated) > 0 for verdict in verdicts], [1.0] * len(verdicts)),
         "chair_i": ratio([len(v.hallucinated) for v in verdicts], [len(v.mentioned) for v in verdicts]),
         "recall": ratio([len(v.recalled) for v in verdicts], [len(truth) for truth in truths]),
     }

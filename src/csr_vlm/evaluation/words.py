@@ -180,6 +180,7 @@ _DOUBLED = re.compile(r"([b-df-hj-np-tv-z])\1(?:ed|ing)$")
 
 
 _DETERMINERS = frozenset("a an the this that his her its their our my your another each every some no".split())
+_PARTICIPLES = frozenset("born borne lit sank sunk sunken".split())
 _NOUNS_IN_ING = frozenset("batting bedding bowling lighting parking seating shipping trafficking training".split())
 
 
@@ -215,7 +216,7 @@ def builtin_tags(tokens: Sequence[str]) -> list[PartOfSpeech]:
     for before, token in zip(["", *tokens], tokens, strict=False):
         if token.endswith("ing"):
             tags.append("n" if token in _NOUNS_IN_ING or before in _DETERMINERS else "v")
-        elif token.endswith("ed") or token in _VERB_EXCEPTIONS:
+        elif token.endswith("ed") or token in _PARTICIPLES:
             tags.append("a" if before in _DETERMINERS else "v")
         else:
             tags.append("n")

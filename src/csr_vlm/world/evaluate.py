@@ -1,8 +1,8 @@
 """Measuring a policy on scenes whose truth is known.
 
-CHAIR_I = hallucinated mentions / all mentions, CHAIR_S = responses with a hallucinated
-mention / responses (Rohrbach et al. 2018); a mention is a kind of object named by its
-word. Recall and the rest stand beside them, because silence hallucinates nothing.
+CHAIR_S, CHAIR_I and recall are those of :mod:`csr_vlm.evaluation.chair`; a mention is a
+kind of object named by its word. Recall and the rest stand beside CHAIR, because silence
+hallucinates nothing. Answers to questions are read by POPE's strict parser.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import numpy as np
 
 from csr_vlm.batches import batched
 from csr_vlm.errors import CsrError
+from csr_vlm.evaluation.chair import rates
+from csr_vlm.evaluation.pope import parse_strict
 from csr_vlm.evaluation.statistics import Metric, ratio
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.records import Finish, Prompt
@@ -24,7 +26,7 @@ from csr_vlm.scoring.clip import ClipScorer
 from csr_vlm.world.corpus import absent_companions, sentence, yes_no_question
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream
-from csr_vlm.world.truth import Judgement, answers_yes, judge
+from csr_vlm.world.truth import Judgement, judge
 
 MAX_NEW_TOKENS = 96
 _ALLOWED = (Split.DEVELOPMENT, Split.TEST)
@@ -151,7 +153,7 @@ def _question(
     answers = engine.respond([prompt for *_, prompt in asked], max_new_tokens=8)
     right: list[dict[str, bool]] = [{} for _ in scenes]
     for (index, name, truth, _), answer in zip(asked, answers, strict=True):
-        right[index][name] = answers_yes(answer.text) is truth
+        right[index][name] = parse_strict(answer.text) is truth
     return right
 
 
@@ -164,9 +166,7 @@ def summarise(world: World, described: Sequence[Described], answers: Sequence[di
     colored = [j.colors_right + j.colors_wrong for j in judged]
     scored = [item.relevance for item in described]
     metrics = {
-        "chair_s": ratio([bool(j.hallucinated) for j in judged], ones),
-        "chair_i": ratio([len(j.hallucinated) for j in judged], [len(j.mentioned) for j in judged]),
-        "recall": ratio([len(j.recalled) for j in judged], [len(item.scene.kinds) for item in described]),
+        **rates(judged, [item.scene.kinds for item in described]),
         "companion_recall": ratio(
             [len(j.recalled & kinds) for j, kinds in zip(judged, tempted, strict=True)], [len(k) for k in tempted]
         ),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
+from csr_vlm.evaluation import chair
+from csr_vlm.evaluation.objects import ObjectTable
+from csr_vlm.evaluation.words import letters, word_rule
 from csr_vlm.method.reward import bag_of_words
 from csr_vlm.world.scenes import Scene, World
 
-_WORD = re.compile(r"[a-z]+")
 _SENTENCE = re.compile(r"[^.]*\.?")
 
 
@@ -32,12 +35,21 @@ class Judgement:
     words: int
 
 
+def reader_of(world: World) -> chair.Reader:
+    """Return CHAIR's reader for a world: a kind is named by its own word and by no other."""
+    return _reader(world.kinds)
+
+
+@lru_cache(maxsize=8)
+def _reader(kinds: tuple[str, ...]) -> chair.Reader:
+    return chair.Reader(word_rule("plain"), ObjectTable.of([[kind] for kind in kinds], of_coco=False))
+
+
 def judge(world: World, scene: Scene, text: str) -> Judgement:
-    """Read kinds and the colours before them, sentence by sentence."""
-    mentioned: list[str] = []
+    """Judge the kinds that a text names by CHAIR, and besides the colours before them and its repeats."""
+    verdict = chair.judge(reader_of(world).read(text), scene.kinds)
     right = wrong = 0
     for kind, color in mentions(world, text):
-        mentioned.append(kind)
         truth = scene.color_of(kind)
         if truth is not None and color is not None:
             right += color == truth
@@ -45,9 +57,9 @@ def judge(world: World, scene: Scene, text: str) -> Judgement:
     sentences = [part for part in _SENTENCE.findall(text) if part.strip(" .")]
     said = Counter(bag_of_words(sentence) for sentence in sentences)
     return Judgement(
-        mentioned=tuple(mentioned),
-        hallucinated=tuple(kind for kind in mentioned if kind not in scene.kinds),
-        recalled=frozenset(mentioned) & scene.kinds,
+        mentioned=verdict.mentioned,
+        hallucinated=verdict.hallucinated,
+        recalled=verdict.recalled,
         colors_right=right,
         colors_wrong=wrong,
         repeats=sum(said.values()) - len(said),
@@ -57,15 +69,9 @@ def judge(world: World, scene: Scene, text: str) -> Judgement:
 
 def mentions(world: World, text: str) -> list[tuple[str, str | None]]:
     """List (kind, colour named right before it, if any) in order of appearance."""
-    words = _WORD.findall(text.lower())
+    words = letters(text)
+    reading = reader_of(world).read(text)
     return [
-        (word, words[at - 1] if at and words[at - 1] in world.colors else None)
-        for at, word in enumerate(words)
-        if word in world.kinds
+        (kind, words[at - 1] if at and words[at - 1] in world.colors else None)
+        for kind, at in zip(reading.objects, reading.places, strict=True)
     ]
-
-
-def answers_yes(text: str) -> bool | None:
-    """Read a yes or a no at the start of an answer; None if it is neither."""
-    first = _WORD.search(text.lower())
-    return {"yes": True, "no": False}.get(first.group()) if first else None
