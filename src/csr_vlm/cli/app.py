@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli import evaluate as evaluate_cli
 from csr_vlm.config import RunConfig, load_config
 from csr_vlm.errors import CsrError
 from csr_vlm.store.run import Run
@@ -27,6 +28,9 @@ world_app = typer.Typer(
 )
 app.add_typer(eval_app, name="eval")
 app.add_typer(world_app, name="world")
+for _name, _command in evaluate_cli.EVAL_COMMANDS.items():
+    eval_app.command(_name)(_command)
+world_app.command("coco")(evaluate_cli.world_coco)
 
 Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe (YAML), or the directory of a run.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]

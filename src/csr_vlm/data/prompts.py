@@ -89,7 +89,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _prompt(row: Any, root: Path) -> Prompt:
     if not isinstance(row, dict):
         raise BadRow("not a JSON object")
-    prompt_id = row["prompt_id"] if row.get("prompt_id") is not None else row.get("id")
+    prompt_id = next((row[key] for key in ("prompt_id", "id", "question_id") if row.get(key) is not None), None)
     image, text = row.get("image"), row.get("text")
     if not isinstance(prompt_id, str | int) or prompt_id == "" or not isinstance(image, str):
         raise BadRow("no prompt_id or no image")

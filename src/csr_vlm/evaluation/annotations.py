@@ -48,16 +48,20 @@ class Annotations:
         return {name: image_id for image_id, name in self.file_names.items()}
 
 
-def read_annotations(directory: Path) -> Annotations:
-    """Read every ``instances_*.json`` and ``captions_*.json`` of a directory.
+def read_annotations(directory: Path, split: str = "*") -> Annotations:
+    """Read every ``instances_SPLIT.json`` and ``captions_SPLIT.json`` of a directory.
+
+    Args:
+        split: Such as val2014; all there are by default, as CHAIR takes train and val together.
 
     Raises:
         CsrError: There is no instance file, or one does not read as COCO's format.
     """
-    paths = {kind: sorted(directory.glob(f"{kind}_*.json")) for kind in ("instances", "captions")}
+    paths = {kind: sorted(directory.glob(f"{kind}_{split}.json")) for kind in ("instances", "captions")}
     if not paths["instances"]:
         raise CsrError(
-            f"{directory} holds no instances_*.json", "give the directory of COCO's annotations (instances, captions)"
+            f"{directory} holds no instances_{split}.json",
+            "give the directory of COCO's annotations (instances, captions)",
         )
     names: dict[int | str, str] = {}
     categories: dict[int, str] = {}

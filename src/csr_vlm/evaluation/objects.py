@@ -17,7 +17,20 @@ _COCO_TWO_WORDS = (
     "laptop computer", "home plate", "train track",
 )  # fmt: skip
 """Pairs of words that CHAIR reads as one; two of them so that they are NOT read as an object."""
-_YOUNG_AND_OLD = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
+_YOUNG_AND_OLD = (
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "animal",
+    "cub",
+)
 _FOR_PASSENGERS = ("jet", "train")
 
 

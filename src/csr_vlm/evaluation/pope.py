@@ -236,9 +236,7 @@ def read_answers(path: Path) -> dict[str, str]:
     return answers
 
 
-def pair_up(
-    questions: Sequence[QuestionFile], answers: Sequence[Path]
-) -> list[tuple[QuestionFile, Mapping[str, str]]]:
+def pair_up(questions: Sequence[QuestionFile], answers: Sequence[Path]) -> list[tuple[QuestionFile, Mapping[str, str]]]:
     """Give each question file its answers.
 
     Args:

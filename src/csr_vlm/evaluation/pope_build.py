@@ -56,7 +56,9 @@ def build_questions(
     if setting not in SETTINGS:
         raise CsrError(f"there is no setting {setting!r}", f"one of {', '.join(SETTINGS)}")
     usable = sorted(
-        image for image, objects in scenery.images.items() if per_image <= len(objects) <= len(scenery.names) - per_image
+        image
+        for image, objects in scenery.images.items()
+        if per_image <= len(objects) <= len(scenery.names) - per_image
     )
     if len(usable) < num_images:
         raise CsrError(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from csr_vlm.evaluation import chair
-from csr_vlm.evaluation.objects import ObjectTable
-from csr_vlm.evaluation.words import letters, word_rule
+from csr_vlm.evaluation.objects import ObjectTable, Reading, find_objects
+from csr_vlm.evaluation.words import word_rule
 from csr_vlm.method.reward import bag_of_words
 from csr_vlm.world.scenes import Scene, World
 
@@ -47,21 +47,18 @@ def _reader(kinds: tuple[str, ...]) -> chair.Reader:
 
 def judge(world: World, scene: Scene, text: str) -> Judgement:
     """Judge the kinds that a text names by CHAIR, and besides the colours before them and its repeats."""
-    verdict = chair.judge(reader_of(world).read(text), scene.kinds)
-    right = wrong = 0
-    for kind, color in mentions(world, text):
-        truth = scene.color_of(kind)
-        if truth is not None and color is not None:
-            right += color == truth
-            wrong += color != truth
+    reading, colors = _read(world, text)
+    verdict = chair.judge(reading, scene.kinds)
+    claims = [(scene.color_of(kind), color) for kind, color in zip(reading.objects, colors, strict=True)]
+    compared = [truth == color for truth, color in claims if truth is not None and color is not None]
     sentences = [part for part in _SENTENCE.findall(text) if part.strip(" .")]
     said = Counter(bag_of_words(sentence) for sentence in sentences)
     return Judgement(
         mentioned=verdict.mentioned,
         hallucinated=verdict.hallucinated,
         recalled=verdict.recalled,
-        colors_right=right,
-        colors_wrong=wrong,
+        colors_right=sum(compared),
+        colors_wrong=len(compared) - sum(compared),
         repeats=sum(said.values()) - len(said),
         words=len(text.split()),
     )
@@ -69,9 +66,13 @@ def judge(world: World, scene: Scene, text: str) -> Judgement:
 
 def mentions(world: World, text: str) -> list[tuple[str, str | None]]:
     """List (kind, colour named right before it, if any) in order of appearance."""
-    words = letters(text)
-    reading = reader_of(world).read(text)
-    return [
-        (kind, words[at - 1] if at and words[at - 1] in world.colors else None)
-        for kind, at in zip(reading.objects, reading.places, strict=True)
-    ]
+    reading, colors = _read(world, text)
+    return list(zip(reading.objects, colors, strict=True))
+
+
+def _read(world: World, text: str) -> tuple[Reading, list[str | None]]:
+    reader = reader_of(world)
+    words = reader.rule.read(text)
+    reading = find_objects(words, reader.table)
+    before = [words[at - 1] if at else "" for at in reading.places]
+    return reading, [word if word in world.colors else None for word in before]
