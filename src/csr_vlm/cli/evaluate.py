@@ -77,11 +77,9 @@ def chair(
     if as_json:
         console.print_json({**result, "sentences": [row.dump() for row in rows]})
         return
-    _print_rates(f"CHAIR of {len(rows)} captions, words by {words}", result)
-    lengths = [[f"{low}-{high}", str(part["n"]), *(_number(part[name]) for name in ("chair_s", "chair_i", "recall", "f1"))]
-               for part in result["by_length"] for low, high in [part["words"]]]  # fmt: skip
+    _print_rates(f"CHAIR, words by {words}", result)
     print()
-    console.print_table("by length", ["words", "n", "chair_s", "chair_i", "recall", "f1"], lengths)
+    _print_by_length(result["by_length"])
     _print_notes(result)
 
 
@@ -105,7 +103,7 @@ def pope(
     parsers = evaluate(paired)
     official = parsers["official"]
     only = next(iter(official["settings"].values())) if len(paired) == 1 else {}
-    protocol = {
+    protocol: dict[str, Any] = {
         "metric": "POPE",
         "questions": [
             {"setting": file.setting, "file": file.name, "n": len(file.questions), "sha256": file.sha256}
@@ -134,8 +132,8 @@ def pope(
         if len(scores["settings"]) > 1:
             table.append([f"{parser}, mean", *(_number(scores["mean"][name]) for name in columns[1:-1]), ""])
     console.print_table(f"POPE of {result['n']} answers", columns, table)
-    for item in protocol["questions"]:  # type: ignore[attr-defined]
-        print(f"{item['setting']}: {item['file']}")
+    for file, _ in paired:
+        print(f"{file.setting}: {file.name}")
     _print_undefined(official["settings"])
 
 
@@ -197,7 +195,7 @@ def answer(
     target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
     prompts: Annotated[Path, typer.Option(help="JSON lines: id (or question_id), image, text.")],
     out: Annotated[Path, typer.Option("--out", help="Captions or answers to write; the protocol beside them.")],
-    iteration: Annotated[int | None, typer.Option(min=0, help="Whose policy; 0 is the base, the last by default.")] = None,
+    iteration: Annotated[int | None, typer.Option(min=0, help="Whose policy; 0: base; the last by default.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images; the prompt file's by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="64 and 512 are usual for CHAIR.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily.")] = 0.0,
@@ -207,7 +205,7 @@ def answer(
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first so many.")] = None,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Let a run's policy caption images or answer questions, for csr eval chair and csr eval pope.
 
     Example: csr eval answer runs/a --prompts chair.jsonl --images val2014 --out a.jsonl
@@ -312,6 +310,14 @@ def _print_rates(title: str, result: Mapping[str, Any]) -> None:
         interval = "-" if low is None else f"{_number(low)} to {_number(high)}"
         rows.append([name, _number(result[name]), interval])
     console.print_table(title, ["", "", "95 %"], rows)
+
+
+def _print_by_length(parts: Sequence[Mapping[str, Any]]) -> None:
+    names = ["chair_s", "chair_i", "recall", "f1"]
+    rows = [
+        ["-".join(map(str, part["words"])), str(part["n"]), *(_number(part[name]) for name in names)] for part in parts
+    ]
+    console.print_table("by length", ["words", "n", *names], rows)
 
 
 def _print_notes(result: Mapping[str, Any]) -> None:

@@ -123,7 +123,7 @@ def find_objects(words: list[str], table: ObjectTable) -> Reading:
         at += 1 if merged is None else 2
     kept = tokens
     if table.of_coco and "toilet" in tokens and "seat" in tokens:
-        kept = [token for token in tokens if token != "seat"]
+        kept = [word for word in tokens if word != "seat"]
     found = [(token, places[index]) for index, token in enumerate(kept) if token in table.objects]
     return Reading(
         tokens=tuple(tokens),

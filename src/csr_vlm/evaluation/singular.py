@@ -61,10 +61,7 @@ class _Rule:
         if not word.endswith(self.ending):
             return None
         stem = word.removesuffix(self.ending)
-        if self.other_than:
-            fits = bool(stem) and stem[-1] not in self.before
-        else:
-            fits = stem.endswith(self.before)
+        fits = stem[-1:] not in {"", *self.before} if self.other_than else stem.endswith(self.before)
         return stem + self.singular if fits else None
 
 

@@ -87,7 +87,10 @@ def _tokenizers() -> tuple[Callable[[str], list[str]], Callable[[str], list[str]
 
 def _wordnet(vocabulary: Set[str], nltk_data: Path | None) -> WordRule:
     found = _nltk_wordnet(nltk_data)
-    lemma, tag = found or (partial(builtin_lemma, vocabulary=vocabulary), builtin_tags)
+    lemma, tag = found or (
+        lru_cache(maxsize=65536)(partial(builtin_lemma, nouns=vocabulary - _NO_NOUNS)),
+        builtin_tags,
+    )
 
     def read(text: str) -> list[str]:
         tokens = tokenize(text)
@@ -109,18 +112,18 @@ def _nltk_wordnet(directory: Path | None) -> tuple[Lemmatizer, Tagger] | None:
     try:
         corpus = _find(nltk.data, "corpora/wordnet", paths)
         tagger_files = _find(nltk.data, "taggers/averaged_perceptron_tagger_eng", paths)
-    except LookupError:
+        if directory is not None:
+            nltk.data.path.append(str(directory))  # nltk reads only below the directories it knows
+        wordnet = WordNetCorpusReader(corpus, None)
+        tagger = nltk.tag.PerceptronTagger(load=False)
+        tagger.load_from_json("eng", tagger_files)
+    except (LookupError, OSError, ValueError) as error:
         if directory is None:
             return None
         raise CsrError(
-            f"{directory} holds no WordNet or no tagger",
+            f"{directory} holds no whole WordNet and tagger: {str(error).strip().splitlines()[0]}",
             f"python -m nltk.downloader -d {directory} wordnet averaged_perceptron_tagger_eng",
         ) from None
-    if directory is not None:
-        nltk.data.path.append(str(directory))  # nltk reads only below the directories it knows
-    wordnet = WordNetCorpusReader(corpus, None)
-    tagger = nltk.tag.PerceptronTagger(load=False)
-    tagger.load_from_json("eng", tagger_files)
 
     def lemma(word: str, pos: PartOfSpeech) -> str:
         return min(wordnet._morphy(word, pos), key=len, default=word)
@@ -143,7 +146,7 @@ def _find(data: Any, name: str, paths: list[str] | None) -> Any:
 # is, or hides, one of these, so everything else may stay as it is.
 
 _NO_NOUNS = frozenset(
-    """biker bluejay brindle children coworker firetruck hairdryer hot lenovo longboard macbook netbook oxen paddleboat
+    """biker bluejay brindle children coworker firetruck glas hairdryer hot lenovo longboard macbook netbook oxen paddleboat
     pitbull potted riverboat sailboard shortboard skimboard skis smartphone solider sports stovetop teddybear
     televison""".split()
 )
@@ -169,41 +172,44 @@ _VERBS = frozenset(
     track traffic train truck unicycle win wine yacht""".split()
 )
 _VERB_EXCEPTIONS = {
-    "bedded": "bed", "bedding": "bed", "born": "bear", "borne": "bear", "lit": "light", "sank": "sink", "sunk": "sink",
+    "bussed": "buss", "bussing": "buss", "born": "bear", "borne": "bear", "lit": "light", "sank": "sink", "sunk": "sink",
     "sunken": "sink", "stove": "stave", "taxis": "taxis", "taxying": "taxi", "trafficked": "traffic",
     "trafficking": "traffic", "tying": "tie", "ferried": "ferry", "babied": "baby",
 }  # fmt: skip
 _VERB_ENDINGS = (
     ("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", ""),
 )  # fmt: skip
-_DOUBLED = re.compile(r"([b-df-hj-np-tv-z])\1(?:ed|ing)$")
+_DOUBLED = re.compile(r"(bat|bed|cat|cop|cub|cup|dog|jet|kid|man|pup|ram|ship|signal|stop|sub|top)[bdglmnpt](?:ed|ing)")
+"""Verbs that double their last letter."""
 
 
+_RULES: Mapping[str, tuple[Mapping[str, str], Sequence[tuple[str, str]], Set[str] | None]] = {
+    "n": (_NOUN_EXCEPTIONS, _NOUN_ENDINGS, None),
+    "v": (_VERB_EXCEPTIONS, _VERB_ENDINGS, _VERBS),
+}
+"""Exceptions, detachments and known lemmas, the last None for nouns, which the caller knows."""
 _DETERMINERS = frozenset("a an the this that his her its their our my your another each every some no".split())
 _PARTICIPLES = frozenset("born borne lit sank sunk sunken".split())
 _NOUNS_IN_ING = frozenset("batting bedding bowling lighting parking seating shipping trafficking training".split())
 
 
-def builtin_lemma(word: str, pos: PartOfSpeech, vocabulary: Set[str]) -> str:
+def builtin_lemma(word: str, pos: PartOfSpeech, nouns: Set[str]) -> str:
     """Lemmatise by WordNet's detachment rules, right for the words that CHAIR can find.
 
     As the WordNet lemmatiser does, it takes the shortest of the word itself and its
-    detached forms that are known for the part of speech, or leaves the word. Known nouns
-    are those of the vocabulary: any other lemma is no object, detached or not.
+    detached forms that are known for the part of speech, or leaves the word. ``nouns``
+    need be no more than the words that are looked for: any other lemma is no object.
     """
-    if pos == "n":
-        exceptions, endings, known = _NOUN_EXCEPTIONS, _NOUN_ENDINGS, vocabulary
-    elif pos == "v":
-        exceptions, endings, known = _VERB_EXCEPTIONS, _VERB_ENDINGS, _VERBS
-    else:
+    if pos not in _RULES:
         return word
+    exceptions, endings, verbs = _RULES[pos]
+    known = nouns if verbs is None else verbs
     if word in exceptions:
         return exceptions[word]
     forms = [word, *(word.removesuffix(ending) + base for ending, base in endings if word.endswith(ending))]
-    if pos == "v" and (doubled := _DOUBLED.search(word)):
-        forms.append(word[: doubled.start() + 1])
-    refused = _NO_NOUNS if pos == "n" else frozenset()
-    return min((form for form in forms if form in known and form not in refused), key=len, default=word)
+    if verbs is not None and (doubled := _DOUBLED.fullmatch(word)):
+        forms.append(doubled.group(1))
+    return min((form for form in forms if form in known), key=len, default=word)
 
 
 def builtin_tags(tokens: Sequence[str]) -> list[PartOfSpeech]:

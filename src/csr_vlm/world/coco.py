@@ -50,7 +50,7 @@ def instances(world: World, scenes: Sequence[Scene]) -> dict[str, Any]:
     """Return the scenes as a COCO instance file: boxes are [left, top, width, height] in pixels."""
     category = {kind: index for index, kind in enumerate(world.kinds, start=1)}
     side = GRID * CELL
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image_id, scene in enumerate(scenes, start=1):
         for item in scene.objects:
             margin = (CELL - item.size) // 2
