@@ -108,15 +108,13 @@ def _nltk_wordnet(directory: Path | None) -> tuple[Lemmatizer, Tagger] | None:
     import nltk
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
-    paths = [str(directory)] if directory else None
+    paths = None if directory is None else [str(directory)]
+    searched = list(nltk.data.path)
+    nltk.data.path.extend(paths or ())  # nltk reads only below the directories it knows
     try:
-        corpus = _find(nltk.data, "corpora/wordnet", paths)
-        tagger_files = _find(nltk.data, "taggers/averaged_perceptron_tagger_eng", paths)
-        if directory is not None:
-            nltk.data.path.append(str(directory))  # nltk reads only below the directories it knows
-        wordnet = WordNetCorpusReader(corpus, None)
+        wordnet = WordNetCorpusReader(_find(nltk.data, "corpora/wordnet", paths), None)
         tagger = nltk.tag.PerceptronTagger(load=False)
-        tagger.load_from_json("eng", tagger_files)
+        tagger.load_from_json("eng", _find(nltk.data, "taggers/averaged_perceptron_tagger_eng", paths))
     except (LookupError, OSError, ValueError) as error:
         if directory is None:
             return None
@@ -124,6 +122,8 @@ def _nltk_wordnet(directory: Path | None) -> tuple[Lemmatizer, Tagger] | None:
             f"{directory} holds no whole WordNet and tagger: {str(error).strip().splitlines()[0]}",
             f"python -m nltk.downloader -d {directory} wordnet averaged_perceptron_tagger_eng",
         ) from None
+    finally:
+        nltk.data.path[:] = searched
 
     def lemma(word: str, pos: PartOfSpeech) -> str:
         return min(wordnet._morphy(word, pos), key=len, default=word)
@@ -146,8 +146,8 @@ def _find(data: Any, name: str, paths: list[str] | None) -> Any:
 # is, or hides, one of these, so everything else may stay as it is.
 
 _NO_NOUNS = frozenset(
-    """biker bluejay brindle children coworker firetruck glas hairdryer hot lenovo longboard macbook netbook oxen paddleboat
-    pitbull potted riverboat sailboard shortboard skimboard skis smartphone solider sports stovetop teddybear
+    """biker bluejay brindle children coworker firetruck glas hairdryer hot lenovo longboard macbook netbook oxen
+    paddleboat pitbull potted riverboat sailboard shortboard skimboard skis smartphone solider sports stovetop teddybear
     televison""".split()
 )
 """Words of COCO's synonym list that WordNet has no noun for: their plurals are not found."""
@@ -172,14 +172,16 @@ _VERBS = frozenset(
     track traffic train truck unicycle win wine yacht""".split()
 )
 _VERB_EXCEPTIONS = {
-    "bussed": "buss", "bussing": "buss", "born": "bear", "borne": "bear", "lit": "light", "sank": "sink", "sunk": "sink",
-    "sunken": "sink", "stove": "stave", "taxis": "taxis", "taxying": "taxi", "trafficked": "traffic",
-    "trafficking": "traffic", "tying": "tie", "ferried": "ferry", "babied": "baby",
+    "babied": "baby", "born": "bear", "borne": "bear", "bulldogging": "bulldog", "bussed": "buss", "bussing": "buss",
+    "ferried": "ferry", "lit": "light", "sank": "sink", "stove": "stave", "sunk": "sink", "sunken": "sink",
+    "taxis": "taxis", "taxying": "taxi", "trafficked": "traffic", "trafficking": "traffic", "tying": "tie",
 }  # fmt: skip
 _VERB_ENDINGS = (
     ("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", ""),
 )  # fmt: skip
-_DOUBLED = re.compile(r"(bat|bed|cat|cop|cub|cup|dog|jet|kid|man|pup|ram|ship|signal|stop|sub|top)[bdglmnpt](?:ed|ing)")
+_DOUBLED = re.compile(
+    r"(bat|bed|cat|cop|cub|cup|dog|jet|kid|man|pot|pup|ram|ship|signal|stop|sub|top)[bdglmnpt](?:ed|ing)"
+)
 """Verbs that double their last letter."""
 
 
