@@ -138,13 +138,20 @@ class Judged(Protocol):
     def recalled(self) -> Sized: ...
 
 
+def tallies(judged: Judged, truth: Sized) -> dict[str, tuple[int, int]]:
+    """Return what one text adds to the numerator and the denominator of each rate."""
+    return {
+        "chair_s": (int(len(judged.hallucinated) > 0), 1),
+        "chair_i": (len(judged.hallucinated), len(judged.mentioned)),
+        "recall": (len(judged.recalled), len(truth)),
+    }
+
+
 def rates(verdicts: Sequence[Judged], truths: Sequence[Sized]) -> dict[str, Metric]:
     """Compute CHAIR_S, CHAIR_I and recall with bootstrap intervals over captions."""
-    return {
-        "chair_s": ratio([len(verdict.hallucinated) > 0 for verdict in verdicts], [1.0] * len(verdicts)),
-        "chair_i": ratio([len(v.hallucinated) for v in verdicts], [len(v.mentioned) for v in verdicts]),
-        "recall": ratio([len(v.recalled) for v in verdicts], [len(truth) for truth in truths]),
-    }
+    rows = [tallies(verdict, truth) for verdict, truth in zip(verdicts, truths, strict=True)]
+    names = ("chair_s", "chair_i", "recall")
+    return {name: ratio([row[name][0] for row in rows], [row[name][1] for row in rows]) for name in names}
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Metric]:
