@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from csr_vlm.cli import console, world
+from csr_vlm.cli import evaluate as evaluate_cli
 from csr_vlm.cli.analyse import analyse
 from csr_vlm.cli.compare import MeasureByDefault, compare, measure
 from csr_vlm.cli.convert import convert
@@ -37,6 +38,8 @@ eval_app = typer.Typer(
 app.add_typer(eval_app, name="eval")
 eval_app.command("run")(measure)
 eval_app.command("lmms")(eval_lmms)
+for _name, _command in evaluate_cli.EVAL_COMMANDS.items():
+    eval_app.command(_name)(_command)
 app.command("compare")(compare)
 app.command("reproduce")(reproduce)
 app.command("analyse")(analyse)
