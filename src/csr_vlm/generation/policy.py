@@ -6,9 +6,8 @@ and lay out rows through :func:`batch_rows`, so they cannot see different inputs
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from csr_vlm.config import ModelConfig
 from csr_vlm.data.images import load_image
 from csr_vlm.errors import CsrError
+from csr_vlm.generation.families import NOT_INPUTS, Family, family_of, picture_ids
 from csr_vlm.loading import resolve_device, resolve_dtype, unloadable
 from csr_vlm.records import Prompt
 
@@ -30,12 +30,22 @@ class EncodedPrompt:
 
     input_ids: torch.Tensor
     """Of shape (tokens,), image placeholders expanded."""
+    positions: torch.Tensor
+    """Of shape (tokens,), or (3, tokens) where they are counted in time, height and width."""
     per_token: dict[str, torch.Tensor]
-    """Other tensors of shape (tokens,), such as token types; a response's are 0."""
+    """Other tensors of shape (tokens,), such as token types."""
     per_image: dict[str, torch.Tensor]
     """Pixels and their like, to be concatenated along the first dimension."""
-    features: torch.Tensor | None = None
-    """The image as the language model sees it, of shape (image tokens, width)."""
+    response_type: int = 0
+    """Value of the per-token tensors on a response's tokens."""
+    features: tuple[torch.Tensor, ...] | None = None
+    """The image as the language model sees it, of shape (image tokens, width); then what
+    goes into deeper layers, each of the same shape."""
+
+    @property
+    def shift(self) -> int:
+        """A response's first position, less the number of the prompt's tokens."""
+        return int(self.positions.max()) + 1 - len(self.input_ids)
 
 
 @dataclass
@@ -78,16 +88,17 @@ class Policy:
         return int(pad if pad is not None else min(self.eos_ids))
 
     @property
+    def family(self) -> Family:
+        return family_of(self.base_model.config)
+
+    @property
     def barred_ids(self) -> list[int]:
         """Ids that stand for pictures: a response that contained one could not be read back."""
-        config = self.base_model.config
-        names = ("image_token_id", "image_token_index", "video_token_id", "boi_token_id", "eoi_token_id")
-        return sorted({value for name in names if isinstance(value := getattr(config, name, None), int)})
+        return picture_ids(self.base_model.config, self.processor)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Load the image, apply the chat template, and tokenise as the processor wants it."""
-        content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        text = self._templated(prompt.text)
         bos = self.tokenizer.bos_token
         encoded = self.processor(
             images=[load_image(prompt.image, self.max_image_pixels)],
@@ -97,40 +108,73 @@ class Policy:
             add_special_tokens=not (bos and text.startswith(bos)),
         )
         shape = encoded["input_ids"].shape
-        extras = {key: value for key, value in encoded.items() if key not in ("input_ids", "attention_mask")}
+        extras = {key: value for key, value in encoded.items() if key not in NOT_INPUTS}
         return EncodedPrompt(
             input_ids=encoded["input_ids"][0],
+            positions=self._positions(encoded),
             per_token={key: value[0] for key, value in extras.items() if value.shape == shape},
             per_image={key: value for key, value in extras.items() if value.shape != shape},
+            response_type=self.family.response_type,
         )
+
+    def _templated(self, text: str) -> str:
+        if not self.family.chat:
+            return text
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        message = {"role": "user", "content": content}
+        templated: str = self.processor.apply_chat_template([message], add_generation_prompt=True)
+        return templated
+
+    def _positions(self, encoded: Any) -> torch.Tensor:
+        """Number the tokens of one encoded prompt as the model does."""
+        if self.family.positions == "counted":
+            return torch.arange(encoded["input_ids"].shape[1]) + self.family.first_position
+        keys = ("input_ids", "mm_token_type_ids", "image_grid_thw")
+        positions, _ = self.base_model.model.get_rope_index(**{key: encoded[key] for key in keys})
+        return positions[:, 0]
+
+    def step_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """Shape the positions of one further token a row, (rows,), as the model takes them."""
+        column = positions[:, None]
+        return column if self.family.positions == "counted" else column.expand(3, -1, -1)
 
     @property
     def reuses_features(self) -> bool:
         """Whether the model takes image features that were computed before."""
-        return "mm_encoder_outputs" in inspect.signature(self.base_model.forward).parameters
+        return self.family.features != "never"
 
     @torch.inference_mode()
     def with_features(self, encoded: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
         """Run the vision encoder once over some prompts' images, where the model allows it."""
         if not self.reuses_features:
             return list(encoded)
-        pixels = torch.cat([item.per_image["pixel_values"] for item in encoded])
-        output = self.base_model.get_image_features(
-            pixel_values=pixels.to(self.device, self.base_model.dtype), return_dict=True
+        images = {key: self._place(value) for key, value in image_tensors(encoded).items()}
+        output = self.base_model.get_image_features(**images, return_dict=True)
+        pooled = output.pooler_output
+        if self.family.features == "stacked":
+            tiles = [len(item.per_image["pixel_values"]) for item in encoded]
+            pooled = [tensor.flatten(0, 1) for tensor in pooled.split(tiles)]
+        layers = [pooled, *(getattr(output, "deepstack_features", None) or [])]
+        return [replace(item, features=features) for item, *features in zip(encoded, *layers, strict=True)]
+
+    def _encoder_outputs(self, features: Sequence[Sequence[torch.Tensor]]) -> BaseModelOutputWithPooling:
+        """Put a batch's image features together as the model takes them."""
+        pooled, *deeper = (list(layer) for layer in zip(*features, strict=True))
+        output = BaseModelOutputWithPooling(
+            pooler_output=torch.cat(pooled) if self.family.features == "stacked" else pooled
         )
-        return [
-            EncodedPrompt(item.input_ids, item.per_token, item.per_image, features)
-            for item, features in zip(encoded, output.pooler_output, strict=True)
-        ]
+        if deeper:
+            output.deepstack_features = deeper
+        return output
 
     def model_inputs(
         self, encoded: Sequence[EncodedPrompt], continuations: Sequence[Sequence[int]], side: Literal["left", "right"]
     ) -> dict[str, Any]:
         """Lay out prompts and what follows them as one padded batch, on the model's device."""
         batch: dict[str, Any] = dict(batch_rows(encoded, continuations, self.pad_id, side))
-        if encoded[0].features is not None:
-            images = [item.features for item in encoded]
-            batch["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=images)}
+        features = [item.features for item in encoded if item.features is not None]
+        if features:
+            batch["mm_encoder_outputs"] = {"image": self._encoder_outputs(features)}
         else:
             batch |= image_tensors(encoded)
         return {key: self._place(value) for key, value in batch.items()}
@@ -170,7 +214,7 @@ def batch_rows(
 
     Returns:
         ``input_ids``, ``attention_mask``, ``position_ids`` and the per-token extras, each of
-        shape (rows, width). Positions count from a row's first real token.
+        shape (rows, width); positions that are counted in three dimensions (3, rows, width).
     """
     rows = [
         torch.cat([item.input_ids, torch.tensor(list(ids), dtype=torch.long)])
@@ -179,27 +223,46 @@ def batch_rows(
     width = max(len(row) for row in rows)
 
     def padded(row: torch.Tensor, value: int) -> torch.Tensor:
-        gap = width - len(row)
+        gap = width - row.shape[-1]
         return torch.nn.functional.pad(row, (gap, 0) if side == "left" else (0, gap), value=value)
 
-    mask = torch.stack([padded(torch.ones_like(row), 0) for row in rows])
+    positions = [padded(_continued(item, len(ids)), 0) for item, ids in zip(encoded, continuations, strict=True)]
     batch = {
         "input_ids": torch.stack([padded(row, pad_id) for row in rows]),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=-1) - 1).clamp(min=0),
+        "attention_mask": torch.stack([padded(torch.ones_like(row), 0) for row in rows]),
+        "position_ids": torch.stack(positions, dim=-2),
     }
     for key in encoded[0].per_token:
         extras = [
-            torch.cat([item.per_token[key], item.per_token[key].new_zeros(len(ids))])
+            torch.cat([item.per_token[key], item.per_token[key].new_full((len(ids),), item.response_type)])
             for item, ids in zip(encoded, continuations, strict=True)
         ]
         batch[key] = torch.stack([padded(extra, 0) for extra in extras])
     return batch
 
 
+def _continued(item: EncodedPrompt, num_tokens: int) -> torch.Tensor:
+    """Number a prompt's tokens and those of a response to it."""
+    response = torch.arange(num_tokens) + len(item.input_ids) + item.shift
+    return torch.cat([item.positions, response.expand(*item.positions.shape[:-1], -1)], dim=-1)
+
+
 def image_tensors(encoded: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
-    """Concatenate the images' tensors row by row."""
-    return {key: torch.cat([item.per_image[key] for item in encoded]) for key in encoded[0].per_image}
+    """Concatenate the images' tensors along the first dimension.
+
+    Where images differ in size or in their number of tiles the smaller are filled up with
+    zeros, as the processors do within a batch.
+    """
+    return {key: _stacked([item.per_image[key] for item in encoded]) for key in encoded[0].per_image}
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    most = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    filled = []
+    for tensor in tensors:
+        gaps = [(0, size - own) for size, own in zip(most, tensor.shape[1:], strict=True)]
+        filled.append(torch.nn.functional.pad(tensor, [side for gap in reversed(gaps) for side in gap]))
+    return torch.cat(filled)
 
 
 def load_base(config: ModelConfig) -> tuple[Any, Any]:
@@ -216,13 +279,8 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
         processor = AutoProcessor.from_pretrained(config.path, **common)
     except (OSError, ValueError, KeyError) as error:
         raise unloadable("model", config.path, error) from None
-    if getattr(processor, "chat_template", None) is None:
+    if getattr(processor, "chat_template", None) is None and family_of(model.config).chat:
         raise CsrError(f"the processor of {config.path} has no chat template", "save one with the processor")
-    if hasattr(getattr(model, "model", None), "rope_deltas"):
-        raise CsrError(
-            f"{type(model).__name__} counts positions in three dimensions, which the engine does not do yet",
-            "LLaVA-like models work",
-        )
     return model.to(device).eval(), processor
 
 
