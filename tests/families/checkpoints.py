@@ -275,15 +275,14 @@ def qwen3_vl() -> Checkpoint:
     return hf.Qwen3VLForConditionalGeneration(config), qwen_processor(words, "Qwen3VL", PATCH)
 
 
-IDEFICS_TILES = tuple(
-    f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)
-)
+IDEFICS_TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
+IDEFICS_MARKS = ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
 IDEFICS_PIXELS = {"size": {"longest_edge": 2 * IMAGE}, "max_image_size": {"longest_edge": IMAGE}}
 IDEFICS_IMAGE_TOKENS = (IMAGE // PATCH // 2) ** 2
 
 
 def idefics3() -> Checkpoint:
-    words = tokenizer(*IDEFICS_TOKENS, image_token="<image>")
+    words = tokenizer(*IDEFICS_MARKS, *IDEFICS_TILES, image_token="<image>")
     config = hf.Idefics3Config(
         vision_config=vit("idefics3_vision"), text_config=llama(words), image_token_id=IMAGE_ID, scale_factor=2
     )
@@ -298,7 +297,7 @@ def idefics3() -> Checkpoint:
 
 def smolvlm() -> Checkpoint:
     words = tokenizer(
-        *IDEFICS_TOKENS[3:],
+        *IDEFICS_TILES,
         image_token="<image>",
         fake_image_token="<fake_token_around_image>",
         end_of_utterance_token="<end_of_utterance>",
