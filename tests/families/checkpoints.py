@@ -333,6 +333,8 @@ def gemma3() -> Checkpoint:
         image_token_id=words.image_token_id,
         boi_token_id=words.boi_token_id,
         eoi_token_id=words.eoi_token_id,
+        # Tied, untrained and scaled by the root of the width, it would repeat itself for ever.
+        tie_word_embeddings=False,
     )
     processor = hf.Gemma3Processor(
         hf.Gemma3ImageProcessor(size={"height": IMAGE, "width": IMAGE}),
@@ -451,6 +453,7 @@ def recipe_hash() -> str:
 
 def _save(model: Any, processor: Any, directory: Path) -> None:
     _draw_weights(model)
+    _let_sentences_end(model.get_output_embeddings().weight, processor.tokenizer)
     model.generation_config = hf.GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
@@ -470,6 +473,13 @@ def _draw_weights(model: torch.nn.Module, gain: float = 1.5) -> None:
                 parameter.copy_(noise * gain / parameter[0].numel() ** 0.5)
             else:
                 parameter.add_(0.1 * noise)
+
+
+def _let_sentences_end(head: torch.Tensor, words: Any) -> None:
+    """Make full stops, and words that begin with a space, likelier than chance would have them."""
+    with torch.no_grad():
+        head[words.convert_tokens_to_ids(".")] *= 4.0
+        head[[index for token, index in words.get_vocab().items() if token.startswith("Ġ")]] *= 2.0
 
 
 def main() -> None:

@@ -71,6 +71,16 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 NOT_INPUTS = frozenset({"input_ids", "attention_mask", "labels"})
 """What a processor returns that is no extra input; PaliGemma's adds labels unasked."""
 
+NOT_QUANTIZED = (
+    "lm_head",
+    "vision_tower",
+    "vision_model",
+    "visual",
+    "multi_modal_projector",
+    "connector",
+)
+"""Modules, by name, that stay in full precision when a model is loaded in 4 bits."""
+
 PICTURE_TOKENS = (
     "image_token_id",
     "image_token_index",

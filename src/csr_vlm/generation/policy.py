@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from csr_vlm.config import ModelConfig
 from csr_vlm.data.images import load_image
 from csr_vlm.errors import CsrError
-from csr_vlm.generation.families import NOT_INPUTS, Family, family_of, picture_ids
+from csr_vlm.generation.families import NOT_INPUTS, NOT_QUANTIZED, Family, family_of, picture_ids
 from csr_vlm.loading import resolve_device, resolve_dtype, unloadable
 from csr_vlm.records import Prompt
 
@@ -269,31 +271,92 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
     """Load the model and the processor, the model on its device and in evaluation mode.
 
     Raises:
-        CsrError: It is not there, or not an image-text-to-text model with a chat template.
+        CsrError: It is not there, not an image-text-to-text model, or has no chat template
+            where its family needs one; or it is to be quantised and that cannot be done here.
     """
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
+    dtype = getattr(torch, resolve_dtype(config.dtype, device))
     common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    placed = {} if config.quantization is None else {"device_map": {"": device}} | _four_bits(device, dtype)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(config.path, dtype=getattr(torch, dtype), **common)
+        model = AutoModelForImageTextToText.from_pretrained(config.path, dtype=dtype, **placed, **common)
         processor = AutoProcessor.from_pretrained(config.path, **common)
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CsrError(
+            f"{config.path} needs a library that is not installed: {reason}", "pip install 'csr-vlm[families]'"
+        ) from None
     except (OSError, ValueError, KeyError) as error:
         raise unloadable("model", config.path, error) from None
     if getattr(processor, "chat_template", None) is None and family_of(model.config).chat:
         raise CsrError(f"the processor of {config.path} has no chat template", "save one with the processor")
-    return model.to(device).eval(), processor
+    if config.quantization is None:
+        model = model.to(device)
+    return model.eval(), processor
+
+
+def _four_bits(device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Ask for the language model's weights in 4-bit NormalFloat (QLoRA, arXiv 2305.14314).
+
+    The vision tower, the projector and the output layer stay as they are: they are small,
+    and what they lose every token loses.
+
+    Raises:
+        CsrError: There is no GPU, or bitsandbytes is not installed.
+    """
+    if not device.startswith("cuda"):
+        raise CsrError("model.quantization=nf4 needs a CUDA device", "leave it out, or run on a GPU")
+    if find_spec("bitsandbytes") is None:
+        raise CsrError("model.quantization=nf4 needs bitsandbytes", "pip install bitsandbytes")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(NOT_QUANTIZED),
+    )
+    return {"quantization_config": quantization}
+
+
+def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on a base model.
+
+    Raises:
+        CsrError: It is not there, or does not fit the model. PEFT leaves what it finds no
+            place for out and only warns, so an adapter with other names would do nothing.
+    """
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise CsrError(
+            f"there is no adapter in {adapter}", "it holds adapter_config.json and adapter_model.safetensors"
+        )
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CsrError(f"the adapter {adapter} does not fit the model: {reason}", "check model.path") from None
+    with safe_open(weights, framework="pt") as saved:
+        names = set(saved.keys())
+    strange = names ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if strange:
+        raise CsrError(
+            f"the adapter {adapter} does not fit the model: {len(strange)} of its tensors have no place, such as "
+            f"{min(strange)}",
+            "check model.path; an adapter made by another version of transformers may name layers otherwise",
+        )
+    return adapted
 
 
 def load_policy(config: ModelConfig, adapter: Path | None, max_image_pixels: int = 50_000_000) -> Policy:
     """Load the base model with an adapter on it, if one is given.
 
     In float32 the adapter is merged, which is exact to rounding and decodes faster. In
-    half precision merging would round the small update away, so it stays beside the
-    weights.
+    half precision or 4 bits merging would round the small update away, so it stays beside
+    the weights.
     """
     model, processor = load_base(config)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter)).eval()
-        if model.get_base_model().dtype == torch.float32:
+        model = load_adapter(model, adapter).eval()
+        if config.quantization is None and model.get_base_model().dtype == torch.float32:
             model = model.merge_and_unload()
     return Policy(model, processor, max_image_pixels)
