@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from csr_vlm import stages
 from csr_vlm.progress import Reporter
+from csr_vlm.report.card import write_card
 from csr_vlm.report.html import write_report
 from csr_vlm.store.run import Run
 
@@ -34,4 +35,5 @@ def align(run: Run, tell: Reporter) -> None:
             stages.train(run, iteration, tell)
             stages.evaluate(run, iteration, tell)
         stages.export(run, tell)
+        write_card(run)
         write_report(run)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from csr_vlm.config import RunConfig, ScorerConfig
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
@@ -46,12 +47,14 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
     if run.is_done(iteration, "generate"):
         return
     from csr_vlm.generation.policy import load_policy
+    from csr_vlm.generation.selfcheck import self_check
     from csr_vlm.generation.transformers_engine import TransformersEngine
     from csr_vlm.scoring.clip import ClipScorer
 
     config = run.config
     started = time.perf_counter()
     policy = load_policy(config.model, run.adapter_path(iteration - 1), config.data.max_image_pixels)
+    self_check(policy, next(run.prompts()))
     engine = TransformersEngine(policy, config.generation.max_rows)
     scorer = ClipScorer(config.scorer, str(policy.device), config.data.max_image_pixels)
     total = run.result(0, "prompts")["accepted"]
@@ -251,9 +254,7 @@ def evaluate_world(
 
 def export(run: Run, tell: Reporter) -> None:
     """Put the final adapter, and the merged model if asked for, where users look for them."""
-    last = run.adapter_path(run.last_trained)
-    if last is None:
-        raise CsrError(f"{run.root} has no trained adapter yet", f"csr run {run.root}")
+    last = run.trained_adapter()
     final = run.root / "adapter"
     files.replace_directory(final, partial(shutil.copytree, last))
     if run.config.training.merge and not (run.root / "model").exists():
@@ -261,6 +262,30 @@ def export(run: Run, tell: Reporter) -> None:
 
         tell.say("merging the adapter into the base model")
         merge(run.config.model, final, run.root / "model")
+
+
+def check_model(config: RunConfig, tell: Reporter) -> float | None:
+    """Let a model whose weights are on disk write a few words and score them again.
+
+    Returns:
+        The mean difference in nats a token; None where there are no weights or no prompt yet.
+
+    Raises:
+        CsrError: The model cannot be loaded, or does not do as it should.
+    """
+    if not any(Path(config.model.path).glob("*.safetensors")):
+        return None
+    prompt = next(read_prompts(config.data, InputReport()), None)
+    if prompt is None:
+        return None
+    from csr_vlm.generation.policy import load_policy
+    from csr_vlm.generation.selfcheck import self_check
+
+    adapter = None if config.model.adapter is None else Path(config.model.adapter)
+    with tell.stage("checking the model", 1) as advance:
+        difference = self_check(load_policy(config.model, adapter, config.data.max_image_pixels), prompt)
+        advance(1)
+    return difference
 
 
 def _part_name(index: int, prompts: list[Prompt], config: RunConfig, iteration: int) -> str:

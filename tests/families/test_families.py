@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText
 from csr_vlm.config import MethodConfig, ModelConfig, ScorerConfig, TrainingConfig
 from csr_vlm.generation.families import FAMILIES as KNOWN
 from csr_vlm.generation.policy import Policy, load_policy
+from csr_vlm.generation.selfcheck import plain_logprobs, self_check
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import Tree, search
@@ -174,8 +175,9 @@ def test_generated_logprobs_are_teacher_forced_ones(family: Case) -> None:
     together = family.policy.teacher_forced(asked, ids)
     for prompt, response, found in zip(asked, responses, together, strict=True):
         assert abs(float(found.sum()) - response.logprob) < TOLERANCE
-        alone = through_pixels(family.policy, prompt, response.token_ids)
+        alone = plain_logprobs(family.policy, prompt, response.token_ids)
         assert abs(float(alone.sum()) - response.logprob) < TOLERANCE
+    assert self_check(family.policy, asked[0]) < TOLERANCE
     pictures = [prompt.image for prompt in family.prompts]
     swapped = [replace(p, image=pictures[(pictures.index(p.image) + 1) % len(pictures)]) for p in asked]
     wrong = family.policy.teacher_forced(swapped, ids)
@@ -183,18 +185,6 @@ def test_generated_logprobs_are_teacher_forced_ones(family: Case) -> None:
         abs(float(found.sum()) - response.logprob) > 100 * TOLERANCE
         for response, found in zip(responses, wrong, strict=True)
     )
-
-
-def through_pixels(policy: Policy, prompt: Prompt, ids: Sequence[int]) -> torch.Tensor:
-    """Score a response as transformers does by itself: from the pixels, with its own positions."""
-    encoded = policy.encode(prompt)
-    inputs = policy.model_inputs([encoded], [ids], "right")
-    del inputs["position_ids"]
-    with torch.inference_mode():
-        logits = policy.model(**inputs, use_cache=False).logits[0].float()
-    start = len(encoded.input_ids)
-    predicted = torch.log_softmax(logits[start - 1 : start - 1 + len(ids)], dim=-1)
-    return predicted.gather(-1, torch.tensor(list(ids))[:, None]).squeeze(-1)
 
 
 def test_dpo_moves_the_language_models_adapter_and_nothing_else(family: Case) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli.push import push
 from csr_vlm.config import RunConfig, load_config
 from csr_vlm.errors import CsrError
 from csr_vlm.store.run import Run
@@ -27,6 +28,7 @@ world_app = typer.Typer(
 )
 app.add_typer(eval_app, name="eval")
 app.add_typer(world_app, name="world")
+app.command()(push)
 
 Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe (YAML), or the directory of a run.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
@@ -68,18 +70,31 @@ def demo(
 
 
 @app.command()
-def check(target: Target, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False) -> None:
+def check(
+    target: Target,
+    overrides: Overrides = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Look at no model and no hub; prompts may be missing.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Validate a recipe and its data, print the resolved configuration and what a run would cost.
 
+    A model whose weights are on disk also writes a few words and scores them again.
     Example: csr check recipes/llava-1.5-7b.yaml data.limit=100
     """
     import yaml
 
     console.quiet_libraries()
     from csr_vlm.estimate import estimate
+    from csr_vlm.stages import check_model
 
     config = _config(target, overrides)
-    found = estimate(config, console.reporter(quiet))
+    tell = console.reporter(quiet)
+    found = estimate(config, tell, offline=offline)
+    if not offline and (difference := check_model(config, tell)) is not None:
+        found["estimate"]["generated against scored, nats a token"] = float(f"{difference:.1e}")
     if as_json:
         console.print_json({"config": config.dump(), **found})
         return
@@ -253,9 +268,7 @@ def merge(
     """
     console.quiet_libraries()
     opened = Run.open(target)
-    adapter = opened.adapter_path(opened.last_trained)
-    if adapter is None:
-        raise CsrError(f"{target} has no trained adapter yet", f"csr run {target}")
+    adapter = opened.trained_adapter()
     from csr_vlm.training.dpo import merge as merge_adapter
 
     directory = out or target / "model"

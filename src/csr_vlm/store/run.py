@@ -151,6 +151,16 @@ class Run:
         """The last iteration with a finished adapter; 0 where there is none."""
         return max(self.iterations_done("train"), default=0)
 
+    def trained_adapter(self) -> Path:
+        """Return the adapter of the last finished training.
+
+        Raises:
+            CsrError: There is none yet.
+        """
+        if not self.last_trained:
+            raise CsrError(f"{self.root} has no trained adapter yet", f"csr run {self.root}")
+        return self.iteration(self.last_trained) / "adapter"
+
     def write_manifest(self) -> None:
         """Gather provenance and the markers of all finished stages."""
         stages = {
