@@ -117,7 +117,7 @@ def _costs(config: RunConfig, shape: Shape, num_prompts: int) -> dict[str, Any]:
     # Checkpointed activations, one a layer, and one layer's own; half precision on a GPU.
     activations = batch * _PROMPT_TOKENS * shape.width * (shape.layers + 34) * _BYTES[dtype]
     ledger = nodes * _NODE_BYTES
-    disk = config.iterations * (ledger + 4 * lora) + 4 * lora
+    disk = float(config.iterations * (ledger + 4 * lora) + 4 * lora)
     if config.training.merge:
         disk += shape.parameters * _BYTES[dtype]
     return {

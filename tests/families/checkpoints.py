@@ -355,6 +355,7 @@ def paligemma() -> Checkpoint:
         text_config=llama(words, model_type="gemma"),
         image_token_id=IMAGE_ID,
         projection_dim=WIDTH,
+        tie_word_embeddings=False,
     )
     return hf.PaliGemmaForConditionalGeneration(config), processor
 
@@ -368,6 +369,7 @@ def internvl() -> Checkpoint:
         text_config=llama(words, model_type="qwen2"),
         image_token_id=words.context_image_token_id,
         image_seq_length=IDEFICS_IMAGE_TOKENS,
+        tie_word_embeddings=False,
     )
     side = {"height": IMAGE, "width": IMAGE}
     processor = hf.InternVLProcessor(

@@ -26,7 +26,7 @@ class Family:
     response_type: int = 0
     """Token type of what the model writes; PaliGemma tells prompt (0) from answer (1) by it."""
     chat: bool = True
-    """Whether the processor needs a chat template; without, the question itself is the prompt."""
+    """Whether the processor needs a chat template; without, the picture and the question are the prompt."""
     text_module: str = "(language_model|text_model)"
     """Name (regex) of the language model inside the model."""
     projectors: tuple[str, ...] = ("multi_modal_projector", "connector", "merger")

@@ -121,7 +121,7 @@ class Policy:
 
     def _templated(self, text: str) -> str:
         if not self.family.chat:
-            return text
+            return f"{self.processor.image_token}{text}"
         content = [{"type": "image"}, {"type": "text", "text": text}]
         message = {"role": "user", "content": content}
         templated: str = self.processor.apply_chat_template([message], add_generation_prompt=True)

@@ -44,6 +44,9 @@ class CsrTrainer(DPOTrainer):
     projector_learning_rate: float | None = None
     first_loss_tolerance: float = 1e-3
     first_loss: float | None = None
+    loss_types: list[str]
+    loss_weights: list[float]
+    label_smoothing: float
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.first_loss is None:
