@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers as hf
 from tokenizers import Tokenizer
 
-from csr_vlm.store.files import replace_directory
 from csr_vlm.world.models import CHAT_TEMPLATE, SPECIAL, train_tokenizer
 from csr_vlm.world.scenes import HARBOUR
 from tests.families.shim import without_compiled_torchvision
@@ -442,10 +443,16 @@ def checkpoint(name: str) -> Path:
     """
     directory = CACHE / recipe_hash() / name
     if not directory.is_dir():
-        replace_directory(directory, lambda temporary: _save(*FAMILIES[name](), temporary))
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=directory.parent) as temporary:
+            _save(*FAMILIES[name](), Path(temporary) / name)
+            # Another process may have been quicker; its checkpoint is the same.
+            with suppress(OSError):
+                (Path(temporary) / name).rename(directory)
     return directory
 
 
+@cache
 def recipe_hash() -> str:
     """Hash everything that a checkpoint's content depends on."""
     sources = [Path(__file__).read_bytes(), _trained().encode()]

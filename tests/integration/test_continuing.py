@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from csr_vlm.cli import push as push_module
 from csr_vlm.cli.app import app
+from csr_vlm.config import ModelConfig
 from csr_vlm.errors import CsrError
 from csr_vlm.generation.policy import load_base, load_policy
 from csr_vlm.generation.selfcheck import self_check
@@ -28,19 +29,23 @@ from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 
 LLAVA = str(assets() / "llava")
-SHORT = {"iterations": 1, "evaluation": {"world": {"num_scenes": 10}}}
+SHORT = {
+    "iterations": 1,
+    "method": {"search": {"max_sentences": 3}, "pairs": {"require_complete": False, "per_prompt": 1}},
+    "generation": {"prompts_per_part": 16},
+}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("continuing")
-    run = Run.create(root / "run", small_config(root, **SHORT))
+    run = Run.create(root / "run", small_config(root, **SHORT, evaluation={"world": {"num_scenes": 10}}))
     align(run, Silent())
     return run
 
 
 def continued(run: Run, tmp_path: Path, **model: object) -> Run:
-    config = small_config(run.root.parent, iterations=1, model={"path": LLAVA, "device": "cpu", **model})
+    config = small_config(run.root.parent, **SHORT, model={"path": LLAVA, "device": "cpu", **model})
     again = Run.create(tmp_path / "again", config)
     align(again, Silent())
     return again
@@ -66,7 +71,7 @@ def test_a_run_goes_on_from_a_merged_model(finished: Run, tmp_path: Path) -> Non
 
 
 def user_adapter(where: Path, **settings: object) -> Path:
-    model, _ = load_base(small_config(where).model)
+    model, _ = load_base(ModelConfig(path=LLAVA, device="cpu"))
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(init_lora_weights=False, **settings))
     adapted.save_pretrained(where / "adapter")
@@ -77,7 +82,7 @@ def test_a_run_goes_on_from_a_users_own_adapter(finished: Run, tmp_path: Path) -
     own = user_adapter(tmp_path, r=16, lora_alpha=1, target_modules=r".*language_model.*\.(q_proj|v_proj)")
     config = small_config(
         finished.root.parent,
-        iterations=1,
+        **SHORT,
         model={"path": LLAVA, "device": "cpu", "adapter": str(own)},
         training={"lora": {"r": 16, "alpha": 1}, "trl": {"num_train_epochs": 1, "per_device_train_batch_size": 4}},
     )
