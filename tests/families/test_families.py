@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from csr_vlm.config import MethodConfig, ModelConfig, ScorerConfig, TrainingConfig
+from csr_vlm.errors import CsrError
 from csr_vlm.generation.families import FAMILIES as KNOWN
+from csr_vlm.generation.families import Family
 from csr_vlm.generation.policy import Policy, load_policy
 from csr_vlm.generation.selfcheck import plain_logprobs, self_check
 from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -146,6 +148,28 @@ def test_the_checkpoints_cover_the_table() -> None:
     made = {checkpoint_type(name) for name in FAMILIES}
     assert set(KNOWN) <= made
     assert len(FAMILIES) >= 12
+
+
+def test_the_page_names_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert all(f"| {name} | `{checkpoint_type(name)}` |" in page for name in FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [("llava_next", None), ("qwen2_vl", "other probabilities"), ("paligemma", "cannot be driven")],
+)
+def test_an_unknown_family_is_tried_and_refused_where_that_goes_wrong(
+    name: str, refused: str | None, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load_policy(ModelConfig(path=str(checkpoint(name)), device="cpu"), None)
+    monkeypatch.setattr("csr_vlm.generation.policy.family_of", lambda _: Family())
+    prompt = prompts(directory)[1]
+    if refused is None:
+        assert self_check(policy, prompt) < TOLERANCE
+    else:
+        with pytest.raises(CsrError, match=refused):
+            self_check(policy, prompt)
 
 
 def checkpoint_type(name: str) -> str:

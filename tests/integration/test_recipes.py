@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
 from csr_vlm import estimate as module
+from csr_vlm.cli.app import app
 from csr_vlm.config import load_config
 from csr_vlm.errors import CsrError
 from csr_vlm.estimate import Shape, estimate, shape_from_name, shape_of
@@ -55,6 +57,16 @@ def test_every_recipe_fits_the_gpu_that_it_is_for(recipe: Path, monkeypatch: pyt
     memory = 24 if "24gb" in recipe.stem else 80
     assert costs["search memory, GB at most"] < memory
     assert costs["training memory, GB about"] < memory
+
+
+def test_the_offline_check_is_on_the_command_line() -> None:
+    recipe = next(path for path in RECIPES if path.stem == "llava-1.5-7b")
+    shown = CliRunner().invoke(app, ["check", str(recipe), "model.device=cpu", "--offline", "--json", "--quiet"])
+    assert shown.exit_code == 0
+    found = json.loads(shown.stdout)
+    assert found["estimate"]["parameters"] == 7_000_000_000
+    assert "generated against scored, nats a token" not in found["estimate"]
+    assert any("no GPU" in warning for warning in found["warnings"])
 
 
 def test_a_size_is_read_from_a_name() -> None:
