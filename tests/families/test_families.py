@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from csr_vlm.config import MethodConfig, ModelConfig, ScorerConfig, TrainingConfig
 from csr_vlm.errors import CsrError
@@ -86,12 +86,18 @@ def prompts(directory: Path) -> list[Prompt]:
     return made
 
 
-@cache
-def case(name: str, directory: Path) -> Case:
+def model_of(name: str) -> ModelConfig:
     try:
-        config = ModelConfig(path=str(checkpoint(name)), device="cpu")
+        path = str(checkpoint(name))
+        AutoProcessor.from_pretrained(path)
     except ImportError as error:
         pytest.skip(f"the processor cannot be built here: {str(error).strip().splitlines()[0]}")
+    return ModelConfig(path=path, device="cpu")
+
+
+@cache
+def case(name: str, directory: Path) -> Case:
+    config = model_of(name)
     torch.set_num_threads(1)
     policy = load_policy(config, None)
     asked = prompts(directory)
@@ -162,7 +168,7 @@ def test_the_page_names_every_family() -> None:
 def test_an_unknown_family_is_tried_and_refused_where_that_goes_wrong(
     name: str, refused: str | None, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = load_policy(ModelConfig(path=str(checkpoint(name)), device="cpu"), None)
+    policy = load_policy(model_of(name), None)
     monkeypatch.setattr("csr_vlm.generation.policy.family_of", lambda _: Family())
     prompt = prompts(directory)[1]
     if refused is None:
