@@ -8,6 +8,7 @@ ledger parts it has.
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -57,9 +58,12 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
     """Search with the last iteration's policy and score every sentence, work item by work item."""
     if run.is_done(iteration, "generate") or external.supplies(run.config, iteration):
         return
+    from csr_vlm.generation.selfcheck import self_check
+
     config = run.config
     started = time.perf_counter()
     engine, scorer = _engine_and_scorer(config, run.adapter_path(iteration - 1))
+    self_check(engine.policy, next(run.prompts()))
     total = run.num_prompts
     company = next(tables.prompt_groups(run.prompts_path))
     with tell.stage(f"iteration {iteration}: searching", total) as advance:
@@ -322,20 +326,42 @@ def _policy_name(iteration: int) -> str:
 
 def export(run: Run, tell: Reporter) -> None:
     """Put the final adapter, and the merged model if asked for, where users look for them."""
-    last = run.adapter_path(run.final)
-    if last is None and run.stopped_at is None:
-        raise CsrError(f"{run.root} has no trained adapter yet", f"csr run {run.root}")
     final = run.root / "adapter"
-    if last is None:
+    if run.final == 0 and run.stopped_at is not None:
         tell.say(f"no iteration of {run.root} passed; the base model stays as it is")
         shutil.rmtree(final, ignore_errors=True)
         return
-    files.replace_directory(final, partial(shutil.copytree, last))
+    files.replace_directory(final, partial(shutil.copytree, run.trained_adapter()))
     if run.config.training.merge and not (run.root / "model").exists():
         from csr_vlm.training.dpo import merge
 
         tell.say("merging the adapter into the base model")
         merge(run.config.model, final, run.root / "model")
+
+
+def check_model(config: RunConfig, tell: Reporter) -> float | None:
+    """Let a model whose weights are on disk write a few words and score them again.
+
+    Returns:
+        The mean difference in nats a token; None where there are no weights or no prompt yet.
+
+    Raises:
+        CsrError: The model cannot be loaded, or does not do as it should.
+    """
+    if not any(Path(config.model.path).glob("*.safetensors")):
+        return None
+    from csr_vlm.generation.policy import load_policy
+    from csr_vlm.generation.selfcheck import self_check
+
+    adapter = None if config.model.adapter is None else Path(config.model.adapter)
+    with tempfile.TemporaryDirectory() as images:
+        prompt = next(read_prompts(config.data, InputReport(), seed=config.seed, images=Path(images)), None)
+        if prompt is None:
+            return None
+        with tell.stage("checking the model", 1) as advance:
+            difference = self_check(load_policy(config.model, adapter, config.data.max_image_pixels), prompt)
+            advance(1)
+    return difference
 
 
 def _part_name(index: int, prompts: list[Prompt], config: RunConfig, iteration: int) -> str:

@@ -112,6 +112,7 @@ class TransformersEngine:
         cache.batch_select_indices(parents)
         logits = output.logits[parents, -1]
         mask = inputs["attention_mask"][parents]
+        shift = torch.tensor([item.shift for item in encoded], device=self.policy.device)[parents]
         live = list(range(len(rows)))
         for step in range(decoding.max_new_tokens):
             tokens = self._step(logits, [rows[index] for index in live], step, decoding)
@@ -121,10 +122,10 @@ class TransformersEngine:
             if len(going) < len(live):
                 keep = torch.tensor(going, device=self.policy.device)
                 cache.batch_select_indices(keep)
-                tokens, mask = tokens[keep], mask[keep]
+                tokens, mask, shift = tokens[keep], mask[keep], shift[keep]
                 live = [live[at] for at in going]
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-            logits = self._forward(tokens, mask, cache)
+            logits = self._forward(tokens, mask, mask.sum(dim=1) - 1 + shift, cache)
         return self._collect(requests, rows)
 
     def _new_rows(self, requests: Sequence[Expansion], decoding: Decoding) -> list[_Row]:
@@ -140,11 +141,11 @@ class TransformersEngine:
             for place in range(request.num_candidates)
         ]
 
-    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
+    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         output = self.policy.model(
             input_ids=tokens[:, None],
             attention_mask=mask,
-            position_ids=mask.sum(dim=1, keepdim=True) - 1,
+            position_ids=self.policy.step_positions(positions),
             past_key_values=cache,
             use_cache=True,
         )
