@@ -45,8 +45,9 @@ class Job:
     seed: int = 0
     iterations: int = 3
     measured: tuple[int, ...] = (3,)
-    """Iterations to measure; 0 is the base model."""
-    temperatures: tuple[float, ...] = (0.0,)
+    """Iterations to measure, greedily; 0 is the base model."""
+    sampled: tuple[int, ...] = ()
+    """Iterations to measure at temperature 1 as well."""
     scenes: int = 1000
     split: str = "test"
     prompts: int = 256
@@ -65,10 +66,7 @@ def _ablation(name: str, overrides: str) -> Job:
 
 
 JOBS = [
-    *(
-        Job("calibrated", "main", seed=s, iterations=5, measured=tuple(range(6)), temperatures=(0.0, 1.0))
-        for s in range(5)
-    ),
+    *(Job("calibrated", "main", seed=s, iterations=5, measured=(0, 1, 2, 3, 4, 5), sampled=(0, 3)) for s in range(5)),
     Job("random_pairs", "comparisons", "preset=random_pairs"),
     Job("only_rt", "comparisons", "preset=only_rt"),
     Job("only_ri", "comparisons", "preset=only_ri"),
@@ -149,7 +147,8 @@ def do(job: Job, out: Path) -> None:
             stages.evaluate(run, iteration, Silent())
             if iteration:
                 verdicts.gate(run, iteration, Silent())
-            for temperature in job.temperatures if iteration in job.measured else ():
+            wanted = [0.0] * (iteration in job.measured) + [1.0] * (iteration in job.sampled)
+            for temperature in wanted:
                 path = run.evaluation_path(iteration, f"world-{temperature:g}")
                 if not path.exists():
                     found = stages.evaluate_world(measuring, run.adapter_path(iteration), "", Silent(), temperature)

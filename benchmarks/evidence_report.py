@@ -87,11 +87,8 @@ class Result:
         return {
             "overrides": self.job.overrides,
             "seconds": [round(second, 1) for second in self.info["seconds"]],
-            "measured": {
-                f"iteration {i}, temperature {t:g}": self.values(i, t)
-                for i in self.job.measured
-                for t in self.job.temperatures
-            },
+            "greedy": {f"iteration {i}": self.values(i) for i in self.job.measured},
+            "sampled": {f"iteration {i}": self.values(i, 1.0) for i in self.job.sampled},
             "signs": {
                 f"iteration {i}": self.marker(i, "audit").get("signs", {}) | self.marker(i, "gate").get("signs", {})
                 for i in range(1, self.job.iterations + 1)

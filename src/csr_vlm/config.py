@@ -74,6 +74,11 @@ class SearchConfig(_Section):
     decoding: Literal["sample", "diverse"] = Field(
         default="sample", description="Independent samples, or siblings that avoid each other's tokens."
     )
+    greedy_first: bool = Field(
+        default=False,
+        description="The first candidate of a partial response is what greedy decoding would say next, so that its "
+        "mistakes are always among what is compared (decoding: sample).",
+    )
     temperature: float = Field(default=1.0, gt=0, le=10, description="Sampling temperature (decoding: sample).")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling mass (decoding: sample).")
     diversity_penalty: float = Field(

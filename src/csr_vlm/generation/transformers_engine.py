@@ -48,6 +48,8 @@ class Decoding:
     top_p: float = 1.0
     diversity_penalty: float | None = None
     """Not None makes siblings avoid each other's tokens."""
+    greedy_first: bool = False
+    """The first sibling takes the most probable tokens, whatever the temperature."""
 
 
 class TransformersEngine:
@@ -72,6 +74,7 @@ class TransformersEngine:
             temperature=config.temperature,
             top_p=config.top_p,
             diversity_penalty=config.diversity_penalty if config.decoding == "diverse" else None,
+            greedy_first=config.greedy_first,
         )
         return self._generate(requests, decoding)
 
@@ -166,6 +169,9 @@ class TransformersEngine:
         else:
             uniform = torch.from_numpy(np.array([row.uniform[step] for row in rows]))
             tokens = sample(barred, uniform, decoding.temperature, decoding.top_p)
+            if decoding.greedy_first:
+                first = torch.tensor([row.place == 0 for row in rows], device=logits.device)
+                tokens = torch.where(first, barred.argmax(dim=-1), tokens)
         logprobs = torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             self._note(row, token, logprob, decoding)

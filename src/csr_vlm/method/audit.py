@@ -21,7 +21,6 @@ from csr_vlm.method.pairs import responses
 from csr_vlm.method.reward import (
     OUT_OF_THE_RUNNING,
     bag_of_words,
-    image_score,
     path_ids,
     reward_scale,
     sentence_rewards,
@@ -64,7 +63,7 @@ class Bound:
 _NEVER = math.inf
 PAIR_BOUNDS = {
     "relevance_win": Bound(
-        0.75, 0.62, False, "what is chosen hardly suits the image better than what is rejected: {value:.2f} of pairs"
+        0.90, 0.80, False, "what is chosen hardly suits the image better than what is rejected: {value:.2f} of pairs"
     ),
     "omission_gap": Bound(
         0.0, 0.05, True, "what is chosen leaves out more of what was seen than what is rejected: {value:+.2f} a pair"
@@ -95,10 +94,11 @@ class TreeSigns:
     """What one prompt's tree and pairs show; sums and counts, so that prompts can be pooled."""
 
     pairs: int
-    wins: float
+    wins: int
+    losses: int
     margin: float
     length_gap: int
-    omission_gap: float
+    omission_gap: int
     repeat_gap: int
     correlation: float | None
     own_above_others: float | None
@@ -108,21 +108,20 @@ def tree_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfi
     """Look at one prompt's tree and the pairs made of it."""
     by_id = {node.node_id: node for node in nodes}
     sentences = [node for node in nodes if node.sentence and node.fate not in OUT_OF_THE_RUNNING]
-    relevance = {node.node_id: image_score(node, scorer, method.reward) for node in sentences}
-    seen = _seen(sentences, relevance)
-    middle = _middle(relevance.values())
-    scale = reward_scale(sentence_rewards(nodes, method, scorer).values(), method)
-    wins = margin = omission = 0.0
-    length = repeats = 0
+    seen = _seen(sentences, scorer)
+    rewards = sentence_rewards(nodes, method, scorer)
+    scale = reward_scale(rewards.values(), method)
+    # A sentence that suits the image counts 1, one that does not -1, one said before nothing.
+    points = {
+        node.node_id: 0 if rewards[node.node_id].repeated else 1 if bag_of_words(node.sentence) in seen else -1
+        for node in sentences
+    }
+    wins = losses = length = omission = repeats = 0
     for pair in pairs:
         sides = [_said(by_id, side.node_id) for side in (pair.chosen, pair.rejected)]
-        shared = _num_shared(*sides)
-        chosen, rejected = (
-            fmean([relevance[node.node_id] for node in side[shared:] if node.node_id in relevance] or [middle])
-            for side in sides
-        )
-        wins += (chosen > rejected) + (chosen == rejected) / 2
-        margin += pair.margin / scale if scale else 0.0
+        chosen, rejected = (sum(points.get(node.node_id, 0) for node in side) for side in sides)
+        wins += chosen > rejected
+        losses += chosen < rejected
         words = [{bag_of_words(node.sentence) for node in side} for side in sides]
         length += len(sides[0]) - len(sides[1])
         omission += len(seen - words[0]) - len(seen - words[1])
@@ -130,7 +129,8 @@ def tree_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfi
     return TreeSigns(
         pairs=len(pairs),
         wins=wins,
-        margin=margin,
+        losses=losses,
+        margin=sum(pair.margin for pair in pairs) / scale if scale else 0.0,
         length_gap=length,
         omission_gap=omission,
         repeat_gap=repeats,
@@ -142,10 +142,11 @@ def tree_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfi
 def pair_signs(trees: Iterable[TreeSigns]) -> dict[str, float]:
     """Pool the prompts of an iteration.
 
-    ``relevance_win``: share of pairs whose chosen side has the higher R_I where the sides
-    differ; 0.5 is chance. ``omission_gap``, ``repeat_gap``, ``length_gap``: chosen less
-    rejected, a pair, in sentences that the tree shows to suit the image, in repeats, in
-    sentences. ``margin``: mean reward margin in units of the prompt's scale.
+    ``relevance_win``: of the pairs whose sides differ in it, the share whose chosen side says
+    more of what suits the image, less what does not; 0.5 is chance. ``omission_gap``,
+    ``repeat_gap``, ``length_gap``: chosen less rejected, a pair, in sentences of the tree that
+    suit the image and are left out, in repeats, in sentences. ``margin``: mean reward margin
+    in units of the prompt's scale.
     ``length_correlation``: mean over prompts of Pearson's r between R(y) and the number of
     sentences. ``scorer_agreement``: share of sentences that suit their own image better
     than the average other one; it needs a ledger with :func:`others_column`.
@@ -157,14 +158,18 @@ def pair_signs(trees: Iterable[TreeSigns]) -> dict[str, float]:
     signs = {
         "prompts_with_pairs": fmean(tree.pairs > 0 for tree in found) if found else 0.0,
         "pairs": float(sum(tree.pairs for tree in found)),
-        "relevance_win": sum(tree.wins for tree in found) / num_pairs,
         "margin": sum(tree.margin for tree in found) / num_pairs,
         "length_gap": sum(tree.length_gap for tree in found) / num_pairs,
         "omission_gap": sum(tree.omission_gap for tree in found) / num_pairs,
         "repeat_gap": sum(tree.repeat_gap for tree in found) / num_pairs,
         "length_correlation": fmean(correlations) if correlations else 0.0,
     }
-    return signs | ({"scorer_agreement": fmean(agreements)} if agreements else {})
+    wins, losses = (sum(getattr(tree, name) for tree in found) for name in ("wins", "losses"))
+    if wins + losses:
+        signs["relevance_win"] = wins / (wins + losses)
+    if agreements:
+        signs["scorer_agreement"] = fmean(agreements)
+    return signs
 
 
 def response_signs(
@@ -212,25 +217,23 @@ def _said(by_id: Mapping[str, Node], node_id: str) -> list[Node]:
     return [by_id[part] for part in path_ids(node_id) if by_id[part].sentence]
 
 
-def _num_shared(left: Sequence[Node], right: Sequence[Node]) -> int:
-    same = 0
-    while same < min(len(left), len(right)) and left[same].node_id == right[same].node_id:
-        same += 1
-    return same
+def _seen(sentences: Sequence[Node], scorer: str) -> set[tuple[str, ...]]:
+    """Collect the sentences, as bags of words, that suit the image.
 
-
-def _middle(values: Iterable[float]) -> float:
-    known = list(values)
-    return (min(known) + max(known)) / 2 if known else 0.0
-
-
-def _seen(sentences: Sequence[Node], relevance: Mapping[str, float]) -> set[tuple[str, ...]]:
-    """Collect the sentences, as bags of words, that suit the image better than the tree's middle."""
-    by_words: dict[tuple[str, ...], float] = {}
-    for node in sentences:
-        by_words.setdefault(bag_of_words(node.sentence), relevance[node.node_id])
-    middle = _middle(by_words.values())
-    return {words for words, value in by_words.items() if value > middle}
+    Where the ledger has the cosines with other images, those whose contrast is above half of
+    the best; otherwise those whose cosine is above the middle of the tree's.
+    """
+    name = scorer.partition("+")[0]
+    by_words = {bag_of_words(node.sentence): node.cosines for node in reversed(sentences)}
+    if not by_words:
+        return set()
+    if all(others_column(name) in cosines for cosines in by_words.values()):
+        values = {words: cosines[name] - cosines[others_column(name)] for words, cosines in by_words.items()}
+        middle = max(values.values()) / 2
+    else:
+        values = {words: cosines[name] for words, cosines in by_words.items()}
+        middle = (min(values.values()) + max(values.values())) / 2
+    return {words for words, value in values.items() if value > middle}
 
 
 def _length_correlation(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> float | None:
