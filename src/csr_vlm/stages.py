@@ -52,7 +52,7 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
     config = run.config
     started = time.perf_counter()
     policy = load_policy(config.model, run.adapter_path(iteration - 1), config.data.max_image_pixels)
-    engine = TransformersEngine(policy, config.generation.max_rows)
+    engine = TransformersEngine(policy, config.generation.max_rows, config.generation.attention, tell.say)
     scorer = ClipScorer(config.scorer, str(policy.device), config.data.max_image_pixels)
     total = run.result(0, "prompts")["accepted"]
     with tell.stage(f"iteration {iteration}: searching", total) as advance:
@@ -61,7 +61,7 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
             if not part.exists():
                 trees = search(
                     prompts,
-                    lambda requests: engine.propose(requests, config.method.search),
+                    engine.proposer(config.method.search, prompts[0]),
                     scorer.score,
                     config.method,
                     iteration=iteration,
@@ -233,7 +233,8 @@ def evaluate_world(
     from csr_vlm.world.scenes import HARBOUR, Split
 
     policy = load_policy(run.config.model, run.adapter_path(iteration))
-    engine = TransformersEngine(policy, run.config.generation.max_rows)
+    generation = run.config.generation
+    engine = TransformersEngine(policy, generation.max_rows, generation.attention, tell.say)
     scorer = ClipScorer(run.config.scorer, str(policy.device))
     name = f"iteration {iteration}" if iteration else "base model"
     with tell.stage(f"{name}: evaluating", num_scenes) as advance:
