@@ -35,6 +35,14 @@ class ModelConfig(_Section):
     )
     device: str = Field(default="auto", description="Torch device; auto takes cuda where there is one.")
     trust_remote_code: bool = Field(default=False, description="Run Python code that ships with the model.")
+    adapter: str | None = Field(
+        default=None,
+        description="Directory of a LoRA on this model that the run starts from and goes on training: a user's own, or "
+        "adapter/ of an earlier run.",
+    )
+    quantization: Literal["nf4"] | None = Field(
+        default=None, description="Load the language model in 4 bits (QLoRA); needs a GPU and bitsandbytes."
+    )
 
 
 class FilterConfig(_Section):

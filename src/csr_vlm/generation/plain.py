@@ -61,6 +61,7 @@ class PlainDecoder:
         cache.batch_select_indices(chosen)
         logits = output.logits[chosen, -1]
         mask = inputs["attention_mask"][chosen]
+        shift = torch.tensor([item.shift for item in encoded], device=self._policy.device)[chosen]
         while True:
             tokens = writer.choose(logits, live)
             going = [place for place, row in enumerate(live) if row.finish is None]
@@ -69,17 +70,17 @@ class PlainDecoder:
             if len(going) < len(live):
                 keep = torch.tensor(going, device=self._policy.device)
                 cache.batch_select_indices(keep)
-                tokens, mask = tokens[keep], mask[keep]
+                tokens, mask, shift = tokens[keep], mask[keep], shift[keep]
                 live = [live[place] for place in going]
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-            logits = self._forward(tokens, mask, cache)
+            logits = self._forward(tokens, mask, mask.sum(dim=1) - 1 + shift, cache)
 
-    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
+    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         self._counters.decode(len(tokens))
         output = self._policy.model(
             input_ids=tokens[:, None],
             attention_mask=mask,
-            position_ids=mask.sum(dim=1, keepdim=True) - 1,
+            position_ids=self._policy.step_positions(positions),
             past_key_values=cache,
             use_cache=True,
         )

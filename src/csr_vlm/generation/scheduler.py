@@ -123,7 +123,7 @@ class Scheduler:
         self._held: dict[str, Held] = {}
         self._prompts: Shelf[Held] = Shelf()
         self._families: Shelf[Family] = Shelf()
-        self._images: dict[str, torch.Tensor] = {}
+        self._images: dict[str, tuple[torch.Tensor, ...] | None] = {}
         """Features of images that waiting prompts will need again."""
         self._live: list[tuple[Family, Row]] = []
         self._hidden: torch.Tensor | None = None

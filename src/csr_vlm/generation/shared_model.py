@@ -46,26 +46,14 @@ class SharedModel:
         inputs = self.policy.model_inputs(encoded, prefixes, "left")
         cache = DynamicCache()
         output = self._body(**inputs, use_cache=True, past_key_values=cache)
-        mask = inputs["attention_mask"]
-        lengths = mask.sum(dim=1).tolist()
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
         self.counters.read(sum(lengths))
         kv = torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers])
         last = output.last_hidden_state[:, -1].clone()
         return [
-            Reading(kv[:, :, row, :, kv.shape[4] - length :], last[row], position)
-            for row, (length, position) in enumerate(zip(lengths, self._next_positions(inputs, mask), strict=True))
+            Reading(kv[:, :, row, :, kv.shape[4] - length :], last[row], length + item.shift)
+            for row, (length, item) in enumerate(zip(lengths, encoded, strict=True))
         ]
-
-    def _next_positions(self, inputs: dict[str, Any], mask: torch.Tensor) -> list[int]:
-        positions = inputs.get("position_ids")
-        if positions is not None:
-            following = positions[..., -1].reshape(-1, len(mask)).amax(dim=0) + 1
-        else:
-            following = mask.sum(dim=1)
-            deltas = getattr(self._body, "rope_deltas", None)
-            if deltas is not None:
-                following = following + deltas.flatten().to(following.device)
-        return [int(position) for position in following.tolist()]
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, step: shared.Step) -> torch.Tensor:
         """Feed one token a row, (rows,), and return the final hidden states, (rows, width)."""

@@ -118,8 +118,11 @@ class Run:
         return self.iteration(number) / "pairs.parquet"
 
     def adapter_path(self, number: int) -> Path | None:
-        """Return the adapter after an iteration; the base model, iteration 0, has none."""
-        return self.iteration(number) / "adapter" if number else None
+        """Return the adapter after an iteration; before the first there is only the user's own, if any."""
+        if number:
+            return self.iteration(number) / "adapter"
+        own = self.config.model.adapter
+        return Path(own) if own is not None else None
 
     def evaluation_path(self, number: int, name: str) -> Path:
         return self.iteration(number) / "eval" / f"{name}.json"
