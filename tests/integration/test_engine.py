@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from csr_vlm.config import SearchConfig
-from csr_vlm.generation import transformers_engine
+from csr_vlm.generation import decoding
 from csr_vlm.generation.policy import Policy
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.records import Candidate, Expansion, Finish, Prompt
@@ -88,7 +88,7 @@ def script(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
     def scripted(logits: torch.Tensor, *_: object) -> torch.Tensor:
         return torch.tensor([next(remaining)] * len(logits))
 
-    monkeypatch.setattr(transformers_engine, "sample", scripted)
+    monkeypatch.setattr(decoding, "sample", scripted)
 
 
 @pytest.mark.parametrize(
