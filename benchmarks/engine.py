@@ -32,12 +32,12 @@ from models import SIZES, make_policy, make_prompts
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from csr_vlm.cli.console import quiet_libraries
+from csr_vlm.generation.counters import Counters
 from csr_vlm.generation.decoding import Decoding, Row, Writer
 from csr_vlm.generation.policy import Policy
 from csr_vlm.generation.sampling import uniforms
 from csr_vlm.generation.scheduler import Scheduler
 from csr_vlm.generation.shared_model import SharedModel
-from csr_vlm.generation.counters import Counters
 from csr_vlm.method.search import Proposer
 from csr_vlm.records import Candidate, Expansion, Finish, Prompt
 
@@ -85,9 +85,7 @@ def root(prompt: Prompt) -> Expansion:
 
 def children(prompt: Prompt, answers: Sequence[tuple[Expansion, Sequence[Candidate]]]) -> list[Expansion]:
     """Continue the best and the two worst of a round, by log-probability a token."""
-    found = [
-        (request, place, candidate) for request, family in answers for place, candidate in enumerate(family)
-    ]
+    found = [(request, place, candidate) for request, family in answers for place, candidate in enumerate(family)]
     found.sort(key=lambda item: -item[2].logprob / len(item[2].token_ids))
     kept = []
     for request, place, candidate in (found[0], found[-2], found[-1]):

@@ -59,7 +59,7 @@ def sharing_trouble(policy: Policy, prompt: Prompt) -> str | None:
     """Say what is wrong with decoding this model by shared attention; None if nothing is."""
     try:
         difference = _difference(policy, prompt)
-    except Exception as error:  # noqa: BLE001 - whatever a foreign model raises is the answer
+    except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     limit = TOLERANCE.get(policy.base_model.dtype, 1e-3)
     if not difference <= limit:

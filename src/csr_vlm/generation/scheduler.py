@@ -107,9 +107,7 @@ class Scheduler:
         max_prompts: Prompts held at once.
     """
 
-    def __init__(
-        self, model: SharedModel, writer: Writes, *, max_rows: int, max_prompts: int
-    ) -> None:
+    def __init__(self, model: SharedModel, writer: Writes, *, max_rows: int, max_prompts: int) -> None:
         self._policy = model.policy
         self._counters = model.counters
         self._model = model
@@ -156,9 +154,7 @@ class Scheduler:
             if not self._live or num_ready > READY_SHARE * len(self._live):
                 break
             self._advance()
-        answers = [
-            (request, held.answers[number]) for held in ready for number, request in enumerate(held.requests)
-        ]
+        answers = [(request, held.answers[number]) for held in ready for number, request in enumerate(held.requests)]
         for held in ready:
             held.requests, held.answers = [], {}
         return answers

@@ -171,8 +171,10 @@ class View:
     def _bias(self, earliest: torch.Tensor | None, repeats: int, keys: torch.Tensor) -> torch.Tensor | None:
         hidden = self.hidden
         if earliest is not None:
-            index = torch.arange(keys.shape[2], device=keys.device)[None] if self.token_index is None else (
-                self.token_index
+            index = (
+                torch.arange(keys.shape[2], device=keys.device)[None]
+                if self.token_index is None
+                else (self.token_index)
             )
             first = earliest.index_select(0, self.grid.row_of).view(self.grid.shape)
             outside = index[:, None, :] < first[:, :, None]
