@@ -15,7 +15,7 @@ from csr_vlm.generation.counters import Counters
 from csr_vlm.generation.decoding import Decoding, Writer
 from csr_vlm.generation.policy import Policy
 from csr_vlm.generation.scheduler import Scheduler
-from csr_vlm.generation.shared import Shelf, hidden_siblings, token_index
+from csr_vlm.generation.shared import Blocks, Shelf
 from csr_vlm.generation.shared_model import SharedModel
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.search import search
@@ -188,7 +188,7 @@ class Box:
 
 
 def test_a_shelf_closes_gaps_and_keeps_what_it_holds() -> None:
-    shelf: Shelf[Box] = Shelf()
+    shelf: Shelf[Box] = Shelf(8)
     boxes = [Box() for _ in range(5)]
     kept = [torch.full((2, 2, 3, length, 4), float(length)) for length in (3, 9, 5, 7, 2)]
     for box, kv in zip(boxes, kept, strict=True):
@@ -203,9 +203,8 @@ def test_a_shelf_closes_gaps_and_keeps_what_it_holds() -> None:
 
 def test_siblings_take_turns_in_a_block() -> None:
     # A path of two tokens, then two steps of two siblings: P P a b a b; another family has no path.
-    hidden = hidden_siblings([2, 0], [2, 2], [6, 2], width=2, device=torch.device("cpu"))
-    seen = [["".join("." if cell else "x" for cell in row) for row in family] for family in hidden.tolist()]
-    assert seen == [["xxx.x.", "xx.x.x"], ["x.....", ".x...."]]
-    # Prompts of ten and of four tokens.
-    index = token_index([10, 4], [2, 0], [2, 2], 6, torch.device("cpu"))
-    assert index.tolist() == [[10, 11, 12, 12, 13, 13], [4, 4, 5, 5, 6, 6]]
+    # Prompts of ten and of four tokens; room for one token more.
+    blocks = Blocks([10, 4], [2, 0], [2, 2], [6, 2], width=7, device=torch.device("cpu"))
+    seen = [["".join("." if cell else "x" for cell in row) for row in family] for family in blocks.hidden(2).tolist()]
+    assert seen == [["xxx.x..", "xx.x.x."], ["x......", ".x....."]]
+    assert blocks.token_index()[:, :6].tolist() == [[10, 11, 12, 12, 13, 13], [4, 4, 5, 5, 6, 6]]

@@ -56,6 +56,7 @@ class Row:
     """Among the siblings."""
     prefix_ids: tuple[int, ...]
     uniform: np.ndarray
+    prefix_text: str = ""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: Finish | None = None
@@ -79,12 +80,14 @@ class Writer:
     def start(self, request: Expansion) -> list[Row]:
         """Make the rows of a request's candidates."""
         self._num_families += 1
+        prefix_text = self._text(request.prefix_ids)
         return [
             Row(
                 family=self._num_families,
                 place=place,
                 prefix_ids=request.prefix_ids,
                 uniform=uniforms((*request.seed, place), self.decoding.max_new_tokens),
+                prefix_text=prefix_text,
             )
             for place in range(request.num_candidates)
         ]
@@ -138,13 +141,12 @@ class Writer:
     def _ends(self, row: Row, token: int | None) -> bool:
         """Whether the sentence ends before ``token``, or with the response if that is None."""
         assert self.decoding.rule is not None
-        before = self._text(row.prefix_ids)
         text = self._text((*row.prefix_ids, *row.ids))
         following = None if token is None else self._text((*row.prefix_ids, *row.ids, token))[len(text) :]
-        return self.decoding.rule.ends(text[len(before) :], following)
+        return self.decoding.rule.ends(text[len(row.prefix_text) :], following)
 
     def _sentence(self, row: Row) -> str:
-        return self._text((*row.prefix_ids, *row.ids))[len(self._text(row.prefix_ids)) :]
+        return self._text((*row.prefix_ids, *row.ids))[len(row.prefix_text) :]
 
     def _text(self, ids: Sequence[int]) -> str:
         text: str = self._policy.tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -20,7 +20,7 @@ import torch
 from csr_vlm.batches import batched
 from csr_vlm.generation.decoding import Row
 from csr_vlm.generation.policy import EncodedPrompt
-from csr_vlm.generation.shared import Grid, Shelf, Step, View, hidden_padding, hidden_siblings, token_index
+from csr_vlm.generation.shared import Blocks, Grid, Shelf, Step, View, hidden_padding
 from csr_vlm.generation.shared_model import SharedModel
 from csr_vlm.records import Candidate, Expansion, Finish, Prompt
 
@@ -119,8 +119,8 @@ class Scheduler:
         self._next: deque[tuple[Held, int]] = deque()
         """Requests of prompts that are held."""
         self._held: dict[str, Held] = {}
-        self._prompts: Shelf[Held] = Shelf()
-        self._families: Shelf[Family] = Shelf()
+        self._prompts: Shelf[Held] = Shelf(max_prompts)
+        self._families: Shelf[Family] = Shelf(max_rows)
         self._images: dict[str, tuple[torch.Tensor, ...] | None] = {}
         """Features of images that waiting prompts will need again."""
         self._live: list[tuple[Family, Row]] = []
@@ -302,32 +302,21 @@ class Scheduler:
             positions.append(family.held.next_position + so_far)
             index.append(family.held.num_tokens + so_far)
             write_at.append(family.own_token(row, family.num_steps - 1))
+        blocks = Blocks(
+            prompt_lengths=[family.held.num_tokens for family in families],
+            path_lengths=[family.path_length for family in families],
+            num_siblings=[len(family.rows) for family in families],
+            lengths=self._families.lengths,
+            width=self._families.width,
+            device=device,
+        )
+        prompt_grid = Grid.of(prompt_cells, len(taken), device)
         family_grid = Grid.of(family_cells, len(families), device)
+        padding = hidden_padding(self._prompts.lengths, self._prompts.width, device)
         slots = torch.tensor([slot for slot, _ in family_cells], device=device)
         step = Step(
-            prompts=View(
-                self._prompts,
-                Grid.of(prompt_cells, len(taken), device),
-                hidden=hidden_padding(self._prompts.lengths, device),
-            ),
-            families=View(
-                self._families,
-                family_grid,
-                hidden=hidden_siblings(
-                    [family.path_length for family in families],
-                    [len(family.rows) for family in families],
-                    self._families.lengths,
-                    family_grid.shape[1],
-                    device,
-                ),
-                token_index=token_index(
-                    [family.held.num_tokens for family in families],
-                    [family.path_length for family in families],
-                    [len(family.rows) for family in families],
-                    max(self._families.lengths),
-                    device,
-                ),
-            ),
+            prompts=View(self._prompts, prompt_grid, padding),
+            families=View(self._families, family_grid, blocks.hidden(family_grid.shape[1]), blocks.token_index()),
             write_at=self._families.flat(slots, torch.tensor(write_at, device=device)),
             index=torch.tensor(index, device=device),
         )

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+SPARE_TOKENS = 64
 ATTENTION = "csr_shared"
 """The name under which transformers finds :func:`shared_attention`."""
 
@@ -42,9 +43,13 @@ class Shelf(Generic[Owner]):
 
     Stored as one tensor of shape (layers, 2, slots, heads, tokens, head size) that grows
     when it must and is reused for what comes later.
+
+    Args:
+        most: Owners there can be at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self.owners: list[Owner] = []
         self.lengths: list[int] = []
         self._data: torch.Tensor | None = None
@@ -74,9 +79,9 @@ class Shelf(Generic[Owner]):
             return
         slots, tokens = shape[2], shape[4]
         if old is not None:
-            # Room for half as much again, so that growing step by step copies little.
-            slots = old.shape[2] if slots <= old.shape[2] else slots + slots // 2
-            tokens = old.shape[4] if tokens <= old.shape[4] else tokens + tokens // 2
+            # More room than asked for, so that growing step by step copies little.
+            slots = old.shape[2] if slots <= old.shape[2] else min(slots + slots // 2, self._most)
+            tokens = old.shape[4] if tokens <= old.shape[4] else tokens + SPARE_TOKENS
         self._data = like.new_zeros((*shape[:2], slots, shape[3], tokens, shape[5]))
         if old is not None:
             self._data[:, :, : old.shape[2], :, : old.shape[4]] = old
@@ -104,9 +109,17 @@ class Shelf(Generic[Owner]):
         return self._data
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a layer's keys and values, each of shape (owners, heads, longest, head size)."""
-        keys, values = self.data[index, :, : len(self.owners), :, : max(self.lengths)]
+        """Return a layer's keys and values, each of shape (owners, heads, width, head size)."""
+        keys, values = self.data[index, :, : len(self.owners), :, : self.width]
         return keys, values
+
+    @property
+    def width(self) -> int:
+        """Tokens of an owner to look at: up to the longest, or all there is room for.
+
+        On a GPU a matrix product over a part of the room would copy that part first.
+        """
+        return max(self.lengths) if self.data.device.type == "cpu" else self.data.shape[4]
 
 
 @dataclass(frozen=True)
@@ -229,42 +242,45 @@ class Step:
             data[kind].view(-1, data.shape[-1]).index_copy_(0, self.write_at, rows.reshape(-1, rows.shape[-1]))
 
 
-def hidden_padding(lengths: Sequence[int], device: torch.device) -> torch.Tensor | None:
-    """Hide the tokens after each owner's last, of shape (owners, 1, tokens); None if there are none."""
-    if len(set(lengths)) == 1:
+def hidden_padding(lengths: Sequence[int], width: int, device: torch.device) -> torch.Tensor | None:
+    """Hide the tokens after each owner's last, of shape (owners, 1, width); None if there are none."""
+    if min(lengths) == width:
         return None
-    token = torch.arange(max(lengths), device=device)
+    token = torch.arange(width, device=device)
     return token[None, None] >= torch.tensor(lengths, device=device)[:, None, None]
 
 
-def hidden_siblings(
-    path_lengths: Sequence[int], num_rows: Sequence[int], lengths: Sequence[int], width: int, device: torch.device
-) -> torch.Tensor:
-    """Hide siblings' tokens from each other, of shape (families, width, tokens).
+@dataclass(frozen=True)
+class Blocks:
+    """How families' tokens lie: first the path, seen by all, then a token of each sibling a step, in turn."""
 
-    A family's block is its path, seen by all, then a token of each sibling a step, in turn.
-    """
-    block = torch.tensor([path_lengths, num_rows, lengths], device=device)[:, :, None, None]
-    token = torch.arange(max(lengths), device=device)[None, None]
-    place = torch.arange(width, device=device)[None, :, None]
-    after_path = token - block[0]
-    is_path = after_path < 0
-    is_own = (after_path % block[1] == place) & (token < block[2])
-    return ~(is_path | is_own)
+    prompt_lengths: Sequence[int]
+    """Tokens that come before the block."""
+    path_lengths: Sequence[int]
+    num_siblings: Sequence[int]
+    lengths: Sequence[int]
+    width: int
+    """Tokens there is room for."""
+    device: torch.device
 
+    def hidden(self, num_places: int) -> torch.Tensor:
+        """Hide siblings' tokens from each other, and what is not written; (families, places, width)."""
+        path, siblings, length = self._columns(self.path_lengths, self.num_siblings, self.lengths)
+        token = torch.arange(self.width, device=self.device)
+        after_path = (token - path)[:, None]
+        place = torch.arange(num_places, device=self.device)[:, None]
+        is_own = (after_path % siblings[:, None] == place) & (token < length)[:, None]
+        return ~((after_path < 0) | is_own)
 
-def token_index(
-    prompt_lengths: Sequence[int],
-    path_lengths: Sequence[int],
-    num_rows: Sequence[int],
-    longest: int,
-    device: torch.device,
-) -> torch.Tensor:
-    """Compute each stored token's place in its sequence, of shape (families, tokens)."""
-    block = torch.tensor([prompt_lengths, path_lengths, num_rows], device=device)[:, :, None]
-    token = torch.arange(longest, device=device)[None]
-    after_path = token - block[1]
-    return block[0] + torch.where(after_path < 0, token, block[1] + after_path // block[2])
+    def token_index(self) -> torch.Tensor:
+        """Compute each token's place in its sequence, of shape (families, width)."""
+        prompt, path, siblings = self._columns(self.prompt_lengths, self.path_lengths, self.num_siblings)
+        token = torch.arange(self.width, device=self.device)
+        after_path = token - path
+        return prompt + torch.where(after_path < 0, token, path + after_path // siblings)
+
+    def _columns(self, *numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, device=self.device)[..., None]
 
 
 def attend(

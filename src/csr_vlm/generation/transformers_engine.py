@@ -113,7 +113,7 @@ def _answers(proposer: Proposer, requests: Sequence[Expansion]) -> list[list[Can
     while waiting - by_prompt.keys():
         found: dict[str, list[list[Candidate]]] = defaultdict(list)
         for request, candidates in proposer.collect():
-            found[request.prompt.prompt_id].append(candidates)
+            found[request.prompt.prompt_id].append(list(candidates))
         for prompt_id, answers in found.items():
             by_prompt[prompt_id] = iter(answers)
             proposer.release(prompt_id)
