@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from csr_vlm.batches import batched
@@ -91,9 +92,15 @@ class Family:
     ends: dict[int, torch.Tensor] = field(default_factory=dict)
     """By place, the final hidden state of a finished sentence's last token."""
 
-    def own_token(self, row: Row, step: int) -> int:
-        """Where in the family's block a row's token of a step is stored: siblings take turns."""
-        return self.path_length + step * len(self.rows) + row.place
+    @property
+    def num_tokens(self) -> int:
+        """Of its block: the path, then a token of each sibling a step, in turn."""
+        return self.path_length + self.num_steps * len(self.rows)
+
+    def tokens_of(self, row: Row) -> list[int]:
+        """Which tokens of the block lie on the path to a row's end."""
+        own = range(self.path_length + row.place, self.num_tokens, len(self.rows))
+        return [*range(self.path_length), *own[: len(row.ids)]]
 
     @property
     def is_done(self) -> bool:
@@ -277,7 +284,7 @@ class Scheduler:
         block = self._families.of(family).clone() if family.ends else None
         for row in family.rows:
             if block is not None and row.place in family.ends:
-                tokens = [*range(family.path_length), *(family.own_token(row, n) for n in range(len(row.ids)))]
+                tokens = family.tokens_of(row)
                 held.branches[(*row.prefix_ids, *row.ids)] = Branch(
                     block, torch.tensor(tokens, device=block.device), family.ends[row.place]
                 )
@@ -286,38 +293,45 @@ class Scheduler:
 
     def _next_step(self) -> tuple[torch.Tensor, Step]:
         """Lay out the live rows' next tokens; return their positions, (rows,), and the step."""
-        device = self._policy.device
         families: list[Family] = self._families.owners
         for family in families:
             family.num_steps += 1
-            self._families.lengthen(family, family.path_length + family.num_steps * len(family.rows))
-        prompt_cells, family_cells, positions, index, write_at = [], [], [], [], []
-        taken = [0] * len(self._prompts.owners)
-        for family, row in self._live:
-            slot = family.held.slot
-            prompt_cells.append((slot, taken[slot]))
-            taken[slot] += 1
-            family_cells.append((family.slot, row.place))
-            so_far = family.path_length + family.num_steps - 1
-            positions.append(family.held.next_position + so_far)
-            index.append(family.held.num_tokens + so_far)
-            write_at.append(family.own_token(row, family.num_steps - 1))
+        self._families.lengthen([family.num_tokens for family in families])
+        of_families = [
+            (f.held.slot, f.held.num_tokens, f.held.next_position, f.path_length, len(f.rows), f.num_steps - 1)
+            for f in families
+        ]
+        slot = np.array([family.slot for family, _ in self._live])
+        place = np.array([row.place for _, row in self._live])
+        prompt, prompt_length, position, path, siblings, step = np.array(of_families).T[:, slot]
         blocks = Blocks(
             prompt_lengths=[family.held.num_tokens for family in families],
             path_lengths=[family.path_length for family in families],
             num_siblings=[len(family.rows) for family in families],
             lengths=self._families.lengths,
             width=self._families.width,
-            device=device,
+            device=self._policy.device,
         )
-        prompt_grid = Grid.of(prompt_cells, len(taken), device)
-        family_grid = Grid.of(family_cells, len(families), device)
-        padding = hidden_padding(self._prompts.lengths, self._prompts.width, device)
-        slots = torch.tensor([slot for slot, _ in family_cells], device=device)
-        step = Step(
+        prompt_grid = Grid.of(prompt, _running_count(prompt), len(self._prompts.owners), blocks.device)
+        family_grid = Grid.of(slot, place, len(families), blocks.device)
+        padding = hidden_padding(self._prompts.lengths, self._prompts.width, blocks.device)
+        write_at = self._families.flat(*self._tensors(slot, path + step * siblings + place))
+        positions, index = self._tensors(position + path + step, prompt_length + path + step)
+        return positions, Step(
             prompts=View(self._prompts, prompt_grid, padding),
             families=View(self._families, family_grid, blocks.hidden(family_grid.shape[1]), blocks.token_index()),
-            write_at=self._families.flat(slots, torch.tensor(write_at, device=device)),
-            index=torch.tensor(index, device=device),
+            write_at=write_at,
+            index=index,
         )
-        return torch.tensor(positions, device=device), step
+
+    def _tensors(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        return [torch.from_numpy(array).to(self._policy.device) for array in arrays]
+
+
+def _running_count(values: np.ndarray) -> np.ndarray:
+    """Count, for each value, how often it came before: 5 5 3 5 gives 0 1 0 2."""
+    order = np.argsort(values, kind="stable")
+    in_order = values[order]
+    counts = np.empty_like(order)
+    counts[order] = np.arange(len(values)) - np.searchsorted(in_order, in_order)
+    return counts

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -86,11 +87,11 @@ class Shelf(Generic[Owner]):
         if old is not None:
             self._data[:, :, : old.shape[2], :, : old.shape[4]] = old
 
-    def lengthen(self, owner: Owner, length: int) -> None:
-        """Say that an owner has so many tokens now, the new ones to be written at :meth:`flat`."""
+    def lengthen(self, lengths: list[int]) -> None:
+        """Say how many tokens the owners have now, slot by slot, the new ones to be written at :meth:`flat`."""
         layers, two, slots, heads, _, size = self.data.shape
-        self.reserve((layers, two, slots, heads, length, size), self.data)
-        self.lengths[owner.slot] = length
+        self.reserve((layers, two, slots, heads, max(lengths), size), self.data)
+        self.lengths = lengths
 
     def flat(self, slots: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Index tokens in a layer's flattened (slots * heads * tokens), of shape (rows * heads,)."""
@@ -133,14 +134,13 @@ class Grid:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, cells: Sequence[tuple[int, int]], num_owners: int, device: torch.device) -> Grid:
-        """Lay rows out by their (owner, column)."""
-        width = max(column for _, column in cells) + 1
-        flat = [owner * width + column for owner, column in cells]
-        row_of = [0] * (num_owners * width)
-        for row, cell in enumerate(flat):
-            row_of[cell] = row
-        return cls(torch.tensor(row_of, device=device), torch.tensor(flat, device=device), (num_owners, width))
+    def of(cls, owners: np.ndarray, columns: np.ndarray, num_owners: int, device: torch.device) -> Grid:
+        """Lay rows out by their owner and column, each of shape (rows,)."""
+        width = int(columns.max()) + 1
+        cell_of = owners * width + columns
+        row_of = np.zeros(num_owners * width, dtype=np.int64)
+        row_of[cell_of] = np.arange(len(cell_of))
+        return cls(torch.from_numpy(row_of).to(device), torch.from_numpy(cell_of).to(device), (num_owners, width))
 
     def spread(self, rows: torch.Tensor, num_key_heads: int) -> torch.Tensor:
         """Turn (rows, heads, size) into (owners, key heads, width * heads a key head, size)."""
