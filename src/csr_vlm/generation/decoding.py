@@ -60,6 +60,8 @@ class Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: Finish | None = None
+    text: str | None = None
+    """Of the sentence, once its end was looked for."""
 
 
 class Writer:
@@ -119,7 +121,9 @@ class Writer:
 
     def candidate(self, row: Row) -> Candidate:
         """Give the finished row as a candidate."""
-        return Candidate(tuple(row.ids), tuple(row.logprobs), self._sentence(row), row.finish or Finish.LENGTH)
+        if row.finish is not Finish.DELIMITER or row.text is None:
+            row.text = self._text((*row.prefix_ids, *row.ids))[len(row.prefix_text) :]
+        return Candidate(tuple(row.ids), tuple(row.logprobs), row.text, row.finish or Finish.LENGTH)
 
     def _note(self, row: Row, token: int, logprob: float) -> None:
         ends_response = token in self._policy.eos_ids
@@ -143,10 +147,8 @@ class Writer:
         assert self.decoding.rule is not None
         text = self._text((*row.prefix_ids, *row.ids))
         following = None if token is None else self._text((*row.prefix_ids, *row.ids, token))[len(text) :]
-        return self.decoding.rule.ends(text[len(row.prefix_text) :], following)
-
-    def _sentence(self, row: Row) -> str:
-        return self._text((*row.prefix_ids, *row.ids))[len(row.prefix_text) :]
+        row.text = text[len(row.prefix_text) :]
+        return self.decoding.rule.ends(row.text, following)
 
     def _text(self, ids: Sequence[int]) -> str:
         text: str = self._policy.tokenizer.decode(list(ids), skip_special_tokens=True)
