@@ -308,6 +308,11 @@ class GenerationConfig(_Section):
     """How the engine runs; no effect on what it generates beyond floating-point ties."""
 
     max_rows: int = Field(default=512, ge=1, description="Sequences decoded at once.")
+    attention: Literal["auto", "shared", "plain"] = Field(
+        default="auto",
+        description="Store keys and values once for all candidates (shared) or copy them to each (plain); auto shares "
+        "where a trial on the first prompt gives what plain gives.",
+    )
     prompts_per_part: int = Field(default=64, ge=1, description="Prompts in one work item, one ledger part.")
 
 

@@ -62,7 +62,7 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
 
     config = run.config
     started = time.perf_counter()
-    engine, scorer = _engine_and_scorer(config, run.adapter_path(iteration - 1))
+    engine, scorer = _engine_and_scorer(config, run.adapter_path(iteration - 1), tell)
     self_check(engine.policy, next(run.prompts()))
     total = run.num_prompts
     company = next(tables.prompt_groups(run.prompts_path))
@@ -74,7 +74,7 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
                 scorer.compare_among([*prompts, *company], config.scorer.others)
                 trees = search(
                     prompts,
-                    lambda requests: engine.propose(requests, config.method.search),
+                    engine.proposer(config.method.search, prompts[0]),
                     scorer.score,
                     config.method,
                     iteration=iteration,
@@ -279,7 +279,7 @@ def _evaluate_heldout(
 ) -> dict[str, Any]:
     from csr_vlm.evaluation.heldout import evaluate as evaluate_responses
 
-    engine, scorer = _engine_and_scorer(config, adapter)
+    engine, scorer = _engine_and_scorer(config, adapter, tell)
     limit = config.method.search.max_sentences * config.method.search.max_sentence_tokens
     with tell.stage(f"{title}: answering held-out prompts", len(prompts)) as advance:
         found = evaluate_responses(engine, scorer, prompts, limit, config.method.search.delimiters)
@@ -295,7 +295,7 @@ def evaluate_world(
     from csr_vlm.world.scenes import Split, world_named
 
     world = config.evaluation.world or WorldEvaluationConfig()
-    engine, scorer = _engine_and_scorer(config, adapter)
+    engine, scorer = _engine_and_scorer(config, adapter, tell)
     with tell.stage(f"{title}: evaluating", world.num_scenes) as advance:
         return evaluate_scenes(
             world_named(world.name),
@@ -309,7 +309,9 @@ def evaluate_world(
         )
 
 
-def _engine_and_scorer(config: RunConfig, adapter: Path | None) -> tuple[TransformersEngine, ScorerGroup]:
+def _engine_and_scorer(
+    config: RunConfig, adapter: Path | None, tell: Reporter
+) -> tuple[TransformersEngine, ScorerGroup]:
     """Load a policy and the scorer."""
     from csr_vlm.generation.policy import load_policy
     from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -317,7 +319,7 @@ def _engine_and_scorer(config: RunConfig, adapter: Path | None) -> tuple[Transfo
 
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)
     scorer = load_scorer(config.scorer, str(policy.device), config.data.max_image_pixels, config.model, adapter)
-    return TransformersEngine(policy, config.generation.max_rows), scorer
+    return TransformersEngine(policy, config.generation.max_rows, config.generation.attention, tell.say), scorer
 
 
 def _policy_name(iteration: int) -> str:

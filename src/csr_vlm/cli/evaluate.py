@@ -286,7 +286,8 @@ def _respond(run: Run, iteration: int, decoding: Decoding, advance: Advance) -> 
     from csr_vlm.generation.transformers_engine import TransformersEngine
 
     policy = load_policy(run.config.model, run.adapter_path(iteration), run.config.data.max_image_pixels)
-    engine = TransformersEngine(policy, run.config.generation.max_rows)
+    generation = run.config.generation
+    engine = TransformersEngine(policy, generation.max_rows, generation.attention)
 
     def respond(prompts: Sequence[Prompt]) -> Iterator[tuple[str, Finish]]:
         for chunk in batched(prompts, _ANSWERED_AT_ONCE):

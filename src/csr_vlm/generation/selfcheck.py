@@ -52,7 +52,7 @@ def self_check(policy: Policy, prompt: Prompt) -> float:
 
 
 def _two_sentences(policy: Policy, prompt: Prompt) -> tuple[list[int], list[float]]:
-    engine = TransformersEngine(policy)
+    engine = TransformersEngine(policy, attention="plain")
     config = SearchConfig(max_sentence_tokens=8)
     ids: list[int] = []
     logprobs: list[float] = []
