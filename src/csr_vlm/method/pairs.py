@@ -37,7 +37,7 @@ def responses(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> list[
 
 
 def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scorer: str, seed: int) -> list[Pair] | str:
-    """Return the prompt's pairs, the widest margin first, or in a word why it has none.
+    """Return the prompt's pairs, of extremes the widest margin first, or in a word why it has none.
 
     Between ``responses`` the best whole response meets others, spread over the ranking
     (``per_prompt`` 1: the worst). Between ``siblings`` the best sentence of every partial
@@ -67,7 +67,8 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
     found = [(chosen, rejected) for chosen, others in ranked for rejected in _spread(others, limit)]
     if not found:
         return "margin"
-    found.sort(key=lambda pair: pair[1].reward - pair[0].reward)
+    if config.selection == "extremes":  # at random, taking the widest margins first would be a preference
+        found.sort(key=lambda pair: pair[1].reward - pair[0].reward)
     return [
         Pair(prompt=prompt, iteration=nodes[0].iteration, chosen=chosen, rejected=rejected)
         for chosen, rejected in _spread(found, config.per_prompt)
