@@ -49,7 +49,7 @@ def test_help_is_quick_and_names_every_verb() -> None:
         started = time.perf_counter()
         shown = csr("--help").stdout
         times.append(time.perf_counter() - started)
-    verbs = "run demo check generate score pairs train eval compare show report merge env world".split()
+    verbs = "run demo check generate score pairs audit train sweep eval compare show report merge env world".split()
     assert all(f"  {verb} " in shown for verb in verbs)
     assert min(times) < 1.0
 

@@ -187,12 +187,12 @@ def test_what_was_seen_can_be_told_by_contrast():
 @pytest.mark.parametrize(
     ("bound", "value", "expected"),
     [
-        (Bound(0.75, 0.62, False, ""), 0.76, Verdict.GO),
-        (Bound(0.75, 0.62, False, ""), 0.75, Verdict.WARN),
+        (Bound(0.75, 0.62, False, ""), 0.75, Verdict.GO),
+        (Bound(0.75, 0.62, False, ""), 0.74, Verdict.WARN),
         (Bound(0.75, 0.62, False, ""), 0.63, Verdict.WARN),
         (Bound(0.75, 0.62, False, ""), 0.62, Verdict.STOP),
-        (Bound(0.1, 0.3, True, ""), 0.09, Verdict.GO),
-        (Bound(0.1, 0.3, True, ""), 0.1, Verdict.WARN),
+        (Bound(0.1, 0.3, True, ""), 0.1, Verdict.GO),
+        (Bound(0.1, 0.3, True, ""), 0.11, Verdict.WARN),
         (Bound(0.1, 0.3, True, ""), 0.29, Verdict.WARN),
         (Bound(0.1, 0.3, True, ""), 0.3, Verdict.STOP),
         (Bound(1.0, math.inf, True, ""), 1e9, Verdict.WARN),
@@ -207,15 +207,20 @@ def test_every_bound_warns_before_it_stops(sign):
     bound = BOUNDS[sign]
     worse = 1 if bound.high else -1
     assert worse * bound.stop >= worse * bound.warn
-    inside, at_warn, at_stop = (
-        audit.findings({sign: value}, BOUNDS)[0] for value in (bound.warn - worse * 1e-6, bound.warn, bound.stop)
+    inside, beyond, at_stop = (
+        audit.findings({sign: value}, BOUNDS)[0]
+        for value in (bound.warn - worse * 1e-6, bound.warn + worse * 1e-6, bound.stop)
     )
     assert inside == Finding(sign, inside.value, Verdict.GO, "")
-    assert at_warn.verdict is not Verdict.GO
-    assert "{" not in at_warn.reason
-    assert at_warn.reason
+    assert beyond.verdict is not Verdict.GO
+    assert beyond.reason
+    assert "{" not in beyond.reason
     if math.isfinite(bound.stop):
         assert at_stop.verdict is Verdict.STOP
+
+
+def test_no_gap_at_all_is_well():
+    assert {f.verdict for f in audit.findings({"omission_gap": 0.0, "repeat_gap": 0.0}, PAIR_BOUNDS)} == {Verdict.GO}
 
 
 def test_rewards_that_fall_with_length_are_judged_as_those_that_rise():

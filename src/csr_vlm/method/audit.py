@@ -47,7 +47,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Bound:
-    """From where on a sign warns, and from where on it stops; ``high`` signs are bad above."""
+    """Beyond ``warn`` a sign warns, from ``stop`` on it stops; ``high`` signs are bad above.
+
+    So a gap of exactly nothing is well where ``warn`` is 0.
+    """
 
     warn: float
     stop: float
@@ -58,7 +61,7 @@ class Bound:
         side = 1 if self.high else -1
         if side * value >= side * self.stop:
             return Verdict.STOP
-        return Verdict.WARN if side * value >= side * self.warn else Verdict.GO
+        return Verdict.WARN if side * value > side * self.warn else Verdict.GO
 
 
 _NEVER = math.inf

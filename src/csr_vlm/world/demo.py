@@ -39,7 +39,7 @@ def demo_config(out: Path, seed: int, num_prompts: int, num_scenes: int) -> RunC
     prompts = directory / "prompts.jsonl"
     if not prompts.exists():
         # Those that will be held out come on top.
-        heldout = min(EvaluationConfig().heldout, -(-num_prompts // 7))
+        heldout = min(EvaluationConfig().heldout, num_prompts // 7)
         write_prompts(HARBOUR, Split.PROMPTS, seed, num_prompts + heldout, directory)
     return resolve(
         {
