@@ -92,6 +92,10 @@ def test_length_correlation_is_pearsons_r_over_complete_responses():
     assert signs_of(cut).correlation == pytest.approx(-10 / math.sqrt(0.75 * 750)), "what is cut off does not count"
 
 
+def test_length_does_not_decide_between_siblings():
+    assert signs_of(TREE, pairs={"between": "siblings"}).correlation is None
+
+
 def test_what_is_out_of_the_running_shows_nothing():
     bright = [replace(node("2", "A sun.", cosine=0.99), fate=fate) for fate in (Fate.DUPLICATE, Fate.FILTERED)]
     assert signs_of([*TREE, *bright]) == signs_of(TREE)

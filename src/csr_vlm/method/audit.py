@@ -137,7 +137,8 @@ def tree_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfi
         length_gap=length,
         omission_gap=omission,
         repeat_gap=repeats,
-        correlation=_length_correlation(nodes, method, scorer),
+        # Between siblings R(y) decides nothing: where most candidates are false, to end is right.
+        correlation=_length_correlation(nodes, method, scorer) if method.pairs.between == "responses" else None,
         own_above_others=_own_above_others(sentences, scorer),
     )
 
@@ -150,7 +151,7 @@ def pair_signs(trees: Iterable[TreeSigns]) -> dict[str, float]:
     rejected, a pair, in sentences that the tree shows to suit the image, in repeats, in
     sentences. ``margin``: mean reward margin in units of the prompt's scale.
     ``length_correlation``: mean over prompts of Pearson's r between R(y) and the number of
-    sentences. ``scorer_agreement``: share of sentences that suit their own image better
+    sentences, where pairs are of whole responses. ``scorer_agreement``: share of sentences that suit their own image better
     than the average other one; it needs a ledger with :func:`others_column`. What nothing
     is known of is left out.
     """
