@@ -151,9 +151,9 @@ def pair_signs(trees: Iterable[TreeSigns]) -> dict[str, float]:
     rejected, a pair, in sentences that the tree shows to suit the image, in repeats, in
     sentences. ``margin``: mean reward margin in units of the prompt's scale.
     ``length_correlation``: mean over prompts of Pearson's r between R(y) and the number of
-    sentences, where pairs are of whole responses. ``scorer_agreement``: share of sentences that suit their own image better
-    than the average other one; it needs a ledger with :func:`others_column`. What nothing
-    is known of is left out.
+    sentences, where pairs are of whole responses. ``scorer_agreement``: share of sentences
+    that suit their own image better than the average other one; it needs a ledger with
+    :func:`others_column`. What nothing is known of is left out.
     """
     found = list(trees)
     num_pairs = sum(tree.pairs for tree in found)
