@@ -243,6 +243,15 @@ class JudgeConfig(_Section):
         description="What is asked about any other sentence.",
     )
 
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return pattern
+
 
 class OneScorerConfig(_Section):
     """One measure of image-text relevance: a column of the ledger."""

@@ -117,7 +117,7 @@ def _announce(run: Run, iteration: int, stage: str, tell: Reporter) -> bool:
         if iteration == 1 and stage == "audit":
             raise CsrError(
                 f"these pairs are not worth training on: {'; '.join(result['reasons'])}",
-                f"csr audit {run.root} shows all signs; evaluation.audit=warn trains all the same",
+                f"csr audit {run.root} shows all signs; a new run with evaluation.audit=warn trains all the same",
             )
         tell.say(f"the result is {'iteration ' + str(iteration - 1) if iteration > 1 else 'the base model'}")
     return bool(result["stopped"])

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from csr_vlm.scoring.clip import ClipScorer
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -31,6 +30,7 @@ from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import Tree, search
 from csr_vlm.records import Finish, Pair, Prompt
+from csr_vlm.scoring.load import load_scorer
 from csr_vlm.training import dpo
 from csr_vlm.world.demo import assets
 from tests.families.checkpoints import FAMILIES, checkpoint
@@ -102,7 +102,7 @@ def case(name: str, directory: Path) -> Case:
     policy = load_policy(config, None)
     asked = prompts(directory)
     engine = TransformersEngine(policy)
-    scorer = ClipScorer(ScorerConfig(path=str(assets() / "clip")), device="cpu")
+    scorer = load_scorer(ScorerConfig(path=str(assets() / "clip")), device="cpu")
     trees = search(
         asked,
         lambda requests: engine.propose(requests, METHOD.search),

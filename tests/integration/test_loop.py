@@ -61,7 +61,11 @@ def test_a_run_leaves_what_the_design_promises(undisturbed: Run) -> None:
         "dropped": {},
         "examples": [],
         "sha256": manifest["stages"]["iteration-0"]["prompts"]["sha256"],
+        "heldout": 2,
     }
+    trained_on = {prompt.prompt_id for prompt in undisturbed.prompts()}
+    assert (len(trained_on), undisturbed.num_prompts) == (14, 14)
+    assert not trained_on & {prompt.prompt_id for prompt in undisturbed.heldout()}
     assert (undisturbed.root / "report.html").stat().st_size > 10_000
     leftovers = [p for p in undisturbed.root.rglob("*") if p.suffix in (".tmp", ".pkl", ".bin", ".pt")]
     assert leftovers == []

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from csr_vlm.scoring.clip import ClipScorer
 
 from csr_vlm.config import MethodConfig, SearchConfig
 from csr_vlm.errors import CsrError
@@ -21,6 +20,7 @@ from csr_vlm.generation.shared_model import SharedModel
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.search import search
 from csr_vlm.records import Node, Prompt
+from csr_vlm.scoring.scorer import ScorerGroup
 from tests.integration.test_engine import expansions, tokens
 
 DECODINGS = {
@@ -36,7 +36,7 @@ def settings(**changes: Any) -> MethodConfig:
     )
 
 
-def ledger(engine: TransformersEngine, prompts: Sequence[Prompt], method: MethodConfig, scorer: ClipScorer) -> Any:
+def ledger(engine: TransformersEngine, prompts: Sequence[Prompt], method: MethodConfig, scorer: ScorerGroup) -> Any:
     trees = search(
         prompts,
         engine.proposer(method.search, prompts[0]),
@@ -55,7 +55,7 @@ def same_tokens(left: dict[Any, Node], right: dict[Any, Node]) -> bool:
 
 @pytest.mark.parametrize("name", DECODINGS)
 def test_search_writes_what_the_plain_path_writes(
-    policy: Policy, prompts: list[Prompt], scorer: ClipScorer, name: str
+    policy: Policy, prompts: list[Prompt], scorer: ScorerGroup, name: str
 ) -> None:
     method = settings(**DECODINGS[name])
     found = {
@@ -71,7 +71,7 @@ def test_search_writes_what_the_plain_path_writes(
 
 
 def test_search_does_not_depend_on_rows_order_or_company(
-    policy: Policy, prompts: list[Prompt], scorer: ClipScorer
+    policy: Policy, prompts: list[Prompt], scorer: ScorerGroup
 ) -> None:
     method = settings()
     together = ledger(TransformersEngine(policy), prompts[:6], method, scorer)
@@ -82,7 +82,7 @@ def test_search_does_not_depend_on_rows_order_or_company(
     assert same_tokens(alone, {key: node for key, node in together.items() if key[0] == prompts[2].prompt_id})
 
 
-def test_nothing_is_read_or_seen_twice(policy: Policy, prompts: list[Prompt], scorer: ClipScorer) -> None:
+def test_nothing_is_read_or_seen_twice(policy: Policy, prompts: list[Prompt], scorer: ScorerGroup) -> None:
     engine = TransformersEngine(policy, max_rows=32, attention="shared")
     nodes = ledger(engine, prompts, settings(), scorer)
     asked_again = [replace(prompt, prompt_id=f"{prompt.prompt_id}-again") for prompt in prompts[:3]]

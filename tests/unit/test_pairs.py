@@ -177,6 +177,17 @@ def test_random_selection_prefers_nothing():
     assert fmean(extremes) > 10 * stdev(extremes) / math.sqrt(len(extremes)), "the control can fail"
 
 
+@pytest.mark.parametrize("per_prompt", [1, 2, 3])
+def test_random_siblings_prefer_nothing_however_few_are_kept(per_prompt):
+    how = {"between": "siblings", "selection": "random", "per_prompt": per_prompt, "per_node": 3}
+    margins = []
+    for i in range(200):
+        found = make_pairs(prompt(), random_tree(0, f"prompt-{i}"), method(1.0, pairs=how), "clip", 0)
+        margins += [pair.margin for pair in found]
+    assert len(margins) > 195 * per_prompt
+    assert abs(fmean(margins)) < 3 * stdev(margins) / math.sqrt(len(margins) / per_prompt)
+
+
 def test_pairs_can_be_derived_anew_from_the_ledger(tmp_path):
     prompts = [prompt(f"prompt-{i}") for i in range(40)]
     model = RandomModel(salt=7)

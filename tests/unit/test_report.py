@@ -312,6 +312,50 @@ def test_a_large_gallery_is_sampled(tmp_path: Path) -> None:
     assert "60 of 500 prompts" in page.text
 
 
+def judge(run: Run, iteration: int, stage: str, stopped: bool, *findings: tuple[str, float, str, str]) -> None:
+    found = [dict(zip(("sign", "value", "verdict", "reason"), finding, strict=True)) for finding in findings]
+    reasons = [reason for *_, verdict, reason in findings if verdict == "stop"]
+    worst = "stop" if stopped else "warn"
+    run.mark_done(iteration, stage, verdict=worst, stopped=stopped, signs={}, findings=found, reasons=reasons)
+
+
+def test_the_health_of_every_iteration(tmp_path: Path, prompts: list[Prompt]) -> None:
+    run = complete_run(tmp_path, prompts)
+    judge(run, 1, "audit", False, ("relevance_win", 0.91, "go", ""), ("omission_gap", 0.01, "warn", "leaves out <b>"))
+    judge(run, 1, "gate", False, ("sentences_ratio", 0.97, "go", ""))
+    judge(run, 2, "audit", False, ("relevance_win", 0.9, "go", ""), ("omission_gap", -0.2, "go", ""))
+    judge(run, 2, "gate", True, ("sentences_ratio", 0.4, "stop", "the policy falls silent"))
+    text = write_report(run).read_text(encoding="utf-8")
+    page = Page(text)
+    shown = " ".join(page.text[page.text.index("Signs that need no truth") :].split())
+    assert "Chosen suits the image better share of pairs; 0.5 is chance 0.91 go 0.90 go" in shown
+    assert "Left out of what was seen sentences a pair, chosen less rejected +0.01 warn −0.20 go" in shown
+    assert "Length sentences, as a share of the base model’s 0.97 go 0.40 stop" in shown
+    assert "warn Iteration 1, pairs: leaves out <b>." in shown
+    assert "stop Iteration 2, policy: the policy falls silent." in shown
+    assert "&lt;b&gt;" in text
+    first_screen = page.text[: page.text.index("Signs that need no truth")]
+    assert "The run stopped after iteration 2 and kept iteration 1: the policy falls silent." in first_screen
+    assert "evaluation.audit is" not in page.text
+
+
+def test_a_run_that_its_pairs_stopped(tmp_path: Path, prompts: list[Prompt]) -> None:
+    run = new_run(tmp_path / "run", evaluation={"audit": "stop"})
+    run.mark_done(0, "prompts", accepted=18, heldout=2, dropped={}, examples=[], sha256="ab" * 32)
+    add_pairs(run, 1, prompts, "There is a red boat.", "There is a fish.")
+    judge(run, 1, "audit", True, ("relevance_win", 0.5, "stop", "0.50 of pairs"), ("own_sign", 1.0, "go", ""))
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "The run stopped before training iteration 1 and kept the base model: 0.50 of pairs." in page.text
+    assert "18 (2 held out)" in page.text
+    assert "own sign" in page.text, "a sign without a name of its own is shown all the same"
+    assert "unfinished" not in page.text
+
+
+def test_no_health_without_judgements(tmp_path: Path, prompts: list[Prompt]) -> None:
+    page = Page(write_report(complete_run(tmp_path, prompts)).read_text(encoding="utf-8"))
+    assert "health" not in {section.get("id") for section in page.all("section")}
+
+
 def outcome(tmp_path: Path, before: dict[str, Any], after: dict[str, Any], rows: Any = ((), ())) -> Any:
     run = new_run(tmp_path / "run", iterations=3)
     add_evaluation(run, 0, before, list(rows[0]))

@@ -46,7 +46,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Bound:
-    """From where on a sign warns, and from where on it stops; ``high`` signs are bad above."""
+    """Beyond ``warn`` a sign warns, from ``stop`` on it stops; ``high`` signs are bad above.
+
+    So a gap of exactly nothing is well where ``warn`` is 0.
+    """
 
     warn: float
     stop: float
@@ -57,7 +60,7 @@ class Bound:
         side = 1 if self.high else -1
         if side * value >= side * self.stop:
             return Verdict.STOP
-        return Verdict.WARN if side * value >= side * self.warn else Verdict.GO
+        return Verdict.WARN if side * value > side * self.warn else Verdict.GO
 
 
 _NEVER = math.inf
@@ -83,7 +86,7 @@ RESPONSE_BOUNDS = {
     ),
     "relevance_gain": Bound(-0.5, -1.5, False, "responses suit their images less than the base's: R_I {value:+.1f}"),
     "repeats_gain": Bound(0.10, 0.30, True, "responses say more things twice than the base's: {value:+.2f} each"),
-    "unfinished": Bound(0.10, 0.30, True, "{value:.2f} of the responses come to no end"),
+    "unfinished_gain": Bound(0.10, 0.30, True, "more responses come to no end than the base's: {value:+.2f} of them"),
     "chosen_drop": Bound(1.0, _NEVER, True, "training made the chosen responses less likely, by {value:.2f} nats each"),
 }
 """Signs of a trained policy, against the base model's."""
@@ -134,7 +137,8 @@ def tree_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfi
         length_gap=length,
         omission_gap=omission,
         repeat_gap=repeats,
-        correlation=_length_correlation(nodes, method, scorer),
+        # Between siblings R(y) decides nothing: where most candidates are false, to end is right.
+        correlation=_length_correlation(nodes, method, scorer) if method.pairs.between == "responses" else None,
         own_above_others=_own_above_others(sentences, scorer),
     )
 
@@ -148,27 +152,29 @@ def pair_signs(trees: Iterable[TreeSigns]) -> dict[str, float]:
     suit the image and are left out, in repeats, in sentences. ``margin``: mean reward margin
     in units of the prompt's scale.
     ``length_correlation``: mean over prompts of Pearson's r between R(y) and the number of
-    sentences. ``scorer_agreement``: share of sentences that suit their own image better
-    than the average other one; it needs a ledger with :func:`others_column`.
+    sentences, where pairs are of whole responses. ``scorer_agreement``: share of sentences
+    that suit their own image better than the average other one; it needs a ledger with
+    :func:`others_column`. What nothing is known of is left out.
     """
     found = list(trees)
-    num_pairs = max(sum(tree.pairs for tree in found), 1)
-    correlations = [tree.correlation for tree in found if tree.correlation is not None]
-    agreements = [tree.own_above_others for tree in found if tree.own_above_others is not None]
-    signs = {
-        "prompts_with_pairs": fmean(tree.pairs > 0 for tree in found) if found else 0.0,
-        "pairs": float(sum(tree.pairs for tree in found)),
-        "margin": sum(tree.margin for tree in found) / num_pairs,
-        "length_gap": sum(tree.length_gap for tree in found) / num_pairs,
-        "omission_gap": sum(tree.omission_gap for tree in found) / num_pairs,
-        "repeat_gap": sum(tree.repeat_gap for tree in found) / num_pairs,
-        "length_correlation": fmean(correlations) if correlations else 0.0,
-    }
+    num_pairs = sum(tree.pairs for tree in found)
+    signs = {"prompts_with_pairs": fmean(tree.pairs > 0 for tree in found) if found else 0.0, "pairs": float(num_pairs)}
+    if num_pairs:
+        signs |= {
+            "margin": sum(tree.margin for tree in found) / num_pairs,
+            "length_gap": sum(tree.length_gap for tree in found) / num_pairs,
+            "omission_gap": sum(tree.omission_gap for tree in found) / num_pairs,
+            "repeat_gap": sum(tree.repeat_gap for tree in found) / num_pairs,
+        }
     wins, losses = (sum(getattr(tree, name) for tree in found) for name in ("wins", "losses"))
     if wins + losses:
         signs["relevance_win"] = wins / (wins + losses)
-    if agreements:
-        signs["scorer_agreement"] = fmean(agreements)
+    for name, values in (
+        ("length_correlation", [tree.correlation for tree in found if tree.correlation is not None]),
+        ("scorer_agreement", [tree.own_above_others for tree in found if tree.own_above_others is not None]),
+    ):
+        if values:
+            signs[name] = fmean(values)
     return signs
 
 
@@ -183,10 +189,10 @@ def response_signs(
         chosen_change: Mean change of the chosen responses' log-probability in training, nats.
     """
     return {
-        "sentences_ratio": now["sentences"] / base["sentences"] if base["sentences"] else 0.0,
+        **({"sentences_ratio": now["sentences"] / base["sentences"]} if base["sentences"] else {}),
         "relevance_gain": now["relevance"] - base["relevance"],
         "repeats_gain": now["repeats"] - base["repeats"],
-        "unfinished": 1.0 - now["complete"],
+        "unfinished_gain": base["complete"] - now["complete"],
         **({} if chosen_change is None else {"chosen_drop": -chosen_change}),
     }
 
@@ -246,10 +252,10 @@ def _length_correlation(nodes: Sequence[Node], method: MethodConfig, scorer: str
 
 
 def _own_above_others(sentences: Sequence[Node], scorer: str) -> float | None:
-    name = scorer.partition("+")[0]
-    pairs = [
-        (node.cosines[name], node.cosines[others_column(name)])
+    names = scorer.split("+")
+    gaps = [
+        sum(node.cosines[name] - node.cosines[others_column(name)] for name in names)
         for node in {bag_of_words(node.sentence): node for node in sentences}.values()
-        if others_column(name) in node.cosines
+        if all(others_column(name) in node.cosines for name in names)
     ]
-    return fmean((own > other) + (own == other) / 2 for own, other in pairs) if pairs else None
+    return fmean((gap > 0) + (gap == 0) / 2 for gap in gaps) if gaps else None

@@ -45,7 +45,7 @@ def responses(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> list[
 
 
 def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scorer: str, seed: int) -> list[Pair] | str:
-    """Return the prompt's pairs, the widest margin first, or in a word why it has none.
+    """Return the prompt's pairs, of extremes the widest margin first, or in a word why it has none.
 
     Between ``responses`` the best whole response meets others, spread over the ranking
     (``per_prompt`` 1: the worst). Between ``siblings`` the best sentence of every partial
@@ -77,7 +77,8 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
     ranked = [pair for contest in distinct for pair in _spread(_ranking(contest, config, key, least), limit)]
     if not ranked:
         return "margin"
-    ranked.sort(key=lambda pair: pair[1].reward - pair[0].reward)
+    if config.selection == "extremes":  # at random, taking the widest margins first would be a preference
+        ranked.sort(key=lambda pair: pair[1].reward - pair[0].reward)
     return [
         Pair(prompt=prompt, iteration=nodes[0].iteration, chosen=chosen, rejected=rejected)
         for chosen, rejected in _spread(ranked, config.per_prompt)

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from csr_vlm.report import formats, panels
 from csr_vlm.report.analysis import analysis_panel
 from csr_vlm.report.gallery import SCALE_STEPS, pair_gallery, scene_gallery
+from csr_vlm.report.health import health_panel
 from csr_vlm.report.measures import read_evaluation, verdict
 from csr_vlm.report.provenance import STAGES, provenance
 from csr_vlm.store import files
@@ -72,6 +73,7 @@ def _source(environment: Environment, name: str) -> str:
 
 def _content(run: Run) -> dict[str, Any]:
     evaluation = read_evaluation(run)
+    prompts = run.result(0, "prompts") if run.is_done(0, "prompts") else {}
     pairs = panels.pair_results(run)
     training = panels.training_results(run)
     return {
@@ -79,13 +81,15 @@ def _content(run: Run) -> dict[str, Any]:
         "config": run.config,
         "model_name": _last_part(run.config.model.path),
         "scorer_name": _last_part(run.config.scorer.path),
-        "num_prompts": run.result(0, "prompts").get("accepted") if run.is_done(0, "prompts") else None,
+        "num_prompts": prompts.get("accepted"),
+        "num_heldout": prompts.get("heldout"),
         "finished": _finished(run),
         "verdict": verdict(run, evaluation),
         "evaluation": evaluation,
         "tiles": panels.headline_tiles(evaluation) if evaluation else panels.pair_tiles(pairs),
         "figures": panels.metric_figures(evaluation) if evaluation else [],
         "metrics": panels.metric_table(evaluation) if evaluation else None,
+        "health": health_panel(run),
         "pairs": pairs,
         "pair_figures": panels.pair_figures(pairs),
         "training": training,
@@ -105,6 +109,8 @@ def _last_part(path: str) -> str:
 
 
 def _finished(run: Run) -> bool:
-    last = run.stopped_at or run.config.iterations
+    if run.stopped_at is not None:
+        return True
+    last = run.config.iterations
     evaluated = run.config.evaluation.world is None or run.is_done(last, "evaluate")
     return run.is_done(last, "train") and evaluated

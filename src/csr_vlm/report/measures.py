@@ -140,14 +140,16 @@ def verdict(run: Run, evaluation: Evaluation | None) -> Verdict:
         trained = run.last_trained
         done = f"{trained} of {plural(run.config.iterations, 'iteration')} {'is' if trained == 1 else 'are'} trained"
         reason = "no evaluation has finished" if run.config.evaluation.world else "this run evaluates nothing"
-        return Verdict(f"{done}; {reason}, so whether the model hallucinates less is not known.", "none")
+        return Verdict(
+            f"{done}; {reason}, so whether the model hallucinates less is not known.", "none", _stop_notes(run)
+        )
     base, last = evaluation.first, evaluation.last
     if run.stopped_at is not None and run.final == 0:
         return Verdict("Iteration 1 did not pass, so the base model stays as it is.", "none", _stop_notes(run))
     if base == last:
         before = fixed(evaluation.metric(base, "chair_s").value)
         name = "the base model" if base == 0 else f"iteration {base}"
-        return Verdict(f"Only {name} is evaluated so far: its CHAIR_S is {before}.", "none")
+        return Verdict(f"Only {name} is evaluated so far: its CHAIR_S is {before}.", "none", _stop_notes(run))
     return _comparison(run, evaluation)
 
 
@@ -171,9 +173,11 @@ def _stop_notes(run: Run) -> list[str]:
     """Say why a run stopped and what it kept, where it did."""
     if run.stopped_at is None:
         return []
-    reasons = "; ".join(run.result(run.stopped_at, "gate")["reasons"])
     kept = f"iteration {run.final}" if run.final else "the base model"
-    return [f"The run stopped after iteration {run.stopped_at} and kept {kept}: {reasons}."]
+    by_pairs = run.is_done(run.stopped_at, "audit") and run.result(run.stopped_at, "audit")["stopped"]
+    stage, when = ("audit", "before training") if by_pairs else ("gate", "after")
+    reasons = "; ".join(run.result(run.stopped_at, stage)["reasons"])
+    return [f"The run stopped {when} iteration {run.stopped_at} and kept {kept}: {reasons}."]
 
 
 def _certain(evaluation: Evaluation, difference: Metric | None) -> bool:

@@ -53,17 +53,17 @@ class JudgeScorer:
         """Word the question about a sentence.
 
         Raises:
-            CsrError: ``judge.question`` names a group that ``judge.pattern`` does not have.
+            CsrError: The template asks for what there is not, such as a group that ``judge.pattern`` does not have.
         """
         found = self._pattern.search(sentence)
-        if found is None:
-            return self._config.judge.otherwise.format(sentence=sentence)
+        option, groups = ("question", found.groups("")) if found else ("otherwise", ())
         try:
-            return self._config.judge.question.format(*found.groups(), sentence=sentence)
-        except IndexError:
+            return str(getattr(self._config.judge, option)).format(*groups, sentence=sentence)
+        except (IndexError, KeyError, ValueError, AttributeError) as error:
             raise CsrError(
-                f"scorer.judge.question asks for a group that {self._config.judge.pattern!r} does not have",
-                "put it in parentheses in scorer.judge.pattern",
+                f"scorer.judge.{option} cannot be filled in: {error}",
+                f"it may use {{sentence}} and, of a sentence where {self._config.judge.pattern!r} is found, "
+                "the pattern's groups as {0}, {1}, ...",
             ) from None
 
     @torch.inference_mode()

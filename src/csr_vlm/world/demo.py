@@ -47,7 +47,7 @@ def demo_config(
     prompts = directory / "prompts.jsonl"
     if not prompts.exists():
         # Those that will be held out come on top.
-        heldout = min(EvaluationConfig().heldout, -(-num_prompts // 7))
+        heldout = min(EvaluationConfig().heldout, num_prompts // 7)
         write_prompts(world, Split.PROMPTS, seed, num_prompts + heldout, directory)
     return resolve(
         {

@@ -1,0 +1,149 @@
+"""The policy as its own judge, against its own logits."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from csr_vlm.config import ModelConfig, ScorerConfig, TrainingConfig, scorer_config
+from csr_vlm.errors import CsrError
+from csr_vlm.generation.policy import Policy
+from csr_vlm.records import Prompt
+from csr_vlm.scoring.judge import JudgeScorer
+from csr_vlm.scoring.load import load_scorer
+from csr_vlm.training.dpo import save_adapter, trainable_policy
+from csr_vlm.world.demo import assets
+from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
+
+MODEL = ModelConfig(path=str(assets() / "llava"), device="cpu")
+QUESTIONS = {"pattern": r"There is an? \w+ (\w+)", "question": "Is there a {0} in the image?"}
+SENTENCES = ["There is a red boat.", "There is a blue fish.", "There is a green tree and a red bird."]
+
+
+def judge_of(adapter: Path | None = None, batch_size: int = 256, **judge: str) -> JudgeScorer:
+    settings = ScorerConfig.model_validate({"path": "judge:policy", "batch_size": batch_size, "judge": judge})
+    (found,) = load_scorer(settings, "cpu", policy=MODEL, adapter=adapter).scorers
+    assert isinstance(found, JudgeScorer)
+    return found
+
+
+@torch.inference_mode()
+def p_yes(policy: Policy, prompt: Prompt, question: str) -> float:
+    """P(yes) / (P(yes) + P(no)), one question at a time, by the processor and the model alone."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    text = policy.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    picture = Image.open(prompt.image).convert("RGB")
+    inputs = policy.processor(
+        images=[picture],
+        text=[text],
+        return_tensors="pt",
+        add_special_tokens=not text.startswith(policy.tokenizer.bos_token),
+    )
+    probabilities = policy.model(**inputs).logits[0, -1].softmax(dim=-1)
+    first = {
+        word: {policy.tokenizer(form, add_special_tokens=False)["input_ids"][0] for form in forms}
+        for word, forms in {"yes": ("Yes", "yes", " Yes", " yes"), "no": ("No", "no", " No", " no")}.items()
+    }
+    assert first["yes"] != first["no"]
+    both = first["yes"] & first["no"]
+    yes, no = (sum(float(probabilities[i]) for i in first[word] - both) for word in ("yes", "no"))
+    return yes / (yes + no)
+
+
+def test_the_score_is_the_share_of_yes(policy: Policy, prompts: list[Prompt]) -> None:
+    items = [(prompt, sentence) for prompt in prompts[:3] for sentence in SENTENCES]
+    found = [row["clip"] for row in judge_of(**QUESTIONS).score(items)]
+    kinds = ["boat", "fish", "tree"]
+    expected = [p_yes(policy, prompt, f"Is there a {kind} in the image?") for prompt in prompts[:3] for kind in kinds]
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert max(found) - min(found) > 0.5, "it can tell"
+
+
+def test_what_is_there_is_judged_truer_than_what_is_not(prompts: list[Prompt]) -> None:
+    scenes = list(make_scenes(HARBOUR, Split.DEVELOPMENT, 0, 12))[:6]
+    kinds = sorted({item.kind for scene in scenes for item in scene.objects})[:12]
+    judge = judge_of(**QUESTIONS)
+    there, absent = [], []
+    for scene, prompt in zip(scenes, prompts[:6], strict=True):
+        present = {item.kind for item in scene.objects}
+        for kind, row in zip(kinds, judge.score([(prompt, f"There is a red {kind}.") for kind in kinds]), strict=True):
+            (there if kind in present else absent).append(row["clip"])
+    assert sum(there) / len(there) > sum(absent) / len(absent) + 0.4
+
+
+def test_order_and_batches_do_not_matter(prompts: list[Prompt]) -> None:
+    items = [(prompt, sentence) for prompt in prompts[:4] for sentence in SENTENCES]
+    whole = [row["clip"] for row in judge_of(**QUESTIONS).score(items)]
+    singly = [row["clip"] for row in judge_of(batch_size=1, **QUESTIONS).score(items)]
+    assert singly == pytest.approx(whole, abs=1e-4)
+    shuffled = random.Random(0).sample(range(len(items)), len(items))
+    mixed = judge_of(batch_size=5, **QUESTIONS).score([items[at] for at in shuffled])
+    assert [row["clip"] for row in mixed] == pytest.approx([whole[at] for at in shuffled], abs=1e-4)
+
+
+def test_a_question_is_asked_once_and_forgotten_when_told(prompts: list[Prompt], monkeypatch) -> None:
+    judge = judge_of(**QUESTIONS)
+    asked = []
+    ask = judge._ask
+    monkeypatch.setattr(judge, "_ask", lambda questions: asked.append(len(questions)) or ask(questions))
+    item = (prompts[0], "There is a red boat.")
+    first = judge.score([item, (prompts[0], "There is a blue boat."), item])
+    assert first[0] == first[1] == first[2]
+    assert judge.score([item]) == first[:1]
+    assert asked == [1], "all of them are the same question about the same image"
+    judge.forget()
+    judge.score([item])
+    assert asked == [1, 1]
+
+
+def test_the_pattern_decides_what_is_asked() -> None:
+    judge = judge_of(**QUESTIONS, otherwise="Is it right that {sentence}")
+    assert judge.question("There is a red boat.") == "Is there a boat in the image?"
+    assert judge.question("A boat.") == "Is it right that A boat."
+    plain = judge_of()
+    assert plain.question("A boat.") == "A boat. Is that true of the image? Answer yes or no."
+    optional = judge_of(pattern=r"a (red )?(boat)", question="Is there a {0}{1}?")
+    assert optional.question("See a boat.") == "Is there a boat?"
+    assert optional.question("See a red boat.") == "Is there a red boat?"
+
+
+@pytest.mark.parametrize(
+    ("judge", "option"),
+    [
+        ({"question": "Is there a {1}?", "pattern": "(boat)"}, "question"),
+        ({"question": "Is there a {kind}?"}, "question"),
+        ({"question": "Is there a {0?"}, "question"),
+        ({"question": "Is there a {sentence.kind}?"}, "question"),
+        ({"pattern": "ghost", "otherwise": "Is there a {0}?"}, "otherwise"),
+    ],
+)
+def test_a_question_that_cannot_be_filled_in(judge: dict[str, str], option: str) -> None:
+    with pytest.raises(CsrError, match=rf"scorer\.judge\.{option} cannot be filled in") as caught:
+        judge_of(**judge).question("A boat.")
+    assert "{sentence}" in caught.value.hint
+
+
+def test_a_pattern_that_is_none() -> None:
+    with pytest.raises(CsrError, match="is no regular expression"):
+        scorer_config(path="judge:policy", judge={"pattern": "(boat"})
+
+
+def test_the_adapter_is_asked_not_the_base(prompts: list[Prompt], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trained = trainable_policy(MODEL, TrainingConfig(), None)
+    with torch.no_grad():
+        for name, parameter in trained.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    save_adapter(trained.model, tmp_path / "adapter")
+    trained.model.eval()
+    item = (prompts[0], "There is a red boat.")
+    base, adapted = (
+        judge_of(adapter, **QUESTIONS).score([item])[0]["clip"] for adapter in (None, tmp_path / "adapter")
+    )
+    assert adapted == pytest.approx(p_yes(trained, prompts[0], "Is there a boat in the image?"), abs=1e-4)
+    assert abs(adapted - base) > 1e-3
