@@ -18,7 +18,7 @@ from csr_vlm.evaluation.statistics import ratio
 from csr_vlm.records import Fate, Finish, Node, Pair, Prompt, Response
 from csr_vlm.report.charts import Axes, Point, Series, chart, nice_ticks, smoothed
 from csr_vlm.report.formats import compact, duration, fixed, indexed, relative_change, signed
-from csr_vlm.report.gallery import MOST_PROMPTS, MOST_SCENES, Scale, change, marked, scene_gallery, spread
+from csr_vlm.report.gallery import MOST_PROMPTS, MOST_SCENES, Scale, change, marked, pair_gallery, scene_gallery, spread
 from csr_vlm.report.html import write_report
 from csr_vlm.report.measures import paired_difference, read_evaluation, verdict
 from csr_vlm.report.provenance import without_secrets
@@ -84,7 +84,7 @@ def node(prompt_id: str, node_id: str, text: str, cosine: float | None = 0.3) ->
         text=text,
         finish=Finish.DELIMITER,
         fate=Fate.FINISHED,
-        cosines={} if cosine is None else {"clip": cosine},
+        cosines={} if cosine is None else {"clip": cosine, "clip:others": 0.1, "siglip": cosine / 2},
     )
 
 
@@ -226,12 +226,33 @@ def test_every_picture_is_embedded_once_and_small(tmp_path: Path, prompts: list[
 
 def test_sentences_carry_their_relevance_and_absent_words_are_marked(tmp_path: Path, prompts: list[Prompt]) -> None:
     text = write_report(complete_run(tmp_path, prompts)).read_text(encoding="utf-8")
-    assert re.search(r'<li class="r6"><span>There is a .*?boat.*?</span> <span class="score"[^>]*>40.0</span>', text)
-    assert re.search(r'<li class="r0">.*?<span class="score"[^>]*>0.0</span>', text)  # cos < 0
+    # The default reward takes 100 (0.4 - 0.1) and 100 (-0.1 - 0.1).
+    assert re.search(r'<li class="r6"><span>There is a .*?boat.*?</span> <span class="score"[^>]*>30.0</span>', text)
+    assert re.search(r'<li class="r0">.*?<span class="score"[^>]*>.20.0</span>', text)
     assert '<mark class="absent" title="not in the picture">' in text
     # Truth is known of the drawn prompt only: the photo's own card marks nothing.
     photo = text[text.index("data:image/jpeg") :]
     assert 'class="absent"' not in photo[: photo.index("</article>")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "relevance"),
+    [
+        ({"preset": "paper"}, [40.0, 35.0]),  # 100 cos
+        ({"preset": "paper", "scorer": {"path": "a", "extra": [{"path": "b", "name": "siglip"}], "use": "siglip"}},
+         [20.0, 17.5]),
+        ({"preset": "paper", "scorer": {"path": "a", "name": "lost"}}, [None, None]),
+    ],
+)  # fmt: skip
+def test_the_gallery_shows_what_the_reward_uses(
+    tmp_path: Path, prompts: list[Prompt], changes: dict[str, Any], relevance: list[float | None]
+) -> None:
+    run = new_run(tmp_path / "run", world=False, **changes)
+    add_pairs(run, 1, prompts[:1], "A.", "B.")
+    gallery = pair_gallery(run)
+    assert gallery is not None
+    shown = [sentence.relevance for sentence in gallery.cards[0].preferences[0].chosen.sentences]
+    assert shown == [value if value is None else pytest.approx(value) for value in relevance]
 
 
 def test_a_run_without_evaluation(tmp_path: Path, prompts: list[Prompt]) -> None:
