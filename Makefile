@@ -38,7 +38,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' num2words
+	# Alone: its own torch would be another build, with gigabytes of CUDA. Tests need its Python part only.
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps torchvision
 	touch $@
 
 $(EVAL_VENV)/.installed: pyproject.toml constraints.txt

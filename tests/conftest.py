@@ -1,4 +1,7 @@
 from hypothesis import settings
 
+from tests.families.shim import without_compiled_torchvision
+
 settings.register_profile("repeatable", deadline=None, max_examples=50, derandomize=True, database=None)
 settings.load_profile("repeatable")
+without_compiled_torchvision()

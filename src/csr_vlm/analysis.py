@@ -7,13 +7,13 @@ after it learned from them; and how did the rewards of the pairs go.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from csr_vlm.config import DataConfig
-from csr_vlm.data.prompts import InputReport, read_prompts
+from csr_vlm.data.pairs import read_text_pairs
+from csr_vlm.data.prompts import InputReport
 from csr_vlm.errors import CsrError
 from csr_vlm.evaluation.compare import read_documents
 from csr_vlm.evaluation.reproduction import numbers_of
@@ -34,7 +34,7 @@ def analyse(
     Args:
         num_responses: Responses whose attention is read.
         num_pairs: Pairs of each iteration, and of ``external``, that policies are asked about.
-        external: JSON Lines with id, image, text, chosen and rejected: pairs from elsewhere.
+        external: Pairs from elsewhere, in any format that ``data.pairs`` takes.
 
     Raises:
         CsrError: The run has no finished iteration, or the external pairs cannot be used.
@@ -146,28 +146,14 @@ def _token_pair(pair: Pair) -> Any:
 
 
 def _external_pairs(path: Path, policy: Any, run: Run, number: int) -> list[Any]:
-    """Read pairs that some other source made; their texts are encoded as the chat template writes answers."""
+    """Read pairs that some other source made, and encode them as the policy writes its own."""
     from csr_vlm.evaluation.separability import TokenPair
+    from csr_vlm.training.external import token_pairs
 
     report = InputReport()
-    config = DataConfig(prompts=str(path), limit=number, max_image_pixels=run.config.data.max_image_pixels)
-    texts = dict(_texts(path))
-    found = [
-        TokenPair(prompt, *(policy.answer_ids(prompt, text) for text in texts[prompt.prompt_id]))
-        for prompt in read_prompts(config, report)
-        if prompt.prompt_id in texts
-    ]
+    config = run.config.data.model_copy(update={"pairs": str(path), "pairs_format": "auto", "image_root": None})
+    texts = islice(read_text_pairs(config, report, images=run.images_path), number)
+    found = [TokenPair(pair.prompt, *both) for pair, both in token_pairs(texts, policy) if not isinstance(both, str)]
     if not found:
-        raise CsrError(f"{path} holds no usable pair", "each line has id, image, text, chosen and rejected, as strings")
+        raise CsrError(f"{path} holds no usable pair", "; ".join(report.examples[:3]) or "see docs/data.md for formats")
     return found
-
-
-def _texts(path: Path) -> Iterator[tuple[str, tuple[str, str]]]:
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            key = row.get("prompt_id") or row["id"]
-        except (ValueError, KeyError, AttributeError, RecursionError):
-            continue
-        if isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str):
-            yield str(key), (row["chosen"], row["rejected"])

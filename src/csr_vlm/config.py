@@ -41,6 +41,14 @@ class ModelConfig(_Section):
     )
     device: str = Field(default="auto", description="Torch device; auto takes cuda where there is one.")
     trust_remote_code: bool = Field(default=False, description="Run Python code that ships with the model.")
+    adapter: str | None = Field(
+        default=None,
+        description="Directory of a LoRA on this model that the run starts from and goes on training: a user's own, or "
+        "adapter/ of an earlier run.",
+    )
+    quantization: Literal["nf4"] | None = Field(
+        default=None, description="Load the language model in 4 bits (QLoRA); needs a GPU and bitsandbytes."
+    )
 
 
 class FilterConfig(_Section):
@@ -241,6 +249,11 @@ class DataConfig(_Section):
         """The sources of prompts, in their order."""
         return (self.prompts,) if isinstance(self.prompts, str) else self.prompts
 
+    @property
+    def all_sources(self) -> tuple[str, ...]:
+        """The sources of prompts, and of pairs if there are any."""
+        return (*self.sources, *([] if self.pairs is None else [self.pairs]))
+
 
 class JudgeConfig(_Section):
     """How a policy that judges itself is asked (scorer.path: judge:policy)."""
@@ -329,6 +342,11 @@ class GenerationConfig(_Section):
     """How the engine runs; no effect on what it generates beyond floating-point ties."""
 
     max_rows: int = Field(default=512, ge=1, description="Sequences decoded at once.")
+    attention: Literal["auto", "shared", "plain"] = Field(
+        default="auto",
+        description="Store keys and values once for all candidates (shared) or copy them to each (plain); auto shares "
+        "where a trial on the first prompt gives what plain gives.",
+    )
     prompts_per_part: int = Field(default=64, ge=1, description="Prompts in one work item, one ledger part.")
 
 

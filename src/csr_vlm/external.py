@@ -55,7 +55,7 @@ def take_pairs(run: Run, tell: Reporter) -> tuple[list[Pair], Counter[str]]:
     config = run.config
     if not run.is_done(0, "prompts"):
         raise CsrError(f"the inputs of {run.root} are not checked", f"csr run {run.root}")
-    policy = load_policy(config.model, None, config.data.max_image_pixels)
+    policy = load_policy(config.model, run.adapter_path(0), config.data.max_image_pixels)
     rule = SentenceRule(config.method.search.delimiters)
     pairs: list[Pair] = []
     reasons: Counter[str] = Counter()

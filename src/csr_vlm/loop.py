@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from csr_vlm import stages, verdicts
 from csr_vlm.progress import Reporter
+from csr_vlm.report.card import write_card
 from csr_vlm.report.html import write_report
 from csr_vlm.store.run import Run
 
@@ -39,4 +40,6 @@ def align(run: Run, tell: Reporter) -> None:
             if verdicts.gate(run, iteration, tell):
                 break
         stages.export(run, tell)
+        if run.final:
+            write_card(run)
         write_report(run)

@@ -8,6 +8,7 @@ ledger parts it has.
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -57,9 +58,12 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
     """Search with the last iteration's policy and score every sentence, work item by work item."""
     if run.is_done(iteration, "generate") or external.supplies(run.config, iteration):
         return
+    from csr_vlm.generation.selfcheck import self_check
+
     config = run.config
     started = time.perf_counter()
-    engine, scorer = _engine_and_scorer(config, run.adapter_path(iteration - 1))
+    engine, scorer = _engine_and_scorer(config, run.adapter_path(iteration - 1), tell)
+    self_check(engine.policy, next(run.prompts()))
     total = run.num_prompts
     company = next(tables.prompt_groups(run.prompts_path))
     with tell.stage(f"iteration {iteration}: searching", total) as advance:
@@ -70,7 +74,7 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
                 scorer.compare_among([*prompts, *company], config.scorer.others)
                 trees = search(
                     prompts,
-                    lambda requests: engine.propose(requests, config.method.search),
+                    engine.proposer(config.method.search, prompts[0]),
                     scorer.score,
                     config.method,
                     iteration=iteration,
@@ -278,7 +282,7 @@ def _evaluate_heldout(
 ) -> dict[str, Any]:
     from csr_vlm.evaluation.heldout import evaluate as evaluate_responses
 
-    engine, scorer = _engine_and_scorer(config, adapter)
+    engine, scorer = _engine_and_scorer(config, adapter, tell)
     limit = config.method.search.max_sentences * config.method.search.max_sentence_tokens
     with tell.stage(f"{title}: answering held-out prompts", len(prompts)) as advance:
         found = evaluate_responses(engine, scorer, prompts, limit, config.method.search.delimiters)
@@ -294,7 +298,7 @@ def evaluate_world(
     from csr_vlm.world.scenes import Split, world_named
 
     world = config.evaluation.world or WorldEvaluationConfig()
-    engine, scorer = _engine_and_scorer(config, adapter)
+    engine, scorer = _engine_and_scorer(config, adapter, tell)
     with tell.stage(f"{title}: evaluating", world.num_scenes) as advance:
         return evaluate_scenes(
             world_named(world.name),
@@ -308,7 +312,9 @@ def evaluate_world(
         )
 
 
-def _engine_and_scorer(config: RunConfig, adapter: Path | None) -> tuple[TransformersEngine, ScorerGroup]:
+def _engine_and_scorer(
+    config: RunConfig, adapter: Path | None, tell: Reporter
+) -> tuple[TransformersEngine, ScorerGroup]:
     """Load a policy and the scorer."""
     from csr_vlm.generation.policy import load_policy
     from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -316,7 +322,7 @@ def _engine_and_scorer(config: RunConfig, adapter: Path | None) -> tuple[Transfo
 
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)
     scorer = load_scorer(config.scorer, str(policy.device), config.data.max_image_pixels, config.model, adapter)
-    return TransformersEngine(policy, config.generation.max_rows), scorer
+    return TransformersEngine(policy, config.generation.max_rows, config.generation.attention, tell.say), scorer
 
 
 def _policy_name(iteration: int) -> str:
@@ -325,20 +331,42 @@ def _policy_name(iteration: int) -> str:
 
 def export(run: Run, tell: Reporter) -> None:
     """Put the final adapter, and the merged model if asked for, where users look for them."""
-    last = run.adapter_path(run.final)
-    if last is None and run.stopped_at is None:
-        raise CsrError(f"{run.root} has no trained adapter yet", f"csr run {run.root}")
     final = run.root / "adapter"
-    if last is None:
+    if run.final == 0 and run.stopped_at is not None:
         tell.say(f"no iteration of {run.root} passed; the base model stays as it is")
         shutil.rmtree(final, ignore_errors=True)
         return
-    files.replace_directory(final, partial(shutil.copytree, last))
+    files.replace_directory(final, partial(shutil.copytree, run.trained_adapter()))
     if run.config.training.merge and not (run.root / "model").exists():
         from csr_vlm.training.dpo import merge
 
         tell.say("merging the adapter into the base model")
         merge(run.config.model, final, run.root / "model")
+
+
+def check_model(config: RunConfig, tell: Reporter) -> float | None:
+    """Let a model whose weights are on disk write a few words and score them again.
+
+    Returns:
+        The mean difference in nats a token; None where there are no weights or no prompt yet.
+
+    Raises:
+        CsrError: The model cannot be loaded, or does not do as it should.
+    """
+    if not any(Path(config.model.path).glob("*.safetensors")):
+        return None
+    from csr_vlm.generation.policy import load_policy
+    from csr_vlm.generation.selfcheck import self_check
+
+    adapter = None if config.model.adapter is None else Path(config.model.adapter)
+    with tempfile.TemporaryDirectory() as images:
+        prompt = next(read_prompts(config.data, InputReport(), seed=config.seed, images=Path(images)), None)
+        if prompt is None:
+            return None
+        with tell.stage("checking the model", 1) as advance:
+            difference = self_check(load_policy(config.model, adapter, config.data.max_image_pixels), prompt)
+            advance(1)
+    return difference
 
 
 def _part_name(index: int, prompts: list[Prompt], config: RunConfig, iteration: int) -> str:

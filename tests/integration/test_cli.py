@@ -50,7 +50,7 @@ def test_help_is_quick_and_names_every_verb() -> None:
         shown = csr("--help").stdout
         times.append(time.perf_counter() - started)
     verbs = (
-        "run demo check generate score pairs audit train sweep eval compare reproduce analyse show report merge "
+        "run demo check generate score pairs audit train sweep eval compare reproduce analyse show report merge push "
         "export convert env world"
     ).split()
     assert all(f"  {verb} " in shown for verb in verbs)
@@ -73,6 +73,7 @@ def test_check_prints_the_resolved_configuration_and_the_cost(recipe: Path) -> N
     assert found["config"]["method"]["lambda"] == 0.9
     assert found["data"]["accepted"] == found["estimate"]["prompts"] == 16
     assert found["estimate"]["parameters"] > 1_000_000
+    assert found["estimate"]["generated against scored, nats a token"] < 1e-4
     assert found["warnings"] == []
 
 

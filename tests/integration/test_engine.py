@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
 from csr_vlm.config import SearchConfig
-from csr_vlm.generation import transformers_engine
+from csr_vlm.generation import decoding
 from csr_vlm.generation.policy import Policy
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.records import Candidate, Expansion, Finish, Prompt
@@ -72,6 +73,21 @@ def test_seed_and_place_change_the_sample(policy: Policy, prompts: list[Prompt])
     assert any(len(set(family)) > 1 for family in first)
 
 
+@pytest.mark.parametrize("attention", ["plain", "shared"])
+def test_the_first_sibling_is_greedy_where_asked_for_and_the_others_stay(
+    policy: Policy, prompts: list[Prompt], attention: Literal["plain", "shared"]
+) -> None:
+    drawn = SearchConfig(max_sentence_tokens=20, temperature=2.0)
+    engine = TransformersEngine(policy, attention=attention)
+    requests = expansions(prompts[:4])
+    sampled = tokens(engine.propose(requests, drawn))
+    greedy = tokens(engine.propose(requests, drawn.model_copy(update={"temperature": 1e-4})))
+    mixed = tokens(engine.propose(requests, drawn.model_copy(update={"greedy_first": True})))
+    assert [family[0] for family in mixed] == [family[0] for family in greedy]
+    assert [family[1:] for family in mixed] == [family[1:] for family in sampled]
+    assert mixed != sampled
+
+
 def test_a_candidate_is_one_sentence(policy: Policy, prompts: list[Prompt]) -> None:
     for family in TransformersEngine(policy).propose(expansions(prompts), CONFIG):
         for candidate in family:
@@ -88,7 +104,7 @@ def script(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
     def scripted(logits: torch.Tensor, *_: object) -> torch.Tensor:
         return torch.tensor([next(remaining)] * len(logits))
 
-    monkeypatch.setattr(transformers_engine, "sample", scripted)
+    monkeypatch.setattr(decoding, "sample", scripted)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,9 @@ from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
 from csr_vlm.errors import CsrError
 from csr_vlm.records import Prompt
 from csr_vlm.store import tables
+from tests.shared_data import SHARED
 
-CSR_FILE = Path(__file__).parents[3] / "shared" / "data" / "csr_prompts_200.json"
+CSR_FILE = SHARED / "csr_prompts_200.json"
 COLORS = ("red", "green", "blue")
 QUESTIONS = ("What is this?", "How many?", "Which colour?")
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csr_vlm.world.scenes import HARBOUR, Scene, SceneObject, Split, make_scene
-from csr_vlm.world.truth import Judgement, answers_yes, judge, mentions
+from csr_vlm.world.truth import Judgement, judge, mentions
 from tests.unit.builders import true_caption
 
 SCENE = Scene(
@@ -111,20 +111,3 @@ def test_adding_a_kind_hallucinates_exactly_where_it_is_absent(index, kind):
     scene = make_scene(HARBOUR, Split.DEVELOPMENT, 0, index)
     found = judge(HARBOUR, scene, f"{true_caption(scene)} There is a {kind}.")
     assert found.hallucinated == (() if kind in scene.kinds else (kind,))
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("Yes.", True),
-        ("yes, there is", True),
-        (" No", False),
-        ("No, yes.", False),
-        ("", None),
-        ("Maybe.", None),
-        ("Yesterday", None),
-        ("42", None),
-    ],
-)
-def test_answers(text, answer):
-    assert answers_yes(text) is answer

@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from csr_vlm.cli import console, world
+from csr_vlm.cli import evaluate as evaluate_cli
 from csr_vlm.cli.analyse import analyse
 from csr_vlm.cli.compare import MeasureByDefault, compare, measure
 from csr_vlm.cli.convert import convert
 from csr_vlm.cli.export import export
 from csr_vlm.cli.health import audit, sweep
 from csr_vlm.cli.lmms import eval_lmms
+from csr_vlm.cli.push import push
 from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.config import RunConfig, load_config
 from csr_vlm.errors import CsrError
@@ -37,6 +39,8 @@ eval_app = typer.Typer(
 app.add_typer(eval_app, name="eval")
 eval_app.command("run")(measure)
 eval_app.command("lmms")(eval_lmms)
+for _name, _command in evaluate_cli.EVAL_COMMANDS.items():
+    eval_app.command(_name)(_command)
 app.command("compare")(compare)
 app.command("reproduce")(reproduce)
 app.command("analyse")(analyse)
@@ -45,6 +49,7 @@ app.command("audit")(audit)
 app.command("sweep")(sweep)
 app.add_typer(world.app, name="world")
 app.command()(convert)
+app.command()(push)
 
 Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe (YAML), or the directory of a run.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
@@ -86,18 +91,31 @@ def demo(
 
 
 @app.command()
-def check(target: Target, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False) -> None:
+def check(
+    target: Target,
+    overrides: Overrides = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Look at no model and no hub; prompts may be missing.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Validate a recipe and its data, print the resolved configuration and what a run would cost.
 
+    A model whose weights are on disk also writes a few words and scores them again.
     Example: csr check recipes/llava-1.5-7b.yaml data.limit=100
     """
     import yaml
 
     console.quiet_libraries()
     from csr_vlm.estimate import estimate
+    from csr_vlm.stages import check_model
 
     config = _config(target, overrides)
-    found = estimate(config, console.reporter(quiet))
+    tell = console.reporter(quiet)
+    found = estimate(config, tell, offline=offline)
+    if not offline and (difference := check_model(config, tell)) is not None:
+        found["estimate"]["generated against scored, nats a token"] = float(f"{difference:.1e}")
     if as_json:
         console.print_json({"config": config.dump(), **found})
         return
@@ -274,9 +292,7 @@ def merge(
     """
     console.quiet_libraries()
     opened = Run.open(target)
-    adapter = opened.adapter_path(opened.final)
-    if adapter is None:
-        raise CsrError(f"{target} has no trained adapter yet", f"csr run {target}")
+    adapter = opened.trained_adapter()
     from csr_vlm.training.dpo import merge as merge_adapter
 
     directory = out or target / "model"

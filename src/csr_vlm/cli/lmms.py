@@ -41,7 +41,8 @@ def eval_lmms(
     with opened.locked():
         for number in iteration if iteration is not None else sorted({0, opened.final}):
             policy = load_policy(opened.config.model, opened.adapter_path(number), opened.config.data.max_image_pixels)
-            model = PolicyModel(TransformersEngine(policy, opened.config.generation.max_rows))
+            generation = opened.config.generation
+            model = PolicyModel(TransformersEngine(policy, generation.max_rows, generation.attention, tell.say))
             tell.say(f"{'base model' if number == 0 else f'iteration {number}'}: {', '.join(benchmarks)}")
             path = opened.evaluation_path(number, "lmms")
             new = lmms.run(model, benchmarks, include=include, limit=limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -86,3 +86,22 @@ def world_export(
     from csr_vlm.world.demo import export_world
 
     print(export_world(out, seed, prompts))
+
+
+@app.command("coco")
+def world_coco(
+    out: Annotated[Path, typer.Argument(help="Directory for annotations, synonyms, questions and pictures.")],
+    scenes: Annotated[int, typer.Option(min=10, help="Scenes.")] = 1000,
+    world_seed: Annotated[int, typer.Option(min=0, help="Which scenes.")] = 1,
+    split: Annotated[Literal["development", "test"], typer.Option(help="Whose scenes.")] = "test",
+    world: WorldName = "harbour",
+) -> None:
+    """Write scenes in COCO's format, for csr eval chair and csr eval pope.
+
+    Example: csr world coco scenes && csr eval answer runs/d0 --prompts scenes/prompts.jsonl --out a.jsonl
+    """
+    from csr_vlm.world.coco import write_coco
+    from csr_vlm.world.scenes import Split, world_named
+
+    write_coco(world_named(world), Split(split), world_seed, scenes, out)
+    print(out)

@@ -7,7 +7,7 @@ mentions within one may depend on each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import exp, lgamma, log
 from typing import Any
@@ -70,15 +70,32 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int 
         >>> ratio([1, 0, 1, 0], [1, 1, 1, 1]).value
         0.5
     """
-    top, bottom = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
-    if top.shape != bottom.shape or top.ndim != 1:
+    if len(numerators) != len(denominators):
         raise ValueError("numerators and denominators must be sequences of one length")
-    if bottom.sum() == 0:
-        return Metric(None, None, None, len(top))
-    sums = _resampled_sums(np.column_stack([top, bottom]), seed)
-    sums = sums[sums[:, 1] > 0]
-    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
-    return Metric(float(top.sum() / bottom.sum()), float(low), float(high), len(top))
+
+    def quotient(sums: _Array) -> _Array:
+        quotients: _Array = sums[0] / np.where(sums[1] > 0, sums[1], np.nan)
+        return quotients
+
+    return bootstrap([numerators, denominators], quotient, seed)
+
+
+def bootstrap(columns: Sequence[Sequence[float]], statistic: Callable[[_Array], _Array], seed: int = 0) -> Metric:
+    """Compute a function of sums over prompts and its percentile bootstrap interval.
+
+    Args:
+        columns: What each prompt adds to each sum; all of one length n.
+        statistic: Maps sums of shape (columns, draws) to values of shape (draws,); nan
+            where it is not defined.
+    """
+    table = np.asarray(columns, dtype=float).T
+    if table.ndim != 2:
+        raise ValueError("every column must be a sequence of one length")
+    value = float(statistic(table.sum(axis=0)[:, None])[0]) if len(table) else float("nan")
+    if np.isnan(value):
+        return Metric(None, None, None, len(table))
+    low, high = np.nanpercentile(statistic(_resampled_sums(table, seed).T), [2.5, 97.5])
+    return Metric(value, float(low), float(high), len(table))
 
 
 def pooled(rows: Sequence[Mapping[str, Tally]]) -> dict[str, Metric]:

@@ -6,20 +6,22 @@ and lay out rows through :func:`batch_rows`, so they cannot see different inputs
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from csr_vlm.config import ModelConfig
 from csr_vlm.data.images import load_image
 from csr_vlm.errors import CsrError
+from csr_vlm.generation.families import NOT_INPUTS, NOT_QUANTIZED, Family, family_of, picture_ids
 from csr_vlm.loading import resolve_device, resolve_dtype, unloadable
 from csr_vlm.records import Prompt
 
@@ -30,12 +32,22 @@ class EncodedPrompt:
 
     input_ids: torch.Tensor
     """Of shape (tokens,), image placeholders expanded."""
+    positions: torch.Tensor
+    """Of shape (tokens,), or (3, tokens) where they are counted in time, height and width."""
     per_token: dict[str, torch.Tensor]
-    """Other tensors of shape (tokens,), such as token types; a response's are 0."""
+    """Other tensors of shape (tokens,), such as token types."""
     per_image: dict[str, torch.Tensor]
     """Pixels and their like, to be concatenated along the first dimension."""
-    features: torch.Tensor | None = None
-    """The image as the language model sees it, of shape (image tokens, width)."""
+    response_type: int = 0
+    """Value of the per-token tensors on a response's tokens."""
+    features: tuple[torch.Tensor, ...] | None = None
+    """The image as the language model sees it, of shape (image tokens, width); then what
+    goes into deeper layers, each of the same shape."""
+
+    @property
+    def shift(self) -> int:
+        """A response's first position, less the number of the prompt's tokens."""
+        return int(self.positions.max()) + 1 - len(self.input_ids)
 
 
 @dataclass
@@ -78,16 +90,17 @@ class Policy:
         return int(pad if pad is not None else min(self.eos_ids))
 
     @property
+    def family(self) -> Family:
+        return family_of(self.base_model.config)
+
+    @property
     def barred_ids(self) -> list[int]:
         """Ids that stand for pictures: a response that contained one could not be read back."""
-        config = self.base_model.config
-        names = ("image_token_id", "image_token_index", "video_token_id", "boi_token_id", "eoi_token_id")
-        return sorted({value for name in names if isinstance(value := getattr(config, name, None), int)})
+        return picture_ids(self.base_model.config, self.processor)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Load the image, apply the chat template, and tokenise as the processor wants it."""
-        content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        text = self._templated(prompt.text)
         bos = self.tokenizer.bos_token
         encoded = self.processor(
             images=[load_image(prompt.image, self.max_image_pixels)],
@@ -97,53 +110,73 @@ class Policy:
             add_special_tokens=not (bos and text.startswith(bos)),
         )
         shape = encoded["input_ids"].shape
-        extras = {key: value for key, value in encoded.items() if key not in ("input_ids", "attention_mask")}
+        extras = {key: value for key, value in encoded.items() if key not in NOT_INPUTS}
         return EncodedPrompt(
             input_ids=encoded["input_ids"][0],
+            positions=self._positions(encoded),
             per_token={key: value[0] for key, value in extras.items() if value.shape == shape},
             per_image={key: value for key, value in extras.items() if value.shape != shape},
+            response_type=self.family.response_type,
         )
 
-    def answer_ids(self, prompt: Prompt, answer: str) -> tuple[int, ...]:
-        """Encode an answer that no policy generated, as the chat template writes it, its end included.
+    def _templated(self, text: str) -> str:
+        if not self.family.chat:
+            return f"{self.processor.image_token}{text}"
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        message = {"role": "user", "content": content}
+        templated: str = self.processor.apply_chat_template([message], add_generation_prompt=True)
+        return templated
 
-        For what a policy did generate the ids are known and never encoded again.
-        """
-        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt.text}]}
-        said = {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}
-        asked = self.processor.apply_chat_template([question], add_generation_prompt=True)
-        whole = self.processor.apply_chat_template([question, said])
-        if not whole.startswith(asked):
-            raise CsrError("the chat template writes an answered question differently", "give pairs of token ids")
-        return tuple(self.tokenizer(whole[len(asked) :], add_special_tokens=False)["input_ids"])
+    def _positions(self, encoded: Any) -> torch.Tensor:
+        """Number the tokens of one encoded prompt as the model does."""
+        if self.family.positions == "counted":
+            return torch.arange(encoded["input_ids"].shape[1]) + self.family.first_position
+        keys = ("input_ids", "mm_token_type_ids", "image_grid_thw")
+        positions, _ = self.base_model.model.get_rope_index(**{key: encoded[key] for key in keys})
+        return positions[:, 0]
+
+    def step_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """Shape the positions of one further token a row, (rows,), as the model takes them."""
+        column = positions[:, None]
+        return column if self.family.positions == "counted" else column.expand(3, -1, -1)
 
     @property
     def reuses_features(self) -> bool:
         """Whether the model takes image features that were computed before."""
-        return "mm_encoder_outputs" in inspect.signature(self.base_model.forward).parameters
+        return self.family.features != "never"
 
     @torch.inference_mode()
     def with_features(self, encoded: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
         """Run the vision encoder once over some prompts' images, where the model allows it."""
         if not self.reuses_features:
             return list(encoded)
-        pixels = torch.cat([item.per_image["pixel_values"] for item in encoded])
-        output = self.base_model.get_image_features(
-            pixel_values=pixels.to(self.device, self.base_model.dtype), return_dict=True
+        images = {key: self._place(value) for key, value in image_tensors(encoded).items()}
+        output = self.base_model.get_image_features(**images, return_dict=True)
+        pooled = output.pooler_output
+        if self.family.features == "stacked":
+            tiles = [len(item.per_image["pixel_values"]) for item in encoded]
+            pooled = [tensor.flatten(0, 1) for tensor in pooled.split(tiles)]
+        layers = [pooled, *(getattr(output, "deepstack_features", None) or [])]
+        return [replace(item, features=features) for item, *features in zip(encoded, *layers, strict=True)]
+
+    def _encoder_outputs(self, features: Sequence[Sequence[torch.Tensor]]) -> BaseModelOutputWithPooling:
+        """Put a batch's image features together as the model takes them."""
+        pooled, *deeper = (list(layer) for layer in zip(*features, strict=True))
+        output = BaseModelOutputWithPooling(
+            pooler_output=torch.cat(pooled) if self.family.features == "stacked" else pooled
         )
-        return [
-            EncodedPrompt(item.input_ids, item.per_token, item.per_image, features)
-            for item, features in zip(encoded, output.pooler_output, strict=True)
-        ]
+        if deeper:
+            output.deepstack_features = deeper
+        return output
 
     def model_inputs(
         self, encoded: Sequence[EncodedPrompt], continuations: Sequence[Sequence[int]], side: Literal["left", "right"]
     ) -> dict[str, Any]:
         """Lay out prompts and what follows them as one padded batch, on the model's device."""
         batch: dict[str, Any] = dict(batch_rows(encoded, continuations, self.pad_id, side))
-        if encoded[0].features is not None:
-            images = [item.features for item in encoded]
-            batch["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=images)}
+        features = [item.features for item in encoded if item.features is not None]
+        if features:
+            batch["mm_encoder_outputs"] = {"image": self._encoder_outputs(features)}
         else:
             batch |= image_tensors(encoded)
         return {key: self._place(value) for key, value in batch.items()}
@@ -183,7 +216,7 @@ def batch_rows(
 
     Returns:
         ``input_ids``, ``attention_mask``, ``position_ids`` and the per-token extras, each of
-        shape (rows, width). Positions count from a row's first real token.
+        shape (rows, width); positions that are counted in three dimensions (3, rows, width).
     """
     rows = [
         torch.cat([item.input_ids, torch.tensor(list(ids), dtype=torch.long)])
@@ -192,63 +225,138 @@ def batch_rows(
     width = max(len(row) for row in rows)
 
     def padded(row: torch.Tensor, value: int) -> torch.Tensor:
-        gap = width - len(row)
+        gap = width - row.shape[-1]
         return torch.nn.functional.pad(row, (gap, 0) if side == "left" else (0, gap), value=value)
 
-    mask = torch.stack([padded(torch.ones_like(row), 0) for row in rows])
+    positions = [padded(_continued(item, len(ids)), 0) for item, ids in zip(encoded, continuations, strict=True)]
     batch = {
         "input_ids": torch.stack([padded(row, pad_id) for row in rows]),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=-1) - 1).clamp(min=0),
+        "attention_mask": torch.stack([padded(torch.ones_like(row), 0) for row in rows]),
+        "position_ids": torch.stack(positions, dim=-2),
     }
     for key in encoded[0].per_token:
         extras = [
-            torch.cat([item.per_token[key], item.per_token[key].new_zeros(len(ids))])
+            torch.cat([item.per_token[key], item.per_token[key].new_full((len(ids),), item.response_type)])
             for item, ids in zip(encoded, continuations, strict=True)
         ]
         batch[key] = torch.stack([padded(extra, 0) for extra in extras])
     return batch
 
 
+def _continued(item: EncodedPrompt, num_tokens: int) -> torch.Tensor:
+    """Number a prompt's tokens and those of a response to it."""
+    response = torch.arange(num_tokens) + len(item.input_ids) + item.shift
+    return torch.cat([item.positions, response.expand(*item.positions.shape[:-1], -1)], dim=-1)
+
+
 def image_tensors(encoded: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
-    """Concatenate the images' tensors row by row."""
-    return {key: torch.cat([item.per_image[key] for item in encoded]) for key in encoded[0].per_image}
+    """Concatenate the images' tensors along the first dimension.
+
+    Where images differ in size or in their number of tiles the smaller are filled up with
+    zeros, as the processors do within a batch.
+    """
+    return {key: _stacked([item.per_image[key] for item in encoded]) for key in encoded[0].per_image}
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    most = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    filled = []
+    for tensor in tensors:
+        gaps = [(0, size - own) for size, own in zip(most, tensor.shape[1:], strict=True)]
+        filled.append(torch.nn.functional.pad(tensor, [side for gap in reversed(gaps) for side in gap]))
+    return torch.cat(filled)
 
 
 def load_base(config: ModelConfig) -> tuple[Any, Any]:
     """Load the model and the processor, the model on its device and in evaluation mode.
 
     Raises:
-        CsrError: It is not there, or not an image-text-to-text model with a chat template.
+        CsrError: It is not there, not an image-text-to-text model, or has no chat template
+            where its family needs one; or it is to be quantised and that cannot be done here.
     """
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
+    dtype = getattr(torch, resolve_dtype(config.dtype, device))
     common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    placed = {} if config.quantization is None else {"device_map": {"": device}} | _four_bits(device, dtype)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(config.path, dtype=getattr(torch, dtype), **common)
+        model = AutoModelForImageTextToText.from_pretrained(config.path, dtype=dtype, **placed, **common)
         processor = AutoProcessor.from_pretrained(config.path, **common)
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CsrError(
+            f"{config.path} needs a library that is not installed: {reason}", "pip install 'csr-vlm[families]'"
+        ) from None
     except (OSError, ValueError, KeyError) as error:
         raise unloadable("model", config.path, error) from None
-    if getattr(processor, "chat_template", None) is None:
+    if getattr(processor, "chat_template", None) is None and family_of(model.config).chat:
         raise CsrError(f"the processor of {config.path} has no chat template", "save one with the processor")
-    if hasattr(getattr(model, "model", None), "rope_deltas"):
+    if config.quantization is None:
+        model = model.to(device)
+    return model.eval(), processor
+
+
+def _four_bits(device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Ask for the language model's weights in 4-bit NormalFloat (QLoRA, arXiv 2305.14314).
+
+    The vision tower, the projector and the output layer stay as they are: they are small,
+    and what they lose every token loses.
+
+    Raises:
+        CsrError: There is no GPU, or bitsandbytes is not installed.
+    """
+    if not device.startswith("cuda"):
+        raise CsrError("model.quantization=nf4 needs a CUDA device", "leave it out, or run on a GPU")
+    if find_spec("bitsandbytes") is None:
+        raise CsrError("model.quantization=nf4 needs bitsandbytes", "pip install bitsandbytes")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(NOT_QUANTIZED),
+    )
+    return {"quantization_config": quantization}
+
+
+def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on a base model.
+
+    Raises:
+        CsrError: It is not there, or does not fit the model. PEFT leaves what it finds no
+            place for out and only warns, so an adapter with other names would do nothing.
+    """
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.is_file():
         raise CsrError(
-            f"{type(model).__name__} counts positions in three dimensions, which the engine does not do yet",
-            "LLaVA-like models work",
+            f"there is no adapter in {adapter}", "it holds adapter_config.json and adapter_model.safetensors"
         )
-    return model.to(device).eval(), processor
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CsrError(f"the adapter {adapter} does not fit the model: {reason}", "check model.path") from None
+    with safe_open(weights, framework="pt") as saved:
+        names = set(saved.keys())
+    strange = names ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if strange:
+        raise CsrError(
+            f"the adapter {adapter} does not fit the model: {len(strange)} of its tensors have no place, such as "
+            f"{min(strange)}",
+            "check model.path; an adapter made by another version of transformers may name layers otherwise",
+        )
+    return adapted
 
 
 def load_policy(config: ModelConfig, adapter: Path | None, max_image_pixels: int = 50_000_000) -> Policy:
     """Load the base model with an adapter on it, if one is given.
 
     In float32 the adapter is merged, which is exact to rounding and decodes faster. In
-    half precision merging would round the small update away, so it stays beside the
-    weights.
+    half precision or 4 bits merging would round the small update away, so it stays beside
+    the weights.
     """
     model, processor = load_base(config)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter)).eval()
-        if model.get_base_model().dtype == torch.float32:
+        model = load_adapter(model, adapter).eval()
+        if config.quantization is None and model.get_base_model().dtype == torch.float32:
             model = model.merge_and_unload()
     return Policy(model, processor, max_image_pixels)

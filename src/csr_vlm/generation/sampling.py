@@ -7,6 +7,9 @@ import hashlib
 import numpy as np
 import torch
 
+BLOCK = 128
+"""Tokens of the vocabulary looked at together."""
+
 
 def uniforms(seed: tuple[int | str, ...], length: int) -> np.ndarray:
     """Return the numbers in [0, 1) that a candidate's tokens are drawn with, of shape (length,)."""
@@ -26,16 +29,37 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
     Returns:
         Token ids of shape (rows,).
     """
-    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+    weights = (logits / temperature).float()
+    weights = weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()
     if top_p < 1.0:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        ordered, order = weights.double().sort(dim=-1, descending=True, stable=True)
+        ordered /= ordered.sum(dim=-1, keepdim=True)
         # A token stays while the mass before it is below top_p, so the first always does.
-        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    cumulative = probabilities.cumsum(dim=-1)
-    target = uniform.double().to(logits.device)[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return tokens.clamp(max=logits.shape[-1] - 1)
+        out = ordered.cumsum(dim=-1) - ordered >= top_p
+        weights.masked_fill_(torch.zeros_like(out).scatter(-1, order, out), 0.0)
+    return _invert(weights, uniform.double().to(logits.device))
+
+
+def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Find where the running sum of a row's weights passes ``uniform`` of their total.
+
+    First the block of tokens, then the token in it: a running sum over a large vocabulary
+    in double precision would cost more than the model's last layer.
+    """
+    rows, vocabulary = weights.shape
+    blocks = torch.nn.functional.pad(weights, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
+    ends = blocks.sum(dim=-1).double().cumsum(dim=-1)
+    target = _below(uniform * ends[:, -1], ends[:, -1])
+    block = torch.searchsorted(ends, target[:, None], right=True)
+    before = torch.nn.functional.pad(ends, (1, 0)).gather(-1, block)
+    inside = blocks.take_along_dim(block[..., None], dim=1).squeeze(1).double().cumsum(dim=-1)
+    # Rounding may put the target at or past the block's end, where only tokens of no weight might be left.
+    rest = _below(target[:, None] - before, inside[:, -1:])
+    return (block * BLOCK + torch.searchsorted(inside, rest, right=True)).squeeze(-1)
+
+
+def _below(value: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    return torch.minimum(value, torch.nextafter(limit, torch.zeros_like(limit)))
 
 
 def diverse(logits: torch.Tensor, family: torch.Tensor, place: torch.Tensor, penalty: float) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 From every live partial response several candidate sentences are proposed and scored; the
 best and the worst partial responses go on; a response that ends by itself leaves the
-beam. Models appear only as two callables, so everything here is pure.
+beam. Models appear only as what proposes and what scores, so everything here is pure.
 
 Where the paper is silent: candidates of all live partial responses of a prompt compete
 with each other; a finished response is kept whatever its reward, since it costs no more
@@ -15,6 +15,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from csr_vlm.config import FilterConfig, MethodConfig
 from csr_vlm.method.reward import bag_of_words, path_ids, response_reward, sentence_rewards
@@ -22,6 +23,42 @@ from csr_vlm.records import Candidate, Expansion, Fate, Finish, Node, Prompt
 
 Propose = Callable[[Sequence[Expansion]], Sequence[Sequence[Candidate]]]
 """Continue each partial response by one sentence, several times."""
+
+
+class Proposer(Protocol):
+    """Continues partial responses of many prompts, each prompt at its own pace."""
+
+    def submit(self, requests: Sequence[Expansion]) -> None:
+        """Take on the next round of some prompts; no other partial response of theirs is asked for again."""
+        ...
+
+    def collect(self) -> Sequence[tuple[Expansion, Sequence[Candidate]]]:
+        """Wait until some prompts have all their requests answered; give these, in the order of asking."""
+        ...
+
+    def release(self, prompt_id: str) -> None:
+        """Forget a prompt, all of whose requests are answered."""
+        ...
+
+
+class InRounds:
+    """Makes a proposer of a function: everything submitted is answered together."""
+
+    def __init__(self, propose: Propose) -> None:
+        self._propose = propose
+        self._requests: list[Expansion] = []
+
+    def submit(self, requests: Sequence[Expansion]) -> None:
+        self._requests += requests
+
+    def collect(self) -> Sequence[tuple[Expansion, Sequence[Candidate]]]:
+        requests, self._requests = self._requests, []
+        return list(zip(requests, self._propose(requests), strict=True))
+
+    def release(self, prompt_id: str) -> None:
+        pass
+
+
 Score = Callable[[Sequence[tuple[Prompt, str]]], Sequence[Mapping[str, float]]]
 """Cosines of (prompt's image, sentence), by scorer name."""
 
@@ -121,7 +158,7 @@ class Tree:
 
 def search(
     prompts: Sequence[Prompt],
-    propose: Propose,
+    proposer: Proposer | Propose,
     score: Score,
     method: MethodConfig,
     *,
@@ -129,21 +166,30 @@ def search(
     seed: int,
     scorer: str,
 ) -> list[Tree]:
-    """Grow the trees of some prompts together, one sentence a round, until all have ended.
+    """Grow the trees of some prompts, one sentence a round, until all have ended.
 
-    A tree depends on its prompt, the iteration and the seed, not on its company.
+    A tree goes on as soon as its own round is answered. It depends on its prompt, the
+    iteration and the seed, not on its company. A plain function is asked :class:`InRounds`.
     """
-    trees = [Tree(prompt, iteration) for prompt in prompts]
-    while live := [tree for tree in trees if tree.frontier]:
-        requests = [request for tree in live for request in tree.expansions(method, seed)]
-        proposed = propose(requests)
+    if callable(proposer):
+        proposer = InRounds(proposer)
+    trees = {prompt.prompt_id: Tree(prompt, iteration) for prompt in prompts}
+    live = set(trees)
+    proposer.submit([request for tree in trees.values() for request in tree.expansions(method, seed)])
+    while live:
         candidates: dict[str, dict[str, Sequence[Candidate]]] = defaultdict(dict)
-        for request, siblings in zip(requests, proposed, strict=True):
+        for request, siblings in proposer.collect():
             candidates[request.prompt.prompt_id][request.node_id] = siblings
-        cosines = _score_once(live, candidates, score)
-        for tree in live:
-            tree.grow(candidates[tree.prompt.prompt_id], cosines[tree.prompt.prompt_id], method, scorer)
-    return trees
+        grown = [trees[prompt_id] for prompt_id in candidates]
+        cosines = _score_once(grown, candidates, score)
+        for tree in grown:
+            prompt_id = tree.prompt.prompt_id
+            tree.grow(candidates[prompt_id], cosines[prompt_id], method, scorer)
+            if not tree.frontier:
+                proposer.release(prompt_id)
+                live.remove(prompt_id)
+        proposer.submit([request for tree in grown for request in tree.expansions(method, seed)])
+    return list(trees.values())
 
 
 def _score_once(

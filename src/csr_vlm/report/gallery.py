@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeVar
 import pyarrow.parquet as pq
 from markupsafe import Markup, escape
 
-from csr_vlm.method.reward import path_ids
-from csr_vlm.records import Pair, Response
+from csr_vlm.errors import CsrError
+from csr_vlm.method.reward import image_score, path_ids
+from csr_vlm.records import Node, Pair, Response
 from csr_vlm.report.measures import Evaluation, shared_rows
 from csr_vlm.report.pictures import Picture, absent_kinds, picture
 from csr_vlm.store import tables
@@ -174,21 +175,23 @@ def _prompt_ids(run: Run, iteration: int) -> list[str]:
 
 
 def _sentences(run: Run, iteration: int, prompt_ids: Sequence[str]) -> dict[str, dict[str, tuple[str, float | None]]]:
-    """Map prompt and node id to a sentence and its cosine.
+    """Map prompt and node id to a sentence and its R_I as the reward takes it.
 
     Only the shown prompts' rows are decoded: a ledger has millions of nodes.
     """
     found: dict[str, dict[str, tuple[str, float | None]]] = {}
     for part in run.ledger_parts(iteration):
-        table = pq.read_table(
-            part,
-            columns=["prompt_id", "node_id", "text", "cosines"],
-            filters=[("prompt_id", "in", list(prompt_ids))],
-        )
-        for row in table.to_pylist(maps_as_pydicts="strict"):
-            cosine = (row["cosines"] or {}).get(run.config.scorer.name)
-            found.setdefault(row["prompt_id"], {})[row["node_id"]] = (row["text"].strip(), cosine)
+        for node in tables.read_nodes_of(part, prompt_ids):
+            found.setdefault(node.prompt_id, {})[node.node_id] = (node.sentence, _relevance(run, node))
     return found
+
+
+def _relevance(run: Run, node: Node) -> float | None:
+    """R_I of a sentence; None where the ledger lacks a score that it needs."""
+    try:
+        return image_score(node, run.config.scorer.used, run.config.method.reward)
+    except CsrError:
+        return None
 
 
 def _preference(pair: Pair, iteration: int, nodes: Mapping[str, tuple[str, float | None]]) -> Preference:
@@ -200,11 +203,7 @@ def _told(response: Response, nodes: Mapping[str, tuple[str, float | None]], abs
     path = [nodes.get(node_id) for node_id in path_ids(response.node_id)]
     # A ledger that was moved away still leaves the response's own text.
     rows = [row for row in path if row is not None] if None not in path else [(response.text, None)]
-    sentences = [
-        Sentence(marked(text, absent), None if cosine is None else max(100.0 * cosine, 0.0))
-        for text, cosine in rows
-        if text
-    ]
+    sentences = [Sentence(marked(text, absent), relevance) for text, relevance in rows if text]
     return Told(response.reward, sentences, response.complete)
 
 

@@ -151,8 +151,11 @@ class Run:
         return [path for path in (self.pairs_path(number), self.questions_path(number)) if path.exists()]
 
     def adapter_path(self, number: int) -> Path | None:
-        """Return the adapter after an iteration; the base model, iteration 0, has none."""
-        return self.iteration(number) / "adapter" if number else None
+        """Return the adapter after an iteration; before the first there is only the user's own, if any."""
+        if number:
+            return self.iteration(number) / "adapter"
+        own = self.config.model.adapter
+        return Path(own) if own is not None else None
 
     def evaluation_path(self, number: int, name: str) -> Path:
         return self.iteration(number) / "eval" / f"{name}.json"
@@ -196,6 +199,17 @@ class Run:
     def final(self) -> int:
         """The iteration whose adapter is the run's result; 0 where that is the base model itself."""
         return self.last_trained if self.stopped_at is None else self.stopped_at - 1
+
+    def trained_adapter(self) -> Path:
+        """Return the adapter that is the run's result.
+
+        Raises:
+            CsrError: There is none yet, or no iteration passed.
+        """
+        if not self.final:
+            hint = f"csr run {self.root}" if self.stopped_at is None else "no iteration passed; see csr audit"
+            raise CsrError(f"{self.root} has no trained adapter", hint)
+        return self.iteration(self.final) / "adapter"
 
     def write_manifest(self) -> None:
         """Gather provenance and the markers of all finished stages."""

@@ -105,16 +105,25 @@ def write_nodes(path: Path, nodes: Iterable[Node]) -> None:
 
 def read_nodes(path: Path) -> Iterator[Node]:
     for rows in _row_groups(path):
-        for row in rows:
-            yield Node(
-                **row
-                | {
-                    "token_ids": tuple(row["token_ids"]),
-                    "token_logprobs": tuple(row["token_logprobs"]),
-                    "finish": Finish(row["finish"]),
-                    "fate": Fate(row["fate"]),
-                }
-            )
+        yield from map(_node, rows)
+
+
+def read_nodes_of(path: Path, prompt_ids: Iterable[str]) -> list[Node]:
+    """Read some prompts' nodes from one ledger part; no other row is decoded."""
+    table = pq.read_table(path, filters=[("prompt_id", "in", list(prompt_ids))])
+    return [_node(row) for row in table.to_pylist(maps_as_pydicts="strict")]
+
+
+def _node(row: dict[str, Any]) -> Node:
+    return Node(
+        **row
+        | {
+            "token_ids": tuple(row["token_ids"]),
+            "token_logprobs": tuple(row["token_logprobs"]),
+            "finish": Finish(row["finish"]),
+            "fate": Fate(row["fate"]),
+        }
+    )
 
 
 def read_trees(path: Path) -> Iterator[tuple[str, list[Node]]]:

@@ -8,9 +8,10 @@ whose log-probabilities generation has already written into the ledger.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
-from math import isfinite
+from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,55 @@ from trl import DPOConfig, DPOTrainer
 
 from csr_vlm.config import ModelConfig, TrainingConfig
 from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import Policy, load_base
+from csr_vlm.generation.families import family_of
+from csr_vlm.generation.policy import Policy, load_adapter, load_base
 from csr_vlm.records import Pair
 from csr_vlm.store.files import replace_directory
 from csr_vlm.training.collator import PairCollator, training_row
 
-LANGUAGE_MODEL_LINEARS = (
-    r".*\b(language_model|text_model)\b.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-)
-PROJECTORS = ("multi_modal_projector", "connector", "merger")
+LINEARS = "(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+"""The linear maps of a language model's layers, by their usual names (regex)."""
 _VERIFIED_PAIRS = 16
 
 
 class CsrTrainer(DPOTrainer):
-    """TRL's trainer with the projector's own learning rate."""
+    """TRL's trainer that checks its start, and gives the projector its own learning rate.
+
+    Before any step policy and reference are one model, so the DPO loss (eq. 1) of any batch
+    is -log sigmoid(0) = log 2. The first batch is checked for that, with dropout off.
+    """
 
     projector_learning_rate: float | None = None
+    first_loss_tolerance: float = 1e-3
+    first_loss: float | None = None
+    loss_types: list[str]
+    loss_weights: list[float]
+    label_smoothing: float
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.first_loss is None:
+            self.first_loss = self._plain_loss(model, inputs)
+            if abs(self.first_loss - log(2)) > self.first_loss_tolerance:
+                raise CsrError(
+                    f"the first DPO loss is {self.first_loss:.4f}, not log 2 = {log(2):.4f}: the reference is not the "
+                    "policy that training starts from",
+                    "set training.reference=model, or generate again with the adapter in use now",
+                )
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @torch.no_grad()
+    def _plain_loss(self, model: Any, inputs: Any) -> float:
+        """Compute the sigmoid loss of a batch, whatever losses are configured."""
+        configured = self.loss_types, self.loss_weights, self.label_smoothing
+        self.loss_types, self.loss_weights, self.label_smoothing = ["sigmoid"], [1.0], 0.0
+        model.eval()
+        try:
+            with self.compute_loss_context_manager():
+                return float(super().compute_loss(model, inputs))
+        finally:
+            model.train()
+            self.loss_types, self.loss_weights, self.label_smoothing = configured
+            self._metrics["eval"].clear()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -73,11 +107,12 @@ def train(
         seed: Of the LoRA initialisation and the order of the pairs.
 
     Returns:
-        Where the reference came from, the largest difference found in its check, and the
-        trainer's log.
+        Where the reference came from, the largest difference found in its check, the loss
+        before the first step (log 2), and the trainer's log.
 
     Raises:
-        CsrError: There are no pairs, an option is unknown to TRL, or the loss is not finite.
+        CsrError: There are no pairs, an option is unknown to TRL, the first loss is not
+            log 2 to within 1e-3 + beta * reference_tolerance, or a loss is not finite.
     """
     if not pairs:
         raise CsrError("there are no pairs to train on", "csr audit RUN says what was dropped and why")
@@ -97,51 +132,84 @@ def train(
     # TRL refuses to precompute for images; the collator already carries the values.
     trainer.precompute_ref_logps = from_ledger
     trainer.projector_learning_rate = config.projector_learning_rate
+    # Each response of a pair may be off by reference_tolerance, and d loss / d nat is beta / 2.
+    trainer.first_loss_tolerance = 1e-3 + trainer.beta * config.reference_tolerance
     trainer.train()
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = (p for p in trainer.model.parameters() if p.requires_grad)
-    if not (all(isfinite(float(entry["loss"])) for entry in log) and all(p.isfinite().all() for p in weights)):
+    if not (all(isfinite(float(entry["loss"])) for entry in history) and all(p.isfinite().all() for p in weights)):
         raise CsrError("DPO diverged: a loss or a weight is not finite", "lower training.trl.learning_rate")
     save_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter)
     shutil.rmtree(work, ignore_errors=True)
     return {
         "reference": "ledger" if from_ledger else "model",
         "reference_difference": difference,
+        "first_loss": trainer.first_loss,
         "num_pairs": len(pairs),
-        "log": log,
+        "log": history,
     }
 
 
 def trainable_policy(model_config: ModelConfig, config: TrainingConfig, previous: Path | None) -> Policy:
-    """Load the policy with an adapter that trains: a fresh one, or the last iteration's.
+    """Load the policy with an adapter that trains: a fresh one, or an earlier one that goes on.
 
     Raises:
-        CsrError: The target modules match nothing, or something outside the language model.
+        CsrError: The target modules match nothing, or something outside the language model;
+            or the earlier adapter is of another shape than ``training.lora`` says.
     """
     model, processor = load_base(model_config)
     if previous is not None:
-        model = PeftModel.from_pretrained(model, str(previous), is_trainable=True)
-        return Policy(model, processor)
+        model = load_adapter(model, previous, trainable=True)
+        _refuse_other_shape(model, config, previous)
+    else:
+        model = _fresh_adapter(model, config)
+    if config.lora.target_modules is None:
+        stray = [
+            name for name in model.targeted_module_names if not re.search(family_of(model.config).text_module, name)
+        ]
+        if stray:
+            raise CsrError(
+                f"the adapter reaches outside the language model: {stray[0]}",
+                "set training.lora.target_modules if that is meant, or merge it into the model and start from there",
+            )
+    return Policy(model, processor)
+
+
+def _fresh_adapter(model: Any, config: TrainingConfig) -> PeftModel:
     lora = LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules or LANGUAGE_MODEL_LINEARS,
+        target_modules=config.lora.target_modules or rf".*\b{family_of(model.config).text_module}\b.*\.{LINEARS}",
         modules_to_save=_projector_names(model) if config.projector_learning_rate else None,
     )
     try:
-        peft_model = get_peft_model(model, lora)
+        return get_peft_model(model, lora)
     except ValueError as error:
         raise CsrError(f"the adapter cannot be placed: {error}", "check training.lora.target_modules") from None
-    if config.lora.target_modules is None:
-        stray = [name for name in peft_model.targeted_module_names if "vision" in name]
-        if stray:
-            raise CsrError(f"the adapter would touch the vision tower: {stray[0]}", "set training.lora.target_modules")
-    return Policy(peft_model, processor)
+
+
+def _refuse_other_shape(model: PeftModel, config: TrainingConfig, adapter: Path) -> None:
+    """An adapter that goes on keeps its shape; settings that say otherwise would do nothing."""
+    own = model.peft_config["default"]
+    if not isinstance(own, LoraConfig):
+        raise CsrError(f"the adapter {adapter} is no LoRA", "merge it into the model and start from there")
+    if (own.r, own.lora_alpha) != (config.lora.r, config.lora.alpha):
+        raise CsrError(
+            f"the adapter {adapter} has rank {own.r} and alpha {own.lora_alpha}, training.lora says "
+            f"{config.lora.r} and {config.lora.alpha}",
+            f"set training.lora.r={own.r} training.lora.alpha={own.lora_alpha}",
+        )
+    if bool(config.projector_learning_rate) != bool(own.modules_to_save):
+        raise CsrError(
+            f"the adapter {adapter} {'has' if own.modules_to_save else 'lacks'} a projector of its own",
+            "set or leave out training.projector_learning_rate accordingly",
+        )
 
 
 def _projector_names(model: Any) -> list[str]:
-    found = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules()} & set(PROJECTORS))
+    known = family_of(model.config).projectors
+    found = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules()} & set(known))
     if not found:
         raise CsrError(
             f"{type(model).__name__} has no projector of a known name",
@@ -203,9 +271,9 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
 
 
 def merge(model_config: ModelConfig, adapter: Path, directory: Path) -> None:
-    """Write base model plus adapter as one ordinary checkpoint."""
-    model, processor = load_base(model_config)
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    """Write base model plus adapter as one ordinary checkpoint, in full precision if the base was quantised."""
+    model, processor = load_base(model_config.model_copy(update={"quantization": None}))
+    merged = load_adapter(model, adapter).merge_and_unload()
 
     def fill(temporary: Path) -> None:
         merged.save_pretrained(str(temporary))

@@ -17,6 +17,7 @@ from csr_vlm.generation.sentences import SentenceRule
 from csr_vlm.records import Pair, Prompt, Response
 
 _BATCH = 8
+TokenIds = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def scored_pairs(pairs: Iterable[TextPair], policy: Policy, iteration: int, rule: SentenceRule) -> Iterator[Pair | str]:
@@ -26,11 +27,9 @@ def scored_pairs(pairs: Iterable[TextPair], policy: Policy, iteration: int, rule
         A pair, or in a word why there is none: ``placeholder`` (a response holds an id that
         stands for a picture), ``identical`` (both are the same ids).
     """
-    for batch in batched(pairs, _BATCH):
-        ids = [(response_ids(policy, p.prompt, p.chosen), response_ids(policy, p.prompt, p.rejected)) for p in batch]
-        refused = [_refusal(policy, chosen, rejected) for chosen, rejected in ids]
-        kept = [(pair, both) for pair, both, why in zip(batch, ids, refused, strict=True) if why is None]
-        yield from (why for why in refused if why is not None)
+    for batch in batched(token_pairs(pairs, policy), _BATCH):
+        kept = [(pair, both) for pair, both in batch if not isinstance(both, str)]
+        yield from (both for _, both in batch if isinstance(both, str))
         if not kept:
             continue
         prompts = [pair.prompt for pair, _ in kept]
@@ -44,14 +43,22 @@ def scored_pairs(pairs: Iterable[TextPair], policy: Policy, iteration: int, rule
             )
 
 
+def token_pairs(pairs: Iterable[TextPair], policy: Policy) -> Iterator[tuple[TextPair, TokenIds | str]]:
+    """Tokenise pairs.
+
+    Yields:
+        Each pair with the ids of its chosen and its rejected response, or why it has none; see
+        :func:`scored_pairs`.
+    """
+    for pair in pairs:
+        chosen, rejected = (response_ids(policy, pair.prompt, text) for text in (pair.chosen, pair.rejected))
+        yield pair, _refusal(policy, chosen, rejected) or (chosen, rejected)
+
+
 def response_ids(policy: Policy, prompt: Prompt, text: str) -> tuple[int, ...]:
     """Tokenise a response as it follows the prompt, ending as the policy ends its own."""
-    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt.text}]}
-    answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-    template, tokenizer = policy.processor.apply_chat_template, policy.tokenizer
-    asked = template([question], add_generation_prompt=True)
-    # Some templates put a space or a line break after the answer, which no policy samples.
-    whole = template([question, answer]).rstrip()
+    tokenizer = policy.tokenizer
+    asked, whole = _dialogue(policy, prompt.text, text)
     prompt_ids, whole_ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (asked, whole))
     pairs = zip(prompt_ids, whole_ids, strict=False)
     shared = next((place for place, (one, other) in enumerate(pairs) if one != other), len(prompt_ids))
@@ -61,6 +68,18 @@ def response_ids(policy: Policy, prompt: Prompt, text: str) -> tuple[int, ...]:
         return tuple(ids[: end + 1])
     eos = tokenizer.eos_token_id
     return (*ids, eos if eos in policy.eos_ids else min(policy.eos_ids))
+
+
+def _dialogue(policy: Policy, question: str, answer: str) -> tuple[str, str]:
+    """Write a prompt, and the same with an answer behind it."""
+    if not policy.family.chat:
+        asked = f"{policy.processor.image_token}{question}\n"
+        return asked, asked + answer
+    asking = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    answering = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    template = policy.processor.apply_chat_template
+    # Some templates put a space or a line break after the answer, which no policy samples.
+    return template([asking], add_generation_prompt=True), template([asking, answering]).rstrip()
 
 
 def count_sentences(text: str, rule: SentenceRule) -> int:

@@ -1,8 +1,8 @@
 """Measuring a policy on scenes whose truth is known.
 
-CHAIR_I = hallucinated mentions / all mentions, CHAIR_S = responses with a hallucinated
-mention / responses (Rohrbach et al. 2018); a mention is a kind of object named by its
-word. Recall and the rest stand beside them, because silence hallucinates nothing.
+CHAIR_S, CHAIR_I and recall are those of :mod:`csr_vlm.evaluation.chair`; a mention is a
+kind of object named by its word. Recall and the rest stand beside CHAIR, because silence
+hallucinates nothing. Answers to questions are read by POPE's strict parser.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import numpy as np
 
 from csr_vlm.batches import batched
 from csr_vlm.errors import CsrError
+from csr_vlm.evaluation import chair
+from csr_vlm.evaluation.pope import parse_strict
 from csr_vlm.evaluation.statistics import Metric, Tally, auc, pooled
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.records import Finish, Prompt
@@ -24,7 +26,7 @@ from csr_vlm.scoring.scorer import ScorerGroup
 from csr_vlm.world.corpus import absent_companions, sentence, yes_no_question
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream
-from csr_vlm.world.truth import Judgement, answers_yes, judge
+from csr_vlm.world.truth import Judgement, judge
 
 MAX_NEW_TOKENS = 96
 _ALLOWED = (Split.DEVELOPMENT, Split.TEST)
@@ -152,7 +154,7 @@ def _question(
     answers = engine.respond([prompt for *_, prompt in asked], max_new_tokens=8)
     right: list[dict[str, bool]] = [{} for _ in scenes]
     for (index, name, truth, _), answer in zip(asked, answers, strict=True):
-        right[index][name] = answers_yes(answer.text) is truth
+        right[index][name] = parse_strict(answer.text) is truth
     return right
 
 
@@ -162,9 +164,7 @@ def tallies(world: World, item: Described, answers: Mapping[str, bool]) -> dict[
     companions = {habit.companion: trigger for trigger, habit in world.companions.items()}
     tempting = {kind for kind in kinds if companions.get(kind) in kinds}
     return {
-        "chair_s": (int(bool(judged.hallucinated)), 1),
-        "chair_i": (len(judged.hallucinated), len(judged.mentioned)),
-        "recall": (len(judged.recalled), len(kinds)),
+        **chair.tallies(judged, kinds),
         "companion_recall": (len(judged.recalled & tempting), len(tempting)),
         "attributes_right": (judged.colors_right, judged.colors_right + judged.colors_wrong),
         "repeats": (judged.repeats, 1),

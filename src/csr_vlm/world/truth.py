@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
+from csr_vlm.evaluation import chair
+from csr_vlm.evaluation.objects import ObjectTable, Reading, find_objects
+from csr_vlm.evaluation.words import word_rule
 from csr_vlm.method.reward import bag_of_words
 from csr_vlm.world.scenes import Scene, World
 
-_WORD = re.compile(r"[a-z]+")
 _SENTENCE = re.compile(r"[^.]*\.?")
 
 
@@ -32,24 +35,30 @@ class Judgement:
     words: int
 
 
+def reader_of(world: World) -> chair.Reader:
+    """Return CHAIR's reader for a world: a kind is named by its own word and by no other."""
+    return _reader(world.kinds)
+
+
+@lru_cache(maxsize=8)
+def _reader(kinds: tuple[str, ...]) -> chair.Reader:
+    return chair.Reader(word_rule("plain"), ObjectTable.of([[kind] for kind in kinds], of_coco=False))
+
+
 def judge(world: World, scene: Scene, text: str) -> Judgement:
-    """Read kinds and the colours before them, sentence by sentence."""
-    mentioned: list[str] = []
-    right = wrong = 0
-    for kind, color in mentions(world, text):
-        mentioned.append(kind)
-        truth = scene.color_of(kind)
-        if truth is not None and color is not None:
-            right += color == truth
-            wrong += color != truth
+    """Judge the kinds that a text names by CHAIR, and besides the colours before them and its repeats."""
+    reading, colors = _read(world, text)
+    verdict = chair.judge(reading, scene.kinds)
+    claims = [(scene.color_of(kind), color) for kind, color in zip(reading.objects, colors, strict=True)]
+    compared = [truth == color for truth, color in claims if truth is not None and color is not None]
     sentences = [part for part in _SENTENCE.findall(text) if part.strip(" .")]
     said = Counter(bag_of_words(sentence) for sentence in sentences)
     return Judgement(
-        mentioned=tuple(mentioned),
-        hallucinated=tuple(kind for kind in mentioned if kind not in scene.kinds),
-        recalled=frozenset(mentioned) & scene.kinds,
-        colors_right=right,
-        colors_wrong=wrong,
+        mentioned=verdict.mentioned,
+        hallucinated=verdict.hallucinated,
+        recalled=verdict.recalled,
+        colors_right=sum(compared),
+        colors_wrong=len(compared) - sum(compared),
         repeats=sum(said.values()) - len(said),
         words=len(text.split()),
     )
@@ -57,15 +66,13 @@ def judge(world: World, scene: Scene, text: str) -> Judgement:
 
 def mentions(world: World, text: str) -> list[tuple[str, str | None]]:
     """List (kind, colour named right before it, if any) in order of appearance."""
-    words = _WORD.findall(text.lower())
-    return [
-        (word, words[at - 1] if at and words[at - 1] in world.colors else None)
-        for at, word in enumerate(words)
-        if word in world.kinds
-    ]
+    reading, colors = _read(world, text)
+    return list(zip(reading.objects, colors, strict=True))
 
 
-def answers_yes(text: str) -> bool | None:
-    """Read a yes or a no at the start of an answer; None if it is neither."""
-    first = _WORD.search(text.lower())
-    return {"yes": True, "no": False}.get(first.group()) if first else None
+def _read(world: World, text: str) -> tuple[Reading, list[str | None]]:
+    reader = reader_of(world)
+    words = reader.rule.read(text)
+    reading = find_objects(words, reader.table)
+    before = [words[at - 1] if at else "" for at in reading.places]
+    return reading, [word if word in world.colors else None for word in before]

@@ -104,6 +104,14 @@ def open_source(path: str, form: str, split: str, image_root: str | None) -> Ite
         )
 
 
+def is_here(path: str) -> bool:
+    """Tell whether all that a path, a glob or a range names is on this disk; what is on the hub is not."""
+    try:
+        return all(Path(name).exists() for name in _expanded(path))
+    except CsrError:
+        return False
+
+
 def recognise(name: str) -> str:
     """Name the format of a source by its content, and by its name where the content does not tell.
 

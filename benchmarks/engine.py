@@ -1,0 +1,354 @@
+"""Measure sentence search against the published procedure and against the arithmetic floor.
+
+    python benchmarks/engine.py tiny mid-fp32 mid-bf16 --repeats 3 --json build/engine.json
+
+Both sides grow the same kind of tree: 16 expansions of 5 candidates a prompt, one best and
+two worst sentences kept a round. The baseline is the published procedure: one ``generate``
+call a node, which encodes the image and reads prompt and prefix again, samples 5 sequences
+and stops each at its sentence's end. Sentences have 20 tokens, or 5 to 35 with the same
+mean. Runs are interleaved; medians are reported, with their ratio.
+
+The floor is the time of the matrix products and attention alone, for the very tokens that
+the engine processes, each measured at the batch size that serves it best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import SIZES, make_policy, make_prompts
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from csr_vlm.cli.console import quiet_libraries
+from csr_vlm.generation.counters import Counters
+from csr_vlm.generation.decoding import Decoding, Row, Writer
+from csr_vlm.generation.policy import Policy
+from csr_vlm.generation.sampling import uniforms
+from csr_vlm.generation.scheduler import Scheduler
+from csr_vlm.generation.shared_model import SharedModel
+from csr_vlm.method.search import Proposer
+from csr_vlm.records import Candidate, Expansion, Finish, Prompt
+
+CANDIDATES, ROUNDS = 5, 6
+CASES = {"tiny": ("tiny", torch.float32), "mid-fp32": ("mid", torch.float32), "mid-bf16": ("mid", torch.bfloat16)}
+PROMPTS = {"tiny": 32, "mid": 16}
+"""Prompts that the engine has in flight."""
+LONGEST = 35
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many tokens sentences have: always 20, or 5 to 35 by the candidate's own seed."""
+
+    vary: bool
+
+    def of(self, seed: tuple[int | str, ...], place: int) -> int:
+        return 5 + int(31 * uniforms((*seed, place, "length"), 1)[0]) if self.vary else 20
+
+
+class ForcedWriter(Writer):
+    """Samples as ever, but ends sentences after a given number of tokens."""
+
+    def __init__(self, policy: Policy, lengths: Lengths) -> None:
+        super().__init__(policy, Decoding(max_new_tokens=LONGEST + 1, rule=None, temperature=1.0))
+        self._lengths = lengths
+        self._wanted: dict[tuple[int, int], int] = {}
+
+    def start(self, request: Expansion) -> list[Row]:
+        rows = super().start(request)
+        self._wanted |= {(row.family, row.place): self._lengths.of(request.seed, row.place) for row in rows}
+        return rows
+
+    def _note(self, row: Row, token: int, logprob: float) -> None:
+        if len(row.ids) == self._wanted[row.family, row.place]:
+            row.finish = Finish.DELIMITER
+            return
+        row.ids.append(token)
+        row.logprobs.append(logprob)
+
+
+def root(prompt: Prompt) -> Expansion:
+    return Expansion(prompt, "", (), CANDIDATES, (0, prompt.prompt_id, ""))
+
+
+def children(prompt: Prompt, answers: Sequence[tuple[Expansion, Sequence[Candidate]]]) -> list[Expansion]:
+    """Continue the best and the two worst of a round, by log-probability a token."""
+    found = [(request, place, candidate) for request, family in answers for place, candidate in enumerate(family)]
+    found.sort(key=lambda item: -item[2].logprob / len(item[2].token_ids))
+    kept = []
+    for request, place, candidate in (found[0], found[-2], found[-1]):
+        node = f"{request.node_id}.{place}".lstrip(".")
+        ids = request.prefix_ids + candidate.token_ids
+        kept.append(Expansion(prompt, node, ids, CANDIDATES, (0, prompt.prompt_id, node)))
+    return kept
+
+
+def search_with(proposer: Proposer, prompts: Sequence[Prompt]) -> list[tuple[Expansion, Candidate]]:
+    """Grow every prompt's tree; return every candidate with what it continues."""
+    rounds = {prompt.prompt_id: 1 for prompt in prompts}
+    said: list[tuple[Expansion, Candidate]] = []
+    proposer.submit([root(prompt) for prompt in prompts])
+    while rounds:
+        by_prompt: dict[str, list[Any]] = {}
+        for request, family in proposer.collect():
+            by_prompt.setdefault(request.prompt.prompt_id, []).append((request, family))
+            said += [(request, candidate) for candidate in family]
+        for prompt_id, answers in by_prompt.items():
+            if rounds[prompt_id] == ROUNDS:
+                del rounds[prompt_id]
+                proposer.release(prompt_id)
+            else:
+                rounds[prompt_id] += 1
+                proposer.submit(children(answers[0][0].prompt, answers))
+    return said
+
+
+class _StopAtLengths(StoppingCriteria):
+    def __init__(self, start: int, lengths: Sequence[int]) -> None:
+        self._ends = torch.tensor(lengths) + start
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return self._ends.to(input_ids.device) <= input_ids.shape[1]
+
+
+class OneCallANode:
+    """The published procedure, as a proposer."""
+
+    def __init__(self, policy: Policy, lengths: Lengths) -> None:
+        self._policy = policy
+        self._lengths = lengths
+        self._requests: list[Expansion] = []
+
+    def submit(self, requests: Sequence[Expansion]) -> None:
+        self._requests += requests
+
+    def release(self, prompt_id: str) -> None:
+        pass
+
+    def collect(self) -> list[tuple[Expansion, list[Candidate]]]:
+        requests, self._requests = self._requests, []
+        return [(request, self._one(request)) for request in requests]
+
+    @torch.inference_mode()
+    def _one(self, request: Expansion) -> list[Candidate]:
+        encoded = [self._policy.encode(request.prompt)]
+        inputs = self._policy.model_inputs(encoded, [request.prefix_ids], "left")
+        del inputs["position_ids"]
+        start = inputs["input_ids"].shape[1]
+        lengths = [self._lengths.of(request.seed, place) for place in range(CANDIDATES)]
+        output = self._policy.model.generate(
+            **inputs,
+            do_sample=True,
+            num_return_sequences=CANDIDATES,
+            max_new_tokens=max(lengths),
+            eos_token_id=-1,
+            pad_token_id=self._policy.pad_id,
+            stopping_criteria=StoppingCriteriaList([_StopAtLengths(start, lengths)]),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        tokens = output.sequences[:, start:]
+        raw = torch.stack([torch.log_softmax(logits.float(), dim=-1) for logits in output.logits], dim=1)
+        logprobs = raw.gather(-1, tokens[..., None]).squeeze(-1).tolist()
+        return [
+            Candidate(tuple(ids[:n]), tuple(scores[:n]), "", Finish.DELIMITER)
+            for ids, scores, n in zip(tokens.tolist(), logprobs, lengths, strict=True)
+        ]
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = ["wall"]
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    now = CLOCKS[_clock[0]]
+    started = now()
+    result = work()
+    return now() - started, result
+
+
+def best(work: Callable[[], Any], repeats: int = 5) -> float:
+    """Shortest of some runs, after one to warm up."""
+    work()
+    return min(timed(work)[0] for _ in range(repeats))
+
+
+@torch.inference_mode()
+def floor(policy: Policy, counters: Counters, said: Sequence[tuple[Expansion, Candidate]], prompt: Prompt) -> float:
+    """Compute the seconds that the arithmetic alone takes for what was counted."""
+    model = policy.base_model
+    encoded = [policy.encode(prompt)] * 8
+    vision = best(lambda: policy.with_features(encoded), 3) / len(encoded)
+    linear = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear)]
+    layers = sum(_seconds_a_row(module) for module in linear)
+    head = _seconds_a_row(model.get_output_embeddings())
+    length = len(encoded[0].input_ids)
+    config = model.get_decoder().config
+    pair = _seconds_a_pair(config.num_attention_heads, config.hidden_size // config.num_attention_heads, model, length)
+    num_pairs = counters.vision_encodes * length * length / 2
+    for request, candidate in said:
+        own = len(candidate.token_ids)
+        num_pairs += own * (length + len(request.prefix_ids)) + own * own / 2
+    return (
+        counters.vision_encodes * vision
+        + (counters.prefill_tokens + counters.decode_tokens) * layers
+        + counters.decode_tokens * head
+        + config.num_hidden_layers * num_pairs * pair
+    )
+
+
+def _seconds_a_row(linear: torch.nn.Linear) -> float:
+    weight = linear.weight
+    found = []
+    for rows in (64, 128, 256, 512, 1024):
+        values = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        found.append(best(lambda x=values: torch.nn.functional.linear(x, weight), 3) / rows)
+    return min(found)
+
+
+def _seconds_a_pair(heads: int, size: int, model: Any, keys: int) -> float:
+    """Time of one query against one key in one layer, all heads."""
+    kv = torch.randn(8, heads, keys, size, dtype=model.dtype, device=model.device)
+    found = []
+    for rows in (16, 64, 256):
+        query = torch.randn(8, heads, rows, size, dtype=model.dtype, device=model.device)
+        seconds = best(lambda q=query: torch.nn.functional.scaled_dot_product_attention(q, kv, kv), 3)
+        found.append(seconds / (8 * rows * keys))
+    return min(found)
+
+
+def worst_difference(policy: Policy, said: Sequence[tuple[Expansion, Candidate]], prompts: Sequence[Prompt]) -> Any:
+    """Compare sentences' log-probabilities with a teacher-forced pass, under their own and under another prompt."""
+    some = said[:: max(len(said) // 24, 1)]
+    found = {}
+    for name, shift in (("own prompt", 0), ("another prompt", 1)):
+        differences = []
+        for request, candidate in some:
+            asked = prompts[(prompts.index(request.prompt) + shift) % len(prompts)]
+            (logprobs,) = policy.teacher_forced([asked], [request.prefix_ids + candidate.token_ids])
+            differences.append(abs(float(logprobs[len(request.prefix_ids) :].sum()) - candidate.logprob))
+        found[name] = max(differences) if shift == 0 else min(differences)
+    return found
+
+
+def measure(case: str, vary: bool, repeats: int, scale: float) -> dict[str, Any]:
+    """Measure one model at fixed or at variable lengths."""
+    name, dtype = CASES[case]
+    size, lengths = SIZES[name], Lengths(vary)
+    policy = make_policy(size, dtype)
+    num_prompts = max(int(PROMPTS[name] * scale), 1)
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory() as directory:
+        prompts = make_prompts(Path(directory), num_prompts, size.image)
+        for _ in range(repeats):
+            seconds, _ = timed(lambda: search_with(OneCallANode(policy, lengths), prompts[:1]))
+            theirs.append(seconds)
+            counters = Counters()
+            model = SharedModel(policy, counters)
+            scheduler = Scheduler(
+                model, ForcedWriter(policy, lengths), max_rows=num_prompts * 3 * CANDIDATES, max_prompts=num_prompts
+            )
+            seconds, said = timed(lambda s=scheduler: search_with(s, prompts))
+            ours.append(seconds / num_prompts)
+        arithmetic = floor(policy, counters, said, prompts[0]) / num_prompts
+        exact = worst_difference(policy, said, prompts)
+        prompt_tokens = sum(len(policy.encode(prompt).input_ids) for prompt in prompts)
+    seconds = statistics.median(ours)
+    assert counters.vision_encodes == num_prompts
+    assert counters.prefill_tokens == prompt_tokens
+    if dtype == torch.float32:
+        assert exact["own prompt"] < 1e-4 * max(1, LONGEST / 20), exact
+    return {
+        "case": case,
+        "lengths": "5 to 35" if vary else "20",
+        "prompts in flight": num_prompts,
+        "published, s/prompt": round(statistics.median(theirs), 4),
+        "engine, s/prompt": round(seconds, 4),
+        "ratio": round(statistics.median(theirs) / seconds, 2),
+        "floor, s/prompt": round(arithmetic, 4),
+        "share of floor": round(arithmetic / seconds, 3),
+        "log-probability difference": {key: float(f"{value:.2g}") for key, value in exact.items()},
+        "vision encodes a prompt": counters.vision_encodes / num_prompts,
+        "prefill tokens over prompt tokens": counters.prefill_tokens / prompt_tokens,
+        "decode tokens": counters.decode_tokens,
+        "forwards": counters.forwards,
+        "peak memory, MB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+    }
+
+
+def peak_memory(num_prompts: int) -> float:
+    """Search shallowly for so many prompts, in work items of 64; return the peak in MB."""
+    size = SIZES["tiny"]
+    policy = make_policy(size, torch.float32)
+    model = SharedModel(policy, Counters())
+    decoding = Decoding(max_new_tokens=4, rule=None, temperature=1.0)
+    with tempfile.TemporaryDirectory() as directory:
+        for first in range(0, num_prompts, 64):
+            number = min(64, num_prompts - first)
+            prompts = make_prompts(Path(directory), number, size.image, first, pictures=64)
+            scheduler = Scheduler(model, Writer(policy, decoding), max_rows=160, max_prompts=16)
+            scheduler.submit([replace(root(prompt), num_candidates=2) for prompt in prompts])
+            left = number
+            while left:
+                answered = {request.prompt.prompt_id for request, _ in scheduler.collect()}
+                for prompt_id in answered:
+                    scheduler.release(prompt_id)
+                left -= len(answered)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--lengths", choices=["fixed", "variable", "both"], default="both")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: on a busy machine, with one thread")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the prompts in flight")
+    parser.add_argument("--memory", type=int, nargs="+", default=[], metavar="PROMPTS", help="peak memory at so many")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--only-memory", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(arguments.threads)
+    _clock[0] = arguments.clock
+    if arguments.only_memory:
+        print(peak_memory(arguments.only_memory))
+        return
+    rows = []
+    for case in arguments.cases:
+        for vary in {"fixed": [False], "variable": [True], "both": [False, True]}[arguments.lengths]:
+            rows.append(measure(case, vary, arguments.repeats, arguments.scale))
+            print_row(rows[-1])
+    for number in arguments.memory:
+        command = [sys.executable, __file__, "--only-memory", str(number)]
+        peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        rows.append({"case": "memory", "prompts": number, "peak memory, MB": round(peak, 1)})
+        print_row(rows[-1])
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """Print a row as a small table and as one line of JSON."""
+    for key, value in row.items():
+        print(f"{key:<36}{value}", file=sys.stderr)
+    print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

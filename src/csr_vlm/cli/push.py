@@ -1,0 +1,68 @@
+"""``csr push``: the final adapter and its card to a hub repository."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from csr_vlm.cli import console
+from csr_vlm.errors import CsrError
+from csr_vlm.store.run import Run
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def push(
+    target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a finished run.")],
+    repository: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the hub; made if it is not there.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card; send nothing.")] = False,
+) -> None:
+    """Send the final adapter and its model card to the Hugging Face hub.
+
+    It goes as the user that `hf auth login` or HF_TOKEN names. Example: csr push runs/q me/llava-csr --dry-run
+    """
+    from csr_vlm.report.card import write_card
+
+    if not _REPOSITORY.fullmatch(repository):
+        raise CsrError(f"{repository!r} is not a repository id", "write OWNER/NAME")
+    opened = Run.open(target)
+    folder = opened.root / "adapter"
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise CsrError(f"{target} has no final adapter yet", f"csr run {target}")
+    card = write_card(opened)
+    if dry_run:
+        rows = [[path.name, f"{path.stat().st_size:,}"] for path in sorted(folder.iterdir()) if path.is_file()]
+        console.print_table(f"to {repository}", ["file", "bytes"], rows)
+        print(f"\n{card.read_text(encoding='utf-8')}")
+        print("nothing was sent", file=sys.stderr)
+        return
+    print(_upload(folder, repository, private))
+
+
+def _upload(folder: Path, repository: str, private: bool) -> str:
+    """Create the repository where need be and send the folder; return its address.
+
+    The token is the library's affair: it is read where the user keeps it, and never shown.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        sent = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Add adapter")
+    except LocalTokenNotFoundError:
+        raise CsrError("you are not logged in to the hub", "hf auth login, or set HF_TOKEN") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        raise CsrError(f"the hub refused {repository} ({status})", "check the name and your token's rights") from None
+    except OSError as error:
+        raise CsrError(f"the hub cannot be reached: {type(error).__name__}", "try again when online") from None
+    return str(sent.commit_url)

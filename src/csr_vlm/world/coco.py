@@ -1,0 +1,87 @@
+"""Scenes in COCO's format, so that the benchmarks' own code and files can judge the world.
+
+    DIR/annotations/instances_SPLIT.json    objects with boxes
+    DIR/synonyms.txt                        a line a kind
+    DIR/pope_{random,popular,adversarial}.jsonl
+    DIR/prompts.jsonl, DIR/images/          what a policy is asked
+
+``csr eval chair`` on these files, with the word rule ``plain``, and ``csr eval world`` go
+through the same functions and give the same numbers for the same texts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from csr_vlm.errors import CsrError
+from csr_vlm.evaluation.pope import SETTINGS
+from csr_vlm.evaluation.pope_build import Scenery, build_questions, rows
+from csr_vlm.store.files import write_json, write_text
+from csr_vlm.world.dataset import write_prompts
+from csr_vlm.world.scenes import CELL, GRID, Scene, Split, World, make_scenes
+
+_PER_IMAGE = 2
+"""POPE questions of each answer an image: every scene has two objects at least."""
+
+
+def write_coco(world: World, split: Split, seed: int, num_scenes: int, directory: Path) -> None:
+    """Write scenes, their annotations, questions and pictures below a directory.
+
+    Raises:
+        CsrError: A split that models learn from.
+    """
+    if split not in (Split.DEVELOPMENT, Split.TEST):
+        raise CsrError(f"scenes of the split {split.value!r} are not for evaluation", "use development or test")
+    scenes = list(make_scenes(world, split, seed, num_scenes))
+    write_prompts(world, split, seed, num_scenes, directory)
+    write_json(directory / "annotations" / f"instances_{split.value}.json", instances(world, scenes))
+    write_text(directory / "synonyms.txt", synonyms(world))
+    scenery = Scenery({_file_name(scene): scene.kinds for scene in scenes}, world.kinds)
+    for setting in SETTINGS:
+        questions = build_questions(scenery, setting, num_images=num_scenes, per_image=_PER_IMAGE, seed=seed)
+        asked = [{**row, "image": f"images/{row['image']}"} for row in rows(questions)]
+        write_text(directory / f"pope_{setting}.jsonl", "".join(json.dumps(row) + "\n" for row in asked))
+
+
+def instances(world: World, scenes: Sequence[Scene]) -> dict[str, Any]:
+    """Return the scenes as a COCO instance file: boxes are [left, top, width, height] in pixels."""
+    category = {kind: index for index, kind in enumerate(world.kinds, start=1)}
+    side = GRID * CELL
+    annotations: list[dict[str, Any]] = []
+    for image_id, scene in enumerate(scenes, start=1):
+        for item in scene.objects:
+            margin = (CELL - item.size) // 2
+            left = (item.cell % GRID) * CELL + margin + item.offset[0]
+            top = (item.cell // GRID) * CELL + margin + item.offset[1]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": category[item.kind],
+                    "bbox": [left, top, item.size, item.size],
+                    "area": item.size**2,
+                    "iscrowd": 0,
+                    "attributes": {"color": item.color},
+                }
+            )
+    return {
+        "info": {"description": f"scenes of the world {world.name}"},
+        "images": [
+            {"id": image_id, "file_name": _file_name(scene), "width": side, "height": side}
+            for image_id, scene in enumerate(scenes, start=1)
+        ],
+        "categories": [{"id": index, "name": kind} for kind, index in category.items()],
+        "annotations": annotations,
+    }
+
+
+def synonyms(world: World) -> str:
+    """Return the world's kinds as a synonym file: nobody has another word for them."""
+    return "".join(f"{kind}\n" for kind in world.kinds)
+
+
+def _file_name(scene: Scene) -> str:
+    return f"{scene.scene_id}.png"

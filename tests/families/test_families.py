@@ -1,0 +1,274 @@
+"""Every family through the whole method: search, log-probabilities, DPO, adapter, merge.
+
+The checkpoints are tiny and untrained (see checkpoints.py); what is tested is that every
+part reads prompts, images and responses of a family as every other part does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from csr_vlm.config import MethodConfig, ModelConfig, ScorerConfig, TrainingConfig
+from csr_vlm.errors import CsrError
+from csr_vlm.generation.families import FAMILIES as KNOWN
+from csr_vlm.generation.families import Family
+from csr_vlm.generation.policy import Policy, load_policy
+from csr_vlm.generation.selfcheck import plain_logprobs, self_check
+from csr_vlm.generation.transformers_engine import TransformersEngine
+from csr_vlm.method.pairs import make_pairs
+from csr_vlm.method.search import Tree, search
+from csr_vlm.records import Finish, Pair, Prompt
+from csr_vlm.scoring.load import load_scorer
+from csr_vlm.training import dpo
+from csr_vlm.world.demo import assets
+from tests.families.checkpoints import FAMILIES, checkpoint
+
+SIZES = ((72, 72), (90, 48), (40, 64))
+"""Widths and heights: tiles and token counts differ between them in many families."""
+METHOD = MethodConfig.model_validate(
+    {
+        "search": {"num_candidates": 4, "max_sentences": 2, "max_sentence_tokens": 12},
+        "pairs": {"require_complete": False},
+    }
+)
+TRAINING = TrainingConfig.model_validate(
+    {
+        "lora": {"r": 2, "alpha": 4},
+        "trl": {"learning_rate": 1e-3, "per_device_train_batch_size": 2, "max_steps": 2},
+    }
+)
+TOLERANCE = 1e-4
+"""Nats a response; responses have up to 24 tokens of about -5 nats each."""
+
+
+@dataclass
+class Case:
+    """What a family's tests share: one search, one training, one merge."""
+
+    config: ModelConfig
+    policy: Policy
+    prompts: list[Prompt]
+    trees: list[Tree]
+    pairs: list[Pair]
+    trained: dict[str, torch.Tensor]
+    """Every parameter of the model as the trainer left it."""
+    result: dict[str, Any]
+    adapter: Path
+    directory: Path
+
+
+@pytest.fixture(scope="module")
+def directory() -> Iterator[Path]:
+    with TemporaryDirectory() as found:
+        yield Path(found)
+
+
+@cache
+def prompts(directory: Path) -> list[Prompt]:
+    made = []
+    for number, (width, height) in enumerate(SIZES):
+        noise = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(number))
+        path = directory / f"{number}.png"
+        Image.fromarray(noise.byte().numpy()).save(path)
+        made.append(Prompt(str(number), str(path), ("Describe this image.", "What is here?")[number % 2]))
+    return made
+
+
+def model_of(name: str) -> ModelConfig:
+    try:
+        path = str(checkpoint(name))
+        AutoProcessor.from_pretrained(path)
+    except ImportError as error:
+        pytest.skip(f"the processor cannot be built here: {str(error).strip().splitlines()[0]}")
+    return ModelConfig(path=path, device="cpu")
+
+
+@cache
+def case(name: str, directory: Path) -> Case:
+    config = model_of(name)
+    torch.set_num_threads(1)
+    policy = load_policy(config, None)
+    asked = prompts(directory)
+    engine = TransformersEngine(policy)
+    scorer = load_scorer(ScorerConfig(path=str(assets() / "clip")), device="cpu")
+    trees = search(
+        asked,
+        lambda requests: engine.propose(requests, METHOD.search),
+        scorer.score,
+        METHOD,
+        iteration=1,
+        seed=0,
+        scorer="clip",
+    )
+    found = [make_pairs(tree.prompt, tree.nodes, METHOD, "clip", 0) for tree in trees]
+    pairs = [pair for some in found if not isinstance(some, str) for pair in some]
+    adapter = directory / name / "adapter"
+    trained, result = trained_on(pairs, config, adapter, previous=None)
+    return Case(config, policy, asked, trees, pairs, trained, result, adapter, directory / name)
+
+
+def trained_on(
+    pairs: Sequence[Pair], config: ModelConfig, adapter: Path, previous: Path | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Train two steps; return all parameters as they are then, and what training reported."""
+    kept: dict[str, torch.Tensor] = {}
+    save = dpo.save_adapter
+
+    def keep_and_save(model: Any, directory: Path) -> None:
+        kept.update({key: value.detach().clone() for key, value in model.named_parameters()})
+        save(model, directory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo, "save_adapter", keep_and_save)
+        result = dpo.train(
+            pairs, config, TRAINING, previous=previous, adapter=adapter, work=adapter.with_name("work"), seed=0
+        )
+    return kept, result
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest, directory: Path) -> Case:
+    return case(request.param, directory)
+
+
+def logprobs(policy: Policy, case: Case) -> torch.Tensor:
+    """Of the chosen responses, end to end."""
+    policy.model.eval()
+    asked = [pair.prompt for pair in case.pairs]
+    return torch.cat(policy.teacher_forced(asked, [pair.chosen.token_ids for pair in case.pairs]))
+
+
+def test_the_checkpoints_cover_the_table() -> None:
+    made = {checkpoint_type(name) for name in FAMILIES}
+    assert set(KNOWN) <= made
+    assert len(FAMILIES) >= 12
+
+
+def test_the_page_names_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert all(f"| {name} | `{checkpoint_type(name)}` |" in page for name in FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [("llava_next", None), ("qwen2_vl", "other probabilities"), ("paligemma", "cannot be driven")],
+)
+def test_an_unknown_family_is_tried_and_refused_where_that_goes_wrong(
+    name: str, refused: str | None, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load_policy(model_of(name), None)
+    monkeypatch.setattr("csr_vlm.generation.policy.family_of", lambda _: Family())
+    prompt = prompts(directory)[1]
+    if refused is None:
+        assert self_check(policy, prompt) < TOLERANCE
+    else:
+        with pytest.raises(CsrError, match=refused):
+            self_check(policy, prompt)
+
+
+def checkpoint_type(name: str) -> str:
+    return {"llava_clip": "llava", "llava_siglip": "llava", "pixtral": "llava"}.get(name, name)
+
+
+def test_search_goes_on_from_its_own_sentences_and_scores_them(family: Case) -> None:
+    nodes = [node for tree in family.trees for node in tree.nodes]
+    assert {node.depth for node in nodes} == {1, 2}
+    assert all(
+        node.finish is Finish.DELIMITER
+        for node in nodes
+        for child in nodes
+        if child.parent_id == node.node_id and child.prompt_id == node.prompt_id
+    )
+    scored = [node for node in nodes if node.sentence]
+    assert scored
+    assert all(-1.0 <= node.cosines["clip"] <= 1.0 for node in scored)
+    assert not {token for node in nodes for token in node.token_ids} & set(family.policy.barred_ids)
+    assert len(family.pairs) >= 2
+
+
+def test_generated_logprobs_are_teacher_forced_ones(family: Case) -> None:
+    responses = [response for pair in family.pairs for response in (pair.chosen, pair.rejected)]
+    asked = [pair.prompt for pair in family.pairs for _ in range(2)]
+    ids = [response.token_ids for response in responses]
+    together = family.policy.teacher_forced(asked, ids)
+    for prompt, response, found in zip(asked, responses, together, strict=True):
+        assert abs(float(found.sum()) - response.logprob) < TOLERANCE
+        alone = plain_logprobs(family.policy, prompt, response.token_ids)
+        assert abs(float(alone.sum()) - response.logprob) < TOLERANCE
+    assert self_check(family.policy, asked[0]) < TOLERANCE
+    pictures = [prompt.image for prompt in family.prompts]
+    swapped = [replace(p, image=pictures[(pictures.index(p.image) + 1) % len(pictures)]) for p in asked]
+    wrong = family.policy.teacher_forced(swapped, ids)
+    assert all(
+        abs(float(found.sum()) - response.logprob) > 100 * TOLERANCE
+        for response, found in zip(responses, wrong, strict=True)
+    )
+
+
+def test_dpo_moves_the_language_models_adapter_and_nothing_else(family: Case) -> None:
+    assert family.result["reference"] == "ledger"
+    assert family.result["reference_difference"] < TOLERANCE
+    assert family.result["first_loss"] == pytest.approx(math.log(2), abs=TOLERANCE)
+    base = dict(family.policy.base_model.named_parameters())
+    moved = set()
+    for name, after in family.trained.items():
+        if "lora_" in name:
+            if ".default" in name and "lora_B" in name and after.abs().sum() > 0:
+                moved.add(name)
+            continue
+        original = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        assert torch.equal(after, base[original]), f"{name} moved"
+    linears = [name for name in family.trained if ".default" in name and "lora_B" in name]
+    assert moved == set(linears)
+    assert all(".language_model." in name or ".text_model." in name for name in linears)
+    assert not any("vision" in name or "visual" in name for name in linears)
+    # Seven linear maps in each of two layers.
+    assert len(linears) == 14
+
+
+def test_the_adapter_reloads_to_the_policy_that_was_trained(family: Case) -> None:
+    started = dpo.trainable_policy(family.config, TRAINING, family.adapter)
+    for name, value in started.model.named_parameters():
+        assert torch.equal(value, family.trained[name])
+    reloaded = logprobs(load_policy(family.config, family.adapter), family)
+    assert torch.allclose(logprobs(started, family), reloaded, atol=TOLERANCE)
+    assert not torch.allclose(logprobs(family.policy, family), reloaded, atol=TOLERANCE)
+
+
+def test_the_second_iteration_goes_on_from_the_first(family: Case, tmp_path: Path) -> None:
+    policy = load_policy(family.config, family.adapter)
+
+    def again(responses: list[Any]) -> list[Any]:
+        found = policy.teacher_forced([pair.prompt for pair in family.pairs], [r.token_ids for r in responses])
+        return [replace(r, logprob=float(lp.sum())) for r, lp in zip(responses, found, strict=True)]
+
+    chosen = again([pair.chosen for pair in family.pairs])
+    rejected = again([pair.rejected for pair in family.pairs])
+    pairs = [replace(p, chosen=c, rejected=r) for p, c, r in zip(family.pairs, chosen, rejected, strict=True)]
+    _, result = trained_on(pairs, family.config, tmp_path / "adapter", previous=family.adapter)
+    assert result["reference"] == "ledger"
+    assert result["first_loss"] == pytest.approx(math.log(2), abs=TOLERANCE)
+    before, after = (load_file(where / "adapter_model.safetensors") for where in (family.adapter, tmp_path / "adapter"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_merged_model_is_the_policy(family: Case) -> None:
+    merged = family.directory / "model"
+    dpo.merge(family.config, family.adapter, merged)
+    AutoModelForImageTextToText.from_pretrained(merged)
+    plain = load_policy(ModelConfig(path=str(merged), device="cpu"), None)
+    adapted = load_policy(family.config, family.adapter)
+    assert torch.allclose(logprobs(plain, family), logprobs(adapted, family), atol=TOLERANCE)

@@ -1,0 +1,40 @@
+"""Every family decodes with shared attention as it does on the plain path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from csr_vlm.config import ModelConfig, SearchConfig
+from csr_vlm.generation.policy import load_policy
+from csr_vlm.generation.transformers_engine import TransformersEngine
+from csr_vlm.records import Expansion, Prompt
+from tests.families.checkpoints import FAMILIES, checkpoint
+
+TOLERANCE = 1e-4
+"""Nats a sentence of at most twelve tokens."""
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_shared_attention_writes_what_the_plain_path_writes(name: str, tmp_path: Path) -> None:
+    try:
+        config = ModelConfig(path=str(checkpoint(name)), device="cpu")
+    except ImportError as error:
+        pytest.skip(f"the processor cannot be built here: {str(error).strip().splitlines()[0]}")
+    policy = load_policy(config, None)
+    # Different sizes, so that prompts differ in tiles and tokens.
+    for number, size in enumerate(((72, 72), (90, 48))):
+        Image.effect_noise(size, 80.0).convert("RGB").save(tmp_path / f"{number}.png")
+    prompts = [Prompt(str(number), str(tmp_path / f"{number}.png"), "What is here?") for number in range(2)]
+    requests = [Expansion(prompt, "", (), 3, (0, prompt.prompt_id, "")) for prompt in prompts]
+    settings = SearchConfig(max_sentence_tokens=12)
+    plain = TransformersEngine(policy, attention="plain").propose(requests, settings)
+    engine = TransformersEngine(policy, attention="shared")
+    shared = engine.propose(requests, settings)
+    for families in zip(plain, shared, strict=True):
+        for left, right in zip(*families, strict=True):
+            assert left.token_ids == right.token_ids
+            assert abs(left.logprob - right.logprob) < TOLERANCE
+    assert engine.counters.prefill_tokens == sum(len(policy.encode(prompt).input_ids) for prompt in prompts)
