@@ -135,6 +135,30 @@ class RewardConfig(_Section):
         return self
 
 
+class QuestionsConfig(_Section):
+    """Yes-or-no questions about claims of the policy's own, as further pairs."""
+
+    pattern: str = Field(
+        default="",
+        description="Regular expression that finds a claim in a sentence; its groups fill the question. Empty asks "
+        "nothing.",
+    )
+    question: str = Field(default="Is there a {0} in the image?", description="What is asked about a claim.")
+    yes: str = Field(default="Yes.", min_length=1, description="Answer where the claim suits the image.")
+    no: str = Field(default="No.", min_length=1, description="Answer where it does not.")
+    per_prompt: int = Field(default=2, ge=1, description="Most questions about one prompt's image.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> QuestionsConfig:
+        try:
+            groups = re.compile(self.pattern).groups
+            self.question.format(*[""] * groups)
+        except (re.error, IndexError, KeyError, ValueError) as error:
+            if self.pattern:
+                raise ValueError(f"pattern and question do not fit together: {error}") from None
+        return self
+
+
 class PairsConfig(_Section):
     """What becomes a pair (section 3.2.2)."""
 
@@ -160,6 +184,7 @@ class PairsConfig(_Section):
         "sentence rewards.",
     )
     require_complete: bool = Field(default=True, description="Only responses, or sentences, that ended by themselves.")
+    questions: QuestionsConfig = QuestionsConfig()
 
 
 class MethodConfig(_Section):

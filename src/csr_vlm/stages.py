@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csr_vlm import external
+from csr_vlm import asking, external
 from csr_vlm.config import RunConfig, ScorerConfig, WorldEvaluationConfig
 from csr_vlm.data.prompts import InputReport, count_rows, hold_out, read_prompts
 from csr_vlm.errors import CsrError
@@ -156,10 +156,13 @@ def make_pairs(run: Run, iteration: int, tell: Reporter) -> None:
     tables.write_pairs(run.pairs_path(iteration), pairs)
     if not pairs and iteration == 1:
         raise CsrError(f"iteration {iteration} has no pairs: {dict(reasons)}", "loosen method.pairs or add prompts")
+    asked = asking.ask(run, iteration, tell) if run.config.method.pairs.questions.pattern and not outside else []
+    tables.write_pairs(run.questions_path(iteration), asked)
     run.mark_done(
         iteration,
         "pairs",
         pairs=len(pairs),
+        questions=len(asked),
         prompts_without=dict(reasons),
         **summarise_pairs(pairs),
         seconds=_since(started),
@@ -223,7 +226,7 @@ def train(run: Run, iteration: int, tell: Reporter) -> None:
     assert adapter is not None
     with tell.stage(f"iteration {iteration}: training", 0) as advance:
         result = train_dpo(
-            list(tables.read_pairs(run.pairs_path(iteration))),
+            [pair for path in run.training_paths(iteration) for pair in tables.read_pairs(path)],
             run.config.model,
             run.config.training,
             previous=run.adapter_path(iteration - 1),

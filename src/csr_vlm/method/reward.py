@@ -73,6 +73,12 @@ def image_score(node: Node, scorer: str, config: RewardConfig) -> float:
     return sum(max(100.0 * _cosine(node, name), 0.0) for name in names) / len(names)
 
 
+def contrasts(nodes: Iterable[Node], scorer: str) -> dict[str, float]:
+    """Map each node's id to its cosine less the mean cosine with other images, in -2..2."""
+    config = RewardConfig(image_score="contrast")
+    return {node.node_id: image_score(node, scorer, config) / 100 for node in nodes}
+
+
 def _cosine(node: Node, scorer: str) -> float:
     cosine = node.cosines.get(scorer)
     if cosine is None:

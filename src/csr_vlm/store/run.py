@@ -142,6 +142,14 @@ class Run:
     def pairs_path(self, number: int) -> Path:
         return self.iteration(number) / "pairs.parquet"
 
+    def questions_path(self, number: int) -> Path:
+        """Pairs of yes and no about the policy's own claims; empty where none were asked for."""
+        return self.iteration(number) / "questions.parquet"
+
+    def training_paths(self, number: int) -> list[Path]:
+        """List the files of pairs that an iteration trains on."""
+        return [path for path in (self.pairs_path(number), self.questions_path(number)) if path.exists()]
+
     def adapter_path(self, number: int) -> Path | None:
         """Return the adapter after an iteration; before the first there is only the user's own, if any."""
         if number:
