@@ -46,7 +46,7 @@ def test_one_pair_of_whole_responses():
     # Boat and fish over car and car.
     found = signs_of(TREE)
     assert found.pairs == 1
-    assert found.wins == 1.0, "45 against 10"
+    assert (found.wins, found.losses) == (1, 0), "boat and fish, 2, against a car, -1, said again, 0"
     assert found.margin == pytest.approx(35 / 40)
     assert found.length_gap == 0
     assert found.omission_gap == -2, "the rejected has neither boat nor fish, the chosen both"
@@ -57,7 +57,7 @@ def test_several_pairs_of_whole_responses_add_up():
     # Boat and fish over car and car, over car and boat, over the boat alone.
     found = signs_of(TREE, pairs={"per_prompt": 3})
     assert found.pairs == 3
-    assert found.wins == 3.0, "45 to 10; 45 to 25; and after the boat they share, 50 to the middle, 30"
+    assert (found.wins, found.losses) == (3, 0), "2 to -1; 2 to car and boat, 0; 2 to the boat, 1"
     assert found.margin == pytest.approx((35 + 20 + 5) / 40)
     assert found.length_gap == 0 + 0 + 1
     assert found.omission_gap == -2 - 1 - 1
@@ -68,21 +68,24 @@ def test_pairs_of_siblings_are_judged_where_they_differ():
     # Fish over ending, boat over car at the start, and boat over the car again.
     found = signs_of(TREE, pairs={"between": "siblings", "per_prompt": 9})
     assert found.pairs == 3
-    assert found.wins == 3.0, "50 to 30; 40 to 10; 40 to 10"
-    assert found.margin == pytest.approx((50 + 30 + 30) / 40)
+    assert (found.wins, found.losses) == (3, 0), "2 to 1; 1 to -1; car and boat, 0, to car and car, -1"
+    # Boat and fish after it, 90, to car and boat after it, 50.
+    assert found.margin == pytest.approx((50 + 40 + 30) / 40)
     assert found.length_gap == 1 + 0 + 0
     assert found.omission_gap == -1 - 1 - 1
     assert found.repeat_gap == 0 + 0 - 1
 
 
-def test_equal_relevance_is_half_a_win():
+def test_equal_relevance_is_neither_won_nor_lost():
     # Rewards differ by R_T alone; both sentences have the same R_I.
     nodes = [
         node("0", "A boat.", cosine=0.3, logprobs=(-0.1,), ids=(1,), fate=Fate.FINISHED, finish=Finish.EOS),
         node("1", "A fish.", cosine=0.3, logprobs=(-2.0,), ids=(2,), fate=Fate.FINISHED, finish=Finish.EOS),
     ]
     for between in ("responses", "siblings"):
-        assert signs_of(nodes, 0.5, pairs={"between": between}).wins == 0.5
+        found = signs_of(nodes, 0.5, pairs={"between": between})
+        assert (found.pairs, found.wins, found.losses) == (1, 0, 0)
+        assert "relevance_win" not in audit.pair_signs([found])
 
 
 def test_length_correlation_is_pearsons_r_over_complete_responses():
@@ -111,9 +114,9 @@ def test_no_length_correlation_without_variety():
 
 def test_pooling_counts_pairs_and_prompts():
     trees = [
-        TreeSigns(3, 2.0, 1.5, 3, -3.0, 0, 0.5, 0.75),
-        TreeSigns(1, 1.0, 0.5, -1, 1.0, 1, None, None),
-        TreeSigns(0, 0.0, 0.0, 0, 0.0, 0, -0.1, 0.25),
+        TreeSigns(3, 2, 1, 1.5, 3, -3, 0, 0.5, 0.75),
+        TreeSigns(1, 1, 0, 0.5, -1, 1, 1, None, None),
+        TreeSigns(0, 0, 0, 0.0, 0, 0, 0, -0.1, 0.25),
     ]
     assert audit.pair_signs(trees) == pytest.approx(
         {
@@ -130,7 +133,7 @@ def test_pooling_counts_pairs_and_prompts():
     )
 
 
-@pytest.mark.parametrize("trees", [[], [TreeSigns(0, 0.0, 0.0, 0, 0.0, 0, None, None)]])
+@pytest.mark.parametrize("trees", [[], [TreeSigns(0, 0, 0, 0.0, 0, 0, 0, None, None)]])
 def test_an_iteration_without_pairs_says_so_and_no_more(trees):
     signs = audit.pair_signs(trees)
     assert signs == {"prompts_with_pairs": 0.0, "pairs": 0.0}
@@ -178,12 +181,12 @@ def test_a_ledger_without_other_images():
 
 
 def test_what_was_seen_can_be_told_by_contrast():
-    # By cosine 40, 10, 50; less what suits any image 5, 10, 48: the car and the boat, not the fish.
-    nodes = with_others(TREE, {"A boat.": 0.35, "A car.": 0.0, "A fish.": 0.48})
+    # By cosine 40, 10, 50; with other images 36, 0, 48.
+    nodes = with_others(TREE, {"A boat.": 0.36, "A car.": 0.0, "A fish.": 0.48})
     found = signs_of(nodes, reward={"image_score": "contrast"})
-    # Contrasts: boat 5, car 10, fish 2; middle 6: only the car is seen. Best is car and car at 10,
-    # worst boat and fish at 3.5.
-    assert found.wins == 1.0
+    # Contrasts: boat 4, car 10, fish 2; above half of the best is the car alone. Best is car and
+    # car at 10, worst boat and fish at 3.
+    assert (found.wins, found.losses) == (1, 0)
     assert found.omission_gap == -1
     assert found.repeat_gap == 1, "and it is said twice"
 
