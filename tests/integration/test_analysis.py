@@ -20,6 +20,7 @@ from csr_vlm.loop import align
 from csr_vlm.progress import Silent
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
+from csr_vlm.training.external import response_ids
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 
@@ -41,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_rows_are_distributions_over_what_they_may_see(eager: Policy, prompts) -> None:
-    ids = eager.answer_ids(prompts[0], "There is a red boat.")
+    ids = response_ids(eager, prompts[0], "There is a red boat.")
     found = attention_rows(eager, prompts[0], ids)
     layers = eager.base_model.config.text_config.num_hidden_layers
     assert found.weights.shape == (layers, len(ids), found.start + len(ids))
@@ -54,7 +55,8 @@ def test_rows_are_distributions_over_what_they_may_see(eager: Policy, prompts) -
 
 def test_an_answer_is_encoded_as_the_policy_generates_it(eager: Policy, run: Run) -> None:
     for pair in list(tables.read_pairs(run.pairs_path(1)))[:5]:
-        assert eager.answer_ids(pair.prompt, pair.chosen.text) == pair.chosen.token_ids
+        ids = response_ids(eager, pair.prompt, pair.chosen.text)
+        assert (ids if pair.chosen.complete else ids[:-1]) == pair.chosen.token_ids
 
 
 def test_a_run_is_analysed_with_pairs_from_elsewhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
