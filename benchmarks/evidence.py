@@ -27,6 +27,7 @@ WHOLE_RESPONSES = "method.pairs.between=responses method.pairs.per_prompt=4 meth
 PLAIN_SUM = "method.reward.baseline=none method.reward.image_score=cosine"
 OUR_RATE = "training.lora.r=16 training.lora.alpha=32 training.lora.dropout=0 training.projector_learning_rate=null "
 OUR_RATE += "training.trl.learning_rate=3e-4 training.trl.per_device_train_batch_size=16 training.trl.warmup_steps=0"
+QUESTIONS = r"method.pairs.questions.pattern=an?\s\w+\s(\w+)"
 JUDGE = "scorer.path=judge:policy scorer.others=0 method.reward.image_score=cosine method.reward.baseline=midrange"
 
 
@@ -67,6 +68,7 @@ def _ablation(name: str, overrides: str) -> Job:
 
 JOBS = [
     *(Job("calibrated", "main", seed=s, iterations=5, measured=(0, 1, 2, 3, 4, 5), sampled=(0, 3)) for s in range(5)),
+    *(Job("with questions", "questions", QUESTIONS, seed=s, measured=(0, 1, 2, 3), sampled=(3,)) for s in range(5)),
     Job("random_pairs", "comparisons", "preset=random_pairs"),
     Job("only_rt", "comparisons", "preset=only_rt"),
     Job("only_ri", "comparisons", "preset=only_ri"),

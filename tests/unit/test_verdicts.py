@@ -57,7 +57,7 @@ class Stages:
             return
         self.calls.append(f"train {iteration}")
         files.write_text(run.iteration(iteration) / "adapter" / "weights", f"iteration {iteration}")
-        run.mark_done(iteration, "train", log=[])
+        run.mark_done(iteration, "train", log=[], num_pairs=3, reference="ledger", first_loss=0.6931)
 
     def evaluate(self, run: Run, iteration: int, tell: Reporter) -> None:
         if run.is_done(iteration, "evaluate"):

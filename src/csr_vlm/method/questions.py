@@ -25,8 +25,8 @@ def questions(nodes: Sequence[Node], config: QuestionsConfig, scorer: str) -> li
 
     A claim is what ``config.pattern`` finds in a sentence. It holds if any sentence with it
     has more than half of the tree's best contrast, and does not if none has more than a
-    quarter; in between nothing is asked. No and yes take turns, up to ``config.per_prompt``,
-    and there is never a yes without a no: most claims hold, and yes must not become a habit.
+    quarter; in between nothing is asked. No and yes take turns, and what is left of either
+    comes last, up to ``config.per_prompt``.
 
     Raises:
         CsrError: The ledger has no cosines with other images.
@@ -43,4 +43,5 @@ def questions(nodes: Sequence[Node], config: QuestionsConfig, scorer: str) -> li
     false = [(question, False) for question, value in strongest.items() if value < _SURE[0] * best]
     true = [(question, True) for question, value in strongest.items() if value > _SURE[1] * best]
     turns = [pair for both in zip(false, true, strict=False) for pair in both]
-    return (turns + false[len(true) :])[: config.per_prompt]
+    rest = false[len(true) :] + true[len(false) :]
+    return (turns + rest)[: config.per_prompt]
