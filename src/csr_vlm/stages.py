@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csr_vlm import asking, external
-from csr_vlm.config import RunConfig, ScorerConfig, WorldEvaluationConfig
+from csr_vlm.config import RunConfig, ScorerConfig, WorldEvaluationConfig, merged, resolve
 from csr_vlm.data.prompts import InputReport, count_rows, hold_out, read_prompts
 from csr_vlm.errors import CsrError
 from csr_vlm.method.pairs import make_pairs as pairs_of
@@ -31,6 +31,9 @@ from csr_vlm.store.run import Run
 if TYPE_CHECKING:
     from csr_vlm.generation.transformers_engine import TransformersEngine
     from csr_vlm.scoring.scorer import ScorerGroup
+
+_WHOLE_PER_PROMPT = 4
+"""Pairs of whole responses that stand for a prompt's pairs of siblings."""
 
 
 def check_inputs(run: Run, tell: Reporter) -> None:
@@ -185,6 +188,18 @@ def derive_pairs(run: Run, iteration: int, config: RunConfig) -> tuple[list[Pair
         else:
             pairs += found
     return pairs, reasons
+
+
+def whole_response_pairs(run: Run, iteration: int) -> list[Pair]:
+    """Return an iteration's pairs if they are of whole responses, or else such pairs of the same ledger."""
+    pairs = list(tables.read_pairs(run.pairs_path(iteration)))
+    if all(pair.chosen.complete and pair.rejected.complete for pair in pairs):
+        return pairs
+    changed = {"method": {"pairs": {"between": "responses", "per_prompt": _WHOLE_PER_PROMPT}}}
+    found, reasons = derive_pairs(run, iteration, resolve(merged(run.config.dump(), changed)))
+    if not found:
+        raise CsrError(f"iteration {iteration} has no pairs of whole responses: {dict(reasons)}", "add prompts")
+    return found
 
 
 def summarise_pairs(pairs: list[Pair]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from csr_vlm import stages
 from csr_vlm.config import RunConfig
 from csr_vlm.data.pairs import TextPair
 from csr_vlm.errors import CsrError
@@ -31,7 +34,8 @@ RULE = SentenceRule(".")
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of one iteration, whose pairs are exported."""
-    config = small_config(tmp_path_factory.mktemp("world"), iterations=1)
+    whole = {"between": "responses", "per_prompt": 4, "min_margin": 0.0}
+    config = small_config(tmp_path_factory.mktemp("world"), iterations=1, method={"pairs": whole})
     run = Run.create(tmp_path_factory.mktemp("searched"), config)
     align(run, Silent())
     return run
@@ -112,6 +116,19 @@ def test_a_runs_own_pairs_come_back_as_they_were(searched: Run, external: Run) -
     assert first[0] == pytest.approx(first[1], abs=0.05)
 
 
+def test_pairs_of_unfinished_responses_are_exported_as_whole_ones(searched: Run, tmp_path: Path) -> None:
+    """Another trainer ends every response; a sentence that goes on would be taught to stop there."""
+    shutil.copytree(searched.root, tmp_path / "run")
+    changed = searched.config.dump() | {"preset": "calibrated"}
+    changed["method"]["pairs"] |= {"between": "siblings", "per_prompt": 12}
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(changed))
+    (tmp_path / "run" / "iteration-1" / "done" / "pairs.json").unlink()
+    run = Run.open(tmp_path / "run")
+    stages.make_pairs(run, 1, Silent())
+    assert not all(pair.chosen.complete for pair in tables.read_pairs(run.pairs_path(1)))
+    assert stages.whole_response_pairs(run, 1) == list(tables.read_pairs(searched.pairs_path(1)))
+
+
 def test_after_pairs_from_outside_the_loop_searches(searched: Run, external: Run) -> None:
     made = searched.result(1, "pairs")["pairs"]
     assert external.result(0, "prompts")["pairs"] == {"accepted": made, "dropped": {}, "examples": []}
@@ -128,14 +145,15 @@ def test_after_pairs_from_outside_the_loop_searches(searched: Run, external: Run
 
 def test_images_that_came_as_bytes_go_through_the_whole_loop(external: Run) -> None:
     kept = {path for path in (external.root / "images").rglob("*") if path.is_file()}
-    assert {Path(prompt.image) for prompt in external.prompts()} == kept
+    assert {Path(prompt.image) for prompt in [*external.prompts(), *external.heldout()]} == kept
     assert {Path(pair.prompt.image) for pair in tables.read_pairs(external.pairs_path(2))} <= kept
 
 
 def test_no_usable_pair_is_said_before_a_model_is_loaded(searched: Run, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text("[]")
     model = searched.config.model.model_copy(update={"path": "./nowhere"})
-    run = Run.create(tmp_path / "run", external_config(searched, tmp_path / "p.json", model=model))
+    own_root = {"image_root": None}
+    run = Run.create(tmp_path / "run", external_config(searched, tmp_path / "p.json", data=own_root, model=model))
     with pytest.raises(CsrError, match="no usable pair"):
         align(run, Silent())
 

@@ -34,16 +34,19 @@ def export(
 ) -> None:
     """Write the pairs of an iteration for another trainer.
 
+    Other trainers end every response, so pairs of unfinished ones (method.pairs.between:
+    siblings) are replaced by pairs of whole responses from the same ledger.
+
     Example: csr export runs/d0 --format trl --out pairs-trl --copy-images
     """
+    from csr_vlm import stages
     from csr_vlm.data.pairs import write_pairs
-    from csr_vlm.store import tables
 
     opened = Run.open(target)
     number = iteration or max(opened.iterations_done("pairs"), default=0)
     if not opened.is_done(number, "pairs"):
         raise CsrError(f"iteration {number or 1} of {target} has no pairs", f"csr pairs {target}")
-    pairs = tables.read_pairs(opened.pairs_path(number))
+    pairs = stages.whole_response_pairs(opened, number)
     written = write_pairs(pairs, form.value, out, copy_images=copy_images, origin=opened.config.model.path)
     print(written)
-    print(f"{opened.result(number, 'pairs')['pairs']} pairs of iteration {number}", file=sys.stderr)
+    print(f"{len(pairs)} pairs of iteration {number}", file=sys.stderr)
