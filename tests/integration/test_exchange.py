@@ -30,8 +30,9 @@ RULE = SentenceRule(".")
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of one iteration, whose pairs are exported."""
-    config = small_config(tmp_path_factory.mktemp("world"), iterations=1)
+    """A run of one iteration, whose pairs are exported: of whole responses, as text from outside is taken."""
+    method = {"pairs": {"between": "responses", "per_prompt": 1}}
+    config = small_config(tmp_path_factory.mktemp("world"), iterations=1, method=method)
     run = Run.create(tmp_path_factory.mktemp("searched"), config)
     align(run, Silent())
     return run
