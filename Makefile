@@ -6,7 +6,7 @@ EVAL_VENV := .venv-eval
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test test-eval lint format world clean
+.PHONY: demo test test-eval evidence lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
 	$(BIN)/csr demo --seed $(SEED) --out $(OUT)
@@ -26,6 +26,12 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+evidence: $(VENV)/.installed  ## every table and plot of docs/evidence (hours; goes on where it was stopped)
+	$(BIN)/csr world build --world market --out build/evidence/models/market
+	$(BIN)/csr world build --grow-from src/csr_vlm/world/assets --out build/evidence/models/larger
+	$(BIN)/python benchmarks/evidence.py run --out build/evidence
+	$(BIN)/python benchmarks/evidence.py write --out build/evidence --to docs/evidence
+
 world: $(VENV)/.installed  ## train the world's base models again (about 40 minutes on two cores)
 	$(BIN)/csr world build --out build/world --seed 0
 
@@ -39,8 +45,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' num2words
-	# Alone: its own torch would be another build, with gigabytes of CUDA. Tests need its Python part only.
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps torchvision
+	# The registry's torchvision is a CUDA build: its Python part serves the tests of some processors, but beside
+	# a CPU build of torch it must not be in the way of anything else. So it lies where only the tests look.
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+		--target $(VENV)/only-for-tests torchvision
 	touch $@
 
 $(EVAL_VENV)/.installed: pyproject.toml constraints.txt

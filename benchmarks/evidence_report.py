@@ -75,8 +75,14 @@ class Result:
         return {row["id"]: row["text"] for row in json.loads(path.read_text())["rows"]}
 
     def values(self, iteration: int, temperature: float = 0.0) -> dict[str, float]:
-        metrics = pooled(list(self.rows(iteration, temperature).values()))
-        return {name: metric.value for name, metric in metrics.items() if metric.value is not None}
+        rows = self.rows(iteration, temperature).values()
+        sums: dict[str, list[float]] = {}
+        for row in rows:
+            for name, (top, bottom) in row.items():
+                total = sums.setdefault(name, [0.0, 0.0])
+                total[0] += top
+                total[1] += bottom
+        return {name: top / bottom for name, (top, bottom) in sums.items() if bottom}
 
     def marker(self, iteration: int, stage: str) -> dict[str, Any]:
         path = self.root / f"iteration-{iteration}" / "done" / f"{stage}.json"

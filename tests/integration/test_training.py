@@ -42,6 +42,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> object:
 def pairs(config, prompts: list[Prompt], policy) -> list[Pair]:
     engine = TransformersEngine(policy)
     scorer = load_scorer(config.scorer, "cpu")
+    scorer.compare_among(prompts, config.scorer.others)
     trees = search(
         prompts,
         lambda requests: engine.propose(requests, config.method.search),
@@ -174,7 +175,7 @@ def test_what_cannot_be_trained_says_why(pairs, config, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(presets()))
 def test_every_presets_training_is_one_that_trl_takes(name: str, tmp_path: Path) -> None:
-    required = {"model": {"path": "m"}, "scorer": {"path": "s"}, "data": {"prompts": "p"}}
+    required = {"model": {"path": "m"}, "scorer": {"path": "s"}, "data": {"prompts": "p", "pairs": "q"}}
     training = resolve({"preset": name, **required}).training
     arguments = trainer_arguments(training, tmp_path, 0, "cpu")
     assert arguments.learning_rate == training.trl["learning_rate"]
