@@ -320,9 +320,7 @@ def test_an_obstacle_means_plain_rows_and_is_told(
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_pictures_are_read_once_a_pair_and_without_gradients(
-    pairs: list[Pair], tmp_path: Path, frozen: bool
-) -> None:
+def test_pictures_are_read_once_a_pair_and_without_gradients(pairs: list[Pair], tmp_path: Path, frozen: bool) -> None:
     training = CONFIG.model_copy(update={"trl": {**CONFIG.trl, "gradient_checkpointing": True}})
     trainer, policy = trainer_for(CsrTrainer, pairs, tmp_path, training)
     trainer.model.train()

@@ -35,13 +35,9 @@ class Family:
     """Names of what maps image features to the language model's width."""
 
 
-_LLAVA = Family(
-    features="each", causal=True, text_module="language_model", projectors=("multi_modal_projector",)
-)
+_LLAVA = Family(features="each", causal=True, text_module="language_model", projectors=("multi_modal_projector",))
 _STACKED = Family(features="stacked", causal=True, text_module="language_model", projectors=("multi_modal_projector",))
-_QWEN = Family(
-    features="each", positions="mrope", causal=True, text_module="language_model", projectors=("merger",)
-)
+_QWEN = Family(features="each", positions="mrope", causal=True, text_module="language_model", projectors=("merger",))
 _IDEFICS = Family(features="each", causal=True, text_module="text_model", projectors=("connector",))
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
