@@ -235,8 +235,8 @@ def print_row(row: dict[str, Any]) -> None:
     took, memory, apart = row["seconds"], row["peak_megabytes"], row["difference"]
     print(
         f"{row['size']:<5} {row['dtype']:<9} shared {row['shared']:.1f}  stock {took['stock']:8.3f} s  "
-        f"ours {took['ours']:8.3f} s  ratio {row['ratio']:5.2f}  peak {memory['stock']:7.0f} > {memory['ours']:7.0f} MB  "
-        f"loss {apart['loss']:.1e}  gradients {apart['gradients']:.1e}",
+        f"ours {took['ours']:8.3f} s  ratio {row['ratio']:5.2f}  "
+        f"peak {memory['stock']:7.0f} > {memory['ours']:7.0f} MB  loss {apart['loss']:.1e}  gradients {apart['gradients']:.1e}",
         flush=True,
     )
 
