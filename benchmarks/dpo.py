@@ -236,7 +236,8 @@ def print_row(row: dict[str, Any]) -> None:
     print(
         f"{row['size']:<5} {row['dtype']:<9} shared {row['shared']:.1f}  stock {took['stock']:8.3f} s  "
         f"ours {took['ours']:8.3f} s  ratio {row['ratio']:5.2f}  "
-        f"peak {memory['stock']:7.0f} > {memory['ours']:7.0f} MB  loss {apart['loss']:.1e}  gradients {apart['gradients']:.1e}",
+        f"peak {memory['stock']:7.0f} > {memory['ours']:7.0f} MB  "
+        f"loss {apart['loss']:.1e}  gradients {apart['gradients']:.1e}",
         flush=True,
     )
 
