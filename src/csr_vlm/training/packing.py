@@ -88,7 +88,8 @@ def pack(
     responses = [[*left, *right[common:]] for left, right, common in zip(chosen, rejected, shared, strict=True)]
     batch = batch_rows(encoded, responses, pad_id, "right")
     parts = torch.full_like(batch["input_ids"], _PADDING)
-    readers, slots = [], [[], []]
+    readers: list[torch.Tensor] = []
+    slots: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for row, (item, left, right, common) in enumerate(zip(encoded, chosen, rejected, shared, strict=True)):
         start = len(item.input_ids)
         end = start + len(left)
@@ -189,12 +190,14 @@ def _unpacked(output: Any, slots: torch.Tensor, answers: torch.Tensor) -> Any:
 
 
 def freeze_pictures(model: Any) -> None:
-    """Compute without gradients what lies before the language model and does not train.
+    """Compute without gradients what a known family has before its language model, where it does not train.
 
     With gradient checkpointing the embeddings' outputs ask for gradients, and the backward
     pass would go through a vision tower that takes none.
     """
     family = family_of(model.config)
+    if family.features == "never":
+        return
     parts = {
         name: part for name, part in model.base_model.named_children() if not re.fullmatch(family.text_module, name)
     }
