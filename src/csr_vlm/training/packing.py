@@ -114,7 +114,7 @@ def pack(
     return batch | image_tensors(encoded)
 
 
-def _filled(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+def _filled(rows: list[torch.Tensor], value: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
