@@ -376,6 +376,11 @@ class TrainingConfig(_Section):
     reference_tolerance: float = Field(
         default=0.05, gt=0, description="Largest difference in nats a response before the ledger's are refused."
     )
+    packing: Literal["auto", "off"] = Field(
+        default="auto",
+        description="Run what the two sides of a pair share (picture, question, first tokens) once, where the model "
+        "allows it; the results are the same.",
+    )
     trl: dict[str, Any] = Field(default_factory=dict, description="Passed to trl.DPOConfig as it stands.")
     merge: bool = Field(default=False, description="Also write the final merged model.")
 

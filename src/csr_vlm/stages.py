@@ -255,6 +255,8 @@ def train(run: Run, iteration: int, tell: Reporter) -> None:
             f"iteration {iteration}: the ledger's log-probabilities differ by {result['reference_difference']:.3g} "
             "nats from a teacher-forced pass; the reference was computed again"
         )
+    if result["packing_obstacle"] is not None:
+        tell.say(f"iteration {iteration}: pairs are trained on in rows of their own: {result['packing_obstacle']}")
     run.mark_done(iteration, "train", seconds=_since(started), **result)
 
 

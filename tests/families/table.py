@@ -21,6 +21,7 @@ COLUMNS = {
     "test_search_goes_on_from_its_own_sentences_and_scores_them": "search, scoring",
     "test_generated_logprobs_are_teacher_forced_ones": "log-probabilities",
     "test_dpo_moves_the_language_models_adapter_and_nothing_else": "DPO",
+    "test_packed_pairs_have_the_loss_and_gradients_of_unpacked_ones": "pairs in one row",
     "test_the_adapter_reloads_to_the_policy_that_was_trained": "save, reload",
     "test_the_second_iteration_goes_on_from_the_first": "second iteration",
     "test_the_merged_model_is_the_policy": "merge",
@@ -44,6 +45,8 @@ FOOT = """
   changes them by over 100 times that.
 - DPO: the reference is the ledger's, the first loss is log 2, two steps move every LoRA map of the language
   model and not one other parameter.
+- pairs in one row: what the two sides of a pair share is run once, with the loss and the gradients of two
+  rows; Gemma 3 and PaliGemma, whose pictures' tokens see each other, keep two.
 - save, reload: the saved adapter loads to exactly the trained weights and gives the same log-probabilities.
 - second iteration: training goes on from the saved adapter, again from a loss of log 2.
 - merge: base plus adapter, merged and loaded by name, gives the same log-probabilities.

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -32,6 +33,8 @@ from csr_vlm.method.search import Tree, search
 from csr_vlm.records import Finish, Pair, Prompt
 from csr_vlm.scoring.load import load_scorer
 from csr_vlm.training import dpo
+from csr_vlm.training.collator import PairCollator, training_row
+from csr_vlm.training.packing import obstacle
 from csr_vlm.world.demo import assets
 from tests.families.checkpoints import FAMILIES, checkpoint
 
@@ -236,6 +239,48 @@ def test_dpo_moves_the_language_models_adapter_and_nothing_else(family: Case) ->
     assert not any("vision" in name or "visual" in name for name in linears)
     # Seven linear maps in each of two layers.
     assert len(linears) == 14
+
+
+def test_packed_pairs_have_the_loss_and_gradients_of_unpacked_ones(family: Case, tmp_path: Path) -> None:
+    policy = dpo.trainable_policy(family.config, TRAINING, family.adapter)
+    hindered = obstacle(policy.base_model.config) is not None
+    assert hindered == (policy.base_model.config.model_type in {"gemma3", "paligemma"})
+    if hindered:
+        assert "left to right" in family.result["packing_obstacle"]
+        return
+    assert family.result["packing_obstacle"] is None
+    pairs = [branching(pair, common) for pair, common in zip(family.pairs, (0, 1, 3), strict=False)]
+    rows = [training_row(pair) for pair in pairs]
+    trainer = dpo.CsrTrainer(
+        model=policy.model,
+        args=dpo.trainer_arguments(TRAINING, tmp_path, 0, "cpu"),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=PairCollator(policy, packing=True),
+        processing_class=policy.processor,
+    )
+    trainer.precompute_ref_logps, trainer.first_loss = True, 0.0
+    found = []
+    for packing in (True, False):
+        trainer.model.zero_grad()
+        batch = PairCollator(policy, packing=packing)(rows)
+        assert ("packed" in batch) == packing
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        found.append(
+            (float(loss), {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None})
+        )
+    (packed_loss, packed), (plain_loss, plain) = found
+    assert packed_loss == pytest.approx(plain_loss, rel=1e-5)
+    assert abs(plain_loss - math.log(2)) > 1e-3
+    assert packed.keys() == plain.keys()
+    largest = max(float(gradient.abs().max()) for gradient in plain.values())
+    assert all(torch.allclose(packed[name], plain[name], rtol=0, atol=1e-4 * largest) for name in plain)
+
+
+def branching(pair: Pair, common: int) -> Pair:
+    """Make both sides begin with the same tokens; the reference is off, so that the loss is not log 2."""
+    rejected = replace(pair.rejected, token_ids=pair.chosen.token_ids[:common] + pair.rejected.token_ids[common:])
+    return replace(pair, rejected=replace(rejected, logprob=pair.chosen.logprob - 3.0))
 
 
 def test_the_adapter_reloads_to_the_policy_that_was_trained(family: Case) -> None:

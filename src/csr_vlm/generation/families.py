@@ -8,7 +8,7 @@ assume least, and :mod:`csr_vlm.generation.selfcheck` tells whether that was rig
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ class Family:
     """Position of a row's first token, where they are counted."""
     response_type: int = 0
     """Token type of what the model writes; PaliGemma tells prompt (0) from answer (1) by it."""
+    causal: bool = False
+    """Whether every token sees all before it and none after it; in some the picture's see each other."""
     chat: bool = True
     """Whether the processor needs a chat template; without, the picture and the question are the prompt."""
     text_module: str = "(language_model|text_model)"
@@ -33,10 +35,10 @@ class Family:
     """Names of what maps image features to the language model's width."""
 
 
-_LLAVA = Family(features="each", text_module="language_model", projectors=("multi_modal_projector",))
-_STACKED = Family(features="stacked", text_module="language_model", projectors=("multi_modal_projector",))
-_QWEN = Family(features="each", positions="mrope", text_module="language_model", projectors=("merger",))
-_IDEFICS = Family(features="each", text_module="text_model", projectors=("connector",))
+_LLAVA = Family(features="each", causal=True, text_module="language_model", projectors=("multi_modal_projector",))
+_STACKED = Family(features="stacked", causal=True, text_module="language_model", projectors=("multi_modal_projector",))
+_QWEN = Family(features="each", positions="mrope", causal=True, text_module="language_model", projectors=("merger",))
+_IDEFICS = Family(features="each", causal=True, text_module="text_model", projectors=("connector",))
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -46,7 +48,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "mistral3": _LLAVA,
         "vipllava": _STACKED,
         "internvl": _STACKED,
-        "gemma3": _STACKED,
+        "gemma3": replace(_STACKED, causal=False),
         "paligemma": Family(
             features="stacked",
             first_position=1,
@@ -60,6 +62,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "qwen3_vl": Family(
             features="each",
             positions="mrope",
+            causal=True,
             text_module="language_model",
             projectors=("merger", "deepstack_merger_list"),
         ),

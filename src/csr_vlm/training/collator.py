@@ -10,6 +10,7 @@ import torch
 
 from csr_vlm.generation.policy import Policy, batch_rows, image_tensors
 from csr_vlm.records import Pair, Prompt
+from csr_vlm.training.packing import pack, window
 
 
 def training_row(pair: Pair) -> dict[str, Any]:
@@ -32,21 +33,32 @@ class PairCollator:
         ref_chosen_logps, ref_rejected_logps         (2,), nats, from the ledger
 
     ``completion_mask`` is 1 exactly on the response's ids. Each image is processed once.
+
+    Args:
+        policy: Encodes the prompts.
+        packing: Also lay out each pair as one row (see :mod:`csr_vlm.training.packing`), under
+            ``packed``; the pictures are then there, once a pair, and the model reads nothing
+            else. A batch with a row beyond the model's attention window stays as it is.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, packing: bool = False) -> None:
         self._policy = policy
+        self._packing = packing
+        self._window = window(policy.base_model.config)
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        encoded = [self._policy.encode(Prompt(row["prompt_id"], row["image"], row["text"])) for row in rows] * 2
-        completions = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
-        batch = batch_rows(encoded, completions, self._policy.pad_id, "right")
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        once = [self._policy.encode(Prompt(row["prompt_id"], row["image"], row["text"])) for row in rows]
+        chosen, rejected = ([row[key] for row in rows] for key in ("chosen_ids", "rejected_ids"))
+        encoded, completions = once * 2, chosen + rejected
+        batch: dict[str, Any] = dict(batch_rows(encoded, completions, self._policy.pad_id, "right"))
         del batch["position_ids"]
-        completion_mask = torch.zeros_like(batch["input_ids"])
+        batch["completion_mask"] = torch.zeros_like(batch["input_ids"])
         for index, (item, ids) in enumerate(zip(encoded, completions, strict=True)):
             start = len(item.input_ids)
-            completion_mask[index, start : start + len(ids)] = 1
-        references = {
-            key: torch.tensor([row[key] for row in rows]) for key in ("ref_chosen_logps", "ref_rejected_logps")
-        }
-        return batch | image_tensors(encoded) | references | {"completion_mask": completion_mask}
+            batch["completion_mask"][index, start : start + len(ids)] = 1
+        for key in ("ref_chosen_logps", "ref_rejected_logps"):
+            batch[key] = torch.tensor([row[key] for row in rows])
+        width = batch["input_ids"].shape[1]
+        if self._packing and (self._window is None or width <= self._window):
+            return batch | {"packed": pack(once, chosen, rejected, self._policy.pad_id)}
+        return batch | image_tensors(encoded)

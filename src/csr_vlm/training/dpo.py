@@ -28,6 +28,7 @@ from csr_vlm.generation.policy import Policy, load_adapter, load_base
 from csr_vlm.records import Pair
 from csr_vlm.store.files import replace_directory
 from csr_vlm.training.collator import PairCollator, training_row
+from csr_vlm.training.packing import freeze_pictures, obstacle, read_packed_rows
 
 LINEARS = "(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """The linear maps of a language model's layers, by their usual names (regex)."""
@@ -35,7 +36,7 @@ _VERIFIED_PAIRS = 16
 
 
 class CsrTrainer(DPOTrainer):
-    """TRL's trainer that checks its start, and gives the projector its own learning rate.
+    """TRL's trainer that takes packed batches, checks its start, and trains the projector at its own rate.
 
     Before any step policy and reference are one model, so the DPO loss (eq. 1) of any batch
     is -log sigmoid(0) = log 2. The first batch is checked for that, with dropout off.
@@ -47,6 +48,11 @@ class CsrTrainer(DPOTrainer):
     loss_types: list[str]
     loss_weights: list[float]
     label_smoothing: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        read_packed_rows(model.get_base_model() if isinstance(model, PeftModel) else model)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.first_loss is None:
@@ -108,7 +114,8 @@ def train(
 
     Returns:
         Where the reference came from, the largest difference found in its check, the loss
-        before the first step (log 2), and the trainer's log.
+        before the first step (log 2), why pairs were not packed (None if they were, or were
+        not to be), and the trainer's log.
 
     Raises:
         CsrError: There are no pairs, an option is unknown to TRL, the first loss is not
@@ -120,11 +127,13 @@ def train(
     policy = trainable_policy(model_config, config, previous)
     difference = reference_difference(policy, pairs)
     from_ledger = config.reference == "ledger" and difference <= config.reference_tolerance
+    hindrance = obstacle(policy.base_model.config) if config.packing == "auto" else None
+    freeze_pictures(policy.base_model)
     trainer = CsrTrainer(
         model=policy.model,
         args=trainer_arguments(config, work, seed, policy.device.type),
         train_dataset=Dataset.from_list([training_row(pair) for pair in pairs]),
-        data_collator=PairCollator(policy),
+        data_collator=PairCollator(policy, packing=config.packing == "auto" and hindrance is None),
         processing_class=policy.processor,
         callbacks=list(callbacks),
     )
@@ -145,6 +154,7 @@ def train(
         "reference": "ledger" if from_ledger else "model",
         "reference_difference": difference,
         "first_loss": trainer.first_loss,
+        "packing_obstacle": hindrance,
         "num_pairs": len(pairs),
         "log": history,
     }
