@@ -41,7 +41,18 @@ def write(jobs: Sequence[Any], out: Path, to: Path) -> None:
         _table(done, "ablations", "Which repairs matter", "500 development scenes, seed 0, after iteration 3."),
         _table(done, "settings", "Other settings", "500 development scenes, seed 0, after iteration 3."),
         _lambdas(out, to),
-        _generality(done),
+        _each(
+            done,
+            "questions",
+            "Asked about its own claims",
+            "The default preset with `method.pairs.questions`; 1,000 test scenes, greedy.",
+        ),
+        _each(
+            done,
+            "generality",
+            "Other base models, another world",
+            "The default preset, unchanged; 1,000 test scenes, greedy.",
+        ),
         _audits(done),
         _scorers(out, to),
     ]
@@ -227,13 +238,13 @@ def _table(done: Sequence[Result], group: str, title: str, how: str) -> str:
     return f"## {title}\n\n{how}\n\n" + table(["", "changed", *(COLUMNS[n] for n in SHORT), "time"], rows)
 
 
-def _generality(done: Sequence[Result]) -> str:
-    runs = [result for result in done if result.job.group == "generality"]
+def _each(done: Sequence[Result], group: str, title: str, how: str) -> str:
+    """Tabulate every measured iteration of a group's runs."""
+    runs = [result for result in done if result.job.group == group]
     if not runs:
         return ""
     rows = [[r.job.name, str(r.job.seed), str(i), *cells(r.values(i), COLUMNS)] for r in runs for i in r.job.measured]
-    text = "## Other base models, another world\n\nThe same preset, unchanged; 1,000 test scenes, greedy.\n\n"
-    return text + table(["base model", "seed", "iteration", *COLUMNS.values()], rows)
+    return f"## {title}\n\n{how}\n\n" + table(["", "seed", "iteration", *COLUMNS.values()], rows)
 
 
 def _audits(done: Sequence[Result]) -> str:
