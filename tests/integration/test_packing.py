@@ -299,6 +299,7 @@ def test_rows_beyond_the_attention_window_stay_apart(other: Any, policy: Policy,
 
 def test_what_stands_in_the_way_is_said(other: Any, policy: Policy) -> None:
     config = policy.base_model.config
+    other._attn_implementation = "sdpa"  # whatever a search before has installed
     assert obstacle(config) is None
     other.layer_types = ["full_attention", "linear_attention"]
     assert "linear_attention" in str(obstacle(config))
