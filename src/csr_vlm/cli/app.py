@@ -28,7 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Calibrated Self-Rewarding: make a vision-language model hallucinate less, without labels.",
-    epilog="Start with: csr demo. Exit codes: 0 done, 1 error, 2 wrong usage, 3 a --fail-if holds, 130 interrupted.",
+    epilog="Start with: csr demo. Exit codes: 0 done, 1 error, 2 wrong usage, 3 a --fail-if holds or an audit says "
+    "stop, 130 interrupted.",
 )
 eval_app = typer.Typer(
     cls=MeasureByDefault,
@@ -41,15 +42,7 @@ eval_app.command("run")(measure)
 eval_app.command("lmms")(eval_lmms)
 for _name, _command in evaluate_cli.EVAL_COMMANDS.items():
     eval_app.command(_name)(_command)
-app.command("compare")(compare)
-app.command("reproduce")(reproduce)
-app.command("analyse")(analyse)
-app.command("export")(export)
-app.command("audit")(audit)
-app.command("sweep")(sweep)
 app.add_typer(world.app, name="world")
-app.command()(convert)
-app.command()(push)
 
 Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe (YAML), or the directory of a run.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
@@ -310,6 +303,16 @@ def env(as_json: Json = False) -> None:
         console.print_json(found)
     else:
         console.print_table("", ["package", "version"], [[name, version] for name, version in found.items()])
+
+
+app.command("audit")(audit)
+app.command("sweep")(sweep)
+app.command("compare")(compare)
+app.command("analyse")(analyse)
+app.command("reproduce")(reproduce)
+app.command("export")(export)
+app.command()(convert)
+app.command()(push)
 
 
 def main() -> None:

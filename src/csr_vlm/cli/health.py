@@ -46,14 +46,12 @@ def audit(
             {"iteration": number, "verdict": verdict.value, "signs": signs, "findings": health.dump(found)}
         )
     else:
-        judged = {finding.sign: finding for finding in found}
-        rows = [
-            [sign, f"{value:.3f}", judged[sign].verdict.value if sign in judged else "", judged[sign].reason]
-            if sign in judged
-            else [sign, f"{value:.3f}", "", ""]
-            for sign, value in signs.items()
-        ]
-        console.print_table(f"iteration {number}: {verdict.value}", ["sign", "value", "verdict", "why"], rows)
+        verdicts_by_sign = {finding.sign: finding.verdict.value for finding in found}
+        rows = [[sign, f"{value:.3f}", verdicts_by_sign.get(sign, "")] for sign, value in signs.items()]
+        console.print_table(f"iteration {number}: {verdict.value}", ["sign", "value", "verdict"], rows)
+        for finding in found:
+            if finding.reason:
+                print(f"{finding.verdict.value}: {finding.reason}")
     if verdict is health.Verdict.STOP:
         raise typer.Exit(3)
 
