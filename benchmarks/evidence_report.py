@@ -58,7 +58,7 @@ def write(jobs: Sequence[Any], out: Path, to: Path) -> None:
     ]
     commits = sorted({result.info["commit"] for result in done})
     head = (
-        "# Evidence\n\nMade by `make evidence` (commits " + ", ".join(commits) + "); every run with one thread. "
+        "# Evidence\n\nMade by `benchmarks/evidence.py` (commits " + ", ".join(commits) + "); every run with one thread. "
         "CHAIR and recall are counted against the truth of drawn scenes; intervals are 95 % over scenes.\n"
     )
     (to / "README.md").write_text("\n".join([head, *filter(None, parts)]), encoding="utf-8")
