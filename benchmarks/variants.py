@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from csr_vlm.cli.console import quiet_libraries
-from csr_vlm.config import RunConfig, load_config, presets
+from csr_vlm.config import RunConfig, load_config, merged, presets
 from csr_vlm.errors import CsrError
 from csr_vlm.store.run import Run
 
@@ -38,17 +38,12 @@ def parse_variant(text: str) -> tuple[str, list[str]]:
 
 def evaluate(config: RunConfig, adapter: Path | None, split: str, scenes: int, temperature: float) -> dict[str, Any]:
     """Measure base plus adapter on fresh scenes."""
-    from csr_vlm.generation.policy import load_policy
-    from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.scoring.load import load_scorer
-    from csr_vlm.world.evaluate import evaluate as evaluate_scenes
-    from csr_vlm.world.scenes import HARBOUR, Split
+    from csr_vlm import stages
+    from csr_vlm.progress import Silent
 
-    engine = TransformersEngine(load_policy(config.model, adapter))
-    scorer = load_scorer(config.scorer, "cpu")
-    found = evaluate_scenes(
-        HARBOUR, engine, scorer, split=Split(split), seed=5, num_scenes=scenes, temperature=temperature
-    )
+    world = {"num_scenes": scenes, "seed": 5, "split": split}
+    measuring = load_config(None, base=merged(config.dump(), {"evaluation": {"world": world}}))
+    found = stages.evaluate_world(measuring, adapter, "", Silent(), temperature)
     return {name: metric["value"] for name, metric in found["metrics"].items()}
 
 

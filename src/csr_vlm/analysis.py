@@ -7,11 +7,12 @@ after it learned from them; and how did the rewards of the pairs go.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from csr_vlm.batches import spread
 from csr_vlm.data.pairs import read_text_pairs
 from csr_vlm.data.prompts import InputReport
 from csr_vlm.errors import CsrError
@@ -23,7 +24,6 @@ from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
 
 NUM_BINS = 24
-Item = TypeVar("Item")
 
 
 def analyse(
@@ -127,12 +127,6 @@ def relevance(run: Run) -> dict[str, Any] | None:
             shares = [(np.histogram(side, edges)[0] / len(side)).tolist() for side in sides]
             return {"evaluation": name, "edges": edges.tolist(), "before": shares[0], "after": shares[1]}
     return None
-
-
-def spread(items: Sequence[Item], number: int) -> list[Item]:
-    """Take up to ``number`` items at even distances."""
-    number = min(number, len(items))
-    return [items[place * len(items) // number] for place in range(number)]
 
 
 def _one_a_prompt(run: Run, iteration: int) -> list[Pair]:

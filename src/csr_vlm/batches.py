@@ -1,8 +1,8 @@
-"""Cutting an iterable into batches, which the standard library does from Python 3.12 on."""
+"""Cutting items into batches, and taking some of them evenly."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
 
@@ -14,3 +14,14 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """Take at most so many items, the first among them and the rest at even distances.
+
+    Example:
+        >>> spread("abcdef", 3)
+        ['a', 'c', 'e']
+    """
+    number = min(most, len(items))
+    return [items[place * len(items) // number] for place in range(number)]

@@ -21,6 +21,7 @@ from csr_vlm import asking, external
 from csr_vlm.config import RunConfig, ScorerConfig, WorldEvaluationConfig, merged, resolve
 from csr_vlm.data.prompts import InputReport, count_rows, hold_out, read_prompts
 from csr_vlm.errors import CsrError
+from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs as pairs_of
 from csr_vlm.method.search import search
 from csr_vlm.progress import Reporter
@@ -265,7 +266,7 @@ def evaluate(run: Run, iteration: int, tell: Reporter, again: bool = False) -> N
     if run.is_done(iteration, "evaluate") and not again:
         return
     started = time.perf_counter()
-    found = measure(run.config, run.adapter_path(iteration), run.heldout(), _policy_name(iteration), tell)
+    found = measure(run.config, run.adapter_path(iteration), run.heldout(), policy_name(iteration), tell)
     for name, document in found.items():
         files.write_json(run.evaluation_path(iteration, name), document)
     metrics = {name: document["metrics"] for name, document in found.items()}
@@ -285,37 +286,55 @@ def measure(
     Returns:
         By the evaluation's name its ``metrics``, ``protocol`` and ``rows``.
     """
+    world = config.evaluation.world
+    if not heldout and world is None:
+        return {}
+    loaded = _engine_and_scorer(config, adapter, tell)
     found = {}
     if heldout:
-        found["heldout"] = _evaluate_heldout(config, adapter, heldout, title, tell)
-    world = config.evaluation.world
+        found["heldout"] = _evaluate_heldout(config, *loaded, heldout, title, tell)
     if world is not None:
-        found["world"] = evaluate_world(config, adapter, title, tell)
-    return found
-
-
-def _evaluate_heldout(
-    config: RunConfig, adapter: Path | None, prompts: list[Prompt], title: str, tell: Reporter
-) -> dict[str, Any]:
-    from csr_vlm.evaluation.heldout import evaluate as evaluate_responses
-
-    engine, scorer = _engine_and_scorer(config, adapter, tell)
-    limit = config.method.search.max_sentences * config.method.search.max_sentence_tokens
-    with tell.stage(f"{title}: answering held-out prompts", len(prompts)) as advance:
-        found = evaluate_responses(engine, scorer, prompts, limit, config.method.search.delimiters)
-        advance(len(prompts))
+        found["world"] = _evaluate_scenes(world, *loaded, title, tell)
     return found
 
 
 def evaluate_world(
     config: RunConfig, adapter: Path | None, title: str, tell: Reporter, temperature: float = 0.0
 ) -> dict[str, Any]:
-    """Evaluate a policy on the test scenes that the configuration names."""
+    """Evaluate a policy on the scenes that the configuration names."""
+    world = config.evaluation.world or WorldEvaluationConfig()
+    return _evaluate_scenes(world, *_engine_and_scorer(config, adapter, tell), title, tell, temperature)
+
+
+def _evaluate_heldout(
+    config: RunConfig,
+    engine: TransformersEngine,
+    scorer: ScorerGroup,
+    prompts: list[Prompt],
+    title: str,
+    tell: Reporter,
+) -> dict[str, Any]:
+    from csr_vlm.evaluation.heldout import evaluate as evaluate_responses
+
+    search_config = config.method.search
+    limit = search_config.max_sentences * search_config.max_sentence_tokens
+    with tell.stage(f"{title}: answering held-out prompts", len(prompts)) as advance:
+        found = evaluate_responses(engine, scorer, prompts, limit, search_config.delimiters)
+        advance(len(prompts))
+    return found
+
+
+def _evaluate_scenes(
+    world: WorldEvaluationConfig,
+    engine: TransformersEngine,
+    scorer: ScorerGroup,
+    title: str,
+    tell: Reporter,
+    temperature: float = 0.0,
+) -> dict[str, Any]:
     from csr_vlm.world.evaluate import evaluate as evaluate_scenes
     from csr_vlm.world.scenes import Split, world_named
 
-    world = config.evaluation.world or WorldEvaluationConfig()
-    engine, scorer = _engine_and_scorer(config, adapter, tell)
     with tell.stage(f"{title}: evaluating", world.num_scenes) as advance:
         return evaluate_scenes(
             world_named(world.name),
@@ -340,10 +359,6 @@ def _engine_and_scorer(
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)
     scorer = load_scorer(config.scorer, str(policy.device), config.data.max_image_pixels, config.model, adapter)
     return TransformersEngine(policy, config.generation.max_rows, config.generation.attention, tell.say), scorer
-
-
-def _policy_name(iteration: int) -> str:
-    return f"iteration {iteration}" if iteration else "base model"
 
 
 def export(run: Run, tell: Reporter) -> None:

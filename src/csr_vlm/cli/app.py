@@ -219,6 +219,7 @@ def eval_world(
     """
     console.quiet_libraries()
     from csr_vlm import stages
+    from csr_vlm.evaluation.compare import policy_name
 
     opened = Run.open(target)
     tell = console.reporter(quiet)
@@ -226,8 +227,8 @@ def eval_world(
     config = load_config(None, changed, base=opened.config.dump())
     results: dict[int, Any] = {}
     for number in range(opened.last_trained + 1):
-        title = f"iteration {number}" if number else "base model"
-        results[number] = stages.evaluate_world(config, opened.adapter_path(number), title, tell, temperature)
+        adapter = opened.adapter_path(number)
+        results[number] = stages.evaluate_world(config, adapter, policy_name(number), tell, temperature)
     if as_json:
         found = [{"iteration": n, "metrics": r["metrics"], "protocol": r["protocol"]} for n, r in results.items()]
         console.print_json({"run": str(target), "iterations": found})

@@ -228,6 +228,7 @@ def answer(
     """
     console.quiet_libraries()
     from csr_vlm.evaluation import answers
+    from csr_vlm.evaluation.compare import policy_name
     from csr_vlm.store.run import Run
 
     opened = Run.open(target)
@@ -235,8 +236,7 @@ def answer(
     _require_policy(opened, number)
     asked = answers.read_asked(prompts, images, limit)
     decoding = answers.Decoding(max_new_tokens, temperature, seed, drop_unfinished=not keep_unfinished)
-    name = f"iteration {number}" if number else "base model"
-    with console.reporter(quiet).stage(f"{name}: answering", len(asked)) as advance:
+    with console.reporter(quiet).stage(f"{policy_name(number)}: answering", len(asked)) as advance:
         rows, protocol = answers.answer(
             asked,
             _respond(opened, number, decoding, advance),

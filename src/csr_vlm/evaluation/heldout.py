@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -35,7 +35,7 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     for chunk in batched(prompts, _BATCH):
         responses = engine.respond(chunk, max_new_tokens)
-        said = [list(sentences(response.text, rule)) for response in responses]
+        said = [sentences(response.text, rule) for response in responses]
         items = [(prompt, part) for prompt, mine in zip(chunk, said, strict=True) for part in mine]
         scores = iter(scorer.score(items))
         for prompt, response, mine in zip(chunk, responses, said, strict=True):
@@ -70,17 +70,11 @@ def tallies(said: Sequence[str], relevance: Sequence[float], complete: bool) -> 
     }
 
 
-def sentences(text: str, rule: SentenceRule) -> Iterator[str]:
-    """Cut a text where sentences end.
+def sentences(text: str, rule: SentenceRule) -> list[str]:
+    """Cut a text where sentences end, and leave out what has no word.
 
     Example:
-        >>> list(sentences("It costs 3.5 euros. Ask Dr. Low.", SentenceRule(".")))
+        >>> sentences("It costs 3.5 euros. Ask Dr. Low. ...", SentenceRule("."))
         ['It costs 3.5 euros.', 'Ask Dr. Low.']
     """
-    start = 0
-    for at in range(1, len(text) + 1):
-        if text[at - 1] in rule.delimiters and rule.ends(text[start:at], text[at:] or None):
-            yield text[start:at].strip()
-            start = at
-    if any(char.isalnum() for char in text[start:]):
-        yield text[start:].strip()
+    return [part for part in rule.cut(text) if any(char.isalnum() for char in part)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
 
 _CLOSERS = "\"')]}”’»」』）》"
 _ABBREVIATIONS = frozenset(
@@ -60,6 +61,21 @@ class SentenceRule:
         if body.endswith(".."):
             return not following.strip()[:1].islower()
         return not (_is_list_number(body) or _is_abbreviation(body, following))
+
+    def cut(self, text: str) -> Iterator[str]:
+        """Yield a whole text's sentences, and what is left behind the last.
+
+        Example:
+            >>> list(SentenceRule(".").cut("It costs 3.5 euros. Ask Dr. Low. And"))
+            ['It costs 3.5 euros.', 'Ask Dr. Low.', 'And']
+        """
+        start = 0
+        for end in range(1, len(text) + 1):
+            if not text[end - 1].isspace() and self.ends(text[start:end], text[end:] or None):
+                yield text[start:end].strip()
+                start = end
+        if rest := text[start:].strip():
+            yield rest
 
 
 def _is_abbreviation(body: str, following: str) -> bool:

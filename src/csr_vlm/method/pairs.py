@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
+from csr_vlm.batches import spread
 from csr_vlm.config import MethodConfig, PairsConfig
 from csr_vlm.method.reward import (
     OUT_OF_THE_RUNNING,
@@ -18,7 +18,6 @@ from csr_vlm.method.reward import (
 )
 from csr_vlm.records import Fate, Finish, Node, Pair, Prompt, Response
 
-_Item = TypeVar("_Item")
 _LEAVES = (Fate.FINISHED, Fate.TRUNCATED)
 
 
@@ -74,14 +73,14 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
     key = f"{seed}:{nodes[0].iteration}:{prompt.prompt_id}"
     least = config.min_margin * reward_scale(rewards.values(), method)
     limit = config.per_node if config.between == "siblings" else config.per_prompt
-    ranked = [pair for contest in distinct for pair in _spread(_ranking(contest, config, key, least), limit)]
+    ranked = [pair for contest in distinct for pair in spread(_ranking(contest, config, key, least), limit)]
     if not ranked:
         return "margin"
     if config.selection == "extremes":  # at random, taking the widest margins first would be a preference
         ranked.sort(key=lambda pair: pair[1].reward - pair[0].reward)
     return [
         Pair(prompt=prompt, iteration=nodes[0].iteration, chosen=chosen, rejected=rejected)
-        for chosen, rejected in _spread(ranked, config.per_prompt)
+        for chosen, rejected in spread(ranked, config.per_prompt)
     ]
 
 
@@ -154,12 +153,6 @@ def _compared(best: _Option, other: _Option) -> tuple[Response, Response]:
         replace(best.response, reward=best.response.reward + best.after),
         replace(other.response, reward=other.response.reward + other.after),
     )
-
-
-def _spread(items: Sequence[_Item], number: int) -> list[_Item]:
-    """Take up to ``number`` items, the first among them and the rest at even distances."""
-    number = min(number, len(items))
-    return [items[place * len(items) // number] for place in range(number)]
 
 
 def _shuffled(found: Sequence[Response], key: str) -> list[Response]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 from markupsafe import Markup, escape
 
+from csr_vlm.batches import spread
 from csr_vlm.errors import CsrError
 from csr_vlm.method.reward import image_score, path_ids
 from csr_vlm.records import Node, Pair, Response
@@ -27,7 +28,6 @@ _WORD = re.compile(r"[A-Za-z]+")
 _ABSENT = Markup(
     '<mark class="absent" title="not in the picture">{}<span class="spoken"> (not in the picture)</span></mark>'
 )
-_Item = TypeVar("_Item")
 Change = Literal["improved", "worsened", "still hallucinating", "clean"]
 
 
@@ -131,13 +131,6 @@ def marked(text: str, absent: Collection[str]) -> Markup:
             parts += [escape(text[at : word.start()]), _ABSENT.format(word.group())]
             at = word.end()
     return Markup("").join([*parts, escape(text[at:])])
-
-
-def spread(items: Sequence[_Item], most: int) -> list[_Item]:
-    """Take at most so many items, evenly over the whole."""
-    if len(items) <= most:
-        return list(items)
-    return [items[index * len(items) // most] for index in range(most)]
 
 
 def pair_gallery(run: Run) -> PairGallery | None:

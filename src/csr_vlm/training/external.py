@@ -84,11 +84,7 @@ def _dialogue(policy: Policy, question: str, answer: str) -> tuple[str, str]:
 
 def count_sentences(text: str, rule: SentenceRule) -> int:
     """Count sentences as the search would have cut them."""
-    start = number = 0
-    for end in range(1, len(text) + 1):
-        if not text[end - 1].isspace() and rule.ends(text[start:end], text[end:] or None):
-            start, number = end, number + 1
-    return number + bool(text[start:].strip())
+    return sum(1 for _ in rule.cut(text))
 
 
 def _refusal(policy: Policy, chosen: Sequence[int], rejected: Sequence[int]) -> str | None:
