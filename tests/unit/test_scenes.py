@@ -8,10 +8,10 @@ from statistics import fmean
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from csr_vlm.config import DataConfig
 from csr_vlm.data.prompts import InputReport, read_prompts
-from csr_vlm.world import scenes
 from csr_vlm.world.corpus import (
     DESCRIBE,
     Style,
@@ -28,8 +28,6 @@ from csr_vlm.world.scenes import (
     GRID,
     HARBOUR,
     MARKET,
-    RGB,
-    SHAPES,
     WORLDS,
     Split,
     make_scene,
@@ -37,6 +35,7 @@ from csr_vlm.world.scenes import (
     parse_scene_id,
     render,
 )
+from csr_vlm.world.shapes import RGB, SHAPES, sprite
 from csr_vlm.world.truth import mentions
 
 NUM_SCENES = 4000
@@ -137,7 +136,7 @@ def test_market_captions_name_two_objects_in_a_sentence_now_and_then():
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 def test_all_sprites_differ(world):
-    sprites = {(k, c): np.asarray(scenes._sprite(k, c, 21)) for k in world.kinds for c in world.colors}
+    sprites = {(k, c): np.asarray(sprite(k, c, 21)) for k in world.kinds for c in world.colors}
     assert len({sprite.tobytes() for sprite in sprites.values()}) == 16 * 6
     shapes = [sprites[kind, "red"][..., 3] / 255 for kind in world.kinds]
     assert min(np.abs(a - b).mean() for a, b in combinations(shapes, 2)) > 0.05, "and not by a hair"
@@ -260,7 +259,7 @@ def test_the_prompt_file_reads_back(tmp_path):
     assert len({prompt.text for prompt in prompts}) > 1
     for prompt, scene in zip(prompts, expected, strict=True):
         assert (tmp_path / "images" / f"{scene.scene_id}.png").samefile(prompt.image)
-        assert np.array_equal(np.asarray(scenes.Image.open(prompt.image)), np.asarray(render(scene)))
+        assert np.array_equal(np.asarray(Image.open(prompt.image)), np.asarray(render(scene)))
 
 
 def test_writing_again_gives_the_same_bytes(tmp_path):
