@@ -11,7 +11,7 @@ reported. Loss and gradients are compared before anything is timed; in float32 t
 where they differ by more than rounding.
 
 ``tiny`` is the embedded world's model, with 36 picture tokens. ``mid`` is made on the spot
-with random weights: a language model of 162M parameters and a vision tower of 22M, with 576
+with random weights: a language model of 162M parameters, with 576
 picture tokens. ``--shared`` is the part of a response that both sides begin with: 0 for whole
 responses against each other, most of it for siblings late in a response.
 """
@@ -31,13 +31,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
-from transformers import LlavaForConditionalGeneration as Llava
+from models import SIZES, make_policy
 from trl import DPOTrainer
 
 from csr_vlm.cli.console import quiet_libraries
 from csr_vlm.config import ModelConfig, TrainingConfig
-from csr_vlm.generation.policy import Policy, load_policy
+from csr_vlm.generation.policy import Policy
 from csr_vlm.records import Pair, Prompt, Response
 from csr_vlm.store.files import write_json
 from csr_vlm.store.run import versions
@@ -77,39 +76,9 @@ class Side:
 
 def make_mid(directory: Path) -> None:
     """Write a checkpoint of the middle size."""
-    vision = CLIPVisionConfig(
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        image_size=336,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=16,
-        num_attention_heads=12,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=3,
-    )
-    torch.manual_seed(0)
-    world = load_policy(ModelConfig(path=str(assets() / "llava"), device="cpu"), None)
-    model = Llava(LlavaConfig(vision_config=vision, text_config=text, image_token_id=4, tie_word_embeddings=False))
-    model.generation_config = world.model.generation_config
-    model.save_pretrained(directory)
-    pixels = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    LlavaProcessor(
-        pixels,
-        world.tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=world.processor.chat_template,
-    ).save_pretrained(directory)
+    policy = make_policy(SIZES["mid"], torch.float32)
+    policy.model.save_pretrained(directory)
+    policy.processor.save_pretrained(directory)
 
 
 def make_pairs(policy: Policy, prompts: list[Prompt], length: int, shared: float) -> list[Pair]:
