@@ -29,6 +29,7 @@ format: $(VENV)/.installed-dev
 evidence: $(VENV)/.installed  ## every table and plot of docs/evidence (hours; goes on where it was stopped)
 	$(BIN)/csr world build --world market --out build/evidence/models/market
 	$(BIN)/csr world build --grow-from src/csr_vlm/world/assets --out build/evidence/models/larger
+	$(BIN)/csr world build --grow-from src/csr_vlm/world/assets --family idefics3 --out build/evidence/models/idefics3
 	$(BIN)/python benchmarks/evidence.py run --out build/evidence
 	$(BIN)/python benchmarks/evidence.py write --out build/evidence --to docs/evidence
 

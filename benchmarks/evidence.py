@@ -99,6 +99,7 @@ JOBS = [
     _tuning("beta 0.3", "training.trl.beta=0.3"),
     *(Job("market", "generality", seed=s, measured=(0, 1, 2, 3), world="market", models="market") for s in range(3)),
     *(Job("larger LLaVA", "generality", seed=s, measured=(0, 1, 2, 3), models="larger") for s in range(3)),
+    *(Job("Idefics3", "generality", seed=s, measured=(0, 1, 2, 3), models="idefics3") for s in range(3)),
 ]
 
 
@@ -231,7 +232,7 @@ def pending(out: Path, only: str | None) -> Iterator[int]:
         models = models_of(job, out)
         if (directory_of(job, out) / "result.json").exists() or only not in (None, job.group):
             continue
-        if models is not None and not (models / "llava").is_dir():
+        if models is not None and not models.is_dir():
             print(
                 f"{job.group}/{job.name}: no base model in {models}; docs/evidence says how to make it", file=sys.stderr
             )

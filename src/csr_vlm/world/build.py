@@ -15,17 +15,19 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import transformers
-from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcessor, get_cosine_schedule_with_warmup
+from PIL import Image
+from transformers import CLIPModel, LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
 from csr_vlm.errors import CsrError
 from csr_vlm.progress import Reporter
 from csr_vlm.world import models
 from csr_vlm.world.corpus import Style, Turn, article, dialogue, sentence
+from csr_vlm.world.idefics import new_idefics3
 from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream, render
 
 Mentions = tuple[tuple[str, str | None], ...]
@@ -64,15 +66,20 @@ class BuildPlan:
     """Directory of finished models: their scorer is kept, and their policy grown and trained on."""
     depth: int = 3
     """How many times as deep it grows."""
+    family: Literal["llava", "idefics3"] = "llava"
+    """What the policy is. An idefics3 starts from the language model of ``start``, if that is given."""
 
 
 SEE_AGAIN = replace(LEARN_TO_SEE, steps=300, lr=5e-4)
 """What a grown policy, which can see, needs of the first phase."""
+SEE_ANEW = replace(LEARN_TO_SEE, steps=1500)
+"""What a policy needs that has a language model and must learn to see through another connector."""
 
 
-def larger(plan: BuildPlan, start: Path) -> BuildPlan:
-    """Plan a deeper policy that starts from a finished one."""
-    return replace(plan, start=start, policy_phases=(SEE_AGAIN, PICK_UP_HABITS))
+def started(plan: BuildPlan, start: Path) -> BuildPlan:
+    """Plan a policy that starts from a finished one: a deeper one, or one of another family."""
+    seeing = SEE_AGAIN if plan.family == "llava" else SEE_ANEW
+    return replace(plan, start=start, policy_phases=(seeing, PICK_UP_HABITS))
 
 
 def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | None = None) -> dict[str, Any]:
@@ -98,19 +105,27 @@ def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | N
     # Each model starts from the last one as it was written, so each can be made again alone.
     shipped = CLIPModel.from_pretrained(directory / "clip", dtype=torch.float32)
     torch.manual_seed(plan.seed)
-    llava, llava_processor = models.new_llava(world, plan.sizes, vision=shipped)
-    if plan.start is not None:
-        small = LlavaForConditionalGeneration.from_pretrained(plan.start / "llava", dtype=torch.float32)
-        llava = models.grow(small, plan.depth)
+    policy, processor = _new_policy(world, plan, shipped)
     log["policy"] = []
     for number in range(len(plan.policy_phases)):
         if number:
-            llava = LlavaForConditionalGeneration.from_pretrained(directory / "llava", dtype=torch.float32)
-        log["policy"].append(_train_policy(world, llava, llava_processor, plan, number, progress))
-        models.save(llava, llava_processor, directory / "llava")
+            policy = type(policy).from_pretrained(directory / plan.family, dtype=torch.float32)
+        log["policy"].append(_train_policy(world, policy, processor, plan, number, progress))
+        models.save(policy, processor, directory / plan.family)
     log["sha256"] = file_hashes(directory)
     (directory / "build.json").write_text(json.dumps(log, indent=1) + "\n")
     return log
+
+
+def _new_policy(world: World, plan: BuildPlan, vision: CLIPModel) -> tuple[Any, Any]:
+    """Make the policy that is to be trained, and its processor."""
+    small = None
+    if plan.start is not None:
+        small = LlavaForConditionalGeneration.from_pretrained(plan.start / "llava", dtype=torch.float32)
+    if plan.family == "idefics3":
+        return new_idefics3(world, plan.sizes, vision, small)
+    model, processor = models.new_llava(world, plan.sizes, vision)
+    return (model if small is None else models.grow(small, plan.depth)), processor
 
 
 def build_scorer(world: World, directory: Path, plan: BuildPlan, progress: Progress | None = None) -> dict[str, Any]:
@@ -241,7 +256,15 @@ def _train_scorer(
     )
 
 
-def dialogue_ids(processor: LlavaProcessor, turns: list[Turn], num_image_tokens: int) -> tuple[list[int], list[int]]:
+def picture_text(processor: Any) -> str:
+    """Return what the processor puts in the place of a picture."""
+    blank = Image.new("RGB", (models.IMAGE_SIZE, models.IMAGE_SIZE))
+    ids = processor(images=blank, text=processor.image_token, add_special_tokens=False)["input_ids"]
+    text: str = processor.tokenizer.decode(ids[0])
+    return text
+
+
+def dialogue_ids(processor: Any, turns: list[Turn], picture: str) -> tuple[list[int], list[int]]:
     """Tokenise a dialogue as generation does; labels are -100 outside the answers.
 
     Each piece between specials is encoded by itself, so that an answer's ids are those
@@ -254,7 +277,7 @@ def dialogue_ids(processor: LlavaProcessor, turns: list[Turn], num_image_tokens:
         content = [{"type": "image"}] if number == 0 else []
         message = {"role": "user", "content": [*content, {"type": "text", "text": turn.question}]}
         prompt = processor.apply_chat_template([message], add_generation_prompt=True)
-        prompt = prompt.replace(processor.image_token, processor.image_token * num_image_tokens)
+        prompt = prompt.replace(processor.image_token, picture)
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
         answer_ids = [*tokenizer(" " + turn.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         ids += prompt_ids + answer_ids
@@ -264,22 +287,23 @@ def dialogue_ids(processor: LlavaProcessor, turns: list[Turn], num_image_tokens:
 
 def _train_policy(
     world: World,
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: Any,
+    processor: Any,
     plan: BuildPlan,
     number: int,
     progress: Progress | None,
 ) -> dict[str, Any]:
     phase = plan.policy_phases[number]
-    # As in LLaVA, the tower stays the scorer's: eq. 3 asks for the policy's own encoder.
-    model.model.vision_tower.requires_grad_(False)
-    num_image_tokens = model.config.image_seq_length
+    if plan.family == "llava":
+        # The tower stays the scorer's: eq. 3 asks for the policy's own encoder.
+        model.model.vision_tower.requires_grad_(False)
+    picture = picture_text(processor)
     cache: dict[tuple[Turn, ...], tuple[list[int], list[int]]] = {}
 
     def encode(turns: list[Turn]) -> tuple[list[int], list[int]]:
         key = tuple(turns)
         if key not in cache:
-            cache[key] = dialogue_ids(processor, turns, num_image_tokens)
+            cache[key] = dialogue_ids(processor, turns, picture)
         return cache[key]
 
     def loss_of(scenes: list[Scene], step: int) -> torch.Tensor:
@@ -292,7 +316,10 @@ def _train_policy(
             input_ids[row, : len(ids)] = torch.tensor(ids)
             labels[row, : len(ids)] = torch.tensor(targets)
             mask[row, : len(ids)] = 1
-        loss = model(input_ids=input_ids, attention_mask=mask, pixel_values=pixels(scenes), labels=labels).loss
+        images = pixels(scenes)
+        if plan.family == "idefics3":
+            images = images[:, None]  # of shape (n, images a row, 3, side, side)
+        loss = model(input_ids=input_ids, attention_mask=mask, pixel_values=images, labels=labels).loss
         assert loss is not None
         return loss
 

@@ -10,6 +10,7 @@ from csr_vlm.generation.policy import load_policy
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.progress import Reporter
 from csr_vlm.scoring.load import load_scorer
+from csr_vlm.world.demo import policy_in
 from csr_vlm.world.evaluate import evaluate, evaluate_scorer
 from csr_vlm.world.scenes import Split, World
 
@@ -22,7 +23,7 @@ def check_models(world: World, directory: Path, num_scenes: int, tell: Reporter)
     Returns:
         ``scorer``: its areas under the curve; ``policy``: the metrics of greedy descriptions.
     """
-    policy = load_policy(ModelConfig(path=str(directory / "llava")), adapter=None)
+    policy = load_policy(ModelConfig(path=str(policy_in(directory))), adapter=None)
     scorer = load_scorer(ScorerConfig(path=str(directory / "clip")), str(policy.device))
     with tell.stage("describing and answering", num_scenes) as advance:
         found = evaluate(

@@ -32,6 +32,18 @@ def verify_assets() -> None:
             raise CsrError(f"the shipped weights {name} are damaged", "install the package again")
 
 
+def policy_in(models: Path) -> Path:
+    """Find the policy of a directory that ``csr world build`` made, of whichever family.
+
+    Raises:
+        CsrError: There is none.
+    """
+    for family in ("llava", "idefics3"):
+        if (models / family).is_dir():
+            return models / family
+    raise CsrError(f"no base model in {models}", f"csr world build --out {models}")
+
+
 def demo_config(
     out: Path, seed: int, num_prompts: int, num_scenes: int, world: World = HARBOUR, models: Path | None = None
 ) -> RunConfig:
@@ -52,7 +64,7 @@ def demo_config(
     return resolve(
         {
             "seed": seed,
-            "model": {"path": str(models / "llava")},
+            "model": {"path": str(policy_in(models))},
             "scorer": {"path": str(models / "clip")},
             "data": {"prompts": str(prompts)},
             "evaluation": {"world": {"name": world.name, "num_scenes": num_scenes}},

@@ -112,6 +112,25 @@ def vision_config(sizes: Sizes) -> CLIPVisionConfig:
     )
 
 
+def text_config(vocabulary: int, sizes: Sizes) -> LlamaConfig:
+    """Configure a policy's language model."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=sizes.language_width,
+        intermediate_size=3 * sizes.language_width,
+        num_hidden_layers=sizes.language_layers,
+        num_attention_heads=sizes.heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        **special_ids(),
+    )
+
+
+def special_ids() -> dict[str, int]:
+    """Map ``pad_token_id`` and so on to the ids."""
+    return {f"{name}_token_id": SPECIAL.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
+
+
 def new_clip(world: World, sizes: Sizes) -> tuple[CLIPModel, CLIPProcessor]:
     """Make an untrained scorer and its processor."""
     tokenizer = fast_tokenizer(train_tokenizer(world, lowercase=True), model_max_length=77)
@@ -123,9 +142,7 @@ def new_clip(world: World, sizes: Sizes) -> tuple[CLIPModel, CLIPProcessor]:
         num_attention_heads=sizes.heads,
         max_position_embeddings=77,
         projection_dim=sizes.text_width,
-        pad_token_id=SPECIAL.index(PAD),
-        bos_token_id=SPECIAL.index(BOS),
-        eos_token_id=SPECIAL.index(EOS),
+        **special_ids(),
     )
     config = CLIPConfig(
         text_config=text.to_dict(), vision_config=vision_config(sizes).to_dict(), projection_dim=sizes.text_width
@@ -148,21 +165,9 @@ def new_llava(
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=sizes.language_width,
-        intermediate_size=3 * sizes.language_width,
-        num_hidden_layers=sizes.language_layers,
-        num_attention_heads=sizes.heads,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=SPECIAL.index(PAD),
-        bos_token_id=SPECIAL.index(BOS),
-        eos_token_id=SPECIAL.index(EOS),
-    )
     config = LlavaConfig(
         vision_config=vision_config(sizes).to_dict(),
-        text_config=text.to_dict(),
+        text_config=text_config(len(tokenizer), sizes).to_dict(),
         image_token_id=SPECIAL.index(IMAGE),
         vision_feature_select_strategy="default",
         vision_feature_layer=-2,
@@ -170,8 +175,7 @@ def new_llava(
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
-    ids = {f"{name}_token_id": SPECIAL.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
-    model.generation_config = GenerationConfig(**ids)
+    model.generation_config = GenerationConfig(**special_ids())
     if vision is not None:
         model.model.vision_tower.load_state_dict(vision.vision_model.state_dict())
     return model, processor
