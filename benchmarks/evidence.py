@@ -27,8 +27,9 @@ WHOLE_RESPONSES = "method.pairs.between=responses method.pairs.per_prompt=4 meth
 PLAIN_SUM = "method.reward.baseline=none method.reward.image_score=cosine"
 OUR_RATE = "training.lora.r=16 training.lora.alpha=32 training.lora.dropout=0 training.projector_learning_rate=null "
 OUR_RATE += "training.trl.learning_rate=3e-4 training.trl.per_device_train_batch_size=16 training.trl.warmup_steps=0"
-QUESTIONS = r"method.pairs.questions.pattern=an?\s\w+\s(\w+)"
-JUDGE = "scorer.path=judge:policy scorer.others=0 method.reward.image_score=cosine method.reward.baseline=midrange"
+NO_QUESTIONS = "method.pairs.questions.pattern="
+JUDGE = "scorer.path=judge:policy scorer.others=0 method.reward.image_score=cosine method.reward.baseline=midrange "
+JUDGE += NO_QUESTIONS
 
 
 SETTINGS_SCENES = {"num_scenes": 500, "split": "development", "seed": 5}
@@ -68,7 +69,7 @@ def _ablation(name: str, overrides: str) -> Job:
 
 JOBS = [
     *(Job("calibrated", "main", seed=s, iterations=5, measured=(0, 1, 2, 3, 4, 5), sampled=(0, 3)) for s in range(5)),
-    *(Job("with questions", "questions", QUESTIONS, seed=s, measured=(0, 1, 2, 3), sampled=(3,)) for s in range(5)),
+    *(Job("descriptions only", "questions", NO_QUESTIONS, seed=s, measured=(0, 1, 2, 3)) for s in range(5)),
     Job("random_pairs", "comparisons", "preset=random_pairs"),
     Job("only_rt", "comparisons", "preset=only_rt"),
     Job("only_ri", "comparisons", "preset=only_ri"),
@@ -83,6 +84,7 @@ JOBS = [
     _ablation("mean instead of sum", f"{PLAIN_SUM} method.reward.response=mean {WHOLE_RESPONSES}"),
     _ablation("whole responses in pairs", WHOLE_RESPONSES),
     _ablation("best against worst response", f"{WHOLE_RESPONSES} method.pairs.per_prompt=1"),
+    _ablation("no questions", NO_QUESTIONS),
     _ablation("repeats cost nothing", "method.reward.repeat_penalty=0"),
     _ablation("any margin", "method.pairs.min_margin=0"),
     _ablation("no SFT term", "training.trl.loss_weights=[1.0,0.0]"),

@@ -143,20 +143,28 @@ class QuestionsConfig(_Section):
         description="Regular expression that finds a claim in a sentence; its groups fill the question. Empty asks "
         "nothing.",
     )
-    question: str = Field(default="Is there a {0} in the image?", description="What is asked about a claim.")
+    question: str = Field(
+        default="Is there {a} {0} in the image?",
+        description="What is asked about a claim; {0} is the pattern's first group, {a} its article, a or an.",
+    )
     yes: str = Field(default="Yes.", min_length=1, description="Answer where the claim suits the image.")
     no: str = Field(default="No.", min_length=1, description="Answer where it does not.")
-    per_prompt: int = Field(default=2, ge=1, description="Most questions about one prompt's image.")
+    per_prompt: int = Field(default=4, ge=1, description="Most questions about one prompt's image.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> QuestionsConfig:
         try:
             groups = re.compile(self.pattern).groups
-            self.question.format(*[""] * groups)
+            self.ask(*["x"] * groups)
         except (re.error, IndexError, KeyError, ValueError) as error:
             if self.pattern:
                 raise ValueError(f"pattern and question do not fit together: {error}") from None
         return self
+
+    def ask(self, *groups: str) -> str:
+        """Fill the question with what the pattern's groups found."""
+        article = "an" if groups and groups[0][:1].lower() in tuple("aeiou") else "a"
+        return self.question.format(*groups, a=article)
 
 
 class PairsConfig(_Section):
@@ -457,6 +465,17 @@ class RunConfig(_Section):
     def _external_has_pairs(self) -> RunConfig:
         if self.preset == "external" and self.data.pairs is None:
             raise ValueError("preset external trains on pairs from outside: set data.pairs")
+        return self
+
+    @model_validator(mode="after")
+    def _contrasts_have_others(self) -> RunConfig:
+        needed = {
+            "method.reward.image_score=contrast": self.method.reward.image_score == "contrast",
+            "method.pairs.questions": bool(self.method.pairs.questions.pattern),
+        }
+        lacking = [name for name, used in needed.items() if used and not self.scorer.others]
+        if lacking:
+            raise ValueError(f"scorer.others=0, but {' and '.join(lacking)} compares with other images")
         return self
 
     def dump(self) -> dict[str, Any]:

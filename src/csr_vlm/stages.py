@@ -160,7 +160,7 @@ def make_pairs(run: Run, iteration: int, tell: Reporter) -> None:
     tables.write_pairs(run.pairs_path(iteration), pairs)
     if not pairs and iteration == 1:
         raise CsrError(f"iteration {iteration} has no pairs: {dict(reasons)}", "loosen method.pairs or add prompts")
-    asked = asking.ask(run, iteration, tell) if run.config.method.pairs.questions.pattern and not outside else []
+    asked = [] if outside else ask(run, iteration, run.config, tell)
     tables.write_pairs(run.questions_path(iteration), asked)
     run.mark_done(
         iteration,
@@ -171,6 +171,14 @@ def make_pairs(run: Run, iteration: int, tell: Reporter) -> None:
         **summarise_pairs(pairs),
         seconds=_since(started),
     )
+
+
+def ask(run: Run, iteration: int, config: RunConfig, tell: Reporter) -> list[Pair]:
+    """Make pairs of yes and no about the claims of a ledger, under any settings; none, if they ask nothing."""
+    if not config.method.pairs.questions.pattern:
+        return []
+    engine, scorer = _engine_and_scorer(config, run.adapter_path(iteration - 1), tell)
+    return asking.ask(run, iteration, config, engine.policy, scorer, tell)
 
 
 def derive_pairs(run: Run, iteration: int, config: RunConfig) -> tuple[list[Pair], Counter[str]]:

@@ -79,7 +79,7 @@ def _point(run: Run, config: RunConfig, iteration: int, root: Path, title: str, 
         raise CsrError(f"these settings leave no pairs: {dict(reasons)}", "loosen method.pairs")
     tables.write_pairs(root / "pairs.parquet", pairs)
     train(
-        pairs,
+        pairs + stages.ask(run, iteration, config, tell),
         config.model,
         config.training,
         previous=run.adapter_path(iteration - 1),

@@ -78,7 +78,11 @@ class Heard(Silent):
 
 
 def new_run(root: Path, **evaluation: Any) -> Run:
-    method = {"lambda": 0.0, "reward": {"image_score": "cosine", "baseline": "none"}}
+    method = {
+        "lambda": 0.0,
+        "reward": {"image_score": "cosine", "baseline": "none"},
+        "pairs": {"questions": {"pattern": ""}},
+    }
     run = Run.create(root, resolve(REQUIRED | {"iterations": 2, "method": method, "evaluation": evaluation}))
     tables.write_prompts(run.prompts_path, [prompt(name) for name in NAMES], 4)
     tables.write_prompts(run.heldout_path, [prompt("held out")], 4)

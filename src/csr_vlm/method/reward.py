@@ -69,25 +69,39 @@ def image_score(node: Node, scorer: str, config: RewardConfig) -> float:
     """
     names = scorer.split("+")
     if config.image_score == "contrast":
-        return 100.0 * sum(_cosine(node, name) - _cosine(node, others_column(name)) for name in names) / len(names)
-    return sum(max(100.0 * _cosine(node, name), 0.0) for name in names) / len(names)
+        return 100.0 * contrast(node.cosines, scorer, _place(node))
+    return fmean(max(100.0 * _cosine(node.cosines, name, _place(node)), 0.0) for name in names)
 
 
 def contrasts(nodes: Iterable[Node], scorer: str) -> dict[str, float]:
     """Map each node's id to its cosine less the mean cosine with other images, in -2..2."""
-    config = RewardConfig(image_score="contrast")
-    return {node.node_id: image_score(node, scorer, config) / 100 for node in nodes}
+    return {node.node_id: contrast(node.cosines, scorer, _place(node)) for node in nodes}
 
 
-def _cosine(node: Node, scorer: str) -> float:
-    cosine = node.cosines.get(scorer)
+def contrast(cosines: Mapping[str, float], scorer: str, place: str) -> float:
+    """Return the cosine less the mean cosine with other images, in -2..2; the mean over scorers.
+
+    Args:
+        cosines: One sentence's, by column.
+        place: What an error says it is of.
+    """
+    names = scorer.split("+")
+    return fmean(_cosine(cosines, name, place) - _cosine(cosines, others_column(name), place) for name in names)
+
+
+def _place(node: Node) -> str:
+    return f"prompt {node.prompt_id}: sentence {node.node_id}"
+
+
+def _cosine(cosines: Mapping[str, float], scorer: str, place: str) -> float:
+    cosine = cosines.get(scorer)
     if cosine is None:
         raise CsrError(
-            f"prompt {node.prompt_id}: sentence {node.node_id} has no score by {scorer!r}",
+            f"{place} has no score by {scorer!r}",
             "score the run first; a contrast needs scorer.others above 0 and two images or more",
         )
     if not math.isfinite(cosine):
-        raise CsrError(f"prompt {node.prompt_id}: the score of sentence {node.node_id} by {scorer!r} is {cosine}")
+        raise CsrError(f"{place}: the score by {scorer!r} is {cosine}")
     return cosine
 
 

@@ -1,0 +1,111 @@
+"""What is asked about a tree's claims, and what the answers are."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from csr_vlm.config import QuestionsConfig
+from csr_vlm.errors import CsrError
+from csr_vlm.method.questions import Claims, claims, questions, strangers
+from csr_vlm.records import Fate, Node, others_column
+from tests.unit.builders import config, node
+
+SETTINGS = QuestionsConfig(pattern=r"an? (\w+)\.", per_prompt=6)
+
+
+def said(node_id: str, text: str, contrast: float) -> Node:
+    return replace(node(node_id, text), cosines={"clip": contrast, others_column("clip"): 0.0})
+
+
+def asked(kind: str) -> str:
+    return f"Is there {'an' if kind[0] in 'aeiou' else 'a'} {kind} in the image?"
+
+
+TREE = [
+    said("0", "There is a boat.", 0.40),
+    said("1", "There is a fish.", 0.09),
+    said("2", "There is an owl.", 0.15),  # between a quarter and half of 0.40
+    said("3", "We see a fish.", 0.05),
+    said("4", "There is a car.", 0.30),
+]
+
+
+def test_a_claim_has_its_best_sentence_s_contrast_and_all_its_wordings() -> None:
+    found = claims(TREE, SETTINGS, "clip")
+    assert found.strongest == {asked("boat"): 0.40, asked("fish"): 0.09, asked("owl"): 0.15, asked("car"): 0.30}
+    assert found.sentences[asked("fish")] == ["There is a fish.", "We see a fish."]
+    assert found.best == 0.40
+
+
+def test_no_and_yes_take_turns_and_what_is_unsure_is_not_asked() -> None:
+    found = questions(claims(TREE, SETTINGS, "clip"), {}, SETTINGS)
+    assert found == [(asked("fish"), False), (asked("boat"), True), (asked("car"), True)]
+
+
+def test_claims_of_other_trees_are_denied_if_they_fail_and_never_affirmed() -> None:
+    strange = {asked("tree"): 0.02, asked("bus"): 0.39, asked("cat"): 0.01}
+    found = questions(claims(TREE, SETTINGS, "clip"), strange, SETTINGS)
+    # The two kinds of no take turns among themselves.
+    assert found == [
+        (asked("fish"), False),
+        (asked("boat"), True),
+        (asked("tree"), False),
+        (asked("car"), True),
+        (asked("cat"), False),
+    ]
+    assert (
+        questions(claims(TREE, SETTINGS, "clip"), strange, SETTINGS.model_copy(update={"per_prompt": 2})) == found[:2]
+    )
+
+
+def test_what_takes_no_part_claims_nothing() -> None:
+    out = [replace(n, fate=Fate.FILTERED) for n in TREE]
+    assert claims(out, SETTINGS, "clip") == Claims({}, {}, 0.0)
+    assert claims([], SETTINGS, "clip") == Claims({}, {}, 0.0)
+
+
+def test_strangers_are_chosen_by_words_and_key_alone() -> None:
+    own = claims(TREE, SETTINGS, "clip")
+    pool = [asked(kind) for kind in ("boat", "tree", "cat", "bus", "bird", "house")]
+    chosen = strangers(own, pool, 3, "0:p")
+    assert len(set(chosen)) == 3
+    assert asked("boat") not in chosen
+    assert chosen == strangers(own, pool[::-1], 3, "0:p")
+    assert len({tuple(strangers(own, pool, 3, f"0:{name}")) for name in range(20)}) > 5
+
+
+def test_a_ledger_without_other_images_is_refused() -> None:
+    with pytest.raises(CsrError, match="no score by 'clip:others'"):
+        claims([node("0")], SETTINGS, "clip")
+
+
+@pytest.mark.parametrize(
+    ("sentence", "nouns"),
+    [
+        ("There is a red boat.", ["boat"]),
+        ("There is an orange owl and a blue fish.", ["owl", "fish"]),
+        ("A parked car, a dog on a beach with an umbrella.", ["car", "dog", "beach", "umbrella"]),
+        ("The man is riding a horse drawn carriage.", []),  # more words than it can tell apart
+        ("It has a lot of people.", []),
+    ],
+)
+def test_the_default_preset_finds_nouns(sentence: str, nouns: list[str]) -> None:
+    settings = config().method.pairs.questions
+    found = [settings.ask(*match.groups()) for match in re.finditer(settings.pattern, sentence)]
+    assert found == [asked(noun) for noun in nouns]
+
+
+def test_a_question_must_fit_its_pattern() -> None:
+    with pytest.raises(ValueError, match="do not fit together"):
+        QuestionsConfig(pattern=r"an? (\w+)", question="Is there {a} {1}?")
+
+
+def test_questions_need_other_images_and_say_so_at_once() -> None:
+    cosine = {"reward": {"image_score": "cosine", "baseline": "midrange"}}
+    scorer = {"path": "scorer", "others": 0}
+    with pytest.raises(CsrError, match=r"scorer.others=0, but method.pairs.questions compares"):
+        config(scorer=scorer, method=cosine)
+    config(scorer=scorer, method=cosine | {"pairs": {"questions": {"pattern": ""}}})
