@@ -44,8 +44,8 @@ def write(jobs: Sequence[Any], out: Path, to: Path) -> None:
         _each(
             done,
             "questions",
-            "Asked about its own claims",
-            "The default preset with `method.pairs.questions`; 1,000 test scenes, greedy.",
+            "Without questions",
+            "The default preset trained on descriptions alone; 1,000 test scenes, greedy.",
         ),
         _each(
             done,
@@ -188,6 +188,7 @@ def _plot_main(runs: Sequence[Result], to: Path) -> str:
         if name != "chair_s":
             axis.set_ylim(0.9, 1.0)
     figure.savefig(to / "main.png", dpi=110)
+    plt.close(figure)
     return "One line a seed:\n\n![CHAIR_S falls, recall stays](main.png)\n"
 
 
@@ -291,11 +292,35 @@ def _lambdas(out: Path, to: Path) -> str:
         ]
         for point in points
     ]
+    figure = _curves(
+        {"": [(float(row[0]), point["metrics"]["world"]) for row, point in zip(rows, points, strict=True)]}, "lambda"
+    )
+    figure.savefig(to / "lambda.png", dpi=110)
     text = (
         "## Lambda, from one ledger\n\n`csr sweep`: pairs and training of iteration 1 anew for every value; 500 "
-        "development scenes.\n\n"
+        "development scenes.\n\n![CHAIR_S and recall against lambda](lambda.png)\n\n"
     )
     return text + table(["lambda", *(COLUMNS[n] for n in SHORT)], rows)
+
+
+def _curves(curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], along: str) -> Any:
+    """Draw CHAIR_S and recall against something, a line for each name."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for axis, name in zip(axes, ("chair_s", "recall"), strict=True):
+        for label, points in curves.items():
+            ordered = sorted(points, key=lambda point: point[0])
+            axis.plot([x for x, _ in ordered], [m[name]["value"] for _, m in ordered], marker=".", label=label)
+        axis.set_title(COLUMNS[name])
+        axis.set_xlabel(along)
+    if any(curves):
+        axes[0].legend()
+    plt.close(figure)
+    return figure
 
 
 def _scorers(out: Path, to: Path) -> str:
@@ -314,10 +339,15 @@ def _scorers(out: Path, to: Path) -> str:
         ]
         for row in found
     ]
+    curves: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    for row in found:
+        metrics = {name: {"value": value} for name, value in row["metrics"].items()}
+        curves.setdefault(f"lambda {row['lambda']}", []).append((row["auc_absent"], metrics))
+    _curves(curves, "the scorer's AUC against absent objects").savefig(to / "scorers.png", dpi=110)
     text = (
         "## How good must the judge be?\n\nScorers from early in their training, one iteration from one ledger, "
         "500 development scenes. Agreement is the estimate that needs no truth (`csr audit`): the share of sentences "
-        "that suit their own image better than others.\n\n"
+        "that suit their own image better than others.\n\n![CHAIR_S and recall by scorer](scorers.png)\n\n"
     )
     return text + table(
         ["training steps", "AUC, absent", "AUC, colour", "agreement", "lambda", *(COLUMNS[n] for n in SHORT)], rows
