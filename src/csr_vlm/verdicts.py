@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from csr_vlm.config import RunConfig
@@ -14,6 +15,9 @@ from csr_vlm.method.pairs import make_pairs
 from csr_vlm.progress import Reporter
 from csr_vlm.stages import ledger
 from csr_vlm.store.run import Run
+
+_ENOUGH = 8
+"""Fewer responses to held-out prompts than this warn, and stop nothing."""
 
 
 def audit(run: Run, iteration: int, tell: Reporter) -> bool:
@@ -49,9 +53,15 @@ def gate(run: Run, iteration: int, tell: Reporter) -> bool:
     if not run.is_done(iteration, "gate"):
         signs = response_signs(run, iteration)
         found = health.findings(signs, health.RESPONSE_BOUNDS)
+        if _num_answers(run) < _ENOUGH:
+            found = [replace(f, verdict=Verdict.WARN) if f.verdict is Verdict.STOP else f for f in found]
         against = 0 if run.config.evaluation.stop_against == "base" else iteration - 1
         _conclude(run, iteration, "gate", signs, found, broken=_broken(run, iteration, against), against=against)
     return _announce(run, iteration, "gate", tell)
+
+
+def _num_answers(run: Run) -> int:
+    return int(run.result(0, "evaluate").get("heldout", {}).get("sentences", {}).get("n", 0))
 
 
 def response_signs(run: Run, iteration: int) -> dict[str, float]:

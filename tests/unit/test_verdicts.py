@@ -38,8 +38,14 @@ TRUE, FALSE = (0.4, 0.1), (0.1, 0.4)
 class Stages:
     """Stages that need no model: ledgers and responses as told, adapters that name their iteration."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, ledgers: list[Any], responses: list[dict[str, float]]) -> None:
-        self.ledgers, self.responses = ledgers, responses
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        ledgers: list[Any],
+        responses: list[dict[str, float]],
+        num_responses: int = 8,
+    ) -> None:
+        self.ledgers, self.responses, self.num_responses = ledgers, responses, num_responses
         self.calls: list[str] = []
         for name in ("generate", "train", "evaluate"):
             monkeypatch.setattr(stages, name, getattr(self, name))
@@ -63,7 +69,9 @@ class Stages:
         if run.is_done(iteration, "evaluate"):
             return
         self.calls.append(f"evaluate {iteration}")
-        metrics = {name: {"value": value, "low": value, "high": value, "n": 8} for name, value in WELL.items()}
+        metrics = {
+            name: {"value": value, "low": value, "high": value, "n": self.num_responses} for name, value in WELL.items()
+        }
         for name, value in self.responses[iteration].items():
             metrics[name]["value"] = value
         run.mark_done(iteration, "evaluate", heldout=metrics)
@@ -154,6 +162,16 @@ def test_a_first_policy_that_falls_silent_leaves_the_base(tmp_path, monkeypatch)
     assert "the result is the base model" in heard.lines
 
 
+def test_a_handful_of_responses_warns_only(tmp_path, monkeypatch):
+    work, heard = Stages(monkeypatch, [TRUE, TRUE], [{}, {}, SHRUNK], num_responses=7), Heard()
+    run = new_run(tmp_path)
+    align(run, heard)
+    assert work.calls == ALL
+    assert (run.stopped_at, run.final) == (None, 2)
+    assert run.result(2, "gate")["verdict"] == "warn"
+    assert any("iteration 2: warning" in line for line in heard.lines)
+
+
 @pytest.mark.parametrize(("setting", "loud"), [("warn", True), ("off", False)])
 def test_a_run_that_is_not_to_stop_goes_on(tmp_path, monkeypatch, setting, loud):
     work, heard = Stages(monkeypatch, [FALSE, FALSE], [{}, SHRUNK, SHRUNK]), Heard()
@@ -173,7 +191,9 @@ def test_rules_of_ones_own_stop_whatever_the_signs_do(tmp_path, setting):
     for number, words in ((0, 20), (1, 10)):
         rows = [{"id": name, "text": "", "tallies": {"words": (words, 1)}} for name in NAMES]
         files.write_json(run.evaluation_path(number, "heldout"), {"protocol": {}, "metrics": {}, "rows": rows})
-        metrics = {name: {"value": value, "low": value, "high": value, "n": 8} for name, value in WELL.items()}
+        metrics = {
+            name: {"value": value, "low": value, "high": value, "n": self.num_responses} for name, value in WELL.items()
+        }
         run.mark_done(number, "evaluate", heldout=metrics)
     assert verdicts.gate(run, 1, Silent())
     assert run.result(1, "gate")["verdict"] == "go", "the signs are well"
