@@ -211,9 +211,7 @@ def answer(
     target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
     prompts: Annotated[Path, typer.Option(help="JSON lines: id (or question_id), image, text.")],
     out: Annotated[Path, typer.Option("--out", help="Captions or answers to write; the protocol beside them.")],
-    iteration: Annotated[
-        int | None, typer.Option(min=0, help="Whose policy; 0: base; the run's result by default.")
-    ] = None,
+    iteration: Annotated[int | None, typer.Option(min=0, help="Whose policy; 0: base; by default the result.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images; the prompt file's by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="64 and 512 are usual for CHAIR.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily.")] = 0.0,
