@@ -35,7 +35,7 @@ from csr_vlm.progress import Advance
 from csr_vlm.scale.crew import Job, Tally, Work, add_up, leave_mark, require_mark
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 PATIENCE = "CSR_RANK_PATIENCE"
 """Environment variable: seconds without a sign of life after which a process counts as dead."""
@@ -76,11 +76,13 @@ def _contact() -> Iterator[Contact]:
     """Join the launcher's store, with a device of one's own, and tell the others of any failure."""
     import torch
     from torch import distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        store, rank, size = next(distributed.rendezvous("env://"))
+        store, rank, size = next(rendezvous("env://"))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CsrError(
@@ -88,7 +90,7 @@ def _contact() -> Iterator[Contact]:
         ) from None
     # A launcher that starts its processes again gives them a number.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    contact = Contact(distributed.PrefixStore(f"csr/{attempt}", store), rank, size)
+    contact = Contact(PrefixStore(f"csr/{attempt}", store), rank, size)
     try:
         yield contact
     except BaseException as error:
@@ -119,7 +121,8 @@ class Contact:
         """By rank, its last beat and when that was first seen here."""
         self._closing = threading.Event()
         # A connection of its own, so that waiting here does not silence the beat.
-        threading.Thread(target=self._beat, args=(store.clone(),), daemon=True).start()
+        own: Store = store.clone()  # type: ignore[attr-defined]
+        threading.Thread(target=self._beat, args=(own,), daemon=True).start()
 
     def _beat(self, store: Store) -> None:
         while not self._closing.is_set():

@@ -283,6 +283,8 @@ def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str
         # Told to use the CPU, accelerate forgets that DeepSpeed was asked for.
         "use_cpu": not on_gpu and asked_for(processes) != "DEEPSPEED",
         "disable_tqdm": True,
+        # Only an adapter of the user's own reach may lie where no gradient comes.
+        "ddp_find_unused_parameters": config.lora.target_modules is not None,
         "seed": seed,
     }
     needed = {"output_dir": str(work), "remove_unused_columns": False, "max_length": None}
