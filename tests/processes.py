@@ -23,14 +23,14 @@ PART_OF_A_SECOND = 0.02
 
 
 def sharing_config(directory: Path, **changes: object) -> RunConfig:
-    """Short trees of sixteen pictures in as many work items, and three full steps of DPO proper."""
+    """Short trees of sixteen pictures in eight work items, and three full steps of DPO proper."""
     return small_config(
         directory,
         **{
             "iterations": 1,
             "method": {"search": {"max_sentences": 2}, "pairs": {"require_complete": False}},
             "evaluation": {"heldout": 0},
-            "generation": {"prompts_per_part": 1},
+            "generation": {"prompts_per_part": 2},
             # Means over the tokens of a batch, such as sft, depend on how batches are cut; DPO's own loss does not.
             "training": {
                 "trl": {

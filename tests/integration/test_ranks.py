@@ -32,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
 
 def test_ledger_and_pairs_are_the_same_bytes(runs: dict[int, Run]) -> None:
     one, two = runs[1], runs[2]
-    assert len(ledger(one.root)) == 16
+    assert len(ledger(one.root)) == 8
     assert ledger(two.root) == ledger(one.root)
     require_every_node_once(two)
     assert two.pairs_path(1).read_bytes() == one.pairs_path(1).read_bytes()

@@ -141,7 +141,7 @@ def test_a_silent_process_is_not_waited_for_forever(tmp_path: Path) -> None:
     crowd = Crowd(2)
     crowd.contacts[1].close()  # it beats no more and takes no order
     started = time.monotonic()
-    with pytest.raises(CsrError, match="rank 1 of 2 has given no sign of life for 1.5 s"):
+    with pytest.raises(CsrError, match=r"rank 1 of 2 has given no sign of life for 1\.5 s"):
         crowd.ranks.spread(Job(Letters, tmp_path, {"text": "abc"}, 3), lambda _: None, quiet)
     assert time.monotonic() - started < 8
     # What was done is there, for the next start.

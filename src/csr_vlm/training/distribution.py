@@ -43,6 +43,16 @@ def refuse_lazy_weights() -> None:
         )
 
 
+def name_layers_that_are_there(model: Any) -> None:
+    """Take from a model's list of layers that stay whole those that it does not have.
+
+    FSDP wraps the layers on that list and stops at a name it cannot find; a model of two
+    towers inherits the names of both towers' libraries.
+    """
+    present = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = present & set(model._no_split_modules or ())
+
+
 def require_distribution(state: Any, processes: int) -> str:
     """Compare what accelerate made of the environment with what was asked for.
 

@@ -32,6 +32,7 @@ from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.distribution import (
     asked_for,
     largest_anywhere,
+    name_layers_that_are_there,
     refuse_lazy_weights,
     require_distribution,
     shared_batch,
@@ -142,6 +143,7 @@ def train(
     difference = reference_difference(policy, pairs)
     hindrance = obstacle(policy.base_model.config) if config.packing == "auto" else None
     freeze_pictures(policy.base_model)
+    name_layers_that_are_there(policy.base_model)
     trainer = CsrTrainer(
         model=policy.model,
         args=trainer_arguments(config, work, seed, policy.device.type, processes),
