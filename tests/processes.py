@@ -78,7 +78,7 @@ def finished(*command: object, **environment: str) -> subprocess.CompletedProces
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
     while not condition():
-        assert process.poll() is None, "it ended before it could be disturbed"
+        assert process.poll() is None, f"it ended before it could be disturbed: {process.communicate()[1]}"
         time.sleep(PART_OF_A_SECOND)
 
 
