@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EVAL_VENV := .venv-eval
+RAY_VENV := .venv-ray
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test test-eval evidence lint format world clean
+.PHONY: demo test test-eval test-scale test-ray evidence lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
 	$(BIN)/csr demo --seed $(SEED) --out $(OUT)
@@ -16,6 +17,12 @@ test: $(VENV)/.installed-dev lint  ## every check that CI runs
 
 test-eval: $(EVAL_VENV)/.installed  ## the bridge to lmms-eval, offline, in an environment of its own
 	$(EVAL_VENV)/bin/python -m pytest -q tests/eval
+
+test-scale: $(VENV)/.installed-dev  ## many processes: four ranks, killed and hanging ones, FSDP2, DeepSpeed where it is
+	$(BIN)/python -m pytest -q tests/scale
+
+test-ray: $(RAY_VENV)/.installed  ## Ray Data, killed actors and drivers, in an environment of its own
+	$(RAY_VENV)/bin/python -m pytest -q tests/ray
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -58,5 +65,11 @@ $(EVAL_VENV)/.installed: pyproject.toml constraints.txt
 	$(EVAL_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
 	touch $@
 
+$(RAY_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(RAY_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(EVAL_VENV) runs build .cache
+	rm -rf $(VENV) $(EVAL_VENV) $(RAY_VENV) runs build .cache

@@ -22,20 +22,25 @@ from csr_vlm import stages, verdicts
 from csr_vlm.progress import Reporter
 from csr_vlm.report.card import write_card
 from csr_vlm.report.html import write_report
+from csr_vlm.scale.crew import ALONE, Crew
 from csr_vlm.store.run import Run
 
 
-def align(run: Run, tell: Reporter) -> None:
-    """Run the whole method in a run directory, going on from whatever is there."""
+def align(run: Run, tell: Reporter, crew: Crew = ALONE) -> None:
+    """Run the whole method in a run directory, going on from whatever is there.
+
+    Args:
+        crew: Who generates and trains; what comes out does not depend on it.
+    """
     with run.locked():
         stages.check_inputs(run, tell)
         stages.evaluate(run, 0, tell)
         for iteration in range(1, run.config.iterations + 1):
-            stages.generate(run, iteration, tell)
+            stages.generate(run, iteration, tell, crew)
             stages.make_pairs(run, iteration, tell)
             if verdicts.audit(run, iteration, tell):
                 break
-            stages.train(run, iteration, tell)
+            stages.train(run, iteration, tell, crew)
             stages.evaluate(run, iteration, tell)
             if verdicts.gate(run, iteration, tell):
                 break

@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,12 @@ from csr_vlm.data.prompts import InputReport, count_rows, hold_out, read_prompts
 from csr_vlm.errors import CsrError
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs as pairs_of
-from csr_vlm.method.search import search
 from csr_vlm.progress import Reporter
 from csr_vlm.records import Node, Pair, Prompt
+from csr_vlm.scale.crew import ALONE, Crew, Job
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
+from csr_vlm.work import Rescore, Search, engine_and_scorer, train_policy
 
 if TYPE_CHECKING:
     from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -58,83 +58,32 @@ def check_inputs(run: Run, tell: Reporter) -> None:
     run.mark_done(0, "prompts", **found)
 
 
-def generate(run: Run, iteration: int, tell: Reporter) -> None:
+def generate(run: Run, iteration: int, tell: Reporter, crew: Crew = ALONE) -> None:
     """Search with the last iteration's policy and score every sentence, work item by work item."""
     if run.is_done(iteration, "generate") or external.supplies(run.config, iteration):
         return
-    from csr_vlm.generation.selfcheck import self_check
-
-    config = run.config
     started = time.perf_counter()
-    engine, scorer = _engine_and_scorer(config, run.adapter_path(iteration - 1), tell)
-    self_check(engine.policy, next(run.prompts()))
-    total = run.num_prompts
-    company = next(tables.prompt_groups(run.prompts_path))
-    with tell.stage(f"iteration {iteration}: searching", total) as advance:
-        for index, prompts in enumerate(tables.prompt_groups(run.prompts_path)):
-            part = run.iteration(iteration) / "ledger" / _part_name(index, prompts, config, iteration)
-            if not part.exists():
-                # The first prompts stand in where a work item is too small to have others.
-                scorer.compare_among([*prompts, *company], config.scorer.others)
-                trees = search(
-                    prompts,
-                    engine.proposer(config.method.search, prompts[0]),
-                    scorer.score,
-                    config.method,
-                    iteration=iteration,
-                    seed=config.seed,
-                    scorer=config.scorer.used,
-                )
-                tables.write_nodes(part, [node for tree in trees for node in tree.nodes])
-                engine.forget()
-                scorer.forget()
-            advance(len(prompts))
-    fates: Counter[str] = Counter()
-    over_length: Counter[str] = Counter()
-    for part in run.ledger_parts(iteration):
-        nodes = list(tables.read_nodes(part))
-        fates.update(node.fate.value for node in nodes)
-        over_length.update(scorer.num_over_length([node.sentence for node in nodes if node.sentence]))
+    job = Job(Search, run.root, {"iteration": iteration}, len(tables.PromptGroups(run.prompts_path)))
+    with tell.stage(f"iteration {iteration}: searching", run.num_prompts) as advance:
+        tally = crew.spread(job, advance, tell.say)
     run.mark_done(
         iteration,
         "generate",
-        nodes=fates.total(),
-        fates=dict(fates),
-        sentences_over_length=dict(over_length),
+        nodes=tally["fates"].total(),
+        fates=dict(tally["fates"]),
+        sentences_over_length=dict(tally["sentences_over_length"]),
         seconds=_since(started),
     )
 
 
-def score(run: Run, iteration: int, scorer_config: ScorerConfig, tell: Reporter) -> None:
+def score(run: Run, iteration: int, scorer_config: ScorerConfig, tell: Reporter, crew: Crew = ALONE) -> None:
     """Add a scorer's cosines to every sentence of a ledger, part by part."""
-    from csr_vlm.loading import resolve_device
-    from csr_vlm.scoring.load import load_scorer
-
     if not run.is_done(iteration, "generate"):
         raise CsrError(f"iteration {iteration} of {run.root} is not generated", f"csr generate {run.root}")
-    device = resolve_device(run.config.model.device)
-    scorer = load_scorer(
-        scorer_config,
-        device,
-        run.config.data.max_image_pixels,
-        run.config.model,
-        run.adapter_path(iteration - 1),
-    )
-    prompts = {prompt.prompt_id: prompt for prompt in run.prompts()}
-    company = next(tables.prompt_groups(run.prompts_path))
-    parts = run.ledger_parts(iteration)
-    with tell.stage(f"iteration {iteration}: scoring", len(parts)) as advance:
-        for part in parts:
-            nodes = list(tables.read_nodes(part))
-            items = [(prompts[node.prompt_id], node.sentence) for node in nodes if node.sentence]
-            own = [prompts[prompt_id] for prompt_id in dict.fromkeys(node.prompt_id for node in nodes)]
-            scorer.compare_among([*own, *company], scorer_config.others)
-            scores = iter(scorer.score(items))
-            tables.write_nodes(
-                part, [replace(n, cosines={**n.cosines, **next(scores)}) if n.sentence else n for n in nodes]
-            )
-            scorer.forget()
-            advance(1)
+    settings = {"iteration": iteration, "scorer": scorer_config.model_dump(mode="json")}
+    job = Job(Rescore, run.root, settings, len(run.ledger_parts(iteration)))
+    with tell.stage(f"iteration {iteration}: scoring", job.num_items) as advance:
+        crew.spread(job, advance, tell.say)
 
 
 def require_before(run: Run, iteration: int, stage: str) -> None:
@@ -238,27 +187,13 @@ def ledger(run: Run, iteration: int) -> Iterator[list[Node]]:
     return (nodes for part in run.ledger_parts(iteration) for _, nodes in tables.read_trees(part))
 
 
-def train(run: Run, iteration: int, tell: Reporter) -> None:
+def train(run: Run, iteration: int, tell: Reporter, crew: Crew = ALONE) -> None:
     """Run DPO against the last iteration's policy and keep the adapter."""
     if run.is_done(iteration, "train"):
         return
-    from csr_vlm.training.callback import count_steps
-    from csr_vlm.training.dpo import train as train_dpo
-
     started = time.perf_counter()
-    adapter = run.adapter_path(iteration)
-    assert adapter is not None
     with tell.stage(f"iteration {iteration}: training", 0) as advance:
-        result = train_dpo(
-            [pair for path in run.training_paths(iteration) for pair in tables.read_pairs(path)],
-            run.config.model,
-            run.config.training,
-            previous=run.adapter_path(iteration - 1),
-            adapter=adapter,
-            work=run.iteration(iteration) / "trainer",
-            seed=run.config.seed * 1000 + iteration,
-            callbacks=[count_steps(advance)],
-        )
+        result = crew.together(Job(train_policy, run.root, {"iteration": iteration}), advance)
     if result["reference"] == "model" and run.config.training.reference == "ledger":
         tell.say(
             f"iteration {iteration}: the ledger's log-probabilities differ by {result['reference_difference']:.3g} "
@@ -297,7 +232,7 @@ def measure(
     world = config.evaluation.world
     if not heldout and world is None:
         return {}
-    loaded = _engine_and_scorer(config, adapter, tell)
+    loaded = engine_and_scorer(config, adapter, tell.say)
     found = {}
     if heldout:
         found["heldout"] = _evaluate_heldout(config, *loaded, heldout, title, tell)
@@ -311,7 +246,7 @@ def evaluate_world(
 ) -> dict[str, Any]:
     """Evaluate a policy on the scenes that the configuration names."""
     world = config.evaluation.world or WorldEvaluationConfig()
-    return _evaluate_scenes(world, *_engine_and_scorer(config, adapter, tell), title, tell, temperature)
+    return _evaluate_scenes(world, *engine_and_scorer(config, adapter, tell.say), title, tell, temperature)
 
 
 def _evaluate_heldout(
@@ -356,19 +291,6 @@ def _evaluate_scenes(
         )
 
 
-def _engine_and_scorer(
-    config: RunConfig, adapter: Path | None, tell: Reporter
-) -> tuple[TransformersEngine, ScorerGroup]:
-    """Load a policy and the scorer."""
-    from csr_vlm.generation.policy import load_policy
-    from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.scoring.load import load_scorer
-
-    policy = load_policy(config.model, adapter, config.data.max_image_pixels)
-    scorer = load_scorer(config.scorer, str(policy.device), config.data.max_image_pixels, config.model, adapter)
-    return TransformersEngine(policy, config.generation.max_rows, config.generation.attention, tell.say), scorer
-
-
 def export(run: Run, tell: Reporter) -> None:
     """Put the final adapter, and the merged model if asked for, where users look for them."""
     final = run.root / "adapter"
@@ -407,17 +329,6 @@ def check_model(config: RunConfig, tell: Reporter) -> float | None:
             difference = self_check(load_policy(config.model, adapter, config.data.max_image_pixels), prompt)
             advance(1)
     return difference
-
-
-def _part_name(index: int, prompts: list[Prompt], config: RunConfig, iteration: int) -> str:
-    """Name a work item by its place and by everything that its content depends on."""
-    resolved = config.dump()
-    content = {
-        "prompts": [prompt.prompt_id for prompt in prompts],
-        "iteration": iteration,
-        **{key: resolved[key] for key in ("seed", "model", "scorer", "method")},
-    }
-    return f"part-{index:06d}-{files.digest(content)}.parquet"
 
 
 def _since(started: float) -> float:

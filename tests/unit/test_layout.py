@@ -18,7 +18,7 @@ LAYERS = (
     {"store", "data", "loading", "weights"},
     {"generation", "scoring", "training", "evaluation", "convert"},
     {"world", "scale"},
-    {"external", "asking"},
+    {"external", "asking", "work"},
     {"stages", "report", "estimate", "analysis"},
     {"verdicts", "sweep"},
     {"loop"},

@@ -13,6 +13,7 @@ from csr_vlm.cli import evaluate as evaluate_cli
 from csr_vlm.cli.analyse import analyse
 from csr_vlm.cli.compare import MeasureByDefault, compare, measure
 from csr_vlm.cli.convert import convert
+from csr_vlm.cli.crew import RayActors, crew_of
 from csr_vlm.cli.export import export
 from csr_vlm.cli.health import audit, sweep
 from csr_vlm.cli.lmms import eval_lmms
@@ -20,6 +21,7 @@ from csr_vlm.cli.push import push
 from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.config import RunConfig, load_config
 from csr_vlm.errors import CsrError
+from csr_vlm.scale.crew import ALONE, Crew
 from csr_vlm.store.run import Run
 
 app = typer.Typer(
@@ -55,14 +57,21 @@ Iteration = Annotated[int | None, typer.Option("--iteration", min=1, help="Which
 
 @app.command()
 def run(
-    target: Target, overrides: Overrides = None, out: Out = None, as_json: Json = False, quiet: Quiet = False
+    target: Target,
+    overrides: Overrides = None,
+    out: Out = None,
+    ray: RayActors = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run the whole loop, or go on with a run that was stopped.
 
+    On several GPUs: torchrun --nproc-per-node 8 -m csr_vlm.cli run RECIPE (docs/scaling.md).
     Example: csr run recipes/llava-1.5-7b.yaml data.limit=1000 --out runs/small
     """
-    opened = _open_or_create(target, overrides, out)
-    _align(opened, as_json, quiet)
+    with crew_of(ray) as crew:
+        if crew is not None:
+            _align(_open_or_create(target, overrides, out), as_json, quiet, crew)
 
 
 @app.command()
@@ -124,13 +133,16 @@ def generate(
     overrides: Overrides = None,
     out: Out = None,
     iteration: Iteration = None,
+    ray: RayActors = None,
     quiet: Quiet = False,
 ) -> None:
     """Do the search of one iteration: the ledger.
 
     Example: csr generate recipes/quickstart.yaml --out runs/q
     """
-    _one_stage("generate", target, overrides, out, iteration, quiet)
+    with crew_of(ray) as crew:
+        if crew is not None:
+            _one_stage("generate", target, overrides, out, iteration, quiet, crew)
 
 
 @app.command()
@@ -140,6 +152,7 @@ def score(
     name: Annotated[str, typer.Option(help="Its name in the ledger.")],
     iteration: Iteration = None,
     trust_import: Annotated[bool, typer.Option(help="Run the class that python:MODULE:CLASS names.")] = False,
+    ray: RayActors = None,
     quiet: Quiet = False,
 ) -> None:
     """Add another scorer's cosines to a ledger that exists.
@@ -151,10 +164,13 @@ def score(
     from csr_vlm.config import scorer_config
 
     config = scorer_config(path=scorer, name=name, trust_import=trust_import)
-    opened = Run.open(target)
-    number = iteration or max(opened.iterations_done("generate"), default=1)
-    with opened.locked():
-        stages.score(opened, number, config, console.reporter(quiet))
+    with crew_of(ray) as crew:
+        if crew is None:
+            return
+        opened = Run.open(target)
+        number = iteration or max(opened.iterations_done("generate"), default=1)
+        with opened.locked():
+            stages.score(opened, number, config, console.reporter(quiet), crew)
     print(f"iteration {number} is scored by {name}; use it with: csr pairs {target} scorer.use={name}", file=sys.stderr)
 
 
@@ -201,7 +217,9 @@ def train(target: RunArgument, iteration: Iteration = None, quiet: Quiet = False
 
     Example: csr train runs/q --iteration 1
     """
-    _one_stage("train", str(target), None, None, iteration, quiet)
+    with crew_of() as crew:
+        if crew is not None:
+            _one_stage("train", str(target), None, None, iteration, quiet, crew)
 
 
 @eval_app.command("world")
@@ -348,7 +366,13 @@ def _open_or_create(target: str, overrides: list[str] | None, out: Path | None) 
 
 
 def _one_stage(
-    stage: str, target: str, overrides: list[str] | None, out: Path | None, iteration: int | None, quiet: bool
+    stage: str,
+    target: str,
+    overrides: list[str] | None,
+    out: Path | None,
+    iteration: int | None,
+    quiet: bool,
+    crew: Crew,
 ) -> None:
     console.quiet_libraries()
     from csr_vlm import stages
@@ -361,15 +385,15 @@ def _one_stage(
         if stage == "generate":
             stages.check_inputs(opened, tell)
         stages.require_before(opened, number, stage)
-        getattr(stages, stage)(opened, number, tell)
+        getattr(stages, stage)(opened, number, tell, crew)
     print(f"iteration {number} of {opened.root}: {stage} is done", file=sys.stderr)
 
 
-def _align(opened: Run, as_json: bool, quiet: bool) -> None:
+def _align(opened: Run, as_json: bool, quiet: bool, crew: Crew = ALONE) -> None:
     console.quiet_libraries()
     from csr_vlm.loop import align
 
-    align(opened, console.reporter(quiet))
+    align(opened, console.reporter(quiet), crew)
     numbers = opened.iterations_done("evaluate")
     results = {number: opened.metrics(number) for number in numbers}
     report_path = opened.root / "report.html"

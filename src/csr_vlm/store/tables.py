@@ -94,6 +94,19 @@ def prompt_groups(path: Path) -> Iterator[list[Prompt]]:
     return ([Prompt(**row) for row in rows] for rows in _row_groups(path))
 
 
+class PromptGroups:
+    """The same in any order; the file stays open."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = pq.ParquetFile(path)
+
+    def __len__(self) -> int:
+        return int(self._file.num_row_groups)
+
+    def __getitem__(self, number: int) -> list[Prompt]:
+        return [Prompt(**row) for row in self._file.read_row_group(number).to_pylist()]
+
+
 def write_nodes(path: Path, nodes: Iterable[Node]) -> None:
     """Write one ledger part; a prompt's nodes must be neighbours."""
     rows = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite, log
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer
 
 from csr_vlm.config import ModelConfig, TrainingConfig
@@ -28,6 +29,15 @@ from csr_vlm.generation.policy import Policy, load_adapter, load_base
 from csr_vlm.records import Pair
 from csr_vlm.store.files import replace_directory
 from csr_vlm.training.collator import PairCollator, training_row
+from csr_vlm.training.distribution import (
+    asked_for,
+    largest_anywhere,
+    name_layers_that_are_there,
+    refuse_lazy_weights,
+    require_distribution,
+    shared_batch,
+    whole_weights,
+)
 from csr_vlm.training.packing import freeze_pictures, obstacle, read_packed_rows
 
 LINEARS = "(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -102,6 +112,7 @@ def train(
     work: Path,
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Train one iteration and write its adapter.
 
@@ -111,33 +122,40 @@ def train(
         adapter: Directory the new adapter goes to, all at once.
         work: Directory for the trainer's own files.
         seed: Of the LoRA initialisation and the order of the pairs.
+        processes: How many call this at the same time, each with the same arguments. A step
+            takes the same pairs however many there are; the first one writes the adapter.
 
     Returns:
         Where the reference came from, the largest difference found in its check, the loss
         before the first step (log 2), why pairs were not packed (None if they were, or were
-        not to be), and the trainer's log.
+        not to be), over what the training was distributed, and the trainer's log.
 
     Raises:
         CsrError: There are no pairs, an option is unknown to TRL, the first loss is not
-            log 2 to within 1e-3 + beta * reference_tolerance, or a loss is not finite.
+            log 2 to within 1e-3 + beta * reference_tolerance, a loss is not finite, or the
+            processes are not distributed as the launcher was told.
     """
     if not pairs:
         raise CsrError("there are no pairs to train on", "csr audit RUN says what was dropped and why")
+    refuse_lazy_weights()
     set_seed(seed)
     policy = trainable_policy(model_config, config, previous)
     difference = reference_difference(policy, pairs)
-    from_ledger = config.reference == "ledger" and difference <= config.reference_tolerance
     hindrance = obstacle(policy.base_model.config) if config.packing == "auto" else None
     freeze_pictures(policy.base_model)
+    name_layers_that_are_there(policy.base_model)
     trainer = CsrTrainer(
         model=policy.model,
-        args=trainer_arguments(config, work, seed, policy.device.type),
+        args=trainer_arguments(config, work, seed, policy.device.type, processes),
         train_dataset=Dataset.from_list([training_row(pair) for pair in pairs]),
         data_collator=PairCollator(policy, packing=config.packing == "auto" and hindrance is None),
         processing_class=policy.processor,
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
+    distribution = require_distribution(trainer.accelerator.state, processes)
+    difference = largest_anywhere(difference)
+    from_ledger = config.reference == "ledger" and difference <= config.reference_tolerance
     # TRL refuses to precompute for images; the collator already carries the values.
     trainer.precompute_ref_logps = from_ledger
     trainer.projector_learning_rate = config.projector_learning_rate
@@ -145,17 +163,23 @@ def train(
     trainer.first_loss_tolerance = 1e-3 + trainer.beta * config.reference_tolerance
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    weights = (p for p in trainer.model.parameters() if p.requires_grad)
-    if not (all(isfinite(float(entry["loss"])) for entry in history) and all(p.isfinite().all() for p in weights)):
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = whole_weights(model)
+    if not all(isfinite(float(entry["loss"])) for entry in history) or not all(
+        value.isfinite().all() for value in weights.values()
+    ):
         raise CsrError("DPO diverged: a loss or a weight is not finite", "lower training.trl.learning_rate")
-    save_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter)
-    shutil.rmtree(work, ignore_errors=True)
+    if trainer.accelerator.is_main_process:
+        save_adapter(model, weights, adapter)
+        shutil.rmtree(work, ignore_errors=True)
+    unset_hf_deepspeed_config()  # or it would take the next model apart as it is loaded to generate
     return {
         "reference": "ledger" if from_ledger else "model",
         "reference_difference": difference,
         "first_loss": trainer.first_loss,
         "packing_obstacle": hindrance,
         "num_pairs": len(pairs),
+        "distribution": {"type": distribution, "processes": processes},
         "log": history,
     }
 
@@ -244,8 +268,11 @@ def reference_difference(policy: Policy, pairs: Sequence[Pair]) -> float:
     return max(found)
 
 
-def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str) -> DPOConfig:
-    """Build TRL's configuration: what this trainer needs, under what the user passes."""
+def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str, processes: int = 1) -> DPOConfig:
+    """Build TRL's configuration: what this trainer needs, under what the user passes.
+
+    Batch size and accumulation are what the user says of a step, dealt out to the processes.
+    """
     on_gpu = device == "cuda"
     defaults = {
         "report_to": "none",
@@ -255,8 +282,11 @@ def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str
         "save_strategy": "no",
         "bf16": on_gpu,
         "gradient_checkpointing": on_gpu,
-        "use_cpu": not on_gpu,
+        # Told to use the CPU, accelerate forgets that DeepSpeed was asked for.
+        "use_cpu": not on_gpu and asked_for(processes) != "DEEPSPEED",
         "disable_tqdm": True,
+        # Only an adapter of the user's own reach may lie where no gradient comes.
+        "ddp_find_unused_parameters": config.lora.target_modules is not None,
         "seed": seed,
     }
     needed = {"output_dir": str(work), "remove_unused_columns": False, "max_length": None}
@@ -264,16 +294,17 @@ def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str
     if clashing:
         raise CsrError(f"training.trl.{clashing[0]} is set by the run itself", "leave it out")
     try:
-        return DPOConfig(**defaults | config.trl | needed)
+        dealt = shared_batch(config.trl, processes) if processes > 1 else {}
+        return DPOConfig(**defaults | config.trl | dealt | needed)
     except (TypeError, ValueError) as error:
         raise CsrError(f"training.trl: {error}", "it takes the arguments of trl.DPOConfig") from None
 
 
-def save_adapter(model: PeftModel, directory: Path) -> None:
+def save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], directory: Path) -> None:
     """Write the trained adapter, whole or not at all."""
 
     def fill(temporary: Path) -> None:
-        model.save_pretrained(str(temporary), selected_adapters=["default"])
+        model.save_pretrained(str(temporary), selected_adapters=["default"], state_dict=dict(weights))
         # PEFT's model card is an empty form.
         (temporary / "README.md").unlink(missing_ok=True)
 

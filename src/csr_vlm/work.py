@@ -1,0 +1,155 @@
+"""What the processes of a run share out among them: searching, scoring, training.
+
+Everything here is opened by name in any process (see :mod:`csr_vlm.scale.crew`) and works
+from the run directory alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from csr_vlm.config import RunConfig, scorer_config
+from csr_vlm.method.search import search
+from csr_vlm.progress import Advance
+from csr_vlm.records import Node, Prompt
+from csr_vlm.scale.crew import Done
+from csr_vlm.store import files, tables
+from csr_vlm.store.run import Run
+
+if TYPE_CHECKING:
+    from csr_vlm.generation.transformers_engine import TransformersEngine
+    from csr_vlm.scoring.scorer import ScorerGroup
+
+
+class Search:
+    """Search with the last iteration's policy; an item is a group of prompts and becomes a part of the ledger."""
+
+    def __init__(self, root: Path, iteration: int, say: Callable[[str], None]) -> None:
+        from csr_vlm.generation.selfcheck import self_check
+
+        self._run = Run.open(root)
+        self._iteration = iteration
+        adapter = self._run.adapter_path(iteration - 1)
+        self._engine, self._scorer = engine_and_scorer(self._run.config, adapter, say)
+        self._groups = tables.PromptGroups(self._run.prompts_path)
+        self._company = self._groups[0]
+        self_check(self._engine.policy, self._company[0])
+
+    def do(self, item: int) -> Done:
+        prompts, config = self._groups[item], self._run.config
+        part = self._run.iteration(self._iteration) / "ledger" / part_name(item, prompts, config, self._iteration)
+        if part.exists():
+            nodes = list(tables.read_nodes(part))
+        else:
+            nodes = self._grow(prompts)
+            tables.write_nodes(part, nodes)
+        sentences = [node.sentence for node in nodes if node.sentence]
+        tally = {
+            "fates": Counter(node.fate.value for node in nodes),
+            "sentences_over_length": Counter(self._scorer.num_over_length(sentences)),
+        }
+        return Done(len(prompts), tally)
+
+    def _grow(self, prompts: Sequence[Prompt]) -> list[Node]:
+        """Grow the prompts' trees, every sentence scored."""
+        config = self._run.config
+        # The first prompts stand in where a work item is too small to have others.
+        self._scorer.compare_among([*prompts, *self._company], config.scorer.others)
+        trees = search(
+            prompts,
+            self._engine.proposer(config.method.search, prompts[0]),
+            self._scorer.score,
+            config.method,
+            iteration=self._iteration,
+            seed=config.seed,
+            scorer=config.scorer.used,
+        )
+        self._engine.forget()
+        self._scorer.forget()
+        return [node for tree in trees for node in tree.nodes]
+
+
+class Rescore:
+    """Add a scorer's cosines to every sentence of a ledger; an item is a part."""
+
+    def __init__(self, root: Path, iteration: int, scorer: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        from csr_vlm.loading import resolve_device
+        from csr_vlm.scoring.load import load_scorer
+
+        run = Run.open(root)
+        self._config = scorer_config(**scorer)
+        self._scorer = load_scorer(
+            self._config,
+            resolve_device(run.config.model.device),
+            run.config.data.max_image_pixels,
+            run.config.model,
+            run.adapter_path(iteration - 1),
+        )
+        self._prompts = {prompt.prompt_id: prompt for prompt in run.prompts()}
+        self._company = next(tables.prompt_groups(run.prompts_path))
+        self._parts = run.ledger_parts(iteration)
+
+    def do(self, item: int) -> Done:
+        nodes = list(tables.read_nodes(self._parts[item]))
+        items = [(self._prompts[node.prompt_id], node.sentence) for node in nodes if node.sentence]
+        own = [self._prompts[prompt_id] for prompt_id in dict.fromkeys(node.prompt_id for node in nodes)]
+        self._scorer.compare_among([*own, *self._company], self._config.others)
+        scores = iter(self._scorer.score(items))
+        tables.write_nodes(
+            self._parts[item], [replace(n, cosines={**n.cosines, **next(scores)}) if n.sentence else n for n in nodes]
+        )
+        self._scorer.forget()
+        return Done(1, {})
+
+
+def train_policy(root: Path, iteration: int, processes: int, advance: Advance) -> dict[str, Any]:
+    """Run DPO against the last iteration's policy and keep the adapter; all processes of a run do this at once."""
+    from csr_vlm.training.callback import count_steps
+    from csr_vlm.training.dpo import train
+
+    run = Run.open(root)
+    adapter = run.adapter_path(iteration)
+    assert adapter is not None
+    return train(
+        [pair for path in run.training_paths(iteration) for pair in tables.read_pairs(path)],
+        run.config.model,
+        run.config.training,
+        previous=run.adapter_path(iteration - 1),
+        adapter=adapter,
+        work=run.iteration(iteration) / "trainer",
+        seed=run.config.seed * 1000 + iteration,
+        callbacks=[count_steps(advance)],
+        processes=processes,
+    )
+
+
+SHARED = (Search, Rescore, train_policy)
+"""What a process may be told to do."""
+
+
+def engine_and_scorer(
+    config: RunConfig, adapter: Path | None, say: Callable[[str], None]
+) -> tuple[TransformersEngine, ScorerGroup]:
+    """Load a policy and the scorer."""
+    from csr_vlm.generation.policy import load_policy
+    from csr_vlm.generation.transformers_engine import TransformersEngine
+    from csr_vlm.scoring.load import load_scorer
+
+    policy = load_policy(config.model, adapter, config.data.max_image_pixels)
+    scorer = load_scorer(config.scorer, str(policy.device), config.data.max_image_pixels, config.model, adapter)
+    return TransformersEngine(policy, config.generation.max_rows, config.generation.attention, say), scorer
+
+
+def part_name(index: int, prompts: Sequence[Prompt], config: RunConfig, iteration: int) -> str:
+    """Name a work item by its place and by everything that its content depends on."""
+    resolved = config.dump()
+    content = {
+        "prompts": [prompt.prompt_id for prompt in prompts],
+        "iteration": iteration,
+        **{key: resolved[key] for key in ("seed", "model", "scorer", "method")},
+    }
+    return f"part-{index:06d}-{files.digest(content)}.parquet"

@@ -1,0 +1,32 @@
+"""``csr`` with FSDP on CPUs: accelerate offers it on GPUs only, so it is told that gloo is such a device."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+from csr_vlm.cli import main
+from csr_vlm.training import dpo
+
+whole_weights = dpo.whole_weights
+
+
+def as_if_gpu(self: PartialState, *_: object, **__: object) -> tuple[str, DistributedType]:
+    return "gloo", DistributedType.MULTI_GPU
+
+
+def on_cpu(self: PartialState) -> None:
+    self.device = torch.device("cpu")
+
+
+def really_in_pieces(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    for name, parameter in model.named_parameters():
+        assert parameter.to_local().numel() < parameter.numel(), f"{name} is whole in this process"
+    return whole_weights(model)
+
+
+PartialState._prepare_backend = as_if_gpu
+PartialState.set_device = on_cpu
+dpo.whole_weights = really_in_pieces
+main()
