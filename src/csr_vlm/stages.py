@@ -62,15 +62,16 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
     """Search with the last iteration's policy and score every sentence, work item by work item."""
     if run.is_done(iteration, "generate") or external.supplies(run.config, iteration):
         return
-    from csr_vlm.generation.selfcheck import self_check
+    from csr_vlm.generation.engines import open_engine
 
-    config = run.config
+    config, adapter = run.config, run.adapter_path(iteration - 1)
     started = time.perf_counter()
-    engine, scorer = _engine_and_scorer(config, run.adapter_path(iteration - 1), tell)
-    self_check(engine.policy, next(run.prompts()))
-    total = run.num_prompts
+    scorer = _scorer(config, adapter)
     company = next(tables.prompt_groups(run.prompts_path))
-    with tell.stage(f"iteration {iteration}: searching", total) as advance:
+    with (
+        open_engine(config, adapter, company[0], tell.say) as engine,
+        tell.stage(f"iteration {iteration}: searching", run.num_prompts) as advance,
+    ):
         for index, prompts in enumerate(tables.prompt_groups(run.prompts_path)):
             part = run.iteration(iteration) / "ledger" / _part_name(index, prompts, config, iteration)
             if not part.exists():
@@ -107,19 +108,10 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
 
 def score(run: Run, iteration: int, scorer_config: ScorerConfig, tell: Reporter) -> None:
     """Add a scorer's cosines to every sentence of a ledger, part by part."""
-    from csr_vlm.loading import resolve_device
-    from csr_vlm.scoring.load import load_scorer
-
     if not run.is_done(iteration, "generate"):
         raise CsrError(f"iteration {iteration} of {run.root} is not generated", f"csr generate {run.root}")
-    device = resolve_device(run.config.model.device)
-    scorer = load_scorer(
-        scorer_config,
-        device,
-        run.config.data.max_image_pixels,
-        run.config.model,
-        run.adapter_path(iteration - 1),
-    )
+    config = run.config.model_copy(update={"scorer": scorer_config})
+    scorer = _scorer(config, run.adapter_path(iteration - 1))
     prompts = {prompt.prompt_id: prompt for prompt in run.prompts()}
     company = next(tables.prompt_groups(run.prompts_path))
     parts = run.ledger_parts(iteration)
@@ -354,11 +346,18 @@ def _engine_and_scorer(
     """Load a policy and the scorer."""
     from csr_vlm.generation.policy import load_policy
     from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.scoring.load import load_scorer
 
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)
-    scorer = load_scorer(config.scorer, str(policy.device), config.data.max_image_pixels, config.model, adapter)
-    return TransformersEngine(policy, config.generation.max_rows, config.generation.attention, tell.say), scorer
+    engine = TransformersEngine(policy, config.generation.max_rows, config.generation.attention, tell.say)
+    return engine, _scorer(config, adapter)
+
+
+def _scorer(config: RunConfig, adapter: Path | None) -> ScorerGroup:
+    from csr_vlm.loading import resolve_device
+    from csr_vlm.scoring.load import load_scorer
+
+    device = resolve_device(config.model.device)
+    return load_scorer(config.scorer, device, config.data.max_image_pixels, config.model, adapter)
 
 
 def export(run: Run, tell: Reporter) -> None:
@@ -408,6 +407,8 @@ def _part_name(index: int, prompts: list[Prompt], config: RunConfig, iteration: 
         "prompts": [prompt.prompt_id for prompt in prompts],
         "iteration": iteration,
         **{key: resolved[key] for key in ("seed", "model", "scorer", "method")},
+        # vLLM draws otherwise than transformers do, here or behind a server alike.
+        **({} if config.generation.engine == "transformers" else {"engine": "vllm"}),
     }
     return f"part-{index:06d}-{files.digest(content)}.parquet"
 

@@ -94,9 +94,7 @@ class Reader:
     def processed(self, prompt: Prompt) -> Any:
         """Load the image, apply the chat template, and tokenise as the processor wants it."""
         text, special = self._templated(prompt.text)
-        return self.processor(
-            images=[self.image(prompt)], text=[text], return_tensors="pt", add_special_tokens=special
-        )
+        return self.processor(images=[self.image(prompt)], text=[text], return_tensors="pt", add_special_tokens=special)
 
     def short_ids(self, prompt: Prompt) -> list[int]:
         """Tokenise a prompt with one token in the image's place, as engines with a processor of their own want it."""

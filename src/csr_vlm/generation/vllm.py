@@ -76,19 +76,7 @@ class VllmStream:
             ) from None
 
     def pieces(self) -> list[Piece]:
-        return [
-            Piece(
-                key=output.request_id,
-                token_ids=output.outputs[0].token_ids,
-                logprobs=[
-                    at_token[token].logprob
-                    for token, at_token in zip(output.outputs[0].token_ids, output.outputs[0].logprobs or (), strict=True)
-                ],
-                ended=output.finished,
-                prompt_ids=output.prompt_token_ids,
-            )
-            for output in self._engine.step()
-        ]
+        return [_piece(output) for output in self._engine.step()]
 
     def stop(self, keys: Sequence[str]) -> None:
         self._engine.abort_request(list(keys))
@@ -189,6 +177,13 @@ def adapter_name(adapter: Path) -> str:
     if not weights.is_file():
         raise CsrError(f"there is no adapter in {adapter}", "it holds adapter_model.safetensors")
     return sha256_of(weights)
+
+
+def _piece(output: Any) -> Piece:
+    (fresh,) = output.outputs
+    at_each = zip(fresh.token_ids, fresh.logprobs or (), strict=True)
+    logprobs = [choices[token].logprob for token, choices in at_each]
+    return Piece(output.request_id, fresh.token_ids, logprobs, output.finished, output.prompt_token_ids)
 
 
 def _lora_request(adapter: Path) -> Any:

@@ -85,7 +85,7 @@ class ServerStream:
 
     def _listen(self, key: str, body: dict[str, Any]) -> None:
         try:
-            with _post(self._server, "/inference/v1/generate", body) as response:
+            with _send(self._server, "/inference/v1/generate", body) as response:
                 for line in response:
                     if self._closed or key in self._given_up:
                         break
@@ -107,14 +107,14 @@ def connected(server: str, reader: Reader, adapter: Path | None, max_rows: int) 
         CsrError: Nothing answers, or the adapter is refused. The server reads its directory.
     """
     server = server.rstrip("/")
-    with _send(Request(f"{server}/v1/models", headers=_headers())) as response:
+    with _send(server, "/v1/models") as response:
         models = json.loads(response.read())["data"]
     name = next(model["id"] for model in models if not model.get("parent"))
     if adapter is not None:
         name = adapter_name(adapter)
         if name not in [model["id"] for model in models]:
             body = {"lora_name": name, "lora_path": str(adapter.resolve())}
-            with _post(server, "/v1/load_lora_adapter", body):
+            with _send(server, "/v1/load_lora_adapter", body):
                 pass
     stream = ServerStream(server, name, reader, max_rows)
     try:
@@ -122,7 +122,7 @@ def connected(server: str, reader: Reader, adapter: Path | None, max_rows: int) 
     finally:
         stream.close()
         if adapter is not None:
-            with _post(server, "/v1/unload_lora_adapter", {"lora_name": name}):
+            with _send(server, "/v1/unload_lora_adapter", {"lora_name": name}):
                 pass
 
 
@@ -151,13 +151,12 @@ def _headers() -> dict[str, str]:
     return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
 
-def _post(server: str, path: str, body: dict[str, Any]) -> HTTPResponse:
-    return _send(Request(f"{server}{path}", json.dumps(body).encode(), _headers()))
-
-
-def _send(request: Request) -> HTTPResponse:
+def _send(server: str, path: str, body: dict[str, Any] | None = None) -> HTTPResponse:
+    """Post a body, or get a page where there is none; the configuration lets nothing but http(s) through."""
+    data = None if body is None else json.dumps(body).encode()
+    request = Request(f"{server}{path}", data, _headers())  # noqa: S310
     try:
-        response: HTTPResponse = urlopen(request, timeout=_TIMEOUT)
+        response: HTTPResponse = urlopen(request, timeout=_TIMEOUT)  # noqa: S310
     except HTTPError as error:
         said = error.read().decode(errors="replace")[:300]
         raise CsrError(f"{request.full_url} answers {error.code}: {said}", _HOW) from None
