@@ -146,7 +146,7 @@ def engine_arguments(
     Raises:
         CsrError: The user passes something unknown, or something that the run sets.
     """
-    needed = {
+    needed: dict[str, Any] = {
         "model": model.path,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
