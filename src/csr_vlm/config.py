@@ -347,8 +347,19 @@ class ScorerConfig(OneScorerConfig):
 
 
 class GenerationConfig(_Section):
-    """How the engine runs; no effect on what it generates beyond floating-point ties."""
+    """How the engine runs; no effect on what it generates beyond floating-point ties, but that vLLM draws otherwise."""
 
+    engine: Literal["transformers", "vllm", "server"] = Field(
+        default="transformers",
+        description="What writes the sentences: transformers, vLLM in this process, or a running vLLM server; "
+        "docs/engines.md.",
+    )
+    vllm: dict[str, Any] = Field(
+        default_factory=dict, description="Passed to vllm.EngineArgs as it stands (engine: vllm)."
+    )
+    server: str | None = Field(
+        default=None, pattern=r"^https?://\S+$", description="Address of a vLLM server (engine: server)."
+    )
     max_rows: int = Field(default=512, ge=1, description="Sequences decoded at once.")
     attention: Literal["auto", "shared", "plain"] = Field(
         default="auto",
@@ -356,6 +367,14 @@ class GenerationConfig(_Section):
         "where a trial on the first prompt gives what plain gives.",
     )
     prompts_per_part: int = Field(default=64, ge=1, description="Prompts in one work item, one ledger part.")
+
+    @model_validator(mode="after")
+    def _engine_has_what_it_needs(self) -> GenerationConfig:
+        if (self.engine == "server") != (self.server is not None):
+            raise ValueError("engine server and the server's address go together: generation.server=http://HOST:8000")
+        if self.vllm and self.engine != "vllm":
+            raise ValueError("the block vllm has no effect without engine: vllm")
+        return self
 
 
 class LoraConfig(_Section):
@@ -459,6 +478,20 @@ class RunConfig(_Section):
     def _known_preset(self) -> RunConfig:
         if self.preset not in presets():
             raise ValueError(f"unknown preset {self.preset!r}; known are {', '.join(presets())}")
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_can(self) -> RunConfig:
+        """What vLLM cannot do is known before hours of work; what it may not, it says when it starts."""
+        cannot = {
+            "make siblings avoid each other (method.search.decoding=diverse)": self.method.search.decoding == "diverse",
+            "quantise as training does (model.quantization)": self.model.quantization is not None,
+            "take a projector with a LoRA (training.projector_learning_rate)": self.training.projector_learning_rate
+            is not None,
+        }
+        asked = [what for what, is_asked in cannot.items() if is_asked]
+        if asked and self.generation.engine != "transformers":
+            raise ValueError(f"vLLM cannot {asked[0]}; leave that out, or set generation.engine=transformers")
         return self
 
     @model_validator(mode="after")

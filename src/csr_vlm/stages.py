@@ -126,7 +126,7 @@ def ask(run: Run, iteration: int, config: RunConfig, tell: Reporter) -> list[Pai
     """Make pairs of yes and no about the claims of a ledger, under any settings; none, if they ask nothing."""
     if not config.method.pairs.questions.pattern:
         return []
-    engine, scorer = _engine_and_scorer(config, run.adapter_path(iteration - 1), tell)
+    engine, scorer = engine_and_scorer(config, run.adapter_path(iteration - 1), tell.say)
     return asking.ask(run, iteration, config, engine.policy, scorer, tell)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,15 +30,16 @@ class Search:
     """Search with the last iteration's policy; an item is a group of prompts and becomes a part of the ledger."""
 
     def __init__(self, root: Path, iteration: int, say: Callable[[str], None]) -> None:
-        from csr_vlm.generation.selfcheck import self_check
+        from csr_vlm.generation.engines import open_engine
 
         self._run = Run.open(root)
         self._iteration = iteration
-        adapter = self._run.adapter_path(iteration - 1)
-        self._engine, self._scorer = engine_and_scorer(self._run.config, adapter, say)
         self._groups = tables.PromptGroups(self._run.prompts_path)
         self._company = self._groups[0]
-        self_check(self._engine.policy, self._company[0])
+        config, adapter = self._run.config, self._run.adapter_path(iteration - 1)
+        self._scorer = load_scorer_of(config, adapter)
+        self._open = ExitStack()
+        self._engine = self._open.enter_context(open_engine(config, adapter, self._company[0], say))
 
     def do(self, item: int) -> Done:
         prompts, config = self._groups[item], self._run.config
@@ -53,6 +55,9 @@ class Search:
             "sentences_over_length": Counter(self._scorer.num_over_length(sentences)),
         }
         return Done(len(prompts), tally)
+
+    def close(self) -> None:
+        self._open.close()
 
     def _grow(self, prompts: Sequence[Prompt]) -> list[Node]:
         """Grow the prompts' trees, every sentence scored."""
@@ -77,18 +82,10 @@ class Rescore:
     """Add a scorer's cosines to every sentence of a ledger; an item is a part."""
 
     def __init__(self, root: Path, iteration: int, scorer: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        from csr_vlm.loading import resolve_device
-        from csr_vlm.scoring.load import load_scorer
-
         run = Run.open(root)
         self._config = scorer_config(**scorer)
-        self._scorer = load_scorer(
-            self._config,
-            resolve_device(run.config.model.device),
-            run.config.data.max_image_pixels,
-            run.config.model,
-            run.adapter_path(iteration - 1),
-        )
+        config = run.config.model_copy(update={"scorer": self._config})
+        self._scorer = load_scorer_of(config, run.adapter_path(iteration - 1))
         self._prompts = {prompt.prompt_id: prompt for prompt in run.prompts()}
         self._company = next(tables.prompt_groups(run.prompts_path))
         self._parts = run.ledger_parts(iteration)
@@ -104,6 +101,9 @@ class Rescore:
         )
         self._scorer.forget()
         return Done(1, {})
+
+    def close(self) -> None:
+        self._scorer.forget()
 
 
 def train_policy(root: Path, iteration: int, processes: int, advance: Advance) -> dict[str, Any]:
@@ -137,11 +137,19 @@ def engine_and_scorer(
     """Load a policy and the scorer."""
     from csr_vlm.generation.policy import load_policy
     from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.scoring.load import load_scorer
 
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)
-    scorer = load_scorer(config.scorer, str(policy.device), config.data.max_image_pixels, config.model, adapter)
-    return TransformersEngine(policy, config.generation.max_rows, config.generation.attention, say), scorer
+    engine = TransformersEngine(policy, config.generation.max_rows, config.generation.attention, say)
+    return engine, load_scorer_of(config, adapter)
+
+
+def load_scorer_of(config: RunConfig, adapter: Path | None) -> ScorerGroup:
+    """Load the scorer that a configuration names, beside a policy with this adapter."""
+    from csr_vlm.loading import resolve_device
+    from csr_vlm.scoring.load import load_scorer
+
+    device = resolve_device(config.model.device)
+    return load_scorer(config.scorer, device, config.data.max_image_pixels, config.model, adapter)
 
 
 def part_name(index: int, prompts: Sequence[Prompt], config: RunConfig, iteration: int) -> str:
@@ -151,5 +159,7 @@ def part_name(index: int, prompts: Sequence[Prompt], config: RunConfig, iteratio
         "prompts": [prompt.prompt_id for prompt in prompts],
         "iteration": iteration,
         **{key: resolved[key] for key in ("seed", "model", "scorer", "method")},
+        # vLLM draws otherwise than transformers do, here or behind a server alike.
+        **({} if config.generation.engine == "transformers" else {"engine": "vllm"}),
     }
     return f"part-{index:06d}-{files.digest(content)}.parquet"

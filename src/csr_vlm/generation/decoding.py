@@ -2,7 +2,8 @@
 
 Both ways of running the model, :mod:`csr_vlm.generation.plain` and
 :mod:`csr_vlm.generation.scheduler`, leave all of this to a :class:`Writer`, so with the
-same logits they write the same candidates. Log-probabilities are those of the raw
+same logits they write the same candidates; engines that choose tokens themselves leave the
+ends of sentences to :class:`Sentences`. Log-probabilities are those of the raw
 distribution; bars, temperature and diversity only steer the choice.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from csr_vlm.config import SearchConfig
-from csr_vlm.generation.policy import Policy
+from csr_vlm.generation.policy import Policy, Reader
 from csr_vlm.generation.sampling import diverse, sample, uniforms
 from csr_vlm.generation.sentences import SentenceRule
 from csr_vlm.records import Candidate, Expansion, Finish
@@ -67,18 +68,17 @@ class Row:
     """Of the sentence, once its end was looked for."""
 
 
-class Writer:
-    """Continues rows by a token each, and makes candidates of those that have ended."""
+class Sentences:
+    """Notes rows' tokens as they come, sees where sentences end, and makes candidates of them."""
 
-    def __init__(self, policy: Policy, decoding: Decoding) -> None:
+    def __init__(self, reader: Reader, decoding: Decoding) -> None:
         self.decoding = decoding
-        self._policy = policy
-        self._barred = torch.tensor(policy.barred_ids, dtype=torch.long, device=policy.device)
+        self._reader = reader
         self._num_families = 0
         delimiters = decoding.rule.delimiters if decoding.rule is not None else ""
         self._delimiter_ids = frozenset(
             index
-            for token, index in (policy.tokenizer.get_vocab().items() if delimiters else ())
+            for token, index in (reader.tokenizer.get_vocab().items() if delimiters else ())
             if any(char in token for char in delimiters)
         )
 
@@ -96,6 +96,50 @@ class Writer:
             )
             for place in range(request.num_candidates)
         ]
+
+    def candidate(self, row: Row) -> Candidate:
+        """Give the finished row as a candidate."""
+        if row.finish is not Finish.DELIMITER or row.text is None:
+            row.text = self._text((*row.prefix_ids, *row.ids))[len(row.prefix_text) :]
+        return Candidate(tuple(row.ids), tuple(row.logprobs), row.text, row.finish or Finish.LENGTH)
+
+    def note(self, row: Row, token: int, logprob: float) -> None:
+        """Add a token to a row, or see that the row ended before it."""
+        ends_response = token in self._reader.eos_ids
+        if self._may_end(row) and self._ends(row, None if ends_response else token):
+            # The token looked at is taken back: the next sentence draws its own.
+            row.finish = Finish.DELIMITER
+            return
+        row.ids.append(token)
+        row.logprobs.append(logprob)
+        if ends_response:
+            row.finish = Finish.EOS
+        elif len(row.ids) >= self.decoding.max_new_tokens:
+            row.finish = Finish.LENGTH
+
+    def _may_end(self, row: Row) -> bool:
+        """Cheap test on the last two tokens; a closing quote may follow the delimiter."""
+        return any(token in self._delimiter_ids for token in row.ids[-2:])
+
+    def _ends(self, row: Row, token: int | None) -> bool:
+        """Whether the sentence ends before ``token``, or with the response if that is None."""
+        assert self.decoding.rule is not None
+        text = self._text((*row.prefix_ids, *row.ids))
+        following = None if token is None else self._text((*row.prefix_ids, *row.ids, token))[len(text) :]
+        row.text = text[len(row.prefix_text) :]
+        return self.decoding.rule.ends(row.text, following)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text: str = self._reader.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+class Writer(Sentences):
+    """Continues rows by a token each, chosen from the policy's logits."""
+
+    def __init__(self, policy: Policy, decoding: Decoding) -> None:
+        super().__init__(policy.reader, decoding)
+        self._barred = torch.tensor(policy.barred_ids, dtype=torch.long, device=policy.device)
 
     def choose(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         """Choose a token for each row and note it; rows that end with it get their ``finish``.
@@ -122,40 +166,5 @@ class Writer:
                 tokens = torch.where(first, barred.argmax(dim=-1), tokens)
         logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            self._note(row, token, logprob)
+            self.note(row, token, logprob)
         return tokens
-
-    def candidate(self, row: Row) -> Candidate:
-        """Give the finished row as a candidate."""
-        if row.finish is not Finish.DELIMITER or row.text is None:
-            row.text = self._text((*row.prefix_ids, *row.ids))[len(row.prefix_text) :]
-        return Candidate(tuple(row.ids), tuple(row.logprobs), row.text, row.finish or Finish.LENGTH)
-
-    def _note(self, row: Row, token: int, logprob: float) -> None:
-        ends_response = token in self._policy.eos_ids
-        if self._may_end(row) and self._ends(row, None if ends_response else token):
-            # The token looked at is taken back: the next sentence draws its own.
-            row.finish = Finish.DELIMITER
-            return
-        row.ids.append(token)
-        row.logprobs.append(logprob)
-        if ends_response:
-            row.finish = Finish.EOS
-        elif len(row.ids) >= self.decoding.max_new_tokens:
-            row.finish = Finish.LENGTH
-
-    def _may_end(self, row: Row) -> bool:
-        """Cheap test on the last two tokens; a closing quote may follow the delimiter."""
-        return any(token in self._delimiter_ids for token in row.ids[-2:])
-
-    def _ends(self, row: Row, token: int | None) -> bool:
-        """Whether the sentence ends before ``token``, or with the response if that is None."""
-        assert self.decoding.rule is not None
-        text = self._text((*row.prefix_ids, *row.ids))
-        following = None if token is None else self._text((*row.prefix_ids, *row.ids, token))[len(text) :]
-        row.text = text[len(row.prefix_text) :]
-        return self.decoding.rule.ends(row.text, following)
-
-    def _text(self, ids: Sequence[int]) -> str:
-        text: str = self._policy.tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text

@@ -6,7 +6,8 @@ and lay out rows through :func:`batch_rows`, so they cannot see different inputs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,13 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from csr_vlm.config import ModelConfig
@@ -51,19 +58,75 @@ class EncodedPrompt:
 
 
 @dataclass
+class Reader:
+    """How a model is asked and its tokens are read, for which its weights are not needed."""
+
+    config: Any
+    generation_config: Any
+    processor: Any
+    max_image_pixels: int = 50_000_000
+    eos_ids: frozenset[int] = field(init=False, repr=False)
+    """Ids that end a response."""
+
+    def __post_init__(self) -> None:
+        eos = self.generation_config.eos_token_id
+        if eos is None:
+            eos = self.tokenizer.eos_token_id
+        self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos])
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @property
+    def barred_ids(self) -> list[int]:
+        """Ids that stand for pictures: a response that contained one could not be read back."""
+        return picture_ids(self.config, self.processor)
+
+    def image(self, prompt: Prompt) -> Any:
+        """Load the prompt's image."""
+        return load_image(prompt.image, self.max_image_pixels)
+
+    def processed(self, prompt: Prompt) -> Any:
+        """Load the image, apply the chat template, and tokenise as the processor wants it."""
+        text, special = self._templated(prompt.text)
+        return self.processor(images=[self.image(prompt)], text=[text], return_tensors="pt", add_special_tokens=special)
+
+    def short_ids(self, prompt: Prompt) -> list[int]:
+        """Tokenise a prompt with one token in the image's place, as engines with a processor of their own want it."""
+        text, special = self._templated(prompt.text)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special).input_ids
+        return ids
+
+    def _templated(self, text: str) -> tuple[str, bool]:
+        """Return the prompt's text, and whether the tokenizer is to add special tokens."""
+        if not self.family.chat:
+            templated = f"{self.processor.image_token}{text}"
+        else:
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+            message = {"role": "user", "content": content}
+            templated = self.processor.apply_chat_template([message], add_generation_prompt=True)
+        bos = self.tokenizer.bos_token
+        # Some templates write the BOS themselves.
+        return templated, not (bos and templated.startswith(bos))
+
+
+@dataclass
 class Policy:
     """A loaded model with everything needed to prompt it."""
 
     model: Any
     processor: Any
     max_image_pixels: int = 50_000_000
-    _eos_ids: frozenset[int] = field(init=False, repr=False)
+    reader: Reader = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        eos = self.base_model.generation_config.eos_token_id
-        if eos is None:
-            eos = self.tokenizer.eos_token_id
-        self._eos_ids = frozenset(eos if isinstance(eos, list) else [eos])
+        model = self.base_model
+        self.reader = Reader(model.config, model.generation_config, self.processor, self.max_image_pixels)
 
     @property
     def base_model(self) -> Any:
@@ -82,7 +145,7 @@ class Policy:
     @property
     def eos_ids(self) -> frozenset[int]:
         """Ids that end a response."""
-        return self._eos_ids
+        return self.reader.eos_ids
 
     @property
     def pad_id(self) -> int:
@@ -91,24 +154,16 @@ class Policy:
 
     @property
     def family(self) -> Family:
-        return family_of(self.base_model.config)
+        return self.reader.family
 
     @property
     def barred_ids(self) -> list[int]:
         """Ids that stand for pictures: a response that contained one could not be read back."""
-        return picture_ids(self.base_model.config, self.processor)
+        return self.reader.barred_ids
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Load the image, apply the chat template, and tokenise as the processor wants it."""
-        text = self._templated(prompt.text)
-        bos = self.tokenizer.bos_token
-        encoded = self.processor(
-            images=[load_image(prompt.image, self.max_image_pixels)],
-            text=[text],
-            return_tensors="pt",
-            # Some templates write the BOS themselves.
-            add_special_tokens=not (bos and text.startswith(bos)),
-        )
+        encoded = self.reader.processed(prompt)
         shape = encoded["input_ids"].shape
         extras = {key: value for key, value in encoded.items() if key not in NOT_INPUTS}
         return EncodedPrompt(
@@ -118,14 +173,6 @@ class Policy:
             per_image={key: value for key, value in extras.items() if value.shape != shape},
             response_type=self.family.response_type,
         )
-
-    def _templated(self, text: str) -> str:
-        if not self.family.chat:
-            return f"{self.processor.image_token}{text}"
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        message = {"role": "user", "content": content}
-        templated: str = self.processor.apply_chat_template([message], add_generation_prompt=True)
-        return templated
 
     def _positions(self, encoded: Any) -> torch.Tensor:
         """Number the tokens of one encoded prompt as the model does."""
@@ -276,11 +323,38 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
     """
     device = resolve_device(config.device)
     dtype = getattr(torch, resolve_dtype(config.dtype, device))
-    common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     placed = {} if config.quantization is None else {"device_map": {"": device}} | _four_bits(device, dtype)
-    try:
+    with _loading(config) as common:
         model = AutoModelForImageTextToText.from_pretrained(config.path, dtype=dtype, **placed, **common)
         processor = AutoProcessor.from_pretrained(config.path, **common)
+    _require_template(config, model.config, processor)
+    if config.quantization is None:
+        model = model.to(device)
+    return model.eval(), processor
+
+
+def load_reader(config: ModelConfig, max_image_pixels: int = 50_000_000) -> Reader:
+    """Load what :func:`load_base` does, without the weights.
+
+    Raises:
+        CsrError: As there.
+    """
+    with _loading(config) as common:
+        model_config = AutoConfig.from_pretrained(config.path, **common)
+        processor = AutoProcessor.from_pretrained(config.path, **common)
+        try:
+            generation_config = GenerationConfig.from_pretrained(config.path, revision=config.revision)
+        except OSError:  # it has none
+            generation_config = GenerationConfig.from_model_config(model_config)
+    _require_template(config, model_config, processor)
+    return Reader(model_config, generation_config, processor, max_image_pixels)
+
+
+@contextmanager
+def _loading(config: ModelConfig) -> Iterator[dict[str, Any]]:
+    """Give what every part of a checkpoint is loaded with, and word what goes wrong."""
+    try:
+        yield {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     except ImportError as error:
         reason = " ".join(str(error).split())[:200]
         raise CsrError(
@@ -288,11 +362,11 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
         ) from None
     except (OSError, ValueError, KeyError) as error:
         raise unloadable("model", config.path, error) from None
-    if getattr(processor, "chat_template", None) is None and family_of(model.config).chat:
+
+
+def _require_template(config: ModelConfig, model_config: Any, processor: Any) -> None:
+    if getattr(processor, "chat_template", None) is None and family_of(model_config).chat:
         raise CsrError(f"the processor of {config.path} has no chat template", "save one with the processor")
-    if config.quantization is None:
-        model = model.to(device)
-    return model.eval(), processor
 
 
 def _four_bits(device: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -11,10 +11,14 @@ BLOCK = 128
 """Tokens of the vocabulary looked at together."""
 
 
+def stream_key(seed: tuple[int | str, ...]) -> int:
+    """Map the name of a random stream to a number of 128 bits."""
+    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, seed)).encode()).digest()[:16], "little")
+
+
 def uniforms(seed: tuple[int | str, ...], length: int) -> np.ndarray:
     """Return the numbers in [0, 1) that a candidate's tokens are drawn with, of shape (length,)."""
-    key = hashlib.sha256("\x1f".join(map(str, seed)).encode()).digest()
-    return np.random.Generator(np.random.Philox(int.from_bytes(key[:16], "little"))).random(length)
+    return np.random.Generator(np.random.Philox(stream_key(seed))).random(length)
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

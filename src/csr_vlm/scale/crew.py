@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -39,6 +40,10 @@ class Work(Protocol):
     """The items of a stage, by their numbers. Doing one that is done already changes nothing."""
 
     def do(self, item: int) -> Done: ...
+
+    def close(self) -> None:
+        """Let go of what it holds: models, processes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,12 @@ class Alone:
     """One process does everything."""
 
     def spread(self, job: Job, advance: Advance, say: Callable[[str], None]) -> Tally:
-        work: Work = job.make(job.root, say=say, **job.settings)
         tally: Tally = {}
-        for item in range(job.num_items):
-            done = work.do(item)
-            add_up(tally, done.tally)
-            advance(done.amount)
+        with closing(job.make(job.root, say=say, **job.settings)) as work:
+            for item in range(job.num_items):
+                done = work.do(item)
+                add_up(tally, done.tally)
+                advance(done.amount)
         return tally
 
     def together(self, job: Job, advance: Advance) -> Any:

@@ -25,14 +25,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from csr_vlm.errors import CsrError
 from csr_vlm.progress import Advance
-from csr_vlm.scale.crew import Job, Tally, Work, add_up, leave_mark, require_mark
+from csr_vlm.scale.crew import Job, Tally, add_up, leave_mark, require_mark
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -285,13 +285,13 @@ def _take_items(
     job: Job, number: int, contact: Contact, say: Callable[[str], None], after_each: Callable[[], None]
 ) -> Tally:
     """Do items that nobody has taken until there are none."""
-    work: Work = job.make(job.root, say=say, **job.settings)
     tally: Tally = {}
-    while (item := contact.add(f"{number}/next", 1) - 1) < job.num_items:
-        done = work.do(item)
-        add_up(tally, done.tally)
-        contact.add(f"{number}/amount", done.amount)
-        after_each()
+    with closing(job.make(job.root, say=say, **job.settings)) as work:
+        while (item := contact.add(f"{number}/next", 1) - 1) < job.num_items:
+            done = work.do(item)
+            add_up(tally, done.tally)
+            contact.add(f"{number}/amount", done.amount)
+            after_each()
     return tally
 
 

@@ -1,0 +1,103 @@
+"""Where vLLM is absent there is nothing to test: it has an environment of its own (make test-vllm)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from csr_vlm.config import GenerationConfig, ModelConfig
+from csr_vlm.generation.policy import Policy, Reader, load_base, load_policy, load_reader
+from csr_vlm.records import Prompt
+from csr_vlm.training.dpo import LINEARS, save_adapter
+from csr_vlm.world.dataset import write_images
+from csr_vlm.world.demo import assets
+from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
+
+# For vLLM on a CPU; its workers' threads stay where the tests' are.
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+
+ENGINE = {"engine": "vllm", "vllm": {"enforce_eager": True, "block_size": 32}}
+"""Compiling takes longer than these tests, and the usual block on a CPU, of 128 tokens, is longer than a prompt."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if util.find_spec("vllm") is None:
+        skip = pytest.mark.skip(reason="vLLM is not installed; make test-vllm has an environment with it")
+        for item in items:
+            if item.path.is_relative_to(Path(__file__).parent):
+                item.add_marker(skip)
+
+
+def with_published_names(source: Path, target: Path) -> Path:
+    """Copy a LLaVA, its vision tower's tensors named as in the published checkpoints, which are all that vLLM reads.
+
+    ``save_pretrained`` of transformers 5.23 leaves a level out.
+    """
+    shutil.copytree(source, target)
+    file = target / "model.safetensors"
+    here, there = "vision_tower.", "vision_tower.vision_model."
+    tensors = {
+        there + name.removeprefix(here) if name.startswith(here) else name: tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """The world's LLaVA, as vLLM reads it."""
+    path = with_published_names(assets() / "llava", tmp_path_factory.mktemp("model") / "llava")
+    return ModelConfig(path=str(path), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def policy(llava: ModelConfig) -> Policy:
+    return load_policy(llava, adapter=None)
+
+
+@pytest.fixture(scope="session")
+def reader(llava: ModelConfig) -> Reader:
+    return load_reader(llava)
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
+    """Pictures that no model was trained on."""
+    return write_images(list(make_scenes(HARBOUR, Split.DEVELOPMENT, 0, 8)), tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def adapters(llava: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two LoRAs that change what is said, and one with a projector of its own."""
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("one", "other", "projector")):
+        torch.manual_seed(seed)
+        saved = ["multi_modal_projector"] if name == "projector" else None
+        lora = LoraConfig(
+            r=4, lora_alpha=8, target_modules=rf".*\blanguage_model\b.*\.{LINEARS}", modules_to_save=saved
+        )
+        model = get_peft_model(load_base(llava)[0], lora)
+        for key, weight in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(weight, std=0.05)
+        save_adapter(model, root / name)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def vllm(llava: ModelConfig, adapters: dict[str, Path]) -> Iterator[Any]:
+    """A running engine that takes adapters."""
+    from csr_vlm.generation.vllm import running
+
+    with running(llava, GenerationConfig.model_validate(ENGINE), adapters["one"]) as engine:
+        yield engine

@@ -1,0 +1,224 @@
+"""Sentences from vLLM against those from transformers: the same numbers, and where chance is out, the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from csr_vlm.config import MethodConfig, ModelConfig, ScorerConfig, SearchConfig, presets
+from csr_vlm.errors import CsrError
+from csr_vlm.generation.policy import Policy, Reader, load_policy
+from csr_vlm.generation.streaming import StreamingEngine
+from csr_vlm.generation.transformers_engine import TransformersEngine
+from csr_vlm.method.search import Tree, search
+from csr_vlm.records import Candidate, Expansion, Prompt
+from csr_vlm.scoring.load import load_scorer
+from csr_vlm.world.demo import assets
+
+pytestmark = pytest.mark.vllm
+
+DEFAULT = MethodConfig.model_validate(presets()["calibrated"]["method"])
+VARIED = SearchConfig(max_sentence_tokens=20, temperature=2.0)
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def engine(vllm: Any, reader: Reader) -> StreamingEngine:
+    return streaming(vllm, reader)
+
+
+def streaming(vllm: Any, reader: Reader, adapter: Path | None = None) -> StreamingEngine:
+    from csr_vlm.generation.vllm import VllmStream
+
+    return StreamingEngine(VllmStream(vllm, reader, adapter), reader)
+
+
+def searched(engine: Any, prompts: Sequence[Prompt], method: MethodConfig) -> list[Tree]:
+    scorer = load_scorer(ScorerConfig(path=str(assets() / "clip")), device="cpu")
+    scorer.compare_among(prompts, 4)
+    proposer = engine.proposer(method.search, prompts[0])
+    return search(prompts, proposer, scorer.score, method, iteration=1, seed=0, scorer="clip")
+
+
+def propose(engine: Any, prompts: Sequence[Prompt], config: SearchConfig, seed: int = 0) -> list[list[Candidate]]:
+    requests = [Expansion(p, "", (), 4, (seed, p.prompt_id, 1, "")) for p in prompts]
+    proposer = engine.proposer(config, prompts[0])
+    proposer.submit(requests)
+    found: dict[str, list[Candidate]] = {}
+    while len(found) < len(requests):
+        for request, candidates in proposer.collect():
+            found[request.prompt.prompt_id] = list(candidates)
+            proposer.release(request.prompt.prompt_id)
+    return [found[p.prompt_id] for p in prompts]
+
+
+def tokens(families: Sequence[Sequence[Candidate]]) -> list[list[tuple[int, ...]]]:
+    return [[candidate.token_ids for candidate in family] for family in families]
+
+
+def differences(policy: Policy, trees: Sequence[Tree], images: Sequence[Prompt]) -> np.ndarray:
+    """|recorded - teacher-forced| of every token of every node, all of them in their places."""
+    paths = [(image, tree.path(node.node_id)) for tree, image in zip(trees, images, strict=True) for node in tree.nodes]
+    found: list[float] = []
+    for start in range(0, len(paths), 64):
+        chunk = paths[start : start + 64]
+        responses = [tuple(token for node in path for token in node.token_ids) for _, path in chunk]
+        forced = policy.teacher_forced([image for image, _ in chunk], responses)
+        for (_, path), logprobs in zip(chunk, forced, strict=True):
+            own = path[-1].token_logprobs
+            found += np.abs(np.array(own) - logprobs[len(logprobs) - len(own) :].numpy()).tolist()
+    return np.array(found)
+
+
+def test_every_token_of_a_search_has_the_log_probability_of_a_teacher_forced_pass(
+    engine: StreamingEngine, policy: Policy, prompts: list[Prompt]
+) -> None:
+    engine.check(prompts[0])
+    trees = searched(engine, prompts, DEFAULT)
+    assert max(node.depth for tree in trees for node in tree.nodes) > 2
+    right = differences(policy, trees, prompts)
+    print(f"\n{len(right)} tokens, largest difference {right.max():.2g}")
+    assert len(right) > 1000
+    assert right.max() < TOLERANCE
+    wrong_image = [replace(prompt, image=other.image) for prompt, other in pairwise([*prompts, prompts[0]])]
+    assert np.mean(differences(policy, trees, wrong_image) > TOLERANCE) > 0.9
+
+
+def test_a_greedy_search_gives_the_tokens_of_the_transformers_engine(
+    engine: StreamingEngine, policy: Policy, prompts: list[Prompt]
+) -> None:
+    one = DEFAULT.search.model_copy(update={"num_candidates": 1, "keep_top": 1, "keep_bottom": 0})
+    greedy = DEFAULT.model_copy(update={"search": one})
+    ours = searched(engine, prompts, greedy)
+    theirs = searched(TransformersEngine(policy), prompts, greedy)
+    kept = [[(n.node_id, n.token_ids, n.text, n.finish, n.fate) for n in tree.nodes] for tree in ours]
+    assert kept == [[(n.node_id, n.token_ids, n.text, n.finish, n.fate) for n in tree.nodes] for tree in theirs]
+    assert max(len(nodes) for nodes in kept) > 2
+
+
+def test_the_first_sibling_is_greedy_where_asked_for_and_the_others_stay(
+    engine: StreamingEngine, policy: Policy, prompts: list[Prompt]
+) -> None:
+    sampled = tokens(propose(engine, prompts, VARIED))
+    mixed = tokens(propose(engine, prompts, VARIED.model_copy(update={"greedy_first": True})))
+    theirs = propose(TransformersEngine(policy), prompts, VARIED.model_copy(update={"greedy_first": True}))
+    assert [family[0] for family in mixed] == [family[0].token_ids for family in theirs]
+    assert [family[1:] for family in mixed] == [family[1:] for family in sampled]
+    assert mixed != sampled
+
+
+def test_tokens_do_not_depend_on_order_or_company(engine: StreamingEngine, prompts: list[Prompt]) -> None:
+    together = propose(engine, prompts, VARIED)
+    assert tokens(propose(engine, prompts[::-1], VARIED)[::-1]) == tokens(together)
+    alone = [propose(engine, [prompt], VARIED)[0] for prompt in prompts]
+    assert tokens(alone) == tokens(together)
+    moved = [
+        abs(x - y)
+        for families in zip(alone, together, strict=True)
+        for a, b in zip(*families, strict=True)
+        for x, y in zip(a.token_logprobs, b.token_logprobs, strict=True)
+    ]
+    print(f"\nlog-probabilities alone and together differ by {max(moved):.2g}")
+    assert max(moved) < TOLERANCE
+
+
+def test_the_seed_and_the_place_change_the_sample(engine: StreamingEngine, prompts: list[Prompt]) -> None:
+    first = tokens(propose(engine, prompts, VARIED))
+    assert first == tokens(propose(engine, prompts, VARIED))
+    assert first != tokens(propose(engine, prompts, VARIED, seed=1))
+    assert any(len(set(family)) == 4 for family in first)
+
+
+def test_sentences_come_as_often_as_they_are_probable(engine: StreamingEngine, prompts: list[Prompt]) -> None:
+    """At temperature 1 a sentence's frequency is the exponential of its recorded log-probability."""
+    proposer = engine.proposer(SearchConfig(max_sentence_tokens=20), prompts[0])
+    proposer.submit([Expansion(p, "", (), 64, (0, p.prompt_id)) for p in prompts])
+    excess, variance, done = 0.0, 0.0, 0
+    while done < len(prompts):
+        for request, family in proposer.collect():
+            first = family[0]
+            probability = float(np.exp(first.logprob))
+            excess += sum(c.token_ids == first.token_ids for c in family[1:]) - 63 * probability
+            variance += 63 * probability * (1 - probability)
+            proposer.release(request.prompt.prompt_id)
+            done += 1
+    assert variance > 10
+    assert abs(excess) < 4 * np.sqrt(variance)
+
+
+def test_an_image_is_encoded_once_for_all_candidates_of_all_rounds(
+    vllm: Any, engine: StreamingEngine, prompts: list[Prompt]
+) -> None:
+    vllm.reset_prefix_cache()
+    vllm.reset_mm_cache()
+    vllm.reset_encoder_cache()
+    encoded: list[int] = []
+
+    def count(model: Any) -> Any:
+        return model.vision_tower.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+
+    (handle,) = vllm.apply_model(count)
+    try:
+        trees = searched(engine, prompts, DEFAULT)
+    finally:
+        handle.remove()
+    assert sum(len(tree.nodes) for tree in trees) > 10 * len(prompts)
+    assert sum(encoded) == len(prompts)
+
+
+def test_image_placeholders_are_never_chosen_and_the_log_probabilities_stay_raw(
+    vllm: Any, engine: StreamingEngine, reader: Reader, prompts: list[Prompt]
+) -> None:
+    (image_token,) = reader.barred_ids
+    originals: list[Any] = []
+
+    def prefer_image(model: Any) -> None:
+        originals.append(model.compute_logits)
+
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            logits = originals[0](*args, **kwargs)
+            logits[..., image_token] += 60.0
+            return logits
+
+        model.compute_logits = changed
+
+    vllm.apply_model(prefer_image)
+    try:
+        families = propose(engine, prompts[:2], SearchConfig(max_sentence_tokens=8, greedy_first=True))
+    finally:
+        vllm.apply_model(lambda model: setattr(model, "compute_logits", originals[0]))
+    assert all(image_token not in ids for family in tokens(families) for ids in family)
+    assert all(c.token_logprobs[0] < -20 for family in families for c in family)
+
+
+def test_an_adapter_is_swapped_and_nothing_stale_is_read(
+    vllm: Any, llava: ModelConfig, reader: Reader, adapters: dict[str, Path], prompts: list[Prompt]
+) -> None:
+    said = {}
+    for turn, name in enumerate((None, "one", "other", "one", None)):
+        adapter = None if name is None else adapters[name]
+        trees = searched(streaming(vllm, reader, adapter), prompts[:4], DEFAULT)
+        found = differences(load_policy(llava, adapter), trees, prompts[:4])
+        print(f"\nadapter {name}: {len(found)} tokens, largest difference {found.max():.2g}")
+        assert found.max() < TOLERANCE
+        said[turn] = [node.token_ids for tree in trees for node in tree.nodes]
+    assert said[0] == said[4]
+    assert said[1] == said[3]
+    assert said[0] != said[1] != said[2]
+
+
+def test_an_adapter_with_a_projector_is_refused(vllm: Any, reader: Reader, adapters: dict[str, Path]) -> None:
+    with pytest.raises(CsrError, match="modules_to_save"):
+        streaming(vllm, reader, adapters["projector"])
+
+
+def test_a_response_that_does_not_fit_is_an_error(engine: StreamingEngine, prompts: list[Prompt]) -> None:
+    proposer = engine.proposer(SearchConfig(max_sentence_tokens=20), prompts[0])
+    with pytest.raises(CsrError, match=f"prompt {prompts[0].prompt_id}"):
+        proposer.submit([Expansion(prompts[0], "0", (5,) * 600, 1, (0,))])

@@ -1,0 +1,99 @@
+"""Sentences from a running server: token ids in, token ids out."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+from csr_vlm.config import ModelConfig
+from csr_vlm.errors import CsrError
+from csr_vlm.generation.policy import Policy, Reader, load_policy
+from csr_vlm.generation.streaming import StreamingEngine
+from csr_vlm.generation.transformers_engine import TransformersEngine
+from csr_vlm.generation.vllm_server import connected
+from csr_vlm.records import Expansion, Prompt
+from tests.vllm.test_search import DEFAULT, TOLERANCE, VARIED, differences, propose, searched, tokens
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def server(llava: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = f"--dtype float32 --enforce-eager --enable-lora --max-lora-rank 8 --host 127.0.0.1 --port {port}"
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", llava.path, *command.split()],
+            env=os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + 600
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (URLError, OSError):
+        return False
+
+
+def test_a_search_over_the_server_is_exact_with_each_adapter(
+    server: str, llava: ModelConfig, reader: Reader, prompts: list[Prompt], adapters: dict[str, Path]
+) -> None:
+    for name in (None, "one", "other", None):
+        adapter = None if name is None else adapters[name]
+        with connected(server, reader, adapter, max_rows=32) as stream:
+            engine = StreamingEngine(stream, reader)
+            engine.check(prompts[0])
+            trees = searched(engine, prompts[:4], DEFAULT)
+        found = differences(load_policy(llava, adapter), trees, prompts[:4])
+        print(f"\nadapter {name}: {len(found)} tokens, largest difference {found.max():.2g}")
+        assert found.max() < TOLERANCE
+
+
+def test_tokens_do_not_depend_on_how_many_are_in_flight(
+    server: str, reader: Reader, policy: Policy, prompts: list[Prompt]
+) -> None:
+    config = VARIED.model_copy(update={"greedy_first": True})
+    found = []
+    for max_rows in (1, 32):
+        with connected(server, reader, None, max_rows) as stream:
+            found.append(propose(StreamingEngine(stream, reader), prompts, config))
+    assert tokens(found[0]) == tokens(found[1])
+    greedy = propose(TransformersEngine(policy), prompts, config)
+    assert [family[0].token_ids for family in found[0]] == [family[0].token_ids for family in greedy]
+
+
+def test_what_the_server_refuses_is_told(server: str, reader: Reader, prompts: list[Prompt], tmp_path: Path) -> None:
+    with connected(server, reader, None, max_rows=2) as stream:
+        proposer = StreamingEngine(stream, reader).proposer(VARIED, prompts[0])
+        proposer.submit([Expansion(prompts[0], "0", (5,) * 600, 1, (0,))])
+        with pytest.raises(CsrError, match="/inference/v1/generate answers 400"):
+            proposer.collect()
+    with pytest.raises(CsrError, match="no adapter in"), connected(server, reader, tmp_path, 2):
+        pass
+    with pytest.raises(CsrError, match="nothing answers"), connected("http://127.0.0.1:9", reader, None, 2):
+        pass
