@@ -33,7 +33,7 @@ import yaml
 from csr_vlm.config import RunConfig, resolve
 from csr_vlm.errors import CsrError
 from csr_vlm.records import SCHEMA_VERSION, Prompt
-from csr_vlm.store import files, tables
+from csr_vlm.store import files
 
 _PACKAGES = ("csr-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "pyarrow", "numpy")
 
@@ -52,8 +52,18 @@ class Run:
         Raises:
             CsrError: The directory holds a run of another configuration.
         """
-        path = root / "config.yaml"
-        if path.exists():
+        run = cls.planned(root, config)
+        files.write_text(root / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
+        return run
+
+    @classmethod
+    def planned(cls, root: Path, config: RunConfig) -> Run:
+        """Return what :meth:`create` would, and write nothing.
+
+        Raises:
+            CsrError: The directory holds a run of another configuration.
+        """
+        if (root / "config.yaml").exists():
             existing = cls.open(root)
             differing = sorted(differences(existing.config.dump(), config.dump()))
             if differing == ["iterations"] and config.iterations > existing.config.iterations:
@@ -61,11 +71,10 @@ class Run:
             if differing:
                 raise CsrError(
                     f"{root} holds a run with other settings: {', '.join(differing[:6])}",
-                    "give another directory, or the same settings to resume",
+                    f"--out DIR for a new run, or the same settings to go on: csr run {root}",
                 )
         if root.exists() and not root.is_dir():
             raise CsrError(f"{root} is a file, not a run directory", "give another directory")
-        files.write_text(path, yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
         return cls(root, config)
 
     @classmethod
@@ -121,6 +130,8 @@ class Run:
 
     def heldout(self) -> list[Prompt]:
         """The prompts that nothing is trained on; few."""
+        from csr_vlm.store import tables
+
         return [prompt for group in tables.prompt_groups(self.heldout_path) for prompt in group]
 
     @property
@@ -130,6 +141,8 @@ class Run:
         return int(counted["accepted"]) - int(counted["heldout"])
 
     def prompts(self) -> Iterator[Prompt]:
+        from csr_vlm.store import tables
+
         return (prompt for group in tables.prompt_groups(self.prompts_path) for prompt in group)
 
     def iteration(self, number: int) -> Path:
