@@ -609,17 +609,17 @@ def _recipe_hint(path: Path) -> str:
 def option_keys(section: type[BaseModel] | None = None, prefix: str = "") -> list[str]:
     """List the dotted keys of all options, in the order of the schema."""
     keys = []
-    for key, field in _fields(section or RunConfig):
-        inner = _section_of(field.annotation)
+    for key, field in fields_of(section or RunConfig):
+        inner = section_of(field.annotation)
         keys += option_keys(inner, f"{prefix}{key}.") if inner else [prefix + key]
     return keys
 
 
-def _fields(section: type[BaseModel]) -> list[tuple[str, Any]]:
+def fields_of(section: type[BaseModel]) -> list[tuple[str, Any]]:
     return [(field.alias or name, field) for name, field in section.model_fields.items()]
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
     """Return the section that a field holds, None for a plain value or a list."""
     candidates = (annotation, *(() if get_origin(annotation) is tuple else get_args(annotation)))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

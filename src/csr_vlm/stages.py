@@ -23,7 +23,7 @@ from csr_vlm.data.prompts import InputReport, count_rows, hold_out, read_prompts
 from csr_vlm.errors import CsrError
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs as pairs_of
-from csr_vlm.method.search import search
+from csr_vlm.method.search import Tree, search
 from csr_vlm.progress import Reporter
 from csr_vlm.records import Node, Pair, Prompt
 from csr_vlm.store import files, tables
@@ -66,7 +66,7 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
 
     config = run.config
     started = time.perf_counter()
-    engine, scorer = _engine_and_scorer(config, run.adapter_path(iteration - 1), tell)
+    engine, scorer = engine_and_scorer(config, run.adapter_path(iteration - 1), tell)
     self_check(engine.policy, next(run.prompts()))
     total = run.num_prompts
     company = next(tables.prompt_groups(run.prompts_path))
@@ -74,20 +74,8 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
         for index, prompts in enumerate(tables.prompt_groups(run.prompts_path)):
             part = run.iteration(iteration) / "ledger" / _part_name(index, prompts, config, iteration)
             if not part.exists():
-                # The first prompts stand in where a work item is too small to have others.
-                scorer.compare_among([*prompts, *company], config.scorer.others)
-                trees = search(
-                    prompts,
-                    engine.proposer(config.method.search, prompts[0]),
-                    scorer.score,
-                    config.method,
-                    iteration=iteration,
-                    seed=config.seed,
-                    scorer=config.scorer.used,
-                )
+                trees = search_trees(prompts, company, engine, scorer, config, iteration)
                 tables.write_nodes(part, [node for tree in trees for node in tree.nodes])
-                engine.forget()
-                scorer.forget()
             advance(len(prompts))
     fates: Counter[str] = Counter()
     over_length: Counter[str] = Counter()
@@ -103,6 +91,34 @@ def generate(run: Run, iteration: int, tell: Reporter) -> None:
         sentences_over_length=dict(over_length),
         seconds=_since(started),
     )
+
+
+def search_trees(
+    prompts: list[Prompt],
+    company: list[Prompt],
+    engine: TransformersEngine,
+    scorer: ScorerGroup,
+    config: RunConfig,
+    iteration: int,
+) -> list[Tree]:
+    """Grow and score the trees of one work item.
+
+    Args:
+        company: Prompts whose images stand in where a work item is too small to have others.
+    """
+    scorer.compare_among([*prompts, *company], config.scorer.others)
+    trees = search(
+        prompts,
+        engine.proposer(config.method.search, prompts[0]),
+        scorer.score,
+        config.method,
+        iteration=iteration,
+        seed=config.seed,
+        scorer=config.scorer.used,
+    )
+    engine.forget()
+    scorer.forget()
+    return trees
 
 
 def score(run: Run, iteration: int, scorer_config: ScorerConfig, tell: Reporter) -> None:
@@ -289,7 +305,7 @@ def measure(
     world = config.evaluation.world
     if not heldout and world is None:
         return {}
-    loaded = _engine_and_scorer(config, adapter, tell)
+    loaded = engine_and_scorer(config, adapter, tell)
     found = {}
     if heldout:
         found["heldout"] = _evaluate_heldout(config, *loaded, heldout, title, tell)
@@ -303,7 +319,7 @@ def evaluate_world(
 ) -> dict[str, Any]:
     """Evaluate a policy on the scenes that the configuration names."""
     world = config.evaluation.world or WorldEvaluationConfig()
-    return _evaluate_scenes(world, *_engine_and_scorer(config, adapter, tell), title, tell, temperature)
+    return _evaluate_scenes(world, *engine_and_scorer(config, adapter, tell), title, tell, temperature)
 
 
 def _evaluate_heldout(
@@ -348,7 +364,7 @@ def _evaluate_scenes(
         )
 
 
-def _engine_and_scorer(
+def engine_and_scorer(
     config: RunConfig, adapter: Path | None, tell: Reporter
 ) -> tuple[TransformersEngine, ScorerGroup]:
     """Load a policy and the scorer."""

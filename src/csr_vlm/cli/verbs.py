@@ -111,7 +111,7 @@ class RunByDefault(Verbs):
         first = next((place for place, part in enumerate(args) if not part.startswith("-")), None)
         if first is not None and args[first] not in self.commands:
             name = args[first]
-            near = get_close_matches(name, self.commands, n=1)
+            near = [] if "/" in name else get_close_matches(name, self.commands, n=1, cutoff=0.7)
             if near and not Path(name).exists():
                 raise CsrError(f"{name} is neither a run nor a verb of {ctx.info_name}", f"did you mean {near[0]}?")
             args = ["run", *args]

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -34,6 +34,9 @@ from csr_vlm.config import RunConfig, resolve
 from csr_vlm.errors import CsrError
 from csr_vlm.records import SCHEMA_VERSION, Prompt
 from csr_vlm.store import files
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _PACKAGES = ("csr-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "pyarrow", "numpy")
 
@@ -144,6 +147,30 @@ class Run:
         from csr_vlm.store import tables
 
         return (prompt for group in tables.prompt_groups(self.prompts_path) for prompt in group)
+
+    def ledger_table(self, number: int) -> pa.Table:
+        """Return an iteration's ledger, one row a node (:class:`csr_vlm.records.Node`); ``.to_pandas()`` goes on.
+
+        Raises:
+            CsrError: The iteration was not generated completely.
+        """
+        from csr_vlm.store import tables
+
+        if not self.is_done(number, "generate"):
+            raise CsrError(f"iteration {number} of {self.root} is not generated", f"csr generate {self.root}")
+        return tables.read_whole(self.ledger_parts(number))
+
+    def pairs_table(self, number: int) -> pa.Table:
+        """Return an iteration's pairs, one row a pair (:class:`csr_vlm.records.Pair`).
+
+        Raises:
+            CsrError: The iteration has no pairs yet.
+        """
+        from csr_vlm.store import tables
+
+        if not self.is_done(number, "pairs"):
+            raise CsrError(f"iteration {number} of {self.root} has no pairs", f"csr pairs {self.root}")
+        return tables.read_whole([self.pairs_path(number)])
 
     def iteration(self, number: int) -> Path:
         return self.root / f"iteration-{number}"
