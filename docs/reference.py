@@ -13,11 +13,25 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from csr_vlm.cli.app import app
-from csr_vlm.config import RunConfig, load_config, presets
-from csr_vlm.config import fields_of as fields
-from csr_vlm.config import section_of as section_of
+from csr_vlm.config import RunConfig, fields_of, load_config, presets, section_of
 
 HERE = Path(__file__).parent
+_ABOUT_CONFIGURATION = """\
+A recipe is a YAML file of these options; `key=value` on the command line goes on top, as in
+`csr run recipes/llava-1.5-7b.yaml method.lambda=0.7 data.limit=1000`. Values are YAML. What the recipe leaves out
+comes from its `preset`, and what that leaves out from the defaults here. Unknown keys are refused, with the nearest
+one.
+`csr check RECIPE` prints the whole configuration resolved.
+"""
+_ABOUT_COMMANDS = """\
+Results go to stdout; progress, warnings and what to do next go to stderr. `--quiet`, `--verbose`, `--json`,
+`--no-color` (or the environment variable `NO_COLOR`) and `--debug` may stand before or after the verb. With `--json`
+stdout holds one JSON document and nothing else; verbs that write files name them under `written`. An error is told in three lines:
+`error:` what, `why:`, and `hint:` what to do.
+
+Tab completion: `csr --install-completion` once, for bash, zsh, fish and PowerShell; it knows verbs, options, recipes,
+runs and the keys of the configuration.
+"""
 _NOTE = "<!-- Written by `python -m docs.reference`; do not edit. -->"
 _MARKS = re.compile(r"(<!-- table: begin -->\n).*(<!-- table: end -->)", re.DOTALL)
 _COMPARED = ("paper", "official", "calibrated")
@@ -37,21 +51,11 @@ def pages() -> dict[str, str]:
 
 def configuration() -> str:
     """List every option of the schema, section by section."""
-    lines = [
-        "# Configuration reference",
-        "",
-        _NOTE,
-        "",
-        "A recipe is a YAML file of these options; `key=value` on the command line goes on top, as in "
-        "`csr run recipes/llava-1.5-7b.yaml method.lambda=0.7 data.limit=1000`. Values are YAML. What the recipe leaves "
-        "out comes from its `preset`, and what that leaves out from the defaults here. Unknown keys are refused, with "
-        "the nearest one. `csr check RECIPE` prints the whole configuration resolved.",
-        "",
-    ]
+    lines = ["# Configuration reference", "", _NOTE, "", _ABOUT_CONFIGURATION]
     for title, section in _sections(RunConfig, ""):
         lines += [f"## {title or 'Top level'}", "", _first_paragraph(section), ""]
         lines += ["| key | values | default | what it does |", "|---|---|---|---|"]
-        for key, field in fields(section):
+        for key, field in fields_of(section):
             if section_of(field.annotation) is None:
                 name = f"{title}.{key}".lstrip(".")
                 cells = [f"`{name}`", _values(field), _default(field), field.description or ""]
@@ -62,7 +66,7 @@ def configuration() -> str:
 
 def _sections(section: type[BaseModel], title: str) -> Iterator[tuple[str, type[BaseModel]]]:
     yield title, section
-    for key, field in fields(section):
+    for key, field in fields_of(section):
         inner = section_of(field.annotation)
         if inner is not None:
             yield from _sections(inner, f"{title}.{key}".lstrip("."))
@@ -110,20 +114,7 @@ def _default(field: Any) -> str:
 
 def commands() -> str:
     """Print every verb's help as the program prints it."""
-    lines = [
-        "# Command reference",
-        "",
-        _NOTE,
-        "",
-        "Results go to stdout; progress, warnings and what to do next go to stderr. `--quiet`, `--verbose`, `--json`, "
-        "`--no-color` (or the environment variable `NO_COLOR`) and `--debug` may stand before or after the verb. With "
-        "`--json` stdout holds one JSON document and nothing else; verbs that write files name them under `written`. "
-        "An error is told in three lines: `error:` what, `why:`, and `hint:` what to do.",
-        "",
-        "Tab completion: `csr --install-completion` once, for bash, zsh, fish and PowerShell; it knows verbs, options, "
-        "recipes, runs and the keys of the configuration.",
-        "",
-    ]
+    lines = ["# Command reference", "", _NOTE, "", _ABOUT_COMMANDS]
     for words in verbs():
         shown = CliRunner().invoke(app, [*words, "--help"], prog_name="csr", env={"COLUMNS": "80"}).stdout
         text = "\n".join(line.rstrip() for line in shown.strip().splitlines())

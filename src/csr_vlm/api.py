@@ -219,5 +219,7 @@ def _prompts(given: Iterable[Prompt | tuple[Picture, str]], max_pixels: int) -> 
         try:
             load_image(prompt.image, max_pixels)
         except BadImage as error:
-            raise CsrError(f"the picture {prompt.image} cannot be used: {error}", "check the path and the file") from None
+            raise CsrError(
+                f"the picture {prompt.image} cannot be used: {error}", "check the path and the file"
+            ) from None
     return prompts

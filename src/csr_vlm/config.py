@@ -537,11 +537,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CsrError(f"the recipe {path} cannot be read: {error.strerror}", "check its permissions") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        why = " ".join(str(error).split())
-        raise CsrError(f"the recipe {path} is not YAML: {why}", "see recipes/quickstart.yaml for the form") from None
+        raise CsrError(
+            f"the recipe {path} is not YAML: {_yaml_problem(error)}",
+            "mend that place; recipes/quickstart.yaml is right",
+        ) from None
     if not isinstance(loaded, dict):
-        raise CsrError(f"{path} holds no configuration", "see recipes/quickstart.yaml for the form")
+        raise CsrError(
+            f"the recipe {path} holds no configuration: it is not a mapping of options",
+            "see recipes/quickstart.yaml for the form",
+        )
     return loaded
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Word where and why a text is no YAML."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -563,7 +576,9 @@ def _parse_override(text: str) -> dict[str, Any]:
 def _explain(error: ValidationError) -> tuple[str, str]:
     """Turn the first validation error into a message and a hint."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "configuration"
+    # Pydantic also names the branch of a union, such as str, which is no part of the key.
+    parts = [str(part) for part in first["loc"] if not re.match(r"(str|int|float|tuple|list)\b", str(part))]
+    where = ".".join(parts) or "configuration"
     if first["type"] == "extra_forbidden":
         return f"unknown option {where}", _hint_for_key(where, _option_names(RunConfig, first["loc"][:-1]))
     if first["type"] == "missing":

@@ -8,12 +8,29 @@ from csr_vlm.errors import CsrError
 
 
 def resolve_device(name: str) -> str:
-    """Turn ``auto`` into cuda where there is one, else cpu."""
-    if name != "auto":
+    """Turn ``auto`` into cuda where there is one, else cpu.
+
+    Raises:
+        CsrError: A device is named that torch does not know or that this machine lacks.
+    """
+    if name == "cpu":
         return name
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CsrError(f"model.device {name!r} is none that torch knows", "auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        why = "this torch is built for the CPU only" if torch.version.cuda is None else "torch sees no GPU"
+        raise CsrError(
+            f"model.device {name!r} cannot be used: {why}", "set model.device=cpu, or see nvidia-smi and csr env"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CsrError(f"there is no {name}: the machine has {torch.cuda.device_count()} GPUs", "count from cuda:0")
+    return name
 
 
 def resolve_dtype(name: str, device: str) -> str:

@@ -49,7 +49,10 @@ def check_inputs(run: Run, tell: Reporter) -> None:
         tables.write_prompts(run.prompts_path, kept, config.generation.prompts_per_part)
         tables.write_prompts(run.heldout_path, heldout, config.generation.prompts_per_part)
     if not report.accepted:
-        raise CsrError(f"no usable prompt in {', '.join(config.data.sources)}", "; ".join(report.examples[:3]))
+        raise CsrError(
+            f"no usable prompt in {', '.join(config.data.sources)}: {report.reasons or 'it is empty'}",
+            "; ".join(report.examples[:3]) or "docs/data.md has the formats",
+        )
     if report.dropped:
         tell.say(f"dropped {report.dropped.total()} prompts: {report.reasons}; the manifest names them")
     found = {"sha256": files.sha256_of(run.prompts_path), "heldout": len(heldout), **report.dump()}

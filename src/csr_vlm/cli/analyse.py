@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli.opening import RunArgument
 from csr_vlm.store.run import Run
 
 
 def analyse(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    target: RunArgument,
     responses: Annotated[int, typer.Option(min=2, help="Responses whose attention is read.")] = 64,
     pairs: Annotated[int, typer.Option(min=2, help="Pairs of each iteration that policies are asked about.")] = 256,
     external: Annotated[
@@ -29,9 +30,7 @@ def analyse(
     from csr_vlm.report.html import write_report
 
     with opened.locked():
-        found = analyse_run(
-            opened, console.reporter(), num_responses=responses, num_pairs=pairs, external=external
-        )
+        found = analyse_run(opened, console.reporter(), num_responses=responses, num_pairs=pairs, external=external)
         report = write_report(opened)
     if console.mode.json:
         console.print_json(found)

@@ -133,7 +133,9 @@ def pairs(
     else:
         console.print_table(f"iteration {number}", ["", ""], [[key, str(value)] for key, value in summary.items()])
     changed = " ".join(overrides or ())
-    console.say(f"next: csr audit {target} {changed}; then csr " + (f"sweep {target}" if changed else f"train {target}"))
+    console.say(
+        f"next: csr audit {target} {changed}; then csr " + (f"sweep {target}" if changed else f"train {target}")
+    )
 
 
 @app.command()
@@ -269,7 +271,7 @@ def main() -> None:
         if ended.code == INTERRUPTED:
             print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         raise
-    except Exception as error:  # noqa: BLE001 - the last one to see it
+    except Exception as error:
         mistakes.tell(error)
         sys.exit(1)
 

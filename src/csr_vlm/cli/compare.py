@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli.opening import RunArgument, complete_run
 from csr_vlm.errors import CsrError
 from csr_vlm.store.run import Run
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def measure(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    target: RunArgument,
     again: Annotated[bool, typer.Option("--again", help="Measure anew what the configuration asks for.")] = False,
 ) -> None:
     """Print everything that was measured of base and iterations; measure what is missing.
@@ -56,9 +57,12 @@ def measure(
 
 
 def compare(
-    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Directory of a run.")],
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", autocompletion=complete_run, help="Directory of a run.")],
     run_b: Annotated[
-        Path | None, typer.Argument(metavar="RUN_B", help="Another; without it, RUN_A's base and its result.")
+        Path | None,
+        typer.Argument(
+            metavar="RUN_B", autocompletion=complete_run, help="Another; without it, RUN_A's base and its result."
+        ),
     ] = None,
     iteration_a: Annotated[int | None, typer.Option(min=0, help="Of RUN_A; 0 is the base model.")] = None,
     iteration_b: Annotated[int | None, typer.Option(min=0, help="Of RUN_B.")] = None,

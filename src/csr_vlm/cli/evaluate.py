@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli.opening import RunArgument
 from csr_vlm.errors import CsrError
 
 if TYPE_CHECKING:
@@ -201,11 +202,13 @@ def chair_prompts(
     drawn = random.Random(seed).sample(named, images)
     rows = [{"id": str(key), "image_id": key, "image": name, "text": text} for name, key in drawn]
     write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    console.done(out, then=f"csr eval answer RUN --prompts {out} --images FOLDER --out captions.jsonl", prompts=len(rows))
+    console.done(
+        out, then=f"csr eval answer RUN --prompts {out} --images FOLDER --out captions.jsonl", prompts=len(rows)
+    )
 
 
 def answer(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    target: RunArgument,
     prompts: Annotated[Path, typer.Option(help="JSON lines: id (or question_id), image, text.")],
     out: Annotated[Path, typer.Option("--out", help="Captions or answers to write; the protocol beside them.")],
     iteration: Annotated[int | None, typer.Option(min=0, help="Whose policy; 0: base; the last by default.")] = None,

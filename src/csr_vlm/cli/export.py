@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli.opening import RunArgument
 from csr_vlm.errors import CsrError
 from csr_vlm.store.run import Run
 
@@ -24,7 +25,7 @@ class Format(StrEnum):
 
 
 def export(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    target: RunArgument,
     form: Annotated[Format, typer.Option("--format", help="Whose format.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],
     iteration: Annotated[int | None, typer.Option(min=1, help="Whose pairs; the last one's by default.")] = None,

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli.opening import RunArgument
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
 
 def eval_lmms(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    target: RunArgument,
     tasks: Annotated[str, typer.Option(help="Such as mme,gqa; known: mme seed llava_w mmb mm_vet sqa vizwiz gqa.")],
     iteration: Annotated[
         list[int] | None, typer.Option("--iteration", min=0, help="Which; base and result by default.")

@@ -18,7 +18,7 @@ def _complete_target(incomplete: str) -> list[str]:
     return sorted(str(path) for path in found if str(path).startswith(incomplete))
 
 
-def _complete_run(incomplete: str) -> list[str]:
+def complete_run(incomplete: str) -> list[str]:
     return [path for path in _complete_target(incomplete) if not path.endswith(".yaml")]
 
 
@@ -33,9 +33,7 @@ Target = Annotated[
         metavar="RECIPE|RUN", autocompletion=_complete_target, help="Recipe (YAML), or the directory of a run."
     ),
 ]
-RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", autocompletion=_complete_run, help="Directory of a run.")
-]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", autocompletion=complete_run, help="Directory of a run.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", autocompletion=_complete_override, help="Such as method.lambda=0.7."),

@@ -114,7 +114,9 @@ def _print_tree_json(
         }
         for node in nodes
     ]
-    found = [] if isinstance(pairs, str) else [{"chosen": p.chosen.node_id, "rejected": p.rejected.node_id} for p in pairs]
+    found = (
+        [] if isinstance(pairs, str) else [{"chosen": p.chosen.node_id, "rejected": p.rejected.node_id} for p in pairs]
+    )
     console.print_json({"prompt": vars(prompt), "nodes": sentences, "pairs": found})
 
 

@@ -10,7 +10,9 @@ import typer
 from csr_vlm.cli import console
 from csr_vlm.cli.verbs import Verbs
 
-app = typer.Typer(cls=Verbs, no_args_is_help=True, rich_markup_mode=None, help="The embedded world: drawn scenes, tiny models.")
+app = typer.Typer(
+    cls=Verbs, no_args_is_help=True, rich_markup_mode=None, help="The embedded world: drawn scenes, tiny models."
+)
 
 WorldName = Annotated[str, typer.Option("--world", help="Which world: harbour or market.")]
 

@@ -112,7 +112,16 @@ def read_prompts(
 
 
 def sources(config: DataConfig) -> Iterator[Source]:
-    """Open the sources of prompts, in their order."""
+    """Open the sources of prompts, in their order.
+
+    Raises:
+        CsrError: One cannot be opened, or the folder of the images is not there.
+    """
+    if config.image_root is not None and not Path(config.image_root).is_dir():
+        raise CsrError(
+            f"there is no folder of images {config.image_root}",
+            "set data.image_root to what image paths are relative to",
+        )
     for path in config.sources:
         yield from open_source(path, config.format, config.split, config.image_root)
 

@@ -17,6 +17,7 @@ knows what it has. The manifest is made from the markers and can always be made 
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import platform
 import subprocess
@@ -89,7 +90,7 @@ class Run:
         """
         path = root / "config.yaml"
         if not path.is_file():
-            raise CsrError(f"{root} is not a run directory", "csr run RECIPE --out DIR makes one")
+            raise CsrError(f"{root} is not a run directory", _run_hint(root))
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -270,6 +271,13 @@ class Run:
             "stages": stages,
         }
         files.write_json(self.root / "manifest.json", manifest)
+
+
+def _run_hint(root: Path) -> str:
+    """Word which run may have been meant."""
+    there = {path.parent.name: path.parent for path in root.parent.glob("*/config.yaml")}
+    near = difflib.get_close_matches(root.name, there, n=1)
+    return f"did you mean {there[near[0]]}?" if near else "csr run RECIPE --out DIR makes one"
 
 
 def differences(left: Any, right: Any, prefix: str = "") -> Iterator[str]:
