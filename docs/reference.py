@@ -20,14 +20,13 @@ _ABOUT_CONFIGURATION = """\
 A recipe is a YAML file of these options; `key=value` on the command line goes on top, as in
 `csr run recipes/llava-1.5-7b.yaml method.lambda=0.7 data.limit=1000`. Values are YAML. What the recipe leaves out
 comes from its `preset`, and what that leaves out from the defaults here. Unknown keys are refused, with the nearest
-one.
-`csr check RECIPE` prints the whole configuration resolved.
+one. `csr check RECIPE` prints the whole configuration resolved.
 """
 _ABOUT_COMMANDS = """\
 Results go to stdout; progress, warnings and what to do next go to stderr. `--quiet`, `--verbose`, `--json`,
 `--no-color` (or the environment variable `NO_COLOR`) and `--debug` may stand before or after the verb. With `--json`
-stdout holds one JSON document and nothing else; verbs that write files name them under `written`. An error is told in three lines:
-`error:` what, `why:`, and `hint:` what to do.
+stdout holds one JSON document and nothing else; verbs that write files name them under `written`. An error is told in
+three lines: `error:` what, `why:`, and `hint:` what to do.
 
 Tab completion: `csr --install-completion` once, for bash, zsh, fish and PowerShell; it knows verbs, options, recipes,
 runs and the keys of the configuration.

@@ -209,7 +209,9 @@ class DataConfig(_Section):
     )
     split: str = Field(default="train", min_length=1, description="Split of a Hugging Face data set.")
     image_root: str | None = Field(
-        default=None, description="Folder that image paths are relative to; each source's own by default."
+        default=None,
+        description="Folder that image paths are relative to; each source's own by default, and always for a folder "
+        "of images.",
     )
     questions: tuple[str, ...] = Field(
         default=(), description="Asked about every image, in place of what the rows ask."

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from csr_vlm import asking, external
 from csr_vlm.config import RunConfig, ScorerConfig, WorldEvaluationConfig, merged, resolve
-from csr_vlm.data.prompts import InputReport, count_rows, hold_out, read_prompts
+from csr_vlm.data.prompts import InputReport, count_rows, hold_out, nothing_usable, read_prompts
 from csr_vlm.errors import CsrError
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs as pairs_of
@@ -49,10 +49,7 @@ def check_inputs(run: Run, tell: Reporter) -> None:
         tables.write_prompts(run.prompts_path, kept, config.generation.prompts_per_part)
         tables.write_prompts(run.heldout_path, heldout, config.generation.prompts_per_part)
     if not report.accepted:
-        raise CsrError(
-            f"no usable prompt in {', '.join(config.data.sources)}: {report.reasons or 'it is empty'}",
-            "; ".join(report.examples[:3]) or "docs/data.md has the formats",
-        )
+        raise nothing_usable(config.data, report)
     if report.dropped:
         tell.say(f"dropped {report.dropped.total()} prompts: {report.reasons}; the manifest names them")
     found = {"sha256": files.sha256_of(run.prompts_path), "heldout": len(heldout), **report.dump()}

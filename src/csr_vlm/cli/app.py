@@ -42,7 +42,7 @@ Exit codes:
   1    an error; what, why and a hint stand on stderr
   2    wrong usage: no such verb or option
   3    a --fail-if holds, or an audit says stop
-  130  interrupted; the same command goes on""",
+  130  interrupted, 143 terminated; the same command goes on""",
 )
 eval_app = typer.Typer(
     cls=RunByDefault,

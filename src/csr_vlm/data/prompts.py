@@ -111,17 +111,16 @@ def read_prompts(
             tick()
 
 
-def sources(config: DataConfig) -> Iterator[Source]:
-    """Open the sources of prompts, in their order.
-
-    Raises:
-        CsrError: One cannot be opened, or the folder of the images is not there.
-    """
+def nothing_usable(config: DataConfig, report: InputReport) -> CsrError:
+    """Word that all prompts were dropped, or that there were none."""
+    what = f"no usable prompt in {', '.join(config.sources)}: {report.reasons or 'it is empty'}"
     if config.image_root is not None and not Path(config.image_root).is_dir():
-        raise CsrError(
-            f"there is no folder of images {config.image_root}",
-            "set data.image_root to what image paths are relative to",
-        )
+        return CsrError(what, f"there is no folder {config.image_root}; data.image_root says where the images lie")
+    return CsrError(what, "; ".join(report.examples[:3]) or "docs/data.md has the formats")
+
+
+def sources(config: DataConfig) -> Iterator[Source]:
+    """Open the sources of prompts, in their order."""
     for path in config.sources:
         yield from open_source(path, config.format, config.split, config.image_root)
 
