@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from csr_vlm.errors import CsrError
@@ -42,8 +43,12 @@ def resolve_dtype(name: str, device: str) -> str:
 
 def unloadable(what: str, path: str, error: Exception) -> CsrError:
     """Word why a checkpoint could not be loaded."""
-    # A hub id is OWNER/NAME; anything else can only be a directory.
-    local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    missing = local and not Path(path).is_dir()
-    reason = "there is no such directory" if missing else str(error).strip().splitlines()[0]
+    # A hub id is OWNER/NAME; anything else can only be a directory, and so is what lies in a folder that is here.
+    local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
+    if local and not Path(path).is_dir():
+        reason = "there is no such directory"
+    elif found := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'> for", str(error)):
+        reason = f"transformers has no {found[1]} that turns images and text into text"
+    else:
+        reason = str(error).strip().splitlines()[0]
     return CsrError(f"the {what} {path} cannot be loaded: {reason}", f"set {what}.path to a directory or a hub id")

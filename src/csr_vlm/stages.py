@@ -24,7 +24,7 @@ from csr_vlm.errors import CsrError
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs as pairs_of
 from csr_vlm.method.search import Tree, search
-from csr_vlm.progress import Reporter
+from csr_vlm.progress import Reporter, Silent
 from csr_vlm.records import Node, Pair, Prompt
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
@@ -172,7 +172,7 @@ def make_pairs(run: Run, iteration: int, tell: Reporter) -> None:
         return
     started = time.perf_counter()
     outside = external.supplies(run.config, iteration)
-    pairs, reasons = external.take_pairs(run, tell) if outside else derive_pairs(run, iteration, run.config)
+    pairs, reasons = external.take_pairs(run, tell) if outside else derive_pairs(run, iteration, run.config, tell)
     tables.write_pairs(run.pairs_path(iteration), pairs)
     if not pairs and iteration == 1:
         raise CsrError(f"iteration {iteration} has no pairs: {dict(reasons)}", "loosen method.pairs or add prompts")
@@ -189,7 +189,9 @@ def make_pairs(run: Run, iteration: int, tell: Reporter) -> None:
     )
 
 
-def derive_pairs(run: Run, iteration: int, config: RunConfig) -> tuple[list[Pair], Counter[str]]:
+def derive_pairs(
+    run: Run, iteration: int, config: RunConfig, tell: Reporter | None = None
+) -> tuple[list[Pair], Counter[str]]:
     """Compute pairs under any settings; generation is not repeated.
 
     Returns:
@@ -198,12 +200,15 @@ def derive_pairs(run: Run, iteration: int, config: RunConfig) -> tuple[list[Pair
     prompts = run.prompts()
     pairs: list[Pair] = []
     reasons: Counter[str] = Counter()
-    for prompt, nodes in zip(prompts, ledger(run, iteration), strict=True):
-        found = pairs_of(prompt, nodes, config.method, config.scorer.used, config.seed)
-        if isinstance(found, str):
-            reasons[found] += 1
-        else:
-            pairs += found
+    trees = ledger(run, iteration)
+    with (tell or Silent()).stage(f"iteration {iteration}: pairs", run.num_prompts) as advance:
+        for prompt, nodes in zip(prompts, trees, strict=True):
+            found = pairs_of(prompt, nodes, config.method, config.scorer.used, config.seed)
+            if isinstance(found, str):
+                reasons[found] += 1
+            else:
+                pairs += found
+            advance(1)
     return pairs, reasons
 
 

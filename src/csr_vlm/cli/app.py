@@ -116,7 +116,7 @@ def pairs(
     number = iteration or max(opened.iterations_done("generate"), default=1)
     if overrides:
         config = load_config(None, overrides, base=opened.config.dump())
-        found, reasons = stages.derive_pairs(opened, number, config)
+        found, reasons = stages.derive_pairs(opened, number, config, console.reporter())
         if out is not None:
             tables.write_pairs(out, found)
         summary: dict[str, Any] = {

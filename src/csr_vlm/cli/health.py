@@ -32,7 +32,7 @@ def audit(
     run = Run.open(target)
     number = iteration or max(run.iterations_done("generate"), default=1)
     config = load_config(None, overrides or (), base=run.config.dump())
-    signs = verdicts.pair_signs(run, number, config)
+    signs = verdicts.pair_signs(run, number, config, console.reporter())
     found = health.findings(signs, health.PAIR_BOUNDS)
     if not overrides and run.is_done(number, "evaluate"):
         trained = verdicts.response_signs(run, number)
