@@ -453,7 +453,7 @@ class RunConfig(_Section):
     @classmethod
     def _known_preset(cls, preset: str) -> str:
         if preset not in presets():
-            raise ValueError(f"unknown preset; {_nearest(preset, presets())}")
+            raise ValueError(f"unknown preset; {nearest(preset, presets())}")
         return preset
 
     @model_validator(mode="after")
@@ -575,6 +575,18 @@ def _parse_override(text: str) -> dict[str, Any]:
     return result
 
 
+_WORDS = {
+    "tuple_type": "should be a list, such as [a, b]",
+    "list_type": "should be a list, such as [a, b]",
+    "int_parsing": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_parsing": "should be a number",
+    "bool_parsing": "should be true or false",
+    "string_type": "should be text",
+}
+"""What pydantic calls valid tuples, integers and strings."""
+
+
 def _explain(error: ValidationError) -> tuple[str, str]:
     """Turn the first validation error into a message and a hint."""
     first = error.errors(include_url=False)[0]
@@ -586,22 +598,23 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     if first["type"] == "missing":
         return f"{where} is missing", f"set it in the recipe or as {where}=..."
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = _WORDS.get(first["type"], message)
     if where == "configuration":
         return f"the settings do not go together: {message}", "docs/configuration.md has every option"
-    hint = f"it was given as {first['input']!r}"
+    hint = "it was given no value" if first["input"] is None else f"it was given as {first['input']!r}"
     if first["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-        hint += f"; {_nearest(str(first['input']), choices)}"
+        hint += f"; {nearest(str(first['input']), choices)}"
     if where.startswith("data.") and isinstance(first["input"], bool):
         hint += "; put words such as yes and no in quotes"
     return f"{where} {message}" if message.startswith("should") else f"{where}: {message}", hint
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """Word what may have been meant."""
-    options = list(known)
+def nearest(name: str, known: Iterable[str], *, say_all: bool = True) -> str:
+    """Word what may have been meant; where nothing is near, all there is, if that is few."""
+    options = sorted(known)
     near = difflib.get_close_matches(name, options, n=1)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(options)}"
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(options)}" if say_all else "leave it out"
 
 
 def _hint_for_key(where: str, siblings: list[str]) -> str:

@@ -41,7 +41,10 @@ def check_inputs(run: Run, tell: Reporter) -> None:
     """Read all prompts, decode every image once, and keep those that passed; the same for pairs from outside."""
     if run.is_done(0, "prompts"):
         return
+    from csr_vlm.training.dpo import trainer_arguments
+
     config, report = run.config, InputReport()
+    trainer_arguments(config.training, run.root, config.seed, "cpu")  # refuses what TRL does not know, before any work
     heldout: list[Prompt] = []
     with tell.stage("checking prompts and images", count_rows(config.data)) as advance:
         prompts = read_prompts(config.data, report, seed=config.seed, images=run.images_path, tick=lambda: advance(1))

@@ -22,6 +22,7 @@ from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.cli.run import check, demo, run
 from csr_vlm.cli.verbs import RunByDefault, Verbs
 from csr_vlm.config import load_config, scorer_config
+from csr_vlm.errors import CsrError
 from csr_vlm.store.run import Run
 
 INTERRUPTED = 130
@@ -210,6 +211,8 @@ def report(
     from csr_vlm.report.html import write_report
 
     opened = Run.open(target)
+    if figure is not None and figure.suffix.lower() not in {".png", ".svg", ".pdf"}:
+        raise CsrError(f"{figure} is no picture that can be drawn", "let its name end in .png, .svg or .pdf")
     with console.reporter().stage("writing the report", 0):
         written = [write_report(opened)]
         if figure is not None:
@@ -233,6 +236,10 @@ def merge(
     from csr_vlm.training.dpo import merge as merge_adapter
 
     directory = out or target / "model"
+    if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CsrError(
+            f"{out} is there already", "give a new directory with --out; without it RUN/model is written anew"
+        )
     with console.reporter().stage("merging", 0):
         merge_adapter(opened.config.model, adapter, directory)
     console.done(directory, then=f'AutoModelForImageTextToText.from_pretrained("{directory}") loads it')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import tempfile
 import traceback
@@ -21,6 +22,8 @@ EXTRAS = {
     "ray": "ray",
 }
 """Which extra of csr-vlm installs an optional module."""
+_ERRNO = re.compile(r"\[Errno \d+\] (.*?)(: '.*')?$")
+"""How Python words what the operating system refused; the number says nothing to anybody."""
 _HINTS = {
     errno.EACCES: "choose another place with --out, or change its permissions",
     errno.EROFS: "choose a place that can be written to with --out",
@@ -86,7 +89,7 @@ def _of_user(error: CsrError) -> Explained:
     what, colon, why = error.message.partition(": ")
     if not colon or " " not in what:  # a path or an option names where, not what
         what, why = error.message, ""
-    return Explained(what, why, error.hint)
+    return Explained(what, _ERRNO.sub(r"\1", why), error.hint)
 
 
 def _kept(error: BaseException) -> Path:
