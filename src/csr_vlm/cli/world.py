@@ -9,6 +9,7 @@ import typer
 
 from csr_vlm.cli import console
 from csr_vlm.cli.verbs import Verbs
+from csr_vlm.errors import CsrError
 
 app = typer.Typer(
     cls=Verbs, no_args_is_help=True, rich_markup_mode=None, help="The embedded world: drawn scenes, tiny models."
@@ -57,6 +58,8 @@ def world_check(
 
     Example: csr world build --out build/world && csr world check build/world
     """
+    if directory is not None and not all((directory / part).is_dir() for part in ("clip", "llava")):
+        raise CsrError(f"{directory} holds no world: clip/ or llava/ is missing", "csr world build --out DIR makes one")
     console.quiet_libraries()
     from csr_vlm.world.check import check_models
     from csr_vlm.world.demo import assets
