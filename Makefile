@@ -5,16 +5,23 @@ BIN := $(VENV)/bin
 EVAL_VENV := .venv-eval
 RAY_VENV := .venv-ray
 VLLM_VENV := .venv-vllm
+DOCS_VENV := .venv-docs
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test test-eval test-scale test-ray test-vllm evidence lint format world clean
+.PHONY: demo test docs docs-pages test-eval test-scale test-ray test-vllm evidence lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
 	$(BIN)/csr demo --seed $(SEED) --out $(OUT)
 
 test: $(VENV)/.installed-dev lint  ## every check that CI runs
 	$(BIN)/pytest -q
+
+docs: $(DOCS_VENV)/.installed  ## the documentation as a site in build/site; a warning is an error
+	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
+docs-pages: $(VENV)/.installed-dev  ## write the pages that follow from the program: commands, configuration, presets
+	$(BIN)/python -m docs.reference
 
 test-eval: $(EVAL_VENV)/.installed  ## the bridge to lmms-eval, offline, in an environment of its own
 	$(EVAL_VENV)/bin/python -m pytest -q tests/eval
@@ -86,5 +93,10 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
 		> $$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/masked_torchvision.pth
 	touch $@
 
+$(DOCS_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt mkdocs mkdocs-material
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(EVAL_VENV) $(RAY_VENV) $(VLLM_VENV) runs build .cache
+	rm -rf $(VENV) $(EVAL_VENV) $(RAY_VENV) $(VLLM_VENV) $(DOCS_VENV) runs build .cache

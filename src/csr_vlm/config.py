@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -217,7 +217,9 @@ class DataConfig(_Section):
     )
     split: str = Field(default="train", min_length=1, description="Split of a Hugging Face data set.")
     image_root: str | None = Field(
-        default=None, description="Folder that image paths are relative to; each source's own by default."
+        default=None,
+        description="Folder that image paths are relative to; each source's own by default, and always for a folder "
+        "of images.",
     )
     questions: tuple[str, ...] = Field(
         default=(), description="Asked about every image, in place of what the rows ask."
@@ -474,11 +476,12 @@ class RunConfig(_Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    @model_validator(mode="after")
-    def _known_preset(self) -> RunConfig:
-        if self.preset not in presets():
-            raise ValueError(f"unknown preset {self.preset!r}; known are {', '.join(presets())}")
-        return self
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, preset: str) -> str:
+        if preset not in presets():
+            raise ValueError(f"unknown preset; {nearest(preset, presets())}")
+        return preset
 
     @model_validator(mode="after")
     def _vllm_can(self) -> RunConfig:
@@ -584,18 +587,36 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = _load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CsrError(f"there is no recipe {path}", "recipes/ holds ready ones") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise CsrError(f"{path} cannot be read as YAML: {error}", "see recipes/quickstart.yaml for the form") from None
+        raise CsrError(f"there is no recipe or run {path}", _recipe_hint(path)) from None
+    except OSError as error:
+        raise CsrError(f"the recipe {path} cannot be read: {error.strerror}", "check its permissions") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CsrError(
+            f"the recipe {path} is not YAML: {_yaml_problem(error)}",
+            "mend that place; recipes/quickstart.yaml is right",
+        ) from None
     if not isinstance(loaded, dict):
-        raise CsrError(f"{path} holds no configuration", "see recipes/quickstart.yaml for the form")
+        raise CsrError(
+            f"the recipe {path} holds no configuration: it is not a mapping of options",
+            "see recipes/quickstart.yaml for the form",
+        )
     return loaded
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Word where and why a text is no YAML."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
 
 
 def _parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not all(key.split(".")):
-        raise CsrError(f"{text!r} is not an override", "write dotted.key=value, such as method.lambda=0.7")
+        near = difflib.get_close_matches(key, option_keys(), n=1)
+        hint = f"{near[0]}=VALUE" if near and not separator else "dotted.key=value, such as method.lambda=0.7"
+        raise CsrError(f"{text!r} is not an override", f"write {hint}")
     try:
         parsed = _load_yaml(value)
     except yaml.YAMLError:
@@ -606,19 +627,84 @@ def _parse_override(text: str) -> dict[str, Any]:
     return result
 
 
+_WORDS = {
+    "tuple_type": "should be a list, such as [a, b]",
+    "list_type": "should be a list, such as [a, b]",
+    "int_parsing": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_parsing": "should be a number",
+    "bool_parsing": "should be true or false",
+    "string_type": "should be text",
+}
+"""What pydantic calls valid tuples, integers and strings."""
+
+
 def _explain(error: ValidationError) -> tuple[str, str]:
     """Turn the first validation error into a message and a hint."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "configuration"
+    # Pydantic also names the branch of a union, such as str, which is no part of the key.
+    parts = [str(part) for part in first["loc"] if not re.match(r"(str|int|float|tuple|list)\b", str(part))]
+    where = ".".join(parts) or "configuration"
     if first["type"] == "extra_forbidden":
-        options = _option_names(RunConfig, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), options, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(options)}"
-        return f"unknown option {where}", hint
+        return f"unknown option {where}", _hint_for_key(where, _option_names(RunConfig, first["loc"][:-1]))
     if first["type"] == "missing":
         return f"{where} is missing", f"set it in the recipe or as {where}=..."
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}", f"it was given as {first['input']!r}" if where != "configuration" else ""
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = _WORDS.get(first["type"], message)
+    if where == "configuration":
+        return f"the settings do not go together: {message}", "docs/configuration.md has every option"
+    hint = "it was given no value" if first["input"] is None else f"it was given as {first['input']!r}"
+    if first["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        hint += f"; {nearest(str(first['input']), choices)}"
+    if where.startswith("data.") and isinstance(first["input"], bool):
+        hint += "; put words such as yes and no in quotes"
+    return f"{where} {message}" if message.startswith("should") else f"{where}: {message}", hint
+
+
+def nearest(name: str, known: Iterable[str], *, say_all: bool = True) -> str:
+    """Word what may have been meant; where nothing is near, all there is, if that is few."""
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(options)}" if say_all else "leave it out"
+
+
+def _hint_for_key(where: str, siblings: list[str]) -> str:
+    """Word which option may have been meant: here, or elsewhere under the same or a similar name."""
+    *above, name = where.split(".")
+    if near := difflib.get_close_matches(name, siblings, n=1):
+        return f"did you mean {'.'.join([*above, near[0]])}?"
+    keys = option_keys()
+    same = [key for key in keys if key.rpartition(".")[2] == name] or difflib.get_close_matches(where, keys, n=1)
+    return f"did you mean {' or '.join(same)}?" if same else f"known here: {', '.join(siblings)}"
+
+
+def _recipe_hint(path: Path) -> str:
+    """Word which recipe may have been meant: one beside the path, or of recipes/."""
+    there = {found.stem: found for folder in (Path("recipes"), path.parent) for found in sorted(folder.glob("*.y*ml"))}
+    near = difflib.get_close_matches(path.stem, there, n=1)
+    if near:
+        return f"did you mean {there[near[0]]}?"
+    return f"known are {', '.join(map(str, there.values()))}" if there else "give the path of a YAML file"
+
+
+def option_keys(section: type[BaseModel] | None = None, prefix: str = "") -> list[str]:
+    """List the dotted keys of all options, in the order of the schema."""
+    keys = []
+    for key, field in fields_of(section or RunConfig):
+        inner = section_of(field.annotation)
+        keys += option_keys(inner, f"{prefix}{key}.") if inner else [prefix + key]
+    return keys
+
+
+def fields_of(section: type[BaseModel]) -> list[tuple[str, Any]]:
+    return [(field.alias or name, field) for name, field in section.model_fields.items()]
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field holds, None for a plain value or a list."""
+    candidates = (annotation, *(() if get_origin(annotation) is tuple else get_args(annotation)))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def _option_names(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from csr_vlm.config import ModelConfig, RunConfig
 from csr_vlm.data.formats import is_here
-from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
+from csr_vlm.data.prompts import InputReport, count_rows, nothing_usable, read_prompts
 from csr_vlm.external import check_pairs
 from csr_vlm.loading import resolve_device, resolve_dtype, unloadable
 from csr_vlm.progress import Reporter
@@ -69,8 +69,11 @@ def estimate(config: RunConfig, tell: Reporter, *, offline: bool = False) -> dic
         ``data`` (accepted and dropped prompts, and pairs from outside), ``estimate`` and ``warnings``.
 
     Raises:
-        CsrError: The prompts cannot be read or, unless offline, there is no such model.
+        CsrError: The prompts cannot be read, none can be used or, unless offline, there is no such model.
     """
+    from csr_vlm.training.dpo import trainer_arguments
+
+    trainer_arguments(config.training, Path(), config.seed, "cpu")  # refuses what TRL does not know
     warnings: list[str] = []
     report = InputReport()
     missing = [source for source in config.data.all_sources if offline and not is_here(source)]
@@ -82,8 +85,8 @@ def estimate(config: RunConfig, tell: Reporter, *, offline: bool = False) -> dic
     else:
         found = _check_data(config, report, tell)
     if not report.accepted:
-        warnings.append(f"no usable prompt: {'; '.join(report.examples[:3])}")
-    elif report.dropped:
+        raise nothing_usable(config.data, report)
+    if report.dropped:
         warnings.append(f"{report.dropped.total()} prompts would be dropped: {dict(report.dropped)}")
     shape = shape_from_name(config.model.path) if offline else shape_of(config.model)
     if shape is None:

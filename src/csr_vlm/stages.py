@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from csr_vlm import asking, external
 from csr_vlm.config import RunConfig, ScorerConfig, WorldEvaluationConfig, merged, resolve
-from csr_vlm.data.prompts import InputReport, count_rows, hold_out, read_prompts
+from csr_vlm.data.prompts import InputReport, count_rows, hold_out, nothing_usable, read_prompts
 from csr_vlm.errors import CsrError
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs as pairs_of
-from csr_vlm.progress import Reporter
+from csr_vlm.progress import Reporter, Silent
 from csr_vlm.records import Node, Pair, Prompt
 from csr_vlm.scale.crew import ALONE, Crew, Job
 from csr_vlm.store import files, tables
@@ -41,7 +41,10 @@ def check_inputs(run: Run, tell: Reporter) -> None:
     """Read all prompts, decode every image once, and keep those that passed; the same for pairs from outside."""
     if run.is_done(0, "prompts"):
         return
+    from csr_vlm.training.dpo import trainer_arguments
+
     config, report = run.config, InputReport()
+    trainer_arguments(config.training, run.root, config.seed, "cpu")  # refuses what TRL does not know, before any work
     heldout: list[Prompt] = []
     with tell.stage("checking prompts and images", count_rows(config.data)) as advance:
         prompts = read_prompts(config.data, report, seed=config.seed, images=run.images_path, tick=lambda: advance(1))
@@ -49,7 +52,7 @@ def check_inputs(run: Run, tell: Reporter) -> None:
         tables.write_prompts(run.prompts_path, kept, config.generation.prompts_per_part)
         tables.write_prompts(run.heldout_path, heldout, config.generation.prompts_per_part)
     if not report.accepted:
-        raise CsrError(f"no usable prompt in {', '.join(config.data.sources)}", "; ".join(report.examples[:3]))
+        raise nothing_usable(config.data, report)
     if report.dropped:
         tell.say(f"dropped {report.dropped.total()} prompts: {report.reasons}; the manifest names them")
     found = {"sha256": files.sha256_of(run.prompts_path), "heldout": len(heldout), **report.dump()}
@@ -105,7 +108,7 @@ def make_pairs(run: Run, iteration: int, tell: Reporter) -> None:
         return
     started = time.perf_counter()
     outside = external.supplies(run.config, iteration)
-    pairs, reasons = external.take_pairs(run, tell) if outside else derive_pairs(run, iteration, run.config)
+    pairs, reasons = external.take_pairs(run, tell) if outside else derive_pairs(run, iteration, run.config, tell)
     tables.write_pairs(run.pairs_path(iteration), pairs)
     if not pairs and iteration == 1:
         raise CsrError(f"iteration {iteration} has no pairs: {dict(reasons)}", "loosen method.pairs or add prompts")
@@ -130,7 +133,9 @@ def ask(run: Run, iteration: int, config: RunConfig, tell: Reporter) -> list[Pai
     return asking.ask(run, iteration, config, engine.policy, scorer, tell)
 
 
-def derive_pairs(run: Run, iteration: int, config: RunConfig) -> tuple[list[Pair], Counter[str]]:
+def derive_pairs(
+    run: Run, iteration: int, config: RunConfig, tell: Reporter | None = None
+) -> tuple[list[Pair], Counter[str]]:
     """Compute pairs under any settings; generation is not repeated.
 
     Returns:
@@ -139,12 +144,15 @@ def derive_pairs(run: Run, iteration: int, config: RunConfig) -> tuple[list[Pair
     prompts = run.prompts()
     pairs: list[Pair] = []
     reasons: Counter[str] = Counter()
-    for prompt, nodes in zip(prompts, ledger(run, iteration), strict=True):
-        found = pairs_of(prompt, nodes, config.method, config.scorer.used, config.seed)
-        if isinstance(found, str):
-            reasons[found] += 1
-        else:
-            pairs += found
+    trees = ledger(run, iteration)
+    with (tell or Silent()).stage(f"iteration {iteration}: pairs", run.num_prompts) as advance:
+        for prompt, nodes in zip(prompts, trees, strict=True):
+            found = pairs_of(prompt, nodes, config.method, config.scorer.used, config.seed)
+            if isinstance(found, str):
+                reasons[found] += 1
+            else:
+                pairs += found
+            advance(1)
     return pairs, reasons
 
 

@@ -72,21 +72,24 @@ def sweep(run: Run, axes: Sequence[str], iteration: int, out: Path, tell: Report
 
 
 def _point(run: Run, config: RunConfig, iteration: int, root: Path, title: str, tell: Reporter) -> dict[str, Any]:
+    from csr_vlm.training.callback import count_steps
     from csr_vlm.training.dpo import train
 
-    pairs, reasons = stages.derive_pairs(run, iteration, config)
+    pairs, reasons = stages.derive_pairs(run, iteration, config, tell)
     if not pairs:
         raise CsrError(f"these settings leave no pairs: {dict(reasons)}", "loosen method.pairs")
     tables.write_pairs(root / "pairs.parquet", pairs)
-    train(
-        pairs + stages.ask(run, iteration, config, tell),
-        config.model,
-        config.training,
-        previous=run.adapter_path(iteration - 1),
-        adapter=root / "adapter",
-        work=root / "trainer",
-        seed=config.seed * 1000 + iteration,
-    )
+    with tell.stage(f"{title}: training", 0) as advance:
+        train(
+            pairs + stages.ask(run, iteration, config, tell),
+            config.model,
+            config.training,
+            previous=run.adapter_path(iteration - 1),
+            adapter=root / "adapter",
+            work=root / "trainer",
+            seed=config.seed * 1000 + iteration,
+            callbacks=[count_steps(advance)],
+        )
     found = stages.measure(config, root / "adapter", run.heldout(), title, tell)
     return {
         "pairs": {"pairs": len(pairs), **stages.summarise_pairs(pairs)},

@@ -12,7 +12,7 @@ from csr_vlm.evaluation.compare import Measured, broken_rules, compare, parse_ru
 from csr_vlm.method import audit as health
 from csr_vlm.method.audit import Verdict
 from csr_vlm.method.pairs import make_pairs
-from csr_vlm.progress import Reporter
+from csr_vlm.progress import Reporter, Silent
 from csr_vlm.stages import ledger
 from csr_vlm.store.run import Run
 
@@ -29,18 +29,22 @@ def audit(run: Run, iteration: int, tell: Reporter) -> bool:
     if not run.is_done(iteration, "generate"):
         return False  # pairs from outside have no ledger to look at
     if not run.is_done(iteration, "audit"):
-        signs = pair_signs(run, iteration, run.config)
+        signs = pair_signs(run, iteration, run.config, tell)
         found = health.findings(signs, health.PAIR_BOUNDS)
         _conclude(run, iteration, "audit", signs, found)
     return _announce(run, iteration, "audit", tell)
 
 
-def pair_signs(run: Run, iteration: int, config: RunConfig) -> dict[str, float]:
+def pair_signs(run: Run, iteration: int, config: RunConfig, tell: Reporter | None = None) -> dict[str, float]:
     """Compute the signs of an iteration's ledger and of the pairs that a configuration makes of it."""
     trees = []
-    for prompt, nodes in zip(run.prompts(), ledger(run, iteration), strict=True):
-        made = make_pairs(prompt, nodes, config.method, config.scorer.used, config.seed)
-        trees.append(health.tree_signs(nodes, [] if isinstance(made, str) else made, config.method, config.scorer.used))
+    found = zip(run.prompts(), ledger(run, iteration), strict=True)
+    with (tell or Silent()).stage(f"iteration {iteration}: judging pairs", run.num_prompts) as advance:
+        for prompt, nodes in found:
+            pairs = make_pairs(prompt, nodes, config.method, config.scorer.used, config.seed)
+            made = [] if isinstance(pairs, str) else pairs
+            trees.append(health.tree_signs(nodes, made, config.method, config.scorer.used))
+            advance(1)
     return health.pair_signs(trees)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csr_vlm.config import RunConfig, scorer_config
-from csr_vlm.method.search import search
+from csr_vlm.method.search import Tree, search
 from csr_vlm.progress import Advance
 from csr_vlm.records import Node, Prompt
 from csr_vlm.scale.crew import Done
@@ -22,6 +22,7 @@ from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
 
 if TYPE_CHECKING:
+    from csr_vlm.generation.engines import Engine
     from csr_vlm.generation.transformers_engine import TransformersEngine
     from csr_vlm.scoring.scorer import ScorerGroup
 
@@ -47,7 +48,8 @@ class Search:
         if part.exists():
             nodes = list(tables.read_nodes(part))
         else:
-            nodes = self._grow(prompts)
+            trees = search_trees(prompts, self._company, self._engine, self._scorer, config, self._iteration)
+            nodes = [node for tree in trees for node in tree.nodes]
             tables.write_nodes(part, nodes)
         sentences = [node.sentence for node in nodes if node.sentence]
         tally = {
@@ -104,6 +106,34 @@ class Rescore:
 
     def close(self) -> None:
         self._scorer.forget()
+
+
+def search_trees(
+    prompts: Sequence[Prompt],
+    company: Sequence[Prompt],
+    engine: Engine,
+    scorer: ScorerGroup,
+    config: RunConfig,
+    iteration: int,
+) -> list[Tree]:
+    """Grow and score the trees of one work item.
+
+    Args:
+        company: Prompts whose images stand in where a work item is too small to have others.
+    """
+    scorer.compare_among([*prompts, *company], config.scorer.others)
+    trees = search(
+        prompts,
+        engine.proposer(config.method.search, prompts[0]),
+        scorer.score,
+        config.method,
+        iteration=iteration,
+        seed=config.seed,
+        scorer=config.scorer.used,
+    )
+    engine.forget()
+    scorer.forget()
+    return trees
 
 
 def train_policy(root: Path, iteration: int, processes: int, advance: Advance) -> dict[str, Any]:

@@ -8,34 +8,31 @@ from typing import Annotated, Any
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli.opening import RunArgument
 from csr_vlm.store.run import Run
 
 
 def analyse(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    target: RunArgument,
     responses: Annotated[int, typer.Option(min=2, help="Responses whose attention is read.")] = 64,
     pairs: Annotated[int, typer.Option(min=2, help="Pairs of each iteration that policies are asked about.")] = 256,
     external: Annotated[
         Path | None, typer.Option(help="Pairs from elsewhere: JSON Lines with id, image, text, chosen, rejected.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Ask base and result where they look and what they prefer; RUN/analysis.json and a part of the report.
 
     Example: csr analyse runs/d0 --responses 128
     """
+    opened = Run.open(target)
     console.quiet_libraries()
     from csr_vlm.analysis import analyse as analyse_run
     from csr_vlm.report.html import write_report
 
-    opened = Run.open(target)
     with opened.locked():
-        found = analyse_run(
-            opened, console.reporter(quiet), num_responses=responses, num_pairs=pairs, external=external
-        )
+        found = analyse_run(opened, console.reporter(), num_responses=responses, num_pairs=pairs, external=external)
         report = write_report(opened)
-    if as_json:
+    if console.mode.json:
         console.print_json(found)
         return
     rows = [
@@ -49,7 +46,7 @@ def analyse(
         for row in found["separability"]
     ]
     console.print_table("chosen told from rejected (AUC; 0.5 is chance)", ["", "before training", "after"], told)
-    print(f"{target / 'analysis.json'}\n{report}")
+    console.done(target / "analysis.json", report, then=f"open {report}: it has a part about this now")
 
 
 def _change(found: dict[str, Any]) -> str:

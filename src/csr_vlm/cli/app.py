@@ -8,33 +8,47 @@ from typing import Annotated, Any
 
 import typer
 
-from csr_vlm.cli import console, world
+from csr_vlm.cli import console, mistakes, world
 from csr_vlm.cli import evaluate as evaluate_cli
 from csr_vlm.cli.analyse import analyse
-from csr_vlm.cli.compare import MeasureByDefault, compare, measure
+from csr_vlm.cli.compare import compare, measure
 from csr_vlm.cli.convert import convert
 from csr_vlm.cli.crew import RayActors, crew_of
 from csr_vlm.cli.export import export
 from csr_vlm.cli.health import audit, sweep
 from csr_vlm.cli.lmms import eval_lmms
+from csr_vlm.cli.opening import Iteration, Out, Overrides, RunArgument, Target, open_or_create
 from csr_vlm.cli.push import push
 from csr_vlm.cli.reproduce import reproduce
-from csr_vlm.config import RunConfig, load_config
+from csr_vlm.cli.run import check, demo, run
+from csr_vlm.cli.verbs import RunByDefault, Verbs
+from csr_vlm.config import load_config, scorer_config
 from csr_vlm.errors import CsrError
-from csr_vlm.scale.crew import ALONE, Crew
+from csr_vlm.scale.crew import Crew
 from csr_vlm.store.run import Run
 
+INTERRUPTED = 130
+"""What typer makes of Ctrl-C: 128 + SIGINT."""
+
 app = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Calibrated Self-Rewarding: make a vision-language model hallucinate less, without labels.",
-    epilog="Start with: csr demo. Exit codes: 0 done, 1 error, 2 wrong usage, 3 a --fail-if holds or an audit says "
-    "stop, 130 interrupted.",
+    epilog="""Start with: csr demo. Every verb has an example: csr VERB --help.
+
+\b
+Exit codes:
+  0    done
+  1    an error; what, why and a hint stand on stderr
+  2    wrong usage: no such verb or option
+  3    a --fail-if holds, or an audit says stop
+  130  interrupted, 143 terminated; the same command goes on""",
 )
 eval_app = typer.Typer(
-    cls=MeasureByDefault,
+    cls=RunByDefault,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Measure the policies of a run: csr eval RUN.",
@@ -45,86 +59,8 @@ eval_app.command("lmms")(eval_lmms)
 for _name, _command in evaluate_cli.EVAL_COMMANDS.items():
     eval_app.command(_name)(_command)
 app.add_typer(world.app, name="world")
-
-Target = Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe (YAML), or the directory of a run.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as method.lambda=0.7.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Run directory; runs/NAME-OF-RECIPE by default.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Iteration = Annotated[int | None, typer.Option("--iteration", min=1, help="Which; the next one to do by default.")]
-
-
-@app.command()
-def run(
-    target: Target,
-    overrides: Overrides = None,
-    out: Out = None,
-    ray: RayActors = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Run the whole loop, or go on with a run that was stopped.
-
-    On several GPUs: torchrun --nproc-per-node 8 -m csr_vlm.cli run RECIPE (docs/scaling.md).
-    Example: csr run recipes/llava-1.5-7b.yaml data.limit=1000 --out runs/small
-    """
-    with crew_of(ray) as crew:
-        if crew is not None:
-            _align(_open_or_create(target, overrides, out), as_json, quiet, crew)
-
-
-@app.command()
-def demo(
-    seed: Annotated[int, typer.Option(min=0, help="Of the prompts, the search and the training.")] = 0,
-    out: Annotated[Path, typer.Option("--out", help="Run directory.")] = Path("runs/demo"),
-    prompts: Annotated[int, typer.Option(min=8, help="Pictures to learn from.")] = 256,
-    scenes: Annotated[int, typer.Option(min=10, help="Test scenes.")] = 1000,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Run the method on the embedded world, where hallucination is measured against the truth.
-
-    Example: csr demo --seed 0 --out runs/d0 --json
-    """
-    from csr_vlm.world.demo import demo_config
-
-    _align(Run.create(out, demo_config(out, seed, prompts, scenes)), as_json, quiet)
-
-
-@app.command()
-def check(
-    target: Target,
-    overrides: Overrides = None,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Look at no model and no hub; prompts may be missing.")
-    ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Validate a recipe and its data, print the resolved configuration and what a run would cost.
-
-    A model whose weights are on disk also writes a few words and scores them again.
-    Example: csr check recipes/llava-1.5-7b.yaml data.limit=100
-    """
-    import yaml
-
-    console.quiet_libraries()
-    from csr_vlm.estimate import estimate
-    from csr_vlm.stages import check_model
-
-    config = _config(target, overrides)
-    tell = console.reporter(quiet)
-    found = estimate(config, tell, offline=offline)
-    if not offline and (difference := check_model(config, tell)) is not None:
-        found["estimate"]["generated against scored, nats a token"] = float(f"{difference:.1e}")
-    if as_json:
-        console.print_json({"config": config.dump(), **found})
-        return
-    print(yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
-    console.print_table("", ["estimate", ""], [[name, str(value)] for name, value in found["estimate"].items()])
-    for warning in found["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
+for _verb in (run, demo, check):
+    app.command()(_verb)
 
 
 @app.command()
@@ -134,7 +70,6 @@ def generate(
     out: Out = None,
     iteration: Iteration = None,
     ray: RayActors = None,
-    quiet: Quiet = False,
 ) -> None:
     """Do the search of one iteration: the ledger.
 
@@ -142,7 +77,7 @@ def generate(
     """
     with crew_of(ray) as crew:
         if crew is not None:
-            _one_stage("generate", target, overrides, out, iteration, quiet, crew)
+            _one_stage("generate", target, overrides, out, iteration, crew)
 
 
 @app.command()
@@ -153,25 +88,23 @@ def score(
     iteration: Iteration = None,
     trust_import: Annotated[bool, typer.Option(help="Run the class that python:MODULE:CLASS names.")] = False,
     ray: RayActors = None,
-    quiet: Quiet = False,
 ) -> None:
     """Add another scorer's cosines to a ledger that exists.
 
-    Then: csr pairs RUN scorer.use=NAME. Example: csr score runs/q --scorer ./siglip --name siglip
+    Example: csr score runs/q --scorer ./siglip --name siglip
     """
-    console.quiet_libraries()
-    from csr_vlm import stages
-    from csr_vlm.config import scorer_config
-
     config = scorer_config(path=scorer, name=name, trust_import=trust_import)
     with crew_of(ray) as crew:
         if crew is None:
             return
+        from csr_vlm import stages
+
         opened = Run.open(target)
         number = iteration or max(opened.iterations_done("generate"), default=1)
         with opened.locked():
-            stages.score(opened, number, config, console.reporter(quiet), crew)
-    print(f"iteration {number} is scored by {name}; use it with: csr pairs {target} scorer.use={name}", file=sys.stderr)
+            stages.score(opened, number, config, console.reporter(), crew)
+    console.say(f"iteration {number} is scored by {name}")
+    console.done(then=f"csr pairs {target} scorer.use={name}", run=str(target), iteration=number, scorer=name)
 
 
 @app.command()
@@ -180,7 +113,6 @@ def pairs(
     overrides: Overrides = None,
     iteration: Iteration = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the pairs of changed settings here.")] = None,
-    as_json: Json = False,
 ) -> None:
     """Derive the pairs of an iteration; with settings, show what they would make of the same ledger.
 
@@ -193,7 +125,7 @@ def pairs(
     number = iteration or max(opened.iterations_done("generate"), default=1)
     if overrides:
         config = load_config(None, overrides, base=opened.config.dump())
-        found, reasons = stages.derive_pairs(opened, number, config)
+        found, reasons = stages.derive_pairs(opened, number, config, console.reporter())
         if out is not None:
             tables.write_pairs(out, found)
         summary: dict[str, Any] = {
@@ -203,23 +135,27 @@ def pairs(
         }
     else:
         with opened.locked():
-            stages.make_pairs(opened, number, console.reporter(quiet=True))
+            stages.make_pairs(opened, number, console.reporter())
         summary = opened.result(number, "pairs")
-    if as_json:
+    if console.mode.json:
         console.print_json(summary)
     else:
         console.print_table(f"iteration {number}", ["", ""], [[key, str(value)] for key, value in summary.items()])
+    changed = " ".join(overrides or ())
+    console.say(
+        f"next: csr audit {target} {changed}; then csr " + (f"sweep {target}" if changed else f"train {target}")
+    )
 
 
 @app.command()
-def train(target: RunArgument, iteration: Iteration = None, quiet: Quiet = False) -> None:
+def train(target: RunArgument, iteration: Iteration = None) -> None:
     """Run DPO on the pairs of one iteration.
 
     Example: csr train runs/q --iteration 1
     """
     with crew_of() as crew:
         if crew is not None:
-            _one_stage("train", str(target), None, None, iteration, quiet, crew)
+            _one_stage("train", str(target), None, None, iteration, crew)
 
 
 @eval_app.command("world")
@@ -228,26 +164,24 @@ def eval_world(
     scenes: Annotated[int, typer.Option(min=10, help="Test scenes.")] = 1000,
     world_seed: Annotated[int, typer.Option(min=0, help="Which test scenes.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily.")] = 0.0,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Evaluate base and every iteration of a run on test scenes of any seed.
 
     Example: csr eval world runs/d0 --scenes 1000 --world-seed 7 --json
     """
+    opened = Run.open(target)
     console.quiet_libraries()
     from csr_vlm import stages
     from csr_vlm.evaluation.compare import policy_name
 
-    opened = Run.open(target)
-    tell = console.reporter(quiet)
+    tell = console.reporter()
     changed = [f"evaluation.world.num_scenes={scenes}", f"evaluation.world.seed={world_seed}"]
     config = load_config(None, changed, base=opened.config.dump())
     results: dict[int, Any] = {}
     for number in range(opened.last_trained + 1):
         adapter = opened.adapter_path(number)
         results[number] = stages.evaluate_world(config, adapter, policy_name(number), tell, temperature)
-    if as_json:
+    if console.mode.json:
         found = [{"iteration": n, "metrics": r["metrics"], "protocol": r["protocol"]} for n, r in results.items()]
         console.print_json({"run": str(target), "iterations": found})
     else:
@@ -287,11 +221,15 @@ def report(
     from csr_vlm.report.html import write_report
 
     opened = Run.open(target)
-    print(write_report(opened))
-    if figure is not None:
-        from csr_vlm.report.figure import write_figure
+    if figure is not None and figure.suffix.lower() not in {".png", ".svg", ".pdf"}:
+        raise CsrError(f"{figure} is no picture that can be drawn", "let its name end in .png, .svg or .pdf")
+    with console.reporter().stage("writing the report", 0):
+        written = [write_report(opened)]
+        if figure is not None:
+            from csr_vlm.report.figure import write_figure
 
-        print(write_figure(opened, figure))
+            written.append(write_figure(opened, figure))
+    console.done(*written, then=f"open {written[0]} in a browser; it needs no network")
 
 
 @app.command()
@@ -302,23 +240,31 @@ def merge(
 
     Example: csr merge runs/d0
     """
-    console.quiet_libraries()
     opened = Run.open(target)
     adapter = opened.trained_adapter()
+    console.quiet_libraries()
     from csr_vlm.training.dpo import merge as merge_adapter
 
     directory = out or target / "model"
-    merge_adapter(opened.config.model, adapter, directory)
-    print(directory)
+    if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CsrError(
+            f"{out} is there already", "give a new directory with --out; without it RUN/model is written anew"
+        )
+    with console.reporter().stage("merging", 0):
+        merge_adapter(opened.config.model, adapter, directory)
+    console.done(directory, then=f'AutoModelForImageTextToText.from_pretrained("{directory}") loads it')
 
 
 @app.command()
-def env(as_json: Json = False) -> None:
-    """Print the versions that results depend on."""
+def env() -> None:
+    """Print the versions that results depend on.
+
+    Example: csr env --json
+    """
     from csr_vlm.store.run import versions
 
     found = versions()
-    if as_json:
+    if console.mode.json:
         console.print_json(found)
     else:
         console.print_table("", ["package", "version"], [[name, version] for name, version in found.items()])
@@ -335,81 +281,33 @@ app.command()(push)
 
 
 def main() -> None:
-    """Run the command line; what a user can mend is printed without a traceback."""
+    """Run the command line; what a user can mend is told in three lines, without a traceback."""
     try:
-        app()
-    except CsrError as error:
-        console.print_error(error)
+        app(prog_name="csr")
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        raise
+    except Exception as error:
+        mistakes.tell(error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-
-
-def _config(target: str, overrides: list[str] | None) -> RunConfig:
-    """Read the settings of a recipe, or of a run that exists."""
-    path = Path(target)
-    if path.is_dir():
-        return load_config(None, overrides or (), base=Run.open(path).config.dump())
-    return load_config(path, overrides or ())
-
-
-def _open_or_create(target: str, overrides: list[str] | None, out: Path | None) -> Run:
-    path = Path(target)
-    if path.is_dir():
-        if overrides:
-            raise CsrError(
-                f"{path} is a run; its settings are fixed", f"start another: csr run {path}/config.yaml --out DIR ..."
-            )
-        return Run.open(path)
-    return Run.create(out or Path("runs") / path.stem, _config(target, overrides))
 
 
 def _one_stage(
-    stage: str,
-    target: str,
-    overrides: list[str] | None,
-    out: Path | None,
-    iteration: int | None,
-    quiet: bool,
-    crew: Crew,
+    stage: str, target: str, overrides: list[str] | None, out: Path | None, iteration: int | None, crew: Crew
 ) -> None:
+    opened = open_or_create(target, overrides, out)
     console.quiet_libraries()
     from csr_vlm import stages
 
-    opened = _open_or_create(target, overrides, out)
     numbers = range(1, opened.config.iterations + 1)
     number = iteration or next((n for n in numbers if not opened.is_done(n, stage)), opened.config.iterations)
-    tell = console.reporter(quiet)
+    tell = console.reporter()
     with opened.locked():
         if stage == "generate":
             stages.check_inputs(opened, tell)
         stages.require_before(opened, number, stage)
         getattr(stages, stage)(opened, number, tell, crew)
-    print(f"iteration {number} of {opened.root}: {stage} is done", file=sys.stderr)
-
-
-def _align(opened: Run, as_json: bool, quiet: bool, crew: Crew = ALONE) -> None:
-    console.quiet_libraries()
-    from csr_vlm.loop import align
-
-    align(opened, console.reporter(quiet), crew)
-    numbers = opened.iterations_done("evaluate")
-    results = {number: opened.metrics(number) for number in numbers}
-    report_path = opened.root / "report.html"
-    adapter = opened.root / "adapter" if opened.final else None
-    if as_json:
-        console.print_json(
-            {
-                "run": str(opened.root),
-                "adapter": str(adapter) if adapter else None,
-                "stopped_at": opened.stopped_at,
-                "report": str(report_path),
-                "iterations": [{"iteration": number, "metrics": metrics} for number, metrics in results.items()],
-            }
-        )
-        return
-    if results:
-        console.print_metrics("Hallucination before and after, with 95 % intervals", results)
-    print(f"\nadapter  {adapter or 'none'}\nreport   {report_path}")
-    print(f"next: open the report, or csr show {opened.root}", file=sys.stderr)
+    console.say(f"iteration {number} of {opened.root}: {stage} is done")
+    after = {"generate": f"csr pairs {opened.root}", "train": f"csr eval {opened.root}"}[stage]
+    console.done(opened.iteration(number), then=after, run=str(opened.root), iteration=number, stage=stage)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from csr_vlm.cli import console
+from csr_vlm.cli.opening import RunArgument, complete_run
 from csr_vlm.errors import CsrError
 from csr_vlm.store.run import Run
 
@@ -19,37 +19,26 @@ if TYPE_CHECKING:
     from csr_vlm.evaluation.statistics import Difference
 
 
-class MeasureByDefault(TyperGroup):
-    """A group that takes what is none of its commands for the arguments of ``run``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in {*self.commands, "--help"}:
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
-
-
 def measure(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    target: RunArgument,
     again: Annotated[bool, typer.Option("--again", help="Measure anew what the configuration asks for.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Print everything that was measured of base and iterations; measure what is missing.
 
     Example: csr eval runs/d0
     """
+    opened = Run.open(target)
     console.quiet_libraries()
     from csr_vlm import stages
     from csr_vlm.evaluation.compare import evaluated, read_documents
 
-    opened = Run.open(target)
     with opened.locked():
         for number in range(opened.last_trained + 1):
-            stages.evaluate(opened, number, console.reporter(quiet), again)
+            stages.evaluate(opened, number, console.reporter(), again)
     found = {number: read_documents(opened, number) for number in evaluated(opened)}
     if not found:
         raise CsrError(f"nothing is measured in {target}", "set evaluation in its recipe, or see csr eval --help")
-    if as_json:
+    if console.mode.json:
         listed = [
             {"iteration": number, "evaluation": name, "metrics": document["metrics"], "protocol": document["protocol"]}
             for number, documents in found.items()
@@ -63,20 +52,23 @@ def measure(
             f"{name}, with 95 % intervals", {number: document["metrics"] for number, document in documents.items()}
         )
         for protocol in _distinct([document["protocol"] for document in documents.values()]):
-            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in protocol.items()), file=sys.stderr)
+            console.say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
+    console.say(f"next: csr compare {target} tests the differences prompt by prompt")
 
 
 def compare(
-    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Directory of a run.")],
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", autocompletion=complete_run, help="Directory of a run.")],
     run_b: Annotated[
-        Path | None, typer.Argument(metavar="[RUN_B]", help="Another; without it, RUN_A's base and its result.")
+        Path | None,
+        typer.Argument(
+            metavar="RUN_B", autocompletion=complete_run, help="Another; without it, RUN_A's base and its result."
+        ),
     ] = None,
     iteration_a: Annotated[int | None, typer.Option(min=0, help="Of RUN_A; 0 is the base model.")] = None,
     iteration_b: Annotated[int | None, typer.Option(min=0, help="Of RUN_B.")] = None,
     fail_if: Annotated[
         list[str] | None, typer.Option("--fail-if", help="Such as 'recall < -0.01'; exit code 3 if it holds.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Compare two policies prompt by prompt: differences, intervals and tests.
 
@@ -95,7 +87,7 @@ def compare(
     after = Measured(second, second.final if iteration_b is None else iteration_b)
     found = compare_policies(before, after)
     reasons = broken_rules(rules, found)
-    if as_json:
+    if console.mode.json:
         console.print_json(
             {
                 "before": {"run": str(run_a), "iteration": before.iteration},
@@ -106,6 +98,7 @@ def compare(
         )
     else:
         _print(before, after, found)
+        console.say(f"next: csr reproduce {second.root} sets the numbers beside the paper's")
     for reason in reasons:
         print(f"failed: {reason}", file=sys.stderr)
     if reasons:
@@ -124,10 +117,9 @@ def _print(before: Measured, after: Measured, found: Sequence[Comparison]) -> No
         columns = ["", "before", "after", "change", "95 % interval", "p", "Holm"]
         console.print_table(f"{comparison.evaluation}\n{before.name}\n-> {after.name}", columns, rows)
         counts = sorted({found.n for found in comparison.metrics.values()}, reverse=True)
-        print(
+        console.say(
             f"{counts[0]} prompts, fewer where a metric does not apply to all. p: McNemar's exact test where a prompt "
-            "is right or wrong, else a paired permutation test; Holm: adjusted for the number of metrics",
-            file=sys.stderr,
+            "is right or wrong, else a paired permutation test; Holm: adjusted for the number of metrics"
         )
 
 

@@ -1,57 +1,131 @@
-"""What the command line writes, and where."""
+"""What the command line writes, and where: data to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csr_vlm.errors import CsrError
 from csr_vlm.progress import Advance, Reporter, Silent
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, TaskID
+
+_LINE_EVERY = 30.0
+"""Seconds between two lines of progress where stderr is no terminal."""
+
+
+@dataclass
+class Mode:
+    """How the process speaks; :mod:`csr_vlm.cli.verbs` sets it from the options that every verb has."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    color: bool = True
+    debug: bool = False
+
+    def reset(self) -> None:
+        """Return to what holds without any option; NO_COLOR (https://no-color.org) counts as one."""
+        self.json = self.quiet = self.verbose = self.debug = False
+        self.color = not os.environ.get("NO_COLOR")
+
+
+mode = Mode()
+
+
+def terminal(stderr: bool = False) -> Console:
+    """Return rich's view of stdout, or of stderr, in the mode that was asked for."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, color_system="auto" if mode.color else None)
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars, warnings and greetings out of the terminal."""
+    """Keep the libraries' own bars, warnings and greetings out of the terminal, unless --verbose asks for them."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if mode.verbose:
+        return
     import logging
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    from transformers.utils import logging as transformers_logging
+    with reporter().stage("starting", 0):
+        from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
 
 
-class _Counter:
+class _Bar:
     """Advances one task of a progress display."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
+        self._done = 0
+        self._started = time.monotonic()
 
     def __call__(self, done: int) -> None:
-        self._progress.advance(self._task, done)
+        self._done += done
+        rate = self._done / max(time.monotonic() - self._started, 1e-3)
+        self._progress.update(self._task, advance=done, rate=f"{rate:.1f}/s")
 
     def set_total(self, total: int) -> None:
         self._progress.update(self._task, total=total)
 
 
+class _Lines:
+    """Tells progress line by line, for a log: every half minute, and at the end."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self._title = title
+        self._total = total
+        self._done = 0
+        self._started = self._told = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        self._done += done
+        if time.monotonic() - self._told >= _LINE_EVERY:
+            self.tell()
+
+    def set_total(self, total: int) -> None:
+        self._total = total
+
+    def end(self) -> None:
+        if self._done:
+            self.tell()
+
+    def tell(self) -> None:
+        self._told = time.monotonic()
+        seconds = self._told - self._started
+        rate = self._done / seconds if seconds else 0.0
+        left = f", {duration((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
+        of_total = f" of {self._total}" if self._total else ""
+        print(f"{self._title}: {self._done}{of_total}, {duration(seconds)}{left}", file=sys.stderr, flush=True)
+
+
 class Terminal:
-    """Draws each stage as a bar with its rate and the time left, on stderr."""
+    """Draws each stage as a bar with its rate and the time left, on stderr; into a log it writes lines."""
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Advance]:
-        from rich.console import Console
+        console = terminal(stderr=True)
+        if not console.is_terminal:
+            lines = _Lines(title, total)
+            yield lines
+            lines.end()
+            return
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -66,13 +140,13 @@ class Terminal:
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[rate]}"),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        console = Console(stderr=True)
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(title, total=total or None)
-            yield _Counter(progress, task)
+        with Progress(*columns, console=console, transient=not total) as progress:
+            task = progress.add_task(title, total=total or None, rate="")
+            yield _Bar(progress, task)
             final = progress.tasks[0]
             progress.update(task, total=final.completed or 1, completed=final.completed or 1)
 
@@ -80,34 +154,66 @@ class Terminal:
         print(text, file=sys.stderr)
 
 
-def reporter(quiet: bool) -> Reporter:
-    return Silent() if quiet else Terminal()
+def reporter(quiet: bool = False) -> Reporter:
+    """Return what shows progress: the terminal, or nothing."""
+    return Silent() if quiet or mode.quiet else Terminal()
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people.
+
+    Example:
+        >>> duration(8), duration(75), duration(7300)
+        ('8 s', '1 min 15 s', '2 h 2 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, of_hour = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {of_hour} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
+def say(text: str) -> None:
+    """Tell people one line, unless they want quiet."""
+    if not mode.quiet:
+        print(text, file=sys.stderr)
+
+
+def done(*written: Path | str, then: str = "", **facts: Any) -> None:
+    """End a verb: say what was written, and on stderr what to run next.
+
+    Args:
+        written: Files and folders, one a line on stdout.
+        then: A command, or what to do.
+        facts: What else a program would read.
+    """
+    if mode.json:
+        print_json({"written": [str(path) for path in written], **facts})
+    else:
+        for path in written:
+            print(path)
+    if then:
+        say(f"next: {then}")
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write a table to stdout, the first column left and the others right."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, name in enumerate(columns):
         table.add_column(Text(name), justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(table)
-
-
-def print_error(error: CsrError) -> None:
-    print(f"error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+    output = terminal()
+    if title:
+        output.print(Text(title, style="italic"), soft_wrap=True)
+    output.print(table)
 
 
 METRICS: Mapping[str, str] = {

@@ -30,7 +30,6 @@ def convert(
     merge: Annotated[bool, typer.Option("--merge", help="Add a LoRA to the weights; it is OUT/adapter else.")] = False,
     check: Annotated[bool, typer.Option(help="Read both sides again and compare.")] = True,
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Most GB of one file, and of memory held.")] = 4.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Turn an original LLaVA-format checkpoint into one that transformers loads.
 
@@ -39,17 +38,19 @@ def convert(
     console.quiet_libraries()
     from csr_vlm.convert.llava import convert as convert_checkpoint
 
-    found = convert_checkpoint(
-        source,
-        out,
-        base=base,
-        vision=vision,
-        dtype=dtype.value if dtype else None,
-        merge=merge,
-        check=check,
-        shard_bytes=int(max_shard_gb * 1e9),
-    )
-    if as_json:
+    with console.reporter().stage("converting", 0):
+        found = convert_checkpoint(
+            source,
+            out,
+            base=base,
+            vision=vision,
+            dtype=dtype.value if dtype else None,
+            merge=merge,
+            check=check,
+            shard_bytes=int(max_shard_gb * 1e9),
+        )
+    if console.mode.json:
         console.print_json({"out": str(out), **found})
     else:
         console.print_table(str(out), ["", ""], [[name, str(value)] for name, value in found.items()])
+        console.say(f"next: csr check RECIPE model.path={out}")

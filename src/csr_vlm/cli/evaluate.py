@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli.opening import RunArgument
 from csr_vlm.errors import CsrError
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from csr_vlm.records import Finish, Prompt
     from csr_vlm.store.run import Run
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 AnnotationsOption = Annotated[
     Path, typer.Option("--annotations", help="Directory with COCO's instances_*.json and captions_*.json.")
 ]
@@ -49,7 +47,6 @@ def chair(
     ] = None,
     store: Store = None,
     iteration: AnsweredBy = None,
-    as_json: Json = False,
 ) -> None:
     """Compute CHAIR of captions: which named objects are not in the image.
 
@@ -86,7 +83,7 @@ def chair(
         "by_length": by_length(rows),
         **_with_id(protocol),
     }
-    if as_json:
+    if console.mode.json:
         console.print_json({**result, "sentences": [row.dump() for row in rows]})
         return
     _print_rates(f"CHAIR, words by {words}", result)
@@ -104,7 +101,6 @@ def pope(
     ],
     store: Store = None,
     iteration: AnsweredBy = None,
-    as_json: Json = False,
 ) -> None:
     """Compute POPE of answers, read by the official parser and by a strict and a lenient one.
 
@@ -136,7 +132,7 @@ def pope(
         "parsers": parsers,
         **_with_id(protocol),
     }
-    if as_json:
+    if console.mode.json:
         console.print_json(result)
         return
     columns = ["parser, setting", "accuracy", "precision", "recall", "f1", "yes_ratio", "unread"]
@@ -173,11 +169,13 @@ def pope_build(
     found = read_annotations(annotations, split)
     objects = {found.file_names.get(key) or str(key): frozenset(names) for key, names in found.instances.items()}
     scenery = Scenery(objects, found.categories)
+    written = []
     for setting in SETTINGS:
         questions = build_questions(scenery, setting, num_images=images, per_image=per_image, seed=seed)
         path = out / f"pope_{setting}.jsonl"
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows(questions)))
-        print(path)
+        written.append(path)
+    console.done(*written, then=f"csr eval answer RUN --prompts {written[0]} --images FOLDER --out answers.jsonl")
 
 
 def chair_prompts(
@@ -204,11 +202,13 @@ def chair_prompts(
     drawn = random.Random(seed).sample(named, images)
     rows = [{"id": str(key), "image_id": key, "image": name, "text": text} for name, key in drawn]
     write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(out)
+    console.done(
+        out, then=f"csr eval answer RUN --prompts {out} --images FOLDER --out captions.jsonl", prompts=len(rows)
+    )
 
 
 def answer(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    target: RunArgument,
     prompts: Annotated[Path, typer.Option(help="JSON lines: id (or question_id), image, text.")],
     out: Annotated[Path, typer.Option("--out", help="Captions or answers to write; the protocol beside them.")],
     iteration: Annotated[int | None, typer.Option(min=0, help="Whose policy; 0: base; by default the result.")] = None,
@@ -220,23 +220,23 @@ def answer(
         bool, typer.Option("--keep-unfinished", help="Keep a caption's last sentence where the limit cut it.")
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first so many.")] = None,
-    quiet: Quiet = False,
 ) -> None:
     """Let a run's policy caption images or answer questions, for csr eval chair and csr eval pope.
 
     Example: csr eval answer runs/a --prompts chair.jsonl --images val2014 --out a.jsonl
     """
-    console.quiet_libraries()
-    from csr_vlm.evaluation import answers
-    from csr_vlm.evaluation.compare import policy_name
     from csr_vlm.store.run import Run
 
     opened = Run.open(target)
     number = opened.final if iteration is None else iteration
     _require_policy(opened, number)
+    console.quiet_libraries()
+    from csr_vlm.evaluation import answers
+    from csr_vlm.evaluation.compare import policy_name
+
     asked = answers.read_asked(prompts, images, limit)
     decoding = answers.Decoding(max_new_tokens, temperature, seed, drop_unfinished=not keep_unfinished)
-    with console.reporter(quiet).stage(f"{policy_name(number)}: answering", len(asked)) as advance:
+    with console.reporter().stage(f"{policy_name(number)}: answering", len(asked)) as advance:
         rows, protocol = answers.answer(
             asked,
             _respond(opened, number, decoding, advance),
@@ -244,9 +244,10 @@ def answer(
             {"model": opened.config.model.path, "run": str(target), "iteration": number},
         )
     answers.write_answers(out, rows, protocol)
-    print(out)
     if protocol["unfinished"]:
-        print(f"{protocol['unfinished']} of {len(rows)} ran into {max_new_tokens} tokens", file=sys.stderr)
+        console.say(f"{protocol['unfinished']} of {len(rows)} ran into {max_new_tokens} tokens")
+    then = f"csr eval chair --captions {out} --annotations COCO, or csr eval pope --questions {prompts} --answers {out}"
+    console.done(out, then=then, rows=len(rows), protocol=protocol)
 
 
 def _require_policy(run: Run, iteration: int) -> None:
@@ -276,7 +277,7 @@ def _store(root: Path, iteration: int | None, answers: Sequence[Path], document:
     path = run.evaluation_path(number, str(document["protocol"]["metric"]).lower())
     with run.locked():
         files.write_json(path, stored)
-    print(f"stored in {path}", file=sys.stderr)
+    console.say(f"stored in {path}; next: csr eval {root} and csr compare {root} show it")
 
 
 def _respond(run: Run, iteration: int, decoding: Decoding, advance: Advance) -> Respond:
@@ -354,7 +355,7 @@ def _print_notes(result: Mapping[str, Any]) -> None:
     shown = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result["counts"].items())
     print(f"\n{shown}")
     if result["protocol"]["generation"] is None:
-        print("how the captions were generated is not known: no protocol stands beside them", file=sys.stderr)
+        console.say("how the captions were generated is not known: no protocol stands beside them")
 
 
 def _print_undefined(settings: Mapping[str, Mapping[str, Any]]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from csr_vlm.cli import console
+from csr_vlm.cli.opening import RunArgument
 from csr_vlm.errors import CsrError
 from csr_vlm.store.run import Run
 
@@ -24,7 +25,7 @@ class Format(StrEnum):
 
 
 def export(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    target: RunArgument,
     form: Annotated[Format, typer.Option("--format", help="Whose format.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],
     iteration: Annotated[int | None, typer.Option(min=1, help="Whose pairs; the last one's by default.")] = None,
@@ -46,7 +47,9 @@ def export(
     number = iteration or max(opened.iterations_done("pairs"), default=0)
     if not opened.is_done(number, "pairs"):
         raise CsrError(f"iteration {number or 1} of {target} has no pairs", f"csr pairs {target}")
-    pairs = stages.whole_response_pairs(opened, number)
-    written = write_pairs(pairs, form.value, out, copy_images=copy_images, origin=opened.config.model.path)
-    print(written)
-    print(f"{len(pairs)} pairs of iteration {number}", file=sys.stderr)
+    with console.reporter().stage("writing pairs", 0):
+        pairs = stages.whole_response_pairs(opened, number)
+        written = write_pairs(pairs, form.value, out, copy_images=copy_images, origin=opened.config.model.path)
+    console.say(f"{len(pairs)} pairs of iteration {number}")
+    then = "docs/data.md shows how the other program reads them"
+    console.done(written, then=then, pairs=len(pairs), iteration=number)

@@ -8,35 +8,34 @@ from typing import Annotated
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli.opening import RunArgument
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
 
 def eval_lmms(
-    target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    target: RunArgument,
     tasks: Annotated[str, typer.Option(help="Such as mme,gqa; known: mme seed llava_w mmb mm_vet sqa vizwiz gqa.")],
     iteration: Annotated[
         list[int] | None, typer.Option("--iteration", min=0, help="Which; base and result by default.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many questions, to try it out.")] = None,
     include: Annotated[Path | None, typer.Option(help="Folder with own lmms-eval tasks; runs the code there.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Measure base and result on benchmarks, without merging, into RUN/iteration-N/eval/lmms.json.
 
     Example: csr eval lmms runs/llava --tasks mme,gqa
     """
+    opened = Run.open(target)
     console.quiet_libraries()
     from csr_vlm.evaluation import lmms
 
-    opened = Run.open(target)
     benchmarks = lmms.chosen([name.strip() for name in tasks.split(",") if name.strip()], include)
     from csr_vlm.evaluation.lmms_model import PolicyModel
     from csr_vlm.generation.policy import load_policy
     from csr_vlm.generation.transformers_engine import TransformersEngine
 
-    tell = console.reporter(quiet)
+    tell = console.reporter()
     results = {}
     with opened.locked():
         for number in iteration if iteration is not None else sorted({0, opened.final}):
@@ -48,9 +47,10 @@ def eval_lmms(
             new = lmms.run(model, benchmarks, include=include, limit=limit)
             results[number] = lmms.joined(files.read_json(path) if path.is_file() else None, new)
             files.write_json(path, results[number])
-    if as_json:
+    if console.mode.json:
         console.print_json(
             [{"iteration": n, "metrics": r["metrics"], "protocol": r["protocol"]} for n, r in results.items()]
         )
     else:
         console.print_metrics("lmms-eval", {number: result["metrics"] for number, result in results.items()})
+        console.say(f"next: csr reproduce {target} sets them beside the paper's")

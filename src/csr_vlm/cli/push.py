@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -38,12 +37,18 @@ def push(
         raise CsrError(f"{target} has no final adapter yet", f"csr run {target}")
     card = write_card(opened)
     if dry_run:
-        rows = [[path.name, f"{path.stat().st_size:,}"] for path in sorted(folder.iterdir()) if path.is_file()]
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        if console.mode.json:
+            console.print_json({"repository": repository, "files": files, "card": card.read_text(encoding="utf-8")})
+            return
+        rows = [[name, f"{size:,}"] for name, size in files.items()]
         console.print_table(f"to {repository}", ["file", "bytes"], rows)
         print(f"\n{card.read_text(encoding='utf-8')}")
-        print("nothing was sent", file=sys.stderr)
+        console.say("nothing was sent")
         return
-    print(_upload(folder, repository, private))
+    with console.reporter().stage("sending", 0):
+        address = _upload(folder, repository, private)
+    console.done(address, then=f'PeftModel.from_pretrained(base, "{repository}") loads it')
 
 
 def _upload(folder: Path, repository: str, private: bool) -> str:

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
+from csr_vlm.cli import console
 from csr_vlm.store.run import Run
 
 
 def reproduce(
-    targets: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.")],
+    targets: Annotated[list[Path], typer.Argument(metavar="RUN", help="Directories of runs.")],
     out: Annotated[Path | None, typer.Option("--out", help="The page; RUN/reproduction.html by default.")] = None,
 ) -> None:
     """Write a page with the paper's published tables and what the runs measured beside them.
@@ -22,4 +23,5 @@ def reproduce(
     from csr_vlm.report.reproduction import write_reproduction
 
     runs = [Run.open(target) for target in targets]
-    print(write_reproduction(runs, out or targets[0] / "reproduction.html"))
+    page = write_reproduction(runs, out or targets[0] / "reproduction.html")
+    console.done(page, then=f"open {page} in a browser; it needs no network")

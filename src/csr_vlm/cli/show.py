@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
 from csr_vlm import stages
+from csr_vlm.cli import console
 from csr_vlm.cli.console import print_metrics, print_table
 from csr_vlm.errors import CsrError
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.reward import SentenceReward, path_ids, sentence_rewards
-from csr_vlm.records import Fate, Node
+from csr_vlm.records import Fate, Node, Pair, Prompt
 from csr_vlm.store.run import Run
 
 _STYLES = {Fate.TOP: "green", Fate.BOTTOM: "yellow", Fate.FINISHED: "bold", Fate.TRUNCATED: "magenta"}
@@ -23,6 +23,19 @@ _STYLES = {Fate.TOP: "green", Fate.BOTTOM: "yellow", Fate.FINISHED: "bold", Fate
 def summary(run: Run) -> None:
     """Print what is done, the pairs of each iteration, and the metrics."""
     config = run.config
+    evaluated = run.iterations_done("evaluate")
+    if console.mode.json:
+        console.print_json(
+            {
+                "run": str(run.root),
+                "config": config.dump(),
+                "last_trained": run.last_trained,
+                "stopped_at": run.stopped_at,
+                "pairs": {number: run.result(number, "pairs") for number in run.iterations_done("pairs")},
+                "metrics": {number: run.metrics(number) for number in evaluated},
+            }
+        )
+        return
     print_table(
         str(run.root),
         ["", ""],
@@ -44,10 +57,12 @@ def summary(run: Run) -> None:
         rows.append([str(number), str(nodes), *(str(made.get(key, "-")) for key in keys)])
     print()
     print_table("", ["iteration", "nodes", "pairs", "margin", "sentences chosen", "rejected"], rows)
-    evaluated = run.iterations_done("evaluate")
     if evaluated:
         print()
         print_metrics("", {n: run.metrics(n) for n in evaluated})
+    if run.iterations_done("generate"):
+        first = next(run.prompts()).prompt_id
+        console.say(f"next: csr show {run.root} {first} draws one prompt's tree; csr compare {run.root}")
 
 
 def tree(run: Run, prompt_id: str, iteration: int | None) -> None:
@@ -62,6 +77,9 @@ def tree(run: Run, prompt_id: str, iteration: int | None) -> None:
     prompt, nodes = found
     rewards = sentence_rewards(nodes, method, scorer)
     pairs = make_pairs(prompt, nodes, method, scorer, run.config.seed)
+    if console.mode.json:
+        _print_tree_json(prompt, nodes, rewards, pairs)
+        return
     marks: dict[str, str] = {}
     if not isinstance(pairs, str):
         pair = pairs[0]
@@ -73,13 +91,33 @@ def tree(run: Run, prompt_id: str, iteration: int | None) -> None:
             children[node.parent_id].append(node)
     root = Tree(Text(f"{prompt.text}  ({prompt.image})"))
     _grow(root, "", children, rewards, marks)
-    output = Console(highlight=False)
+    output = console.terminal()
     output.print(root)
     if not isinstance(pairs, str):
         output.print(Text(f"✓ chosen   {pair.chosen.reward:8.3f}  {pair.chosen.text}"))
         output.print(Text(f"✗ rejected {pair.rejected.reward:8.3f}  {pair.rejected.text}"))
     else:
         output.print(Text(f"no pair: {pairs}"))
+
+
+def _print_tree_json(
+    prompt: Prompt, nodes: list[Node], rewards: dict[str, SentenceReward], pairs: list[Pair] | str
+) -> None:
+    sentences = [
+        {
+            "node_id": node.node_id,
+            "sentence": node.sentence,
+            "finish": node.finish.value,
+            "fate": node.fate.value,
+            "cosines": dict(node.cosines),
+            "reward": vars(rewards[node.node_id]) if node.node_id in rewards else None,
+        }
+        for node in nodes
+    ]
+    found = (
+        [] if isinstance(pairs, str) else [{"chosen": p.chosen.node_id, "rejected": p.rejected.node_id} for p in pairs]
+    )
+    console.print_json({"prompt": vars(prompt), "nodes": sentences, "pairs": found})
 
 
 def _grow(

@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli.verbs import Verbs
+from csr_vlm.errors import CsrError
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The embedded world: drawn scenes, tiny models.")
+app = typer.Typer(
+    cls=Verbs, no_args_is_help=True, rich_markup_mode=None, help="The embedded world: drawn scenes, tiny models."
+)
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 WorldName = Annotated[str, typer.Option("--world", help="Which world: harbour or market.")]
 
 
@@ -29,7 +31,6 @@ def world_build(
         Literal["llava", "idefics3"], typer.Option(help="What the policy is; idefics3 is the SmolVLM kind.")
     ] = "llava",
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that it works.")] = False,
-    quiet: Quiet = False,
 ) -> None:
     """Train the world's base models again, as the shipped ones were.
 
@@ -47,8 +48,8 @@ def world_build(
     if quick:
         phases = tuple(replace(phase, steps=60) for phase in plan.policy_phases)
         plan = replace(plan, scorer_steps=60, policy_phases=phases)
-    build_with_progress(world_named(world), out, plan, console.reporter(quiet))
-    print(out)
+    build_with_progress(world_named(world), out, plan, console.reporter())
+    console.done(out, then=f"csr world check {out}")
 
 
 @app.command("check")
@@ -58,20 +59,20 @@ def world_check(
     ] = None,
     scenes: Annotated[int, typer.Option(min=10, help="Test scenes.")] = 1000,
     world: WorldName = "harbour",
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Measure the world's scorer and base model: what they see, and what they make up.
 
     Example: csr world build --out build/world && csr world check build/world
     """
+    if directory is not None and not all((directory / part).is_dir() for part in ("clip", "llava")):
+        raise CsrError(f"{directory} holds no world: clip/ or llava/ is missing", "csr world build --out DIR makes one")
     console.quiet_libraries()
     from csr_vlm.world.check import check_models
     from csr_vlm.world.demo import assets
     from csr_vlm.world.scenes import world_named
 
-    found = check_models(world_named(world), directory or assets(), scenes, console.reporter(quiet))
-    if as_json:
+    found = check_models(world_named(world), directory or assets(), scenes, console.reporter())
+    if console.mode.json:
         console.print_json(found)
         return
     console.print_table("", ["scorer", ""], [[name, f"{value:.4f}"] for name, value in found["scorer"].items()])
@@ -91,7 +92,9 @@ def world_export(
     """
     from csr_vlm.world.demo import export_world
 
-    print(export_world(out, seed, prompts))
+    with console.reporter().stage("drawing", 0):
+        written = export_world(out, seed, prompts)
+    console.done(written, then="csr run recipes/quickstart.yaml, whose paths are those of csr world export world")
 
 
 @app.command("coco")
@@ -109,5 +112,6 @@ def world_coco(
     from csr_vlm.world.coco import write_coco
     from csr_vlm.world.scenes import Split, world_named
 
-    write_coco(world_named(world), Split(split), world_seed, scenes, out)
-    print(out)
+    with console.reporter().stage("drawing", 0):
+        write_coco(world_named(world), Split(split), world_seed, scenes, out)
+    console.done(out, then=f"csr eval answer RUN --prompts {out}/prompts.jsonl --out captions.jsonl")

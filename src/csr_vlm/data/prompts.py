@@ -111,6 +111,14 @@ def read_prompts(
             tick()
 
 
+def nothing_usable(config: DataConfig, report: InputReport) -> CsrError:
+    """Word that all prompts were dropped, or that there were none."""
+    what = f"no usable prompt in {', '.join(config.sources)}: {report.reasons or 'it is empty'}"
+    if config.image_root is not None and not Path(config.image_root).is_dir():
+        return CsrError(what, f"there is no folder {config.image_root}; data.image_root says where the images lie")
+    return CsrError(what, "; ".join(report.examples[:3]) or "docs/data.md has the formats")
+
+
 def sources(config: DataConfig) -> Iterator[Source]:
     """Open the sources of prompts, in their order."""
     for path in config.sources:

@@ -17,6 +17,7 @@ knows what it has. The manifest is made from the markers and can always be made 
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import platform
 import subprocess
@@ -26,14 +27,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from csr_vlm.config import RunConfig, resolve
 from csr_vlm.errors import CsrError
 from csr_vlm.records import SCHEMA_VERSION, Prompt
-from csr_vlm.store import files, tables
+from csr_vlm.store import files
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _PACKAGES = ("csr-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "pyarrow", "numpy")
 
@@ -52,8 +56,18 @@ class Run:
         Raises:
             CsrError: The directory holds a run of another configuration.
         """
-        path = root / "config.yaml"
-        if path.exists():
+        run = cls.planned(root, config)
+        files.write_text(root / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
+        return run
+
+    @classmethod
+    def planned(cls, root: Path, config: RunConfig) -> Run:
+        """Return what :meth:`create` would, and write nothing.
+
+        Raises:
+            CsrError: The directory holds a run of another configuration.
+        """
+        if (root / "config.yaml").exists():
             existing = cls.open(root)
             differing = sorted(differences(existing.config.dump(), config.dump()))
             if differing == ["iterations"] and config.iterations > existing.config.iterations:
@@ -61,11 +75,10 @@ class Run:
             if differing:
                 raise CsrError(
                     f"{root} holds a run with other settings: {', '.join(differing[:6])}",
-                    "give another directory, or the same settings to resume",
+                    f"--out DIR for a new run, or the same settings to go on: csr run {root}",
                 )
         if root.exists() and not root.is_dir():
             raise CsrError(f"{root} is a file, not a run directory", "give another directory")
-        files.write_text(path, yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
         return cls(root, config)
 
     @classmethod
@@ -77,7 +90,7 @@ class Run:
         """
         path = root / "config.yaml"
         if not path.is_file():
-            raise CsrError(f"{root} is not a run directory", "csr run RECIPE --out DIR makes one")
+            raise CsrError(f"{root} is not a run directory", _run_hint(root))
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -121,6 +134,8 @@ class Run:
 
     def heldout(self) -> list[Prompt]:
         """The prompts that nothing is trained on; few."""
+        from csr_vlm.store import tables
+
         return [prompt for group in tables.prompt_groups(self.heldout_path) for prompt in group]
 
     @property
@@ -130,7 +145,33 @@ class Run:
         return int(counted["accepted"]) - int(counted["heldout"])
 
     def prompts(self) -> Iterator[Prompt]:
+        from csr_vlm.store import tables
+
         return (prompt for group in tables.prompt_groups(self.prompts_path) for prompt in group)
+
+    def ledger_table(self, number: int) -> pa.Table:
+        """Return an iteration's ledger, one row a node (:class:`csr_vlm.records.Node`); ``.to_pandas()`` goes on.
+
+        Raises:
+            CsrError: The iteration was not generated completely.
+        """
+        from csr_vlm.store import tables
+
+        if not self.is_done(number, "generate"):
+            raise CsrError(f"iteration {number} of {self.root} is not generated", f"csr generate {self.root}")
+        return tables.read_whole(self.ledger_parts(number))
+
+    def pairs_table(self, number: int) -> pa.Table:
+        """Return an iteration's pairs, one row a pair (:class:`csr_vlm.records.Pair`).
+
+        Raises:
+            CsrError: The iteration has no pairs yet.
+        """
+        from csr_vlm.store import tables
+
+        if not self.is_done(number, "pairs"):
+            raise CsrError(f"iteration {number} of {self.root} has no pairs", f"csr pairs {self.root}")
+        return tables.read_whole([self.pairs_path(number)])
 
     def iteration(self, number: int) -> Path:
         return self.root / f"iteration-{number}"
@@ -230,6 +271,13 @@ class Run:
             "stages": stages,
         }
         files.write_json(self.root / "manifest.json", manifest)
+
+
+def _run_hint(root: Path) -> str:
+    """Word which run may have been meant."""
+    there = {path.parent.name: path.parent for path in root.parent.glob("*/config.yaml")}
+    near = difflib.get_close_matches(root.name, there, n=1)
+    return f"did you mean {there[near[0]]}?" if near else "csr run RECIPE --out DIR makes one"
 
 
 def differences(left: Any, right: Any, prefix: str = "") -> Iterator[str]:

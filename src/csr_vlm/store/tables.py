@@ -83,6 +83,11 @@ def _row_groups(path: Path) -> Iterator[list[dict[str, Any]]]:
             yield file.read_row_group(index).to_pylist(maps_as_pydicts="strict")
 
 
+def read_whole(paths: Sequence[Path]) -> pa.Table:
+    """Read files of one schema into memory, as one table."""
+    return pa.concat_tables([pq.read_table(path) for path in paths])
+
+
 def write_prompts(path: Path, prompts: Iterable[Prompt], group_size: int) -> None:
     """Write prompts as they come, so that each row group is one work item."""
     rows = (asdict(prompt) for prompt in prompts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from math import isfinite, log
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer
 
-from csr_vlm.config import ModelConfig, TrainingConfig
+from csr_vlm.config import ModelConfig, TrainingConfig, nearest
 from csr_vlm.errors import CsrError
 from csr_vlm.generation.families import family_of
 from csr_vlm.generation.policy import Policy, load_adapter, load_base
@@ -293,6 +294,9 @@ def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str
     clashing = sorted(needed.keys() & config.trl.keys())
     if clashing:
         raise CsrError(f"training.trl.{clashing[0]} is set by the run itself", "leave it out")
+    known = {field.name for field in fields(DPOConfig)}
+    for key in config.trl.keys() - known:
+        raise CsrError(f"trl.DPOConfig has no option for training.trl.{key}", nearest(key, known, say_all=False))
     try:
         dealt = shared_batch(config.trl, processes) if processes > 1 else {}
         return DPOConfig(**defaults | config.trl | dealt | needed)

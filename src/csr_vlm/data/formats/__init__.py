@@ -82,7 +82,7 @@ def open_source(path: str, form: str, split: str, image_root: str | None) -> Ite
     Args:
         form: Name of a format, or auto.
         split: Of a Hugging Face data set.
-        image_root: Instead of the folder that the source lies in.
+        image_root: Instead of the folder that the source lies in; no matter for a folder of images.
 
     Raises:
         CsrError: There is nothing, or nothing of a known format.
@@ -94,7 +94,9 @@ def open_source(path: str, form: str, split: str, image_root: str | None) -> Ite
         if found in ("images", "imagefolder") and not local.is_dir():
             raise CsrError(f"{name} is no folder, as format {found} needs", "set data.prompts or data.format")
         own = local if local.is_dir() else local.parent
-        root = Path(image_root) if image_root is not None else own if local.exists() else None
+        # The images of a folder lie in it, wherever a recipe's other images do.
+        elsewhere = image_root if found != "images" else None
+        root = Path(elsewhere) if elsewhere is not None else own if local.exists() else None
         yield Source(
             path=name,
             format=found,
