@@ -22,12 +22,14 @@ from csr_vlm import stages, verdicts
 from csr_vlm.progress import Reporter
 from csr_vlm.report.card import write_card
 from csr_vlm.report.html import write_report
+from csr_vlm.store.live import recorded
 from csr_vlm.store.run import Run
 
 
 def align(run: Run, tell: Reporter) -> None:
     """Run the whole method in a run directory, going on from whatever is there."""
-    with run.locked():
+    with run.locked(), recorded(run.root, tell) as recorder:
+        tell = recorder
         stages.check_inputs(run, tell)
         stages.evaluate(run, 0, tell)
         for iteration in range(1, run.config.iterations + 1):

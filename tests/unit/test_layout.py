@@ -19,7 +19,7 @@ LAYERS = (
     {"generation", "scoring", "training", "evaluation", "convert"},
     {"world", "scale"},
     {"external", "asking"},
-    {"stages", "report", "estimate", "analysis"},
+    {"stages", "report", "estimate", "analysis", "watch"},
     {"verdicts", "sweep"},
     {"loop"},
     {"cli"},

@@ -18,8 +18,10 @@ from csr_vlm.cli.health import audit, sweep
 from csr_vlm.cli.lmms import eval_lmms
 from csr_vlm.cli.push import push
 from csr_vlm.cli.reproduce import reproduce
+from csr_vlm.cli.watch import watch
 from csr_vlm.config import RunConfig, load_config
 from csr_vlm.errors import CsrError
+from csr_vlm.store.live import recorded
 from csr_vlm.store.run import Run
 
 app = typer.Typer(
@@ -309,6 +311,7 @@ def env(as_json: Json = False) -> None:
 app.command("audit")(audit)
 app.command("sweep")(sweep)
 app.command("compare")(compare)
+app.command("watch")(watch)
 app.command("analyse")(analyse)
 app.command("reproduce")(reproduce)
 app.command("export")(export)
@@ -356,8 +359,7 @@ def _one_stage(
     opened = _open_or_create(target, overrides, out)
     numbers = range(1, opened.config.iterations + 1)
     number = iteration or next((n for n in numbers if not opened.is_done(n, stage)), opened.config.iterations)
-    tell = console.reporter(quiet)
-    with opened.locked():
+    with opened.locked(), recorded(opened.root, console.reporter(quiet)) as tell:
         if stage == "generate":
             stages.check_inputs(opened, tell)
         stages.require_before(opened, number, stage)

@@ -91,10 +91,8 @@ def before_after(run: Run, evaluation: Evaluation, sample: Sample) -> BeforeAfte
         for before, after in spread(by_kind[kind], number):
             name = str(before["id"])
             prompt = asked.get(name)
-            image = picture(name, prompt and prompt.image, run.config.data.max_image_pixels)
-            cards.append(
-                Card(name, prompt.text if prompt else "", image, kind, _described(before), _described(after))
-            )
+            image = picture(name, prompt.image if prompt else None, run.config.data.max_image_pixels)
+            cards.append(Card(name, prompt.text if prompt else "", image, kind, _described(before), _described(after)))
     scale = Scale.of(s for card in cards for side in (card.before, card.after) for s in side.sentences)
     return BeforeAfter(cards, totals, evaluation.first, evaluation.last, evaluation.truth_known, scale)
 

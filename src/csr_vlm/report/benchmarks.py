@@ -65,8 +65,8 @@ def _figure(tables: Published, found: RunNumbers, keys: Sequence[str]) -> Figure
         if any(key in mine for key in keys)
     ]
     hint = (
-        f"Each spoke runs from the worst (inside) to the best (at the rim) of the published {main.model} models and this "
-        "run; both stand under its name. Only compare shapes along one spoke."
+        f"Each spoke runs from the worst (inside) to the best (at the rim) of the published {main.model} models and "
+        "this run; both stand under its name. Only compare shapes along one spoke."
     )
     text = "; ".join(f"{shape.name}: {', '.join(fixed(value, 1) for value in shape.values)}" for shape in shapes)
     return Figure("All benchmarks", "further out is better", hint, radar(text, spokes, shapes), legend_of(shapes))

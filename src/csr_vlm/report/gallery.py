@@ -28,6 +28,8 @@ class Told:
     reward: float
     sentences: Sequence[Sentence]
     complete: bool
+    ends_here: bool
+    """Whether what it prefers or refuses, last of all, is to say no more."""
 
 
 @dataclass(frozen=True)
@@ -129,18 +131,27 @@ def _trees(run: Run, iteration: int, prompt_ids: Sequence[str]) -> dict[str, lis
 def _round(run: Run, iteration: int, pairs: Sequence[Pair], nodes: Sequence[Node]) -> Round:
     absent = absent_kinds(pairs[0].prompt.prompt_id) or frozenset()
     by_id = {node.node_id: node for node in nodes}
-    preferences = [
-        Preference(_told(run, pair.chosen, by_id, absent), _told(run, pair.rejected, by_id, absent)) for pair in pairs
-    ]
+    preferences = []
+    for pair in pairs:
+        shared = _num_shared(pair)
+        sides = (_told(run, side, by_id, absent, shared) for side in (pair.chosen, pair.rejected))
+        preferences.append(Preference(*sides))
     return Round(iteration, preferences, search_tree(nodes, pairs, run.config) if nodes else None)
 
 
-def _told(run: Run, response: Response, nodes: Mapping[str, Node], absent: Collection[str]) -> Told:
+def _num_shared(pair: Pair) -> int:
+    """Count the sentences that both sides start with: siblings differ in the last only."""
+    sides = (path_ids(side.node_id) for side in (pair.chosen, pair.rejected))
+    return sum(chosen == rejected for chosen, rejected in zip(*sides, strict=False))
+
+
+def _told(run: Run, response: Response, nodes: Mapping[str, Node], absent: Collection[str], num_shared: int) -> Told:
     path = [nodes[node_id] for node_id in path_ids(response.node_id) if node_id in nodes]
     # A ledger that was moved away still leaves the response's own text.
     whole = len(path) == len(path_ids(response.node_id))
     rows = [(node.sentence, _relevance(run, node)) for node in path] if whole else [(response.text, None)]
-    return Told(response.reward, sentences(rows, absent), response.complete)
+    ends_here = whole and not path[-1].sentence
+    return Told(response.reward, sentences(rows, absent, num_shared if whole else 0), response.complete, ends_here)
 
 
 def _relevance(run: Run, node: Node) -> float | None:

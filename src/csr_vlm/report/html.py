@@ -88,7 +88,7 @@ def _content(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
     prompts = run.result(0, "prompts") if run.is_done(0, "prompts") else {}
     pairs = panels.pair_results(run)
     training = panels.training_results(run)
-    finished = _finished(run)
+    finished = run.is_finished
     lambdas, benchmarks = lambda_panel(run), benchmark_panel(run)
     heldout = evaluation_named(run, "heldout") if evaluation and evaluation.truth_known else None
     return {
@@ -133,11 +133,3 @@ def _pictures(run: Run, evaluation: Evaluation | None, sample: Sample) -> dict[s
 def _last_part(path: str) -> str:
     """Name a model by the last part of its path; a hub id keeps its owner."""
     return path if path.count("/") == 1 and not path.startswith(("/", ".")) else Path(path).name or path
-
-
-def _finished(run: Run) -> bool:
-    if run.stopped_at is not None:
-        return True
-    last = run.config.iterations
-    evaluated = run.config.evaluation.world is None or run.is_done(last, "evaluate")
-    return run.is_done(last, "train") and evaluated

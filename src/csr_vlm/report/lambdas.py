@@ -29,10 +29,8 @@ from csr_vlm.world.truth import judge
 
 _WEIGHTS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 _MOST_PROMPTS = 48
-_SIGNS = (
-    ("relevance_win", "Chosen suits the image better", "share of pairs; 0.5 is chance", True),
-    ("omission_gap", "Left out of what was seen", "sentences a pair, chosen less rejected; below 0 is good", False),
-)
+_WINS = ("relevance_win", "Chosen suits the image better", "share of pairs; 0.5 is chance", True)
+_OMITS = ("omission_gap", "Left out of what was seen", "sentences a pair, chosen less rejected", False)
 _SWEPT = ("chair_s", "recall", "relevance")
 
 
@@ -61,7 +59,10 @@ class _At:
 
 
 def lambda_panel(run: Run) -> Lambdas | None:
-    """Derive the pairs of the first ledger under several lambdas; None without a ledger or where lambda decides nothing."""
+    """Derive the pairs of the first ledger under several lambdas.
+
+    None without a ledger, and where pairs are drawn at random, so that lambda decides nothing.
+    """
     done = [number for number in run.iterations_done("generate") if number]
     if not done or run.config.method.pairs.selection == "random":
         return None
@@ -70,8 +71,8 @@ def lambda_panel(run: Run) -> Lambdas | None:
         found = {weight: _at(run, trees, weight) for weight in sorted({*_WEIGHTS, own})}
     except CsrError:  # the ledger lacks a score that the reward needs; csr pairs says which
         return None
-    figures = [_same(found, own), *(_sign(found, own, *sign) for sign in _SIGNS), _truth(found, own)]
-    return Lambdas(done[0], own, len(trees), [f for f in figures if f is not None and f.svg], _trained(run, done[0]))
+    figures = [_same(found, own), _sign(found, own, *_WINS), _truth(found, own) or _sign(found, own, *_OMITS)]
+    return Lambdas(done[0], own, len(trees), [f for f in figures if f.svg], _trained(run, done[0]))
 
 
 def _trees(run: Run, iteration: int) -> list[tuple[Prompt, list[Node]]]:
@@ -98,9 +99,9 @@ def _at(run: Run, trees: Sequence[tuple[Prompt, list[Node]]], weight: float) -> 
 
 
 def _figure(label: str, meaning: str, series: Sequence[Series], own: float, hint: str = "", **axes: Any) -> Figure:
+    hint = hint or f"over λ; the dotted line is this run’s {own:g}"
     text = "; ".join(point.title for line in series for point in line.points)
-    ticks = sorted({0.0, 0.5, 1.0, own} - ({1.0} if 0.85 < own < 1 else set()))
-    frame = Axes(digits=2, x_ticks=ticks, **axes)
+    frame = Axes(digits=2, x_ticks=(0.0, 0.25, 0.5, 0.75, 1.0), x_marker=own, label_points=False, **axes)
     legend = [(line.style, line.name) for line in series] if len(series) > 1 else []
     return Figure(label, meaning, hint, chart(f"{label}: {text}", series, frame), legend)
 
@@ -108,12 +109,11 @@ def _figure(label: str, meaning: str, series: Sequence[Series], own: float, hint
 def _same(found: Mapping[float, _At], own: float) -> Figure:
     """How many of the run's pairs another lambda would make too."""
     mine = found[own].sides
-    points = [
-        Point(weight, share, title=f"λ = {weight:g}: {fixed(share, 2)}")
-        for weight, at in found.items()
-        if mine and (share := len(at.sides & mine) / len(mine)) is not None
-    ]
-    return _figure("Pairs that stay", "share of this run’s pairs", [Series("pairs", points)], own, from_zero=True, at_most=1.0)
+    shares = {weight: len(at.sides & mine) / len(mine) for weight, at in found.items()} if mine else {}
+    points = [Point(weight, share, title=f"λ = {weight:g}: {fixed(share, 2)}") for weight, share in shares.items()]
+    return _figure(
+        "Pairs that stay", "share of this run’s pairs", [Series("pairs", points)], own, from_zero=True, at_most=1.0
+    )
 
 
 def _sign(found: Mapping[float, _At], own: float, name: str, label: str, meaning: str, zero: bool) -> Figure:
@@ -168,4 +168,6 @@ def _swept(measure: Measure, measured: Mapping[float, Mapping[str, Any]], own: f
         if (m := metrics.get(measure.key)) is not None and m["value"] is not None
     ]
     series = [Series(measure.label, points)]
-    return _figure(measure.label, measure.meaning, series, own, measure.hint, from_zero=measure.from_zero, at_most=measure.at_most)
+    return _figure(
+        measure.label, measure.meaning, series, own, measure.hint, from_zero=measure.from_zero, at_most=measure.at_most
+    )

@@ -12,6 +12,10 @@ from csr_vlm.report.formats import fixed, plural, relative_change, signed
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
+_NO_TRUTH = (
+    "Whether the model hallucinates less was not measured: csr eval chair and csr eval pope do, where the truth is "
+    "known. R_I is what training rewards, so it rises before anything is proved."
+)
 NOTICEABLE = 0.01
 """A rate that moves the wrong way by more than this is named in the verdict."""
 
@@ -157,8 +161,8 @@ def paired_difference(evaluation: Evaluation) -> Metric | None:
         return None
     if evaluation.truth_known:
         return ratio([bool(b["hallucinated"]) - bool(a["hallucinated"]) for a, b in rows], [1.0] * len(rows))
-    sides = [[row["tallies"]["relevance"] for row in side] for side in zip(*rows, strict=True)]
-    found = tallied_difference(*sides)
+    before, after = ([pair[side]["tallies"]["relevance"] for pair in rows] for side in (0, 1))
+    found = tallied_difference(before, after)
     return Metric(found.value, found.low, found.high, found.n)
 
 
@@ -214,12 +218,9 @@ def _without_truth(run: Run, evaluation: Evaluation) -> Verdict:
     word = "more" if after > before else "less"
     extent = f"R_I went from {fixed(before, 1)} to {fixed(after, 1)}"
     tone: Tone = "none" if not certain else "better" if after > before else "worse"
-    sentence = f"responses to {plural(evaluation.metric(last, 'relevance').n, 'held-out prompt')} are {word} relevant: {extent}"
-    notes = [
-        *_stop_notes(run),
-        "Whether the model hallucinates less was not measured: csr eval chair and csr eval pope do, where the truth "
-        "is known. R_I is what training rewards, so it rises before anything is proved.",
-    ]
+    asked = plural(evaluation.metric(last, "relevance").n, "held-out prompt")
+    sentence = f"responses to {asked} are {word} relevant: {extent}{'' if certain else ', which may be chance'}"
+    notes = [*_stop_notes(run), _NO_TRUTH]
     if difference is not None and difference.value is not None:
         notes.append(
             f"On the same prompts R_I changed by {signed(difference.value, 1)} "
@@ -228,7 +229,7 @@ def _without_truth(run: Run, evaluation: Evaluation) -> Verdict:
     worse = _worse(evaluation)
     if worse:
         notes.append(f"Worse than the base model: {', '.join(worse)}.")
-    return Verdict(f"{_when(run, last)} {sentence}{'' if certain else ', which may be chance'}.", tone, notes)
+    return Verdict(f"{_when(run, last)} {sentence}.", tone, notes)
 
 
 def _stop_notes(run: Run) -> list[str]:
@@ -246,7 +247,7 @@ def _certain(evaluation: Evaluation, difference: Metric | None, key: str = "chai
     """Whether the change is more than the draw of the prompts can explain."""
     if difference is not None and difference.low is not None and difference.high is not None:
         return difference.low > 0 or difference.high < 0
-    return not _overlap(*(evaluation.metric(n, key) for n in (evaluation.first, evaluation.last)))
+    return not overlap(*(evaluation.metric(n, key) for n in (evaluation.first, evaluation.last)))
 
 
 def _hallucination_clause(before: float, after: float, certain: bool) -> tuple[str, Tone]:
@@ -276,8 +277,9 @@ def _recall_clause(evaluation: Evaluation) -> tuple[str, bool]:
 def _notes(evaluation: Evaluation, difference: Metric | None) -> list[str]:
     notes = []
     if difference is not None:
+        asked = plural(difference.n, "scene" if evaluation.name == "world" else "caption")
         notes.append(
-            f"On the same {plural(difference.n, 'scene' if evaluation.name == 'world' else 'caption')} CHAIR_S changed by {signed(difference.value)} "
+            f"On the same {asked} CHAIR_S changed by {signed(difference.value)} "
             f"(95 % interval {signed(difference.low)} to {signed(difference.high)})."
         )
     lowest = {n: m.value for n in evaluation.measured if (m := evaluation.metric(n, "chair_s")).value is not None}
@@ -301,12 +303,13 @@ def _worse(evaluation: Evaluation) -> list[str]:
         if before.value is None or after.value is None:
             continue
         if measure.worse_by(before.value, after.value) > NOTICEABLE * (measure.at_most or 1.0):
-            doubt = " (intervals overlap)" if _overlap(before, after) else ""
+            doubt = " (intervals overlap)" if overlap(before, after) else ""
             found.append(f"{measure.label} {signed(after.value - before.value, measure.digits)}{doubt}")
     return found
 
 
-def _overlap(left: Metric, right: Metric) -> bool:
+def overlap(left: Metric, right: Metric) -> bool:
+    """Whether two 95 % intervals meet; so too where there are none."""
     if left.low is None or left.high is None or right.low is None or right.high is None:
         return True
     return left.low <= right.high and right.low <= left.high

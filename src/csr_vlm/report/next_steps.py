@@ -29,7 +29,9 @@ def next_steps(run: Run, finished: bool, lambdas: Lambdas | None, benchmarks: Be
         if not (run.root / "analysis.json").is_file():
             steps.append(Step("Look inside the model; adds a part to this report", f"csr analyse {root}"))
         if benchmarks is None and run.config.evaluation.world is None:
-            steps.append(Step("Measure benchmarks; adds a part to this report", f"csr eval lmms {root} --tasks mme,gqa"))
+            steps.append(
+                Step("Measure benchmarks; adds a part to this report", f"csr eval lmms {root} --tasks mme,gqa")
+            )
     if lambdas is not None and not lambdas.trained:
         steps.append(Step("Train with other λ from the same ledger", f"csr sweep {root} method.lambda=0,0.5,0.9,1"))
     return steps

@@ -14,7 +14,7 @@ from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.evaluation.statistics import Metric
 from csr_vlm.report.charts import Axes, Point, Series, chart, smoothed
 from csr_vlm.report.formats import compact, count, fixed, percent, relative_change, scientific, signed
-from csr_vlm.report.measures import MEASURES, Evaluation, Measure
+from csr_vlm.report.measures import MEASURES, Evaluation, Measure, overlap
 from csr_vlm.store.run import Run
 
 
@@ -69,7 +69,8 @@ def _tile(measure: Measure, evaluation: Evaluation) -> Tile:
     tone, change = "none", ""
     if before.value is not None and after.value is not None:
         worse = measure.worse_by(before.value, after.value)
-        tone = "worse" if worse > 0 else "better" if worse < 0 else "none"
+        if not overlap(before, after):
+            tone = "worse" if worse > 0 else "better" if worse < 0 else "none"
         share = relative_change(before.value, after.value) if measure.better == "lower" else None
         change = share or signed(after.value - before.value, measure.digits)
     return Tile(

@@ -21,6 +21,8 @@ class Sentence:
     markup: Markup
     relevance: float | None
     """R_I, 0 to 100; None where it was not measured."""
+    shared: bool = False
+    """Whether the other side of the pair says it too, up to here."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,15 @@ class Scale:
         return max(0, min(int((value - self.low) / (self.high - self.low) * SCALE_STEPS), SCALE_STEPS - 1))
 
 
-def sentences(rows: Iterable[tuple[str, float | None]], absent: Collection[str]) -> Sequence[Sentence]:
-    """Mark (text, R_I) rows; those without a word are left out."""
-    return [Sentence(marked(text, absent), relevance) for text, relevance in rows if text]
+def sentences(
+    rows: Iterable[tuple[str, float | None]], absent: Collection[str], num_shared: int = 0
+) -> Sequence[Sentence]:
+    """Mark (text, R_I) rows, the first ``num_shared`` as shared; those without a word are left out."""
+    return [
+        Sentence(marked(text, absent), relevance, place < num_shared)
+        for place, (text, relevance) in enumerate(rows)
+        if text
+    ]
 
 
 def marked(text: str, absent: Collection[str]) -> Markup:

@@ -22,7 +22,7 @@ from csr_vlm.report.formats import compact, fixed, plural, signed
 from csr_vlm.report.sample import cut
 
 _LEVEL, _EDGE = 46, 14
-_WIDE, _NARROW = 22, 15
+_WIDE, _NARROW = 26, 15
 """What a kept and a dropped leaf take beside their neighbours."""
 _MOST_CHARS = 600
 SHAPES: Mapping[str, str] = {
@@ -161,18 +161,21 @@ def _edges(nodes: Sequence[Node], places: Mapping[str, tuple[float, float]], mar
             if path in marks.of(node.node_id):
                 lines[path].append(curve)
     return [
-        Markup('<path class="edge {}" d="{}"/>').format(kind, "".join(curves)) for kind, curves in lines.items() if curves
+        Markup('<path class="edge {}" d="{}"/>').format(kind, "".join(curves))
+        for kind, curves in lines.items()
+        if curves
     ]
 
 
 def _node(node: Node, place: tuple[float, float], marks: _Marks) -> Markup:
     kind, fate = _FATES[node.fate]
     own = marks.of(node.node_id)
+    classes = " ".join(["node", kind, *own])
     ring = Markup('<circle class="ring" r="10.5"/>') if {"chosen", "rejected"} & set(own) else ""
     return Markup(
         '<g class="{}" data-id="{}" transform="translate({:.1f} {:.0f})" role="treeitem" aria-level="{}" tabindex="-1">'
         '<title>{}</title><circle class="target" r="8"/>{}<path d="{}"/></g>'
-    ).format(" ".join(["node", kind, *own]), node.node_id, *place, node.depth, _title(node, fate, marks), ring, SHAPES[kind])
+    ).format(classes, node.node_id, *place, node.depth, _title(node, fate, marks), ring, SHAPES[kind])
 
 
 def _title(node: Node, fate: str, marks: _Marks) -> str:
