@@ -175,6 +175,8 @@ def _drawn(view: View) -> RenderableType:
     parts: list[RenderableType] = [head, Text("")]
     if view.current is not None:
         parts += [_bar(view), Text("")]
+    elif view.state == "running":
+        parts += [Text("between two stages: loading or writing", style="dim"), Text("")]
     parts.append(_table(view))
     if view.said:
         parts += [Text(""), *(Text(f"• {plain(line)}", style="yellow") for line in view.said[-3:])]

@@ -64,7 +64,7 @@ def lambda_panel(run: Run) -> Lambdas | None:
     None without a ledger, and where pairs are drawn at random, so that lambda decides nothing.
     """
     done = [number for number in run.iterations_done("generate") if number]
-    if not done or run.config.method.pairs.selection == "random":
+    if not done or not run.prompts_path.is_file() or run.config.method.pairs.selection == "random":
         return None
     own, trees = run.config.method.lambda_, _trees(run, done[0])
     try:

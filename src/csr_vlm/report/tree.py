@@ -83,10 +83,10 @@ def search_tree(nodes: Sequence[Node], pairs: Iterable[Pair], config: RunConfig)
         nodes: All of the prompt's nodes; duplicates are counted with the sentence they repeat.
         pairs: The prompt's pairs, whose ends are ringed.
     """
-    shown = [node for node in nodes if node.fate is not Fate.DUPLICATE]
-    ids = {node.node_id for node in shown}
+    ids = {node.node_id for node in nodes}
     # A ledger with a hole still shows what hangs on the root.
-    shown = [node for node in shown if ids.issuperset(path_ids(node.node_id))]
+    nodes = [node for node in nodes if ids.issuperset(path_ids(node.node_id))]
+    shown = [node for node in nodes if node.fate is not Fate.DUPLICATE]
     marks = _marks(nodes, list(pairs), config)
     places = _places(shown)
     width = max((x for x, _ in places.values()), default=0.0) + _WIDE / 2 + _EDGE

@@ -22,7 +22,7 @@ from csr_vlm.store import files
 
 State = Literal["working", "done", "failed", "interrupted"]
 EVERY_SECONDS = 2.0
-"""The least time between two writes, apart from those at the start of a stage and at the end."""
+"""The least time between two writes, apart from those at the ends of a stage."""
 _WINDOW = 16
 """Steps of progress that the rate is measured over: a resumed stage passes what it has in no time."""
 _REMEMBERED = 8
@@ -108,6 +108,7 @@ class Recorder:
         with self._tell.stage(title, total) as advance:
             yield _Heard(self, stage, advance)
         self._progress.stage = outer
+        self.write()
 
     def say(self, text: str) -> None:
         self._progress.said = [*self._progress.said, text][-_REMEMBERED:]
