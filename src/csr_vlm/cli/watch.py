@@ -26,7 +26,8 @@ _LINE_EVERY = 30.0
 """Seconds between two lines about the same stage, where there is no terminal to draw on."""
 _QUIET = 20.0
 """Seconds without a sign after which it is said so."""
-_COLUMNS = (("generate", "search"), ("pairs", "pairs"), ("train", "train"), ("evaluate", "evaluate"))
+_COLUMNS = (("generate", "search"), ("train", "train"), ("evaluate", "evaluate"))
+"""The stages that take their time."""
 _METRICS = (("chair_s", "chair_i", "recall"), ("relevance", "sentences", "repeats"))
 """With and without truth."""
 _STILL_GOING = ("running", "waiting")
@@ -223,5 +224,5 @@ def _table(view: View) -> RenderableType:
 def _took(done: Mapping[str, float | None], stage: str) -> str:
     if stage not in done:
         return "·"
-    seconds = done[stage]
-    return "done" if seconds is None else duration(seconds)
+    minutes, seconds = divmod(round(done[stage] or 0.0), 60)
+    return f"{minutes}:{seconds:02d}"
