@@ -50,8 +50,8 @@ def test_help_is_quick_and_names_every_verb() -> None:
         shown = csr("--help").stdout
         times.append(time.perf_counter() - started)
     verbs = (
-        "run demo check generate score pairs audit train sweep eval compare watch reproduce analyse show report merge push "
-        "export convert env world"
+        "run demo check generate score pairs audit train sweep eval compare watch reproduce analyse show report merge "
+        "push export convert env world"
     ).split()
     assert all(f"  {verb} " in shown for verb in verbs)
     assert min(times) < 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from csr_vlm.method.search import search
 from csr_vlm.progress import Silent
 from csr_vlm.records import Pair, Prompt
 from csr_vlm.scoring.load import load_scorer
+from csr_vlm.stages import check_inputs
 from csr_vlm.store.run import Run
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.dpo import merge, reference_difference, train, trainable_policy, trainer_arguments
@@ -215,6 +217,23 @@ def test_report_to_reaches_trl_and_outlives_the_trainer(pairs, config, tmp_path:
     assert not (where / "work").exists()
     assert trainer_arguments(CONFIG, where / "work", 0, "cpu").run_name == "mine-iteration-1"
     assert trainer_arguments(CONFIG, where / "work", 0, "cpu").report_to == []
+
+
+@pytest.mark.parametrize(
+    ("report_to", "message"),
+    [
+        ("tensorbord", "'tensorbord' is unknown (did you mean tensorboard?)"),
+        (["none", "wandb"], "wandb is not installed (pip install wandb)"),
+    ],
+)
+def test_a_service_that_cannot_be_is_refused_before_the_work(
+    config, tmp_path: Path, monkeypatch, report_to, message: str
+) -> None:
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", list)
+    training = config.training.model_copy(update={"trl": {"report_to": report_to}})
+    with pytest.raises(CsrError, match=re.escape(message)):
+        check_inputs(Run.create(tmp_path, config.model_copy(update={"training": training})), Silent())
+    assert not (tmp_path / "prompts.parquet").exists()
 
 
 def test_every_iteration_is_a_wandb_run_of_its_own(monkeypatch) -> None:

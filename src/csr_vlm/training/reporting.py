@@ -6,12 +6,36 @@ its own; and what lies on disk must outlive the trainer's working directory.
 
 from __future__ import annotations
 
+import difflib
 import sys
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+
+from csr_vlm.errors import CsrError
+
+_PACKAGED = ("tensorboard", "wandb", "trackio")
+"""Services whose package has the service's name."""
+
+
+def require_services(report_to: str | list[str] | None) -> None:
+    """Refuse a service that TRL does not know, or whose package is absent, before hours of work and not after.
+
+    Raises:
+        CsrError: There is such a one.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name not in {*INTEGRATION_TO_CALLBACK, "none", "all"}:
+            near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            raise CsrError(f"training.trl.report_to: {name!r} is unknown", hint)
+        if name in _PACKAGED and name not in get_available_reporting_integrations():
+            raise CsrError(f"training.trl.report_to: {name} is not installed", f"pip install {name}")
 
 
 def report_name(work: Path) -> str:
