@@ -83,6 +83,7 @@ def report(run: Run) -> Path:
 def page(browser: Browser, report: Path) -> Iterator[Page]:
     """The report, just opened on a laptop; at the end nothing may have gone wrong in it."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    context.set_default_timeout(90_000)  # a busy machine is slow, not broken
     opened = context.new_page()
     wrong: list[str] = []
     opened.on("console", lambda message: wrong.append(message.text))

@@ -159,6 +159,15 @@ def test_a_run_without_truth_shows_its_held_out_responses(tmp_path: Path) -> Non
     assert "not in the picture" not in page.text
 
 
+def test_numbers_under_different_protocols_are_not_compared(tmp_path: Path) -> None:
+    run = heldout_run(tmp_path, [20.0, 22.0], [28.0, 25.0])
+    path = run.evaluation_path(2, "heldout")
+    files.write_json(path, files.read_json(path) | {"protocol": {"max_new_tokens": 9}})
+    told = verdict(run, read_evaluation(run))
+    assert told.sentence == "Only the base model is evaluated so far: its R_I is 21.0."
+    assert told.notes[-1] == "Measured under another protocol, and so left out: iteration 2."
+
+
 def test_a_change_of_relevance_that_may_be_chance(tmp_path: Path) -> None:
     found = heldout_run(tmp_path, [20.0, 22.0, 24.0, 26.0], [28.0, 15.0, 27.0, 24.0])
     told = verdict(found, read_evaluation(found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from csr_vlm.evaluation.statistics import Metric, ratio
@@ -89,6 +89,8 @@ class Evaluation:
     """Empty where only one policy is evaluated."""
     final: int | None = None
     """The iteration that is the run's result, where the run was stopped."""
+    left_out: Sequence[int] = ()
+    """Iterations measured under another protocol than the first."""
 
     @property
     def truth_known(self) -> bool:
@@ -127,7 +129,9 @@ def read_evaluation(run: Run) -> Evaluation | None:
 def evaluation_named(run: Run, name: str) -> Evaluation | None:
     """Read what an evaluation found, policy by policy; None where it was not made."""
     numbers = [n for n in range(run.config.iterations + 1) if run.evaluation_path(n, name).is_file()]
-    documents = {number: files.read_json(run.evaluation_path(number, name)) for number in numbers}
+    every = {number: files.read_json(run.evaluation_path(number, name)) for number in numbers}
+    # Numbers under different protocols are not to be compared.
+    documents = {n: found for n, found in every.items() if found["protocol"] == every[numbers[0]]["protocol"]}
     measured = {
         number: {key: _metric(values) for key, values in document["metrics"].items()}
         for number, document in documents.items()
@@ -135,9 +139,10 @@ def evaluation_named(run: Run, name: str) -> Evaluation | None:
     if not measured:
         return None
     final = run.final if run.stopped_at is not None and run.final in measured else None
-    first, last = documents[numbers[0]], documents[numbers[-1] if final is None else final]
+    first, last = documents[min(measured)], documents[max(measured) if final is None else final]
     after = last.get("rows", []) if len(measured) > 1 else []
-    return Evaluation(name, measured, last.get("protocol", {}), first.get("rows", []), after, final)
+    left_out = sorted(every.keys() - documents.keys())
+    return Evaluation(name, measured, last["protocol"], first.get("rows", []), after, final, left_out)
 
 
 def _metric(values: Mapping[str, Any]) -> Metric:
@@ -168,6 +173,14 @@ def paired_difference(evaluation: Evaluation) -> Metric | None:
 
 def verdict(run: Run, evaluation: Evaluation | None) -> Verdict:
     """Say in one sentence, good or bad, what the run did."""
+    found = _verdict(run, evaluation)
+    if evaluation is None or not evaluation.left_out:
+        return found
+    names = ", ".join(f"iteration {number}" for number in evaluation.left_out)
+    return replace(found, notes=[*found.notes, f"Measured under another protocol, and so left out: {names}."])
+
+
+def _verdict(run: Run, evaluation: Evaluation | None) -> Verdict:
     if evaluation is None:
         trained = run.last_trained
         done = f"{trained} of {plural(run.config.iterations, 'iteration')} {'is' if trained == 1 else 'are'} trained"
