@@ -224,7 +224,7 @@ def _cut_to_length(run: Result, world: World) -> dict[str, dict[str, Tally]]:
         kept = sentences[: sum(bool(part.strip()) for part in aligned[scene_id].split("."))]
         scene = parse_scene_id(world, scene_id)
         short = " ".join(kept)
-        found[scene_id] = tallies(world, Described(scene, short, True, judge(world, scene, short), None), {})
+        found[scene_id] = tallies(world, Described(scene, short, True, judge(world, scene, short)), {})
     return found
 
 

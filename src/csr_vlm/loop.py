@@ -23,6 +23,7 @@ from csr_vlm.progress import Reporter
 from csr_vlm.report.card import write_card
 from csr_vlm.report.html import write_report
 from csr_vlm.scale.crew import ALONE, Crew
+from csr_vlm.store.live import recorded
 from csr_vlm.store.run import Run
 
 
@@ -32,7 +33,8 @@ def align(run: Run, tell: Reporter, crew: Crew = ALONE) -> None:
     Args:
         crew: Who generates and trains; what comes out does not depend on it.
     """
-    with run.locked():
+    with run.locked(), recorded(run.root, tell) as recorder:
+        tell = recorder
         stages.check_inputs(run, tell)
         stages.evaluate(run, 0, tell)
         for iteration in range(1, run.config.iterations + 1):

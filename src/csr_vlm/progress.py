@@ -7,7 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 Advance = Callable[[int], None]
-"""Called with the number of items finished since the last call."""
+"""Called with the number of items finished since the last call.
+
+It may also have ``set_total(total)``, for work whose size shows only once it began, and
+``note(numbers)``, for what the work measures as it goes.
+"""
 
 
 class Reporter(Protocol):

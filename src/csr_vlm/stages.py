@@ -39,6 +39,10 @@ _WHOLE_PER_PROMPT = 4
 
 def check_inputs(run: Run, tell: Reporter) -> None:
     """Read all prompts, decode every image once, and keep those that passed; the same for pairs from outside."""
+    if "report_to" in run.config.training.trl:
+        from csr_vlm.training.reporting import require_services
+
+        require_services(run.config.training.trl["report_to"])
     if run.is_done(0, "prompts"):
         return
     from csr_vlm.training.dpo import trainer_arguments

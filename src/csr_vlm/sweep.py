@@ -51,7 +51,7 @@ def sweep(run: Run, axes: Sequence[str], iteration: int, out: Path, tell: Report
         out: Gets a directory a point.
 
     Returns:
-        For each point its ``overrides``, what the ``pairs`` are like, and the ``metrics``.
+        For each point its ``overrides``, the ``iteration``, what the ``pairs`` are like, and the ``metrics``.
 
     Raises:
         CsrError: A point changes what made the ledger, or leaves no pairs.
@@ -66,7 +66,7 @@ def sweep(run: Run, axes: Sequence[str], iteration: int, out: Path, tell: Report
         root = out / files.digest({"overrides": overrides, "iteration": iteration})
         if not (root / "result.json").exists():
             result = _point(run, config, iteration, root, " ".join(overrides), tell)
-            files.write_json(root / "result.json", {"overrides": overrides, **result})
+            files.write_json(root / "result.json", {"overrides": overrides, "iteration": iteration, **result})
         rows.append(files.read_json(root / "result.json"))
     return rows
 

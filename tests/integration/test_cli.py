@@ -58,8 +58,8 @@ def test_help_is_quick_and_names_every_verb() -> None:
         shown = csr("--help").stdout
         times.append(processor_seconds() - before)
     verbs = (
-        "run demo check generate score pairs audit train sweep eval compare reproduce analyse show report merge push "
-        "export convert env world"
+        "run demo check generate score pairs audit train sweep eval compare watch reproduce analyse show report merge "
+        "push export convert env world"
     ).split()
     assert all(f"  {verb} " in shown for verb in verbs)
     assert "More:" not in shown, "give the new verb its place in csr_vlm.cli.verbs.SECTIONS"

@@ -20,6 +20,7 @@ from csr_vlm.config import RunConfig, resolve
 from csr_vlm.loop import align
 from csr_vlm.progress import Silent
 from csr_vlm.store import tables
+from csr_vlm.store.live import read_progress
 from csr_vlm.store.run import Run
 from tests.integration.conftest import small_config
 
@@ -67,6 +68,7 @@ def test_a_run_leaves_what_the_design_promises(undisturbed: Run) -> None:
     assert (len(trained_on), undisturbed.num_prompts) == (14, 14)
     assert not trained_on & {prompt.prompt_id for prompt in undisturbed.heldout()}
     assert (undisturbed.root / "report.html").stat().st_size > 10_000
+    assert read_progress(undisturbed.root).state == "done"
     leftovers = [p for p in undisturbed.root.rglob("*") if p.suffix in (".tmp", ".pkl", ".bin", ".pt")]
     assert leftovers == []
 

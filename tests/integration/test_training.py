@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from csr_vlm.config import TrainingConfig, presets, resolve
 from csr_vlm.errors import CsrError
@@ -22,9 +28,11 @@ from csr_vlm.method.search import search
 from csr_vlm.progress import Silent
 from csr_vlm.records import Pair, Prompt
 from csr_vlm.scoring.load import load_scorer
+from csr_vlm.stages import check_inputs
 from csr_vlm.store.run import Run
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.dpo import merge, reference_difference, train, trainable_policy, trainer_arguments
+from csr_vlm.training.reporting import EndOfReport
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 
@@ -171,6 +179,73 @@ def test_what_cannot_be_trained_says_why(pairs, config, tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
     with pytest.raises(CsrError, match="output_dir"):
         run_training(pairs, config, tmp_path, training=CONFIG.model_copy(update={"trl": {"output_dir": "x"}}))
+
+
+class Writer:
+    """What TensorBoard's callback asks of a writer."""
+
+    def __init__(self, log_dir: str) -> None:
+        self._path = Path(log_dir) / "scalars.txt"
+        self._path.parent.mkdir(parents=True)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        with self._path.open("a") as file:
+            print(name, step, file=file)
+
+    def add_text(self, *args: object) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Board(TensorBoardCallback):
+    """The library's own callback without the package: everything but the file format."""
+
+    def __init__(self) -> None:
+        self._SummaryWriter = Writer
+        self.tb_writer = None
+        self.logging_dir = os.getenv("TENSORBOARD_LOGGING_DIR")
+
+
+def test_report_to_reaches_trl_and_outlives_the_trainer(pairs, config, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Board)
+    trl = {**CONFIG.trl, "report_to": ["tensorboard"], "num_train_epochs": 1}
+    where = tmp_path / "mine" / "iteration-1"
+    found = run_training(pairs, config, where, training=CONFIG.model_copy(update={"trl": trl}))
+    lines = (where / "tensorboard" / "scalars.txt").read_text().split("\n")
+    steps = [line for line in lines if line.startswith("train/loss ")]
+    assert steps == [f"train/loss {number}" for number in range(1, len(found["log"]) + 1)]
+    assert not (where / "work").exists()
+    assert trainer_arguments(CONFIG, where / "work", 0, "cpu").run_name == "mine-iteration-1"
+    assert trainer_arguments(CONFIG, where / "work", 0, "cpu").report_to == []
+
+
+@pytest.mark.parametrize(
+    ("report_to", "message"),
+    [
+        ("tensorbord", "'tensorbord' is unknown (did you mean tensorboard?)"),
+        (["none", "wandb"], "wandb is not installed (pip install wandb)"),
+    ],
+)
+def test_a_service_that_cannot_be_is_refused_before_the_work(
+    config, tmp_path: Path, monkeypatch, report_to, message: str
+) -> None:
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", list)
+    training = config.training.model_copy(update={"trl": {"report_to": report_to}})
+    with pytest.raises(CsrError, match=re.escape(message)):
+        check_inputs(Run.create(tmp_path, config.model_copy(update={"training": training})), Silent())
+    assert not (tmp_path / "prompts.parquet").exists()
+
+
+def test_every_iteration_is_a_wandb_run_of_its_own(monkeypatch) -> None:
+    ended = []
+    wandb = SimpleNamespace(run=None, finish=lambda: ended.append(wandb.run))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    callback = EndOfReport()
+    wandb.run = "begun by the training"
+    callback.on_train_end(None, None, None)
+    assert ended == ["begun by the training"]
+    EndOfReport().on_train_end(None, None, None)
+    assert len(ended) == 1, "the user's own is left alone"
 
 
 @pytest.mark.parametrize("name", sorted(presets()))

@@ -19,7 +19,7 @@ LAYERS = (
     {"generation", "scoring", "training", "evaluation", "convert"},
     {"world", "scale"},
     {"external", "asking", "work"},
-    {"stages", "report", "estimate", "analysis", "plan"},
+    {"stages", "report", "estimate", "analysis", "plan", "watch"},
     {"verdicts", "sweep"},
     {"loop"},
     {"api"},

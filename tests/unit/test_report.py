@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
 from csr_vlm.config import resolve
 from csr_vlm.evaluation.statistics import ratio
 from csr_vlm.records import Fate, Finish, Node, Pair, Prompt, Response
+from csr_vlm.report.before_after import CLEAN, IMPROVED, STILL, WORSENED, before_after, by_truth
 from csr_vlm.report.charts import Axes, Point, Series, chart, nice_ticks, smoothed
 from csr_vlm.report.formats import compact, duration, fixed, indexed, relative_change, signed
-from csr_vlm.report.gallery import MOST_PROMPTS, MOST_SCENES, Scale, change, marked, pair_gallery, scene_gallery, spread
+from csr_vlm.report.gallery import pair_gallery
 from csr_vlm.report.html import write_report
 from csr_vlm.report.measures import paired_difference, read_evaluation, verdict
 from csr_vlm.report.provenance import without_secrets
+from csr_vlm.report.sample import Sample
+from csr_vlm.report.told import Scale, Sentence, marked
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
 
@@ -199,8 +203,8 @@ def test_complete_run(tmp_path: Path, prompts: list[Prompt]) -> None:
     assert {"iterations", "pairs", "before-after", "pictures", "provenance"} <= {
         a.get("id") for a in page.all("section")
     }
-    # Six measures, three of the pairs, three of the training.
-    assert len(page.all("svg")) == 12
+    # Six measures, three of the pairs, three of the training, three over lambda.
+    assert sum(attrs.get("class") == "chart" for attrs in page.all("svg")) == 15
 
 
 def test_the_page_is_self_contained(tmp_path: Path, prompts: list[Prompt]) -> None:
@@ -249,14 +253,14 @@ def test_the_gallery_shows_what_the_reward_uses(
 ) -> None:
     run = new_run(tmp_path / "run", world=False, **changes)
     add_pairs(run, 1, prompts[:1], "A.", "B.")
-    gallery = pair_gallery(run)
+    gallery = pair_gallery(run, Sample())
     assert gallery is not None
-    shown = [sentence.relevance for sentence in gallery.cards[0].preferences[0].chosen.sentences]
+    shown = [sentence.relevance for sentence in gallery.cards[0].rounds[0].preferences[0].chosen.sentences]
     assert shown == [value if value is None else pytest.approx(value) for value in relevance]
 
 
 def test_a_run_without_evaluation(tmp_path: Path, prompts: list[Prompt]) -> None:
-    run = new_run(tmp_path / "run", iterations=1, world=False)
+    run = new_run(tmp_path / "run", iterations=1, evaluation={"heldout": 0})
     tables.write_prompts(run.prompts_path, prompts, 64)
     run.mark_done(0, "prompts", accepted=3, dropped={}, examples=[], sha256="00")
     add_pairs(run, 1, prompts, "A.", "B.", ledger=False)
@@ -329,7 +333,7 @@ def test_a_large_gallery_is_sampled(tmp_path: Path) -> None:
     prompts = [Prompt(f"p{number}", "none.png", "What?") for number in range(500)]
     add_pairs(run, 1, prompts, "A.", "B.")
     page = Page(write_report(run).read_text(encoding="utf-8"))
-    assert len(page.all("article")) == MOST_PROMPTS
+    assert len(page.all("article")) == Sample().prompts
     assert "60 of 500 prompts" in page.text
 
 
@@ -450,12 +454,10 @@ def test_scene_gallery_divides_its_places(tmp_path: Path) -> None:
     add_evaluation(run, 2, metrics(0.2), after)
     evaluation = read_evaluation(run)
     assert evaluation is not None
-    gallery = scene_gallery(evaluation)
+    gallery = before_after(run, evaluation, Sample(compared=24))
     assert gallery is not None
-    assert gallery.totals == {"improved": 40, "worsened": 3, "still hallucinating": 10, "clean": 7}
-    assert len(gallery.cards) == MOST_SCENES
-    shown = [card.change for card in gallery.cards]
-    assert shown == ["improved"] * 15 + ["worsened"] * 3 + ["still hallucinating"] * 6
+    assert gallery.totals == {IMPROVED: 40, WORSENED: 3, STILL: 10, CLEAN: 7}
+    assert [card.kind for card in gallery.cards] == [IMPROVED] * 15 + [WORSENED] * 3 + [STILL] * 6
 
 
 @pytest.mark.parametrize(
@@ -468,7 +470,7 @@ def test_scene_gallery_divides_its_places(tmp_path: Path) -> None:
     ],
 )
 def test_change(before: list[str], after: list[str], expected: str) -> None:
-    assert change({"hallucinated": before}, {"hallucinated": after}) == expected
+    assert by_truth({"hallucinated": before}, {"hallucinated": after}).name == expected
 
 
 def test_marked_words_only() -> None:
@@ -477,17 +479,19 @@ def test_marked_words_only() -> None:
     assert ">Fish<" in text
     assert text.endswith(" &amp; a fishing boat.")
     assert marked("<b>", set()) == "&lt;b&gt;"
-
-
-def test_spread() -> None:
-    assert spread([1, 2, 3], 5) == [1, 2, 3]
-    assert spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert ">dining tables<" in marked("Two dining tables, a table.", {"dining table"})
+    assert "mark" not in marked("A cupboard.", {"cup"})
+    assert marked("x.y z", {"x.y"}).count("<mark") == 1
+    assert "mark" not in marked("xay", {"x.y"}), "a name is no pattern"
 
 
 def test_scale() -> None:
-    scale = Scale.of([10.0, 45.0])
+    def of(*values: float | None) -> Scale:
+        return Scale.of(Sentence(Markup(), value) for value in values)
+
+    scale = of(10.0, None, 45.0)
     assert [scale.step(value) for value in (0, 10, 14.9, 15, 45, 99)] == [0, 0, 0, 1, 6, 6]
-    assert Scale.of([]).step(1.0) == Scale.of([3.0]).step(3.0) == 3
+    assert of().step(1.0) == of(3.0).step(3.0) == 3
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,11 @@ from csr_vlm.cli.push import push
 from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.cli.run import check, demo, run
 from csr_vlm.cli.verbs import RunByDefault, Verbs
+from csr_vlm.cli.watch import watch
 from csr_vlm.config import load_config, scorer_config
 from csr_vlm.errors import CsrError
 from csr_vlm.scale.crew import Crew
+from csr_vlm.store.live import recorded
 from csr_vlm.store.run import Run
 
 INTERRUPTED = 130
@@ -273,6 +275,7 @@ def env() -> None:
 app.command("audit")(audit)
 app.command("sweep")(sweep)
 app.command("compare")(compare)
+app.command("watch")(watch)
 app.command("analyse")(analyse)
 app.command("reproduce")(reproduce)
 app.command("export")(export)
@@ -302,8 +305,7 @@ def _one_stage(
 
     numbers = range(1, opened.config.iterations + 1)
     number = iteration or next((n for n in numbers if not opened.is_done(n, stage)), opened.config.iterations)
-    tell = console.reporter()
-    with opened.locked():
+    with opened.locked(), recorded(opened.root, console.reporter()) as tell:
         if stage == "generate":
             stages.check_inputs(opened, tell)
         stages.require_before(opened, number, stage)

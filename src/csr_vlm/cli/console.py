@@ -243,11 +243,14 @@ def print_metrics(title: str, results: Mapping[int, Mapping[str, Any]]) -> None:
     """Write one row a metric and one column an iteration, 0 being the base model."""
     columns = ["", *("base" if number == 0 else f"iteration {number}" for number in results)]
     names = ordered({name for metrics in results.values() for name in metrics})
-    rows = [[METRICS.get(name, name), *(_cell(metrics.get(name)) for metrics in results.values())] for name in names]
+    rows = [
+        [METRICS.get(name, name), *(metric_cell(metrics.get(name)) for metrics in results.values())] for name in names
+    ]
     print_table(title, columns, rows)
 
 
-def _cell(metric: Mapping[str, Any] | None) -> str:
+def metric_cell(metric: Mapping[str, Any] | None) -> str:
+    """Write a metric and half the width of its interval."""
     if metric is None or metric["value"] is None:
         return "-"
     digits = 1 if metric["value"] >= 10 else 3

@@ -41,7 +41,14 @@ def evaluate(
         for prompt, response, mine in zip(chunk, responses, said, strict=True):
             relevance = [max(100 * next(scores)[scorer.name], 0.0) for _ in mine]
             row = tallies(mine, relevance, response.finish is Finish.EOS)
-            rows.append({"id": prompt.prompt_id, "text": response.sentence, "tallies": row})
+            rows.append(
+                {
+                    "id": prompt.prompt_id,
+                    "text": response.sentence,
+                    "sentences": list(zip(mine, relevance, strict=True)),
+                    "tallies": row,
+                }
+            )
         engine.forget()
         scorer.forget()
     return {

@@ -52,6 +52,8 @@ class Axes:
     """None chooses round numbers."""
     marker: float | None = None
     """A value to compare with, drawn as a dashed line."""
+    x_marker: float | None = None
+    """A place on x to compare with, drawn the same."""
     label_points: bool = True
 
 
@@ -70,6 +72,9 @@ def chart(description: str, series: Sequence[Series], axes: Axes) -> Markup:
     if axes.marker is not None and frame.low <= axes.marker <= frame.high:
         y = frame.y(axes.marker)
         parts.append(_line(_LEFT, y, WIDTH - _RIGHT, y, "marker"))
+    if axes.x_marker is not None and frame.left <= axes.x_marker <= frame.right:
+        x = frame.x(axes.x_marker)
+        parts.append(_line(x, frame.y(frame.low), x, _TOP, "marker"))
     parts += [_series(frame, item) for item in kept]
     if axes.label_points:
         parts.append(_labels(frame, kept, axes))

@@ -13,12 +13,18 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from csr_vlm.report import formats, panels
+from csr_vlm.report import formats, panels, tree
 from csr_vlm.report.analysis import analysis_panel
-from csr_vlm.report.gallery import SCALE_STEPS, pair_gallery, scene_gallery
+from csr_vlm.report.before_after import before_after
+from csr_vlm.report.benchmarks import benchmark_panel
+from csr_vlm.report.gallery import pair_gallery
 from csr_vlm.report.health import health_panel
-from csr_vlm.report.measures import read_evaluation, verdict
+from csr_vlm.report.lambdas import lambda_panel
+from csr_vlm.report.measures import Evaluation, evaluation_named, read_evaluation, verdict
+from csr_vlm.report.next_steps import next_steps
 from csr_vlm.report.provenance import STAGES, provenance
+from csr_vlm.report.sample import MOST_BYTES, Sample, cut
+from csr_vlm.report.told import SCALE_STEPS
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
@@ -34,9 +40,15 @@ def write_report(run: Run) -> Path:
     return path
 
 
-def render(run: Run) -> str:
-    """Return the report of a run as HTML."""
-    return page("report.html.j2", **_content(run))
+def render(run: Run, most_bytes: int = MOST_BYTES) -> str:
+    """Return the report of a run as HTML, sampled so that it takes no more than so many bytes."""
+    evaluation = read_evaluation(run)
+    content, sample = _content(run, evaluation), Sample()
+    while True:
+        text = page("report.html.j2", **content, **_pictures(run, evaluation, sample))
+        if len(text.encode()) <= most_bytes or sample == sample.halved():
+            return text
+        sample = sample.halved()
 
 
 def page(template: str, **content: Any) -> str:
@@ -62,6 +74,7 @@ def _environment() -> Environment:
     for name in ("fixed", "signed", "compact", "percent", "count", "plural", "indexed"):
         environment.filters[name] = getattr(formats, name)
     environment.filters["reference"] = panels.reference_words
+    environment.filters["cut"] = cut
     return environment
 
 
@@ -71,11 +84,13 @@ def _source(environment: Environment, name: str) -> str:
     return environment.loader.get_source(environment, name)[0]
 
 
-def _content(run: Run) -> dict[str, Any]:
-    evaluation = read_evaluation(run)
+def _content(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
     prompts = run.result(0, "prompts") if run.is_done(0, "prompts") else {}
     pairs = panels.pair_results(run)
     training = panels.training_results(run)
+    finished = run.is_finished
+    lambdas, benchmarks = lambda_panel(run), benchmark_panel(run)
+    heldout = evaluation_named(run, "heldout") if evaluation and evaluation.truth_known else None
     return {
         "run": run,
         "config": run.config,
@@ -83,34 +98,38 @@ def _content(run: Run) -> dict[str, Any]:
         "scorer_name": _last_part(run.config.scorer.path),
         "num_prompts": prompts.get("accepted"),
         "num_heldout": prompts.get("heldout"),
-        "finished": _finished(run),
+        "finished": finished,
         "verdict": verdict(run, evaluation),
         "evaluation": evaluation,
         "tiles": panels.headline_tiles(evaluation) if evaluation else panels.pair_tiles(pairs),
         "figures": panels.metric_figures(evaluation) if evaluation else [],
         "metrics": panels.metric_table(evaluation) if evaluation else None,
+        "heldout": panels.metric_table(heldout) if heldout else None,
         "health": health_panel(run),
         "pairs": pairs,
         "pair_figures": panels.pair_figures(pairs),
         "training": training,
         "training_figures": panels.training_figures(training),
+        "lambdas": lambdas,
+        "benchmarks": benchmarks,
         "analysis": analysis_panel(run),
-        "scenes": scene_gallery(evaluation) if evaluation else None,
-        "gallery": pair_gallery(run),
-        "scale_steps": SCALE_STEPS,
+        "steps": next_steps(run, finished, lambdas, benchmarks),
         "provenance": provenance(run),
         "stages": STAGES,
+    }
+
+
+def _pictures(run: Run, evaluation: Evaluation | None, sample: Sample) -> dict[str, Any]:
+    """What grows with a run, and so is sampled."""
+    return {
+        "compared": before_after(run, evaluation, sample) if evaluation else None,
+        "gallery": pair_gallery(run, sample),
+        "scale_steps": SCALE_STEPS,
+        "shapes": tree.SHAPES,
+        "shape_names": tree.LEGEND,
     }
 
 
 def _last_part(path: str) -> str:
     """Name a model by the last part of its path; a hub id keeps its owner."""
     return path if path.count("/") == 1 and not path.startswith(("/", ".")) else Path(path).name or path
-
-
-def _finished(run: Run) -> bool:
-    if run.stopped_at is not None:
-        return True
-    last = run.config.iterations
-    evaluated = run.config.evaluation.world is None or run.is_done(last, "evaluate")
-    return run.is_done(last, "train") and evaluated

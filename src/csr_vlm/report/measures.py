@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from csr_vlm.evaluation.statistics import Metric, ratio
+from csr_vlm.evaluation.statistics import paired_difference as tallied_difference
 from csr_vlm.report.formats import fixed, plural, relative_change, signed
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
+_NO_TRUTH = (
+    "Whether the model hallucinates less was not measured: csr eval chair and csr eval pope do, where the truth is "
+    "known. R_I is what training rewards, so it rises before anything is proved."
+)
 NOTICEABLE = 0.01
 """A rate that moves the wrong way by more than this is named in the verdict."""
 
@@ -42,6 +47,7 @@ MEASURES = (
     Measure("chair_i", "CHAIR_I", "mentions that name something absent", "lower", from_zero=True),
     Measure("recall", "Recall", "objects in the picture that are named"),
     Measure("repeats", "Repeats per response", "sentences said again", "lower", 2, from_zero=True, at_most=None),
+    Measure("sentences", "Sentences per response", "length", "neither", 2, from_zero=True, at_most=None),
     Measure("words", "Words per response", "length", "neither", 1, from_zero=True, at_most=None),
     Measure("relevance", "R_I", "mean image relevance of a sentence, 0 to 100", "higher", 1, at_most=100.0),
     Measure("companion_recall", "Companion recall", "recall of objects that the language prior expects anyway"),
@@ -51,9 +57,13 @@ MEASURES = (
     Measure("yes_no_absent", "Yes/no, absent", "right answers about objects that are not there"),
     Measure("yes_no_companion", "Yes/no, companion", "right answers about absent objects that the prior expects"),
 )
-PLOTTED = MEASURES[:6]
-HEADLINE = MEASURES[:3]
+_EVALUATIONS = ("world", "chair", "heldout")
+"""Where the report's numbers are looked for, the first that is there: the truth before what needs none."""
+_PLOTTED = ("chair_s", "chair_i", "recall", "repeats", "words", "relevance")
+_HEADLINE = {True: ("chair_s", "chair_i", "recall"), False: ("relevance", "sentences", "repeats")}
+"""With and without truth."""
 
+Tone = Literal["better", "worse", "mixed", "none"]
 Measured = Mapping[int, Mapping[str, Metric]]
 """Iteration (0: the base model) to metric name to value and interval."""
 
@@ -63,14 +73,15 @@ class Verdict:
     """What the numbers add up to."""
 
     sentence: str
-    tone: Literal["better", "worse", "mixed", "none"]
+    tone: Tone
     notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The evaluations a run has, and their rows for the first and the last policy."""
+    """One evaluation of every policy that has it, and its rows for the first and the last."""
 
+    name: str
     measured: Measured
     protocol: Mapping[str, Any]
     before: Sequence[Mapping[str, Any]]
@@ -78,6 +89,25 @@ class Evaluation:
     """Empty where only one policy is evaluated."""
     final: int | None = None
     """The iteration that is the run's result, where the run was stopped."""
+    left_out: Sequence[int] = ()
+    """Iterations measured under another protocol than the first."""
+
+    @property
+    def truth_known(self) -> bool:
+        """Whether it knows what is in the pictures, so that hallucination is counted."""
+        return self.name != "heldout"
+
+    @property
+    def headline(self) -> list[Measure]:
+        by_key = {measure.key: measure for measure in MEASURES}
+        return [by_key[key] for key in _HEADLINE[self.truth_known]]
+
+    @property
+    def plotted(self) -> list[Measure]:
+        """The measures that get a chart: the first six that people read, of those there are."""
+        present = {key for metrics in self.measured.values() for key in metrics}
+        wanted = _PLOTTED if self.truth_known else (*_HEADLINE[False], "words", "complete")
+        return [measure for measure in MEASURES if measure.key in wanted and measure.key in present]
 
     @property
     def first(self) -> int:
@@ -92,28 +122,31 @@ class Evaluation:
 
 
 def read_evaluation(run: Run) -> Evaluation | None:
-    """Read what finished evaluations found; None where there are none."""
-    measured: dict[int, dict[str, Metric]] = {}
-    for number in range(run.config.iterations + 1):
-        found = run.result(number, "evaluate").get("world") if run.is_done(number, "evaluate") else None
-        if found:
-            measured[number] = {name: _metric(values) for name, values in found.items()}
+    """Read the evaluation that says most: on truth, or else of held-out prompts; None where there is none."""
+    return next((found for name in _EVALUATIONS if (found := evaluation_named(run, name)) is not None), None)
+
+
+def evaluation_named(run: Run, name: str) -> Evaluation | None:
+    """Read what an evaluation found, policy by policy; None where it was not made."""
+    numbers = [n for n in range(run.config.iterations + 1) if run.evaluation_path(n, name).is_file()]
+    every = {number: files.read_json(run.evaluation_path(number, name)) for number in numbers}
+    # Numbers under different protocols are not to be compared.
+    documents = {n: found for n, found in every.items() if found["protocol"] == every[numbers[0]]["protocol"]}
+    measured = {
+        number: {key: _metric(values) for key, values in document["metrics"].items()}
+        for number, document in documents.items()
+    }
     if not measured:
         return None
-    final = None if run.stopped_at is None else run.final
-    first, last = _document(run, min(measured)), _document(run, max(measured) if final is None else final)
+    final = run.final if run.stopped_at is not None and run.final in measured else None
+    first, last = documents[min(measured)], documents[max(measured) if final is None else final]
     after = last.get("rows", []) if len(measured) > 1 else []
-    return Evaluation(measured, last.get("protocol", {}), first.get("rows", []), after, final)
+    left_out = sorted(every.keys() - documents.keys())
+    return Evaluation(name, measured, last["protocol"], first.get("rows", []), after, final, left_out)
 
 
 def _metric(values: Mapping[str, Any]) -> Metric:
     return Metric(values.get("value"), values.get("low"), values.get("high"), values.get("n") or 0)
-
-
-def _document(run: Run, number: int) -> dict[str, Any]:
-    path = run.evaluation_path(number, "world")
-    document: dict[str, Any] = files.read_json(path) if path.is_file() else {}
-    return document
 
 
 def shared_rows(evaluation: Evaluation) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
@@ -123,23 +156,36 @@ def shared_rows(evaluation: Evaluation) -> list[tuple[Mapping[str, Any], Mapping
 
 
 def paired_difference(evaluation: Evaluation) -> Metric | None:
-    """Compute how CHAIR_S changed on the scenes that both policies described.
+    """Compute how CHAIR_S, or without truth R_I, changed on the prompts that both policies answered.
 
-    Both describe the same scenes, so the interval of the difference is narrower and says
+    Both answer the same prompts, so the interval of the difference is narrower and says
     more than two intervals side by side.
     """
     rows = shared_rows(evaluation)
     if not rows:
         return None
-    return ratio([bool(b["hallucinated"]) - bool(a["hallucinated"]) for a, b in rows], [1.0] * len(rows))
+    if evaluation.truth_known:
+        return ratio([bool(b["hallucinated"]) - bool(a["hallucinated"]) for a, b in rows], [1.0] * len(rows))
+    before, after = ([pair[side]["tallies"]["relevance"] for pair in rows] for side in (0, 1))
+    found = tallied_difference(before, after)
+    return Metric(found.value, found.low, found.high, found.n)
 
 
 def verdict(run: Run, evaluation: Evaluation | None) -> Verdict:
     """Say in one sentence, good or bad, what the run did."""
+    found = _verdict(run, evaluation)
+    if evaluation is None or not evaluation.left_out:
+        return found
+    names = ", ".join(f"iteration {number}" for number in evaluation.left_out)
+    return replace(found, notes=[*found.notes, f"Measured under another protocol, and so left out: {names}."])
+
+
+def _verdict(run: Run, evaluation: Evaluation | None) -> Verdict:
     if evaluation is None:
         trained = run.last_trained
         done = f"{trained} of {plural(run.config.iterations, 'iteration')} {'is' if trained == 1 else 'are'} trained"
-        reason = "no evaluation has finished" if run.config.evaluation.world else "this run evaluates nothing"
+        planned = run.config.evaluation.world or run.config.evaluation.heldout
+        reason = "no evaluation has finished" if planned else "this run evaluates nothing"
         return Verdict(
             f"{done}; {reason}, so whether the model hallucinates less is not known.", "none", _stop_notes(run)
         )
@@ -147,10 +193,16 @@ def verdict(run: Run, evaluation: Evaluation | None) -> Verdict:
     if run.stopped_at is not None and run.final == 0:
         return Verdict("Iteration 1 did not pass, so the base model stays as it is.", "none", _stop_notes(run))
     if base == last:
-        before = fixed(evaluation.metric(base, "chair_s").value)
+        key, label = ("chair_s", "CHAIR_S") if evaluation.truth_known else ("relevance", "R_I")
+        before = fixed(evaluation.metric(base, key).value, 3 if evaluation.truth_known else 1)
         name = "the base model" if base == 0 else f"iteration {base}"
-        return Verdict(f"Only {name} is evaluated so far: its CHAIR_S is {before}.", "none", _stop_notes(run))
-    return _comparison(run, evaluation)
+        return Verdict(f"Only {name} is evaluated so far: its {label} is {before}.", "none", _stop_notes(run))
+    return _comparison(run, evaluation) if evaluation.truth_known else _without_truth(run, evaluation)
+
+
+def _when(run: Run, last: int) -> str:
+    planned = run.config.iterations
+    return f"After {plural(last, 'iteration')}" if last == planned else f"After {last} of {planned} iterations"
 
 
 def _comparison(run: Run, evaluation: Evaluation) -> Verdict:
@@ -158,15 +210,39 @@ def _comparison(run: Run, evaluation: Evaluation) -> Verdict:
     before, after = (evaluation.metric(n, "chair_s").value for n in (base, last))
     if before is None or after is None:
         return Verdict("CHAIR_S has no value, so whether the model hallucinates less is not known.", "none")
-    planned = run.config.iterations
-    when = f"After {plural(last, 'iteration')}" if last == planned else f"After {last} of {planned} iterations"
     difference = paired_difference(evaluation)
     certain = _certain(evaluation, difference)
     sentence, tone = _hallucination_clause(before, after, certain)
     recall, lost = _recall_clause(evaluation)
     if lost:
         tone = "mixed" if tone == "better" else "worse"
-    return Verdict(f"{when} {sentence}{recall}.", tone, _stop_notes(run) + _notes(evaluation, difference))
+    notes = _stop_notes(run) + _notes(evaluation, difference)
+    return Verdict(f"{_when(run, last)} {sentence}{recall}.", tone, notes)
+
+
+def _without_truth(run: Run, evaluation: Evaluation) -> Verdict:
+    """Say what held-out prompts show; hallucination itself is not measured, and R_I is what training rewards."""
+    base, last = evaluation.first, evaluation.last
+    before, after = (evaluation.metric(n, "relevance").value for n in (base, last))
+    if before is None or after is None:
+        return Verdict("The responses to held-out prompts say nothing that could be scored.", "worse", _stop_notes(run))
+    difference = paired_difference(evaluation)
+    certain = _certain(evaluation, difference, "relevance")
+    word = "more" if after > before else "less"
+    extent = f"R_I went from {fixed(before, 1)} to {fixed(after, 1)}"
+    tone: Tone = "none" if not certain else "better" if after > before else "worse"
+    asked = plural(evaluation.metric(last, "relevance").n, "held-out prompt")
+    sentence = f"responses to {asked} are {word} relevant: {extent}{'' if certain else ', which may be chance'}"
+    notes = [*_stop_notes(run), _NO_TRUTH]
+    if difference is not None and difference.value is not None:
+        notes.append(
+            f"On the same prompts R_I changed by {signed(difference.value, 1)} "
+            f"(95 % interval {signed(difference.low, 1)} to {signed(difference.high, 1)})."
+        )
+    worse = _worse(evaluation)
+    if worse:
+        notes.append(f"Worse than the base model: {', '.join(worse)}.")
+    return Verdict(f"{_when(run, last)} {sentence}.", tone, notes)
 
 
 def _stop_notes(run: Run) -> list[str]:
@@ -180,16 +256,14 @@ def _stop_notes(run: Run) -> list[str]:
     return [f"The run stopped {when} iteration {run.stopped_at} and kept {kept}: {reasons}."]
 
 
-def _certain(evaluation: Evaluation, difference: Metric | None) -> bool:
-    """Whether the change of CHAIR_S is more than the draw of the scenes can explain."""
+def _certain(evaluation: Evaluation, difference: Metric | None, key: str = "chair_s") -> bool:
+    """Whether the change is more than the draw of the prompts can explain."""
     if difference is not None and difference.low is not None and difference.high is not None:
         return difference.low > 0 or difference.high < 0
-    return not _overlap(*(evaluation.metric(n, "chair_s") for n in (evaluation.first, evaluation.last)))
+    return not overlap(*(evaluation.metric(n, key) for n in (evaluation.first, evaluation.last)))
 
 
-def _hallucination_clause(
-    before: float, after: float, certain: bool
-) -> tuple[str, Literal["better", "worse", "mixed", "none"]]:
+def _hallucination_clause(before: float, after: float, certain: bool) -> tuple[str, Tone]:
     if before == after:
         return f"CHAIR_S stayed at {fixed(after)}", "none"
     change = relative_change(before, after)
@@ -216,8 +290,9 @@ def _recall_clause(evaluation: Evaluation) -> tuple[str, bool]:
 def _notes(evaluation: Evaluation, difference: Metric | None) -> list[str]:
     notes = []
     if difference is not None:
+        asked = plural(difference.n, "scene" if evaluation.name == "world" else "caption")
         notes.append(
-            f"On the same {plural(difference.n, 'scene')} CHAIR_S changed by {signed(difference.value)} "
+            f"On the same {asked} CHAIR_S changed by {signed(difference.value)} "
             f"(95 % interval {signed(difference.low)} to {signed(difference.high)})."
         )
     lowest = {n: m.value for n in evaluation.measured if (m := evaluation.metric(n, "chair_s")).value is not None}
@@ -232,19 +307,22 @@ def _notes(evaluation: Evaluation, difference: Metric | None) -> list[str]:
 
 
 def _worse(evaluation: Evaluation) -> list[str]:
-    """Name what moved the wrong way, CHAIR_S aside: the sentence has it."""
+    """Name what moved the wrong way, the first headline aside: the sentence has it."""
     found = []
-    for measure in MEASURES[1:]:
+    for measure in MEASURES:
+        if measure == evaluation.headline[0]:
+            continue
         before, after = (evaluation.metric(n, measure.key) for n in (evaluation.first, evaluation.last))
         if before.value is None or after.value is None:
             continue
         if measure.worse_by(before.value, after.value) > NOTICEABLE * (measure.at_most or 1.0):
-            doubt = " (intervals overlap)" if _overlap(before, after) else ""
+            doubt = " (intervals overlap)" if overlap(before, after) else ""
             found.append(f"{measure.label} {signed(after.value - before.value, measure.digits)}{doubt}")
     return found
 
 
-def _overlap(left: Metric, right: Metric) -> bool:
+def overlap(left: Metric, right: Metric) -> bool:
+    """Whether two 95 % intervals meet; so too where there are none."""
     if left.low is None or left.high is None or right.low is None or right.high is None:
         return True
     return left.low <= right.high and right.low <= left.high

@@ -14,7 +14,7 @@ from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.evaluation.statistics import Metric
 from csr_vlm.report.charts import Axes, Point, Series, chart, smoothed
 from csr_vlm.report.formats import compact, count, fixed, percent, relative_change, scientific, signed
-from csr_vlm.report.measures import HEADLINE, MEASURES, PLOTTED, Evaluation, Measure
+from csr_vlm.report.measures import MEASURES, Evaluation, Measure, overlap
 from csr_vlm.store.run import Run
 
 
@@ -58,17 +58,19 @@ def interval(metric: Metric, digits: int) -> str:
 
 
 def headline_tiles(evaluation: Evaluation) -> list[Tile]:
-    return [_tile(measure, evaluation) for measure in HEADLINE]
+    return [_tile(measure, evaluation) for measure in evaluation.headline]
 
 
 def _tile(measure: Measure, evaluation: Evaluation) -> Tile:
     before, after = (evaluation.metric(n, measure.key) for n in (evaluation.first, evaluation.last))
     if evaluation.first == evaluation.last:
-        return Tile(measure.label, measure.meaning, "", fixed(after.value), "", interval(after, measure.digits))
+        value, bounds = fixed(after.value, measure.digits), interval(after, measure.digits)
+        return Tile(measure.label, measure.meaning, "", value, "", bounds)
     tone, change = "none", ""
     if before.value is not None and after.value is not None:
         worse = measure.worse_by(before.value, after.value)
-        tone = "worse" if worse > 0 else "better" if worse < 0 else "none"
+        if not overlap(before, after):
+            tone = "worse" if worse > 0 else "better" if worse < 0 else "none"
         share = relative_change(before.value, after.value) if measure.better == "lower" else None
         change = share or signed(after.value - before.value, measure.digits)
     return Tile(
@@ -102,7 +104,7 @@ def pair_tiles(results: Mapping[int, Mapping[str, Any]]) -> list[Tile]:
 
 def metric_figures(evaluation: Evaluation) -> list[Figure]:
     """One small chart a measure, iteration by iteration."""
-    return [_metric_figure(measure, evaluation) for measure in PLOTTED]
+    return [_metric_figure(measure, evaluation) for measure in evaluation.plotted]
 
 
 def _metric_figure(measure: Measure, evaluation: Evaluation) -> Figure:

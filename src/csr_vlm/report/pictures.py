@@ -10,6 +10,7 @@ from typing import Literal
 from PIL import Image
 
 from csr_vlm.data.images import BadImage, load_image
+from csr_vlm.report.sample import cut
 from csr_vlm.world.dataset import scene_of
 from csr_vlm.world.scenes import Scene, render
 
@@ -42,7 +43,7 @@ def picture(prompt_id: str, image: str | None, max_pixels: int) -> Picture:
     except OSError:
         return Picture(alt="", missing="picture unreadable")
     loaded.thumbnail((_MOST_PIXELS, _MOST_PIXELS), Image.Resampling.LANCZOS)
-    return _embedded(loaded, "JPEG", f"Image of prompt {prompt_id}")
+    return _embedded(loaded, "JPEG", f"Image of prompt {cut(prompt_id, 200)}")
 
 
 def absent_kinds(prompt_id: str) -> frozenset[str] | None:

@@ -22,6 +22,8 @@ class Spoke:
 
     name: str
     lower_is_better: bool = False
+    others: Sequence[float] = ()
+    """Values that widen its scale without being drawn, so that small gaps look small."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def _scale(values: Sequence[float | None], spoke: Spoke) -> Scale:
     known = [value for value in values if value is not None]
     if not known:
         return None
-    ends = (min(known), max(known))
+    ends = (min([*known, *spoke.others]), max([*known, *spoke.others]))
     return ends[::-1] if spoke.lower_is_better else ends
 
 

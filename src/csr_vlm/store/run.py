@@ -12,6 +12,7 @@ knows what it has. The manifest is made from the markers and can always be made 
     RUN/iteration-N/adapter/          LoRA after iteration N, relative to the base model
     RUN/iteration-N/eval/*.json       iteration-0 is the base model
     RUN/iteration-N/done/*.json       one marker a finished stage
+    RUN/progress.json                 how far the work is, for csr watch
     RUN/adapter/  RUN/model/  RUN/report.html
 """
 
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
@@ -107,12 +108,18 @@ class Run:
             CsrError: Another process works in it.
         """
         with (self.root / ".lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CsrError(f"another process works in {self.root}", "wait for it, or stop it") from None
+            if not _lock(handle):
+                raise CsrError(f"another process works in {self.root}", "wait for it, or stop it")
             files.remove_temporaries(self.root)
             yield
+
+    def in_use(self) -> bool:
+        """Whether a process works in the directory now."""
+        try:
+            with (self.root / ".lock").open() as handle:
+                return not _try_lock(handle, fcntl.LOCK_SH)
+        except FileNotFoundError:
+            return False
 
     @property
     def prompts_path(self) -> Path:
@@ -237,6 +244,13 @@ class Run:
         return next(judged, None)
 
     @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do: stopped by a verdict, or trained and evaluated to the end."""
+        last = self.config.iterations
+        evaluated = self.config.evaluation.world is None or self.is_done(last, "evaluate")
+        return self.stopped_at is not None or (self.is_done(last, "train") and evaluated)
+
+    @property
     def final(self) -> int:
         """The iteration whose adapter is the run's result; 0 where that is the base model itself."""
         return self.last_trained if self.stopped_at is None else self.stopped_at - 1
@@ -278,6 +292,24 @@ def _run_hint(root: Path) -> str:
     there = {path.parent.name: path.parent for path in root.parent.glob("*/config.yaml")}
     near = difflib.get_close_matches(root.name, there, n=1)
     return f"did you mean {there[near[0]]}?" if near else "csr run RECIPE --out DIR makes one"
+
+
+def _lock(handle: IO[str]) -> bool:
+    """Lock a file for oneself; who watches holds it for no longer than it takes to ask, so it is tried again."""
+    for _ in range(4):
+        if _try_lock(handle, fcntl.LOCK_EX):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _try_lock(handle: IO[str], kind: int) -> bool:
+    """Lock a file if nobody holds it against this kind of lock."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def differences(left: Any, right: Any, prefix: str = "") -> Iterator[str]:

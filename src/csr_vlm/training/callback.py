@@ -8,6 +8,9 @@ from transformers import TrainerCallback
 
 from csr_vlm.progress import Advance
 
+_SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+"""What TRL logs, and what it is called in progress."""
+
 
 class _Counter(TrainerCallback):  # type: ignore[misc]
     def __init__(self, advance: Advance) -> None:
@@ -21,7 +24,12 @@ class _Counter(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(1)
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        note = getattr(self._advance, "note", None)
+        if note is not None and logs:
+            note({name: float(logs[key]) for key, name in _SHOWN.items() if key in logs})
+
 
 def count_steps(advance: Advance) -> TrainerCallback:
-    """Count each optimiser step."""
+    """Count each optimiser step, and note what TRL logs of it."""
     return _Counter(advance)

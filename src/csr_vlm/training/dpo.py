@@ -40,6 +40,7 @@ from csr_vlm.training.distribution import (
     whole_weights,
 )
 from csr_vlm.training.packing import freeze_pictures, obstacle, read_packed_rows
+from csr_vlm.training.reporting import keep_reports, report_name
 
 LINEARS = "(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """The linear maps of a language model's layers, by their usual names (regex)."""
@@ -157,6 +158,7 @@ def train(
     distribution = require_distribution(trainer.accelerator.state, processes)
     difference = largest_anywhere(difference)
     from_ledger = config.reference == "ledger" and difference <= config.reference_tolerance
+    keep_reports(trainer, work.parent / "tensorboard")
     # TRL refuses to precompute for images; the collator already carries the values.
     trainer.precompute_ref_logps = from_ledger
     trainer.projector_learning_rate = config.projector_learning_rate
@@ -277,6 +279,7 @@ def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str
     on_gpu = device == "cuda"
     defaults = {
         "report_to": "none",
+        "run_name": report_name(work),
         "logging_steps": 1,
         # The filter would show the last finite loss instead of a NaN.
         "logging_nan_inf_filter": False,

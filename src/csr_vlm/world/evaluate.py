@@ -41,8 +41,13 @@ class Described:
     text: str
     complete: bool
     judgement: Judgement
-    relevance: float | None
-    """Mean R_I of its sentences; None without a scorer or a sentence."""
+    sentences: Sequence[tuple[str, float]] = ()
+    """With the R_I of each; empty without a scorer."""
+
+    @property
+    def relevance(self) -> float | None:
+        """Mean R_I of its sentences; None without a scorer or a sentence."""
+        return float(np.mean([score for _, score in self.sentences])) if self.sentences else None
 
 
 def evaluate(
@@ -96,6 +101,7 @@ def evaluate(
                 "text": item.text,
                 "hallucinated": list(item.judgement.hallucinated),
                 "relevance": item.relevance,
+                "sentences": item.sentences,
                 "tallies": tallies(world, item, answered),
             }
             for item, answered in zip(described, answers, strict=True)
@@ -112,22 +118,21 @@ def _describe(
     temperature: float,
 ) -> list[Described]:
     responses = engine.respond(prompts, MAX_NEW_TOKENS, temperature)
-    relevance: list[float | None] = [None] * len(prompts)
+    said: list[list[tuple[str, float]]] = [[] for _ in prompts]
     if scorer is not None:
-        relevance = _relevance(scorer, prompts, [response.text for response in responses])
+        said = _relevance(scorer, prompts, [response.text for response in responses])
     return [
-        Described(scene, r.sentence, r.finish is Finish.EOS, judge(world, scene, r.text), value)
-        for scene, r, value in zip(scenes, responses, relevance, strict=True)
+        Described(scene, r.sentence, r.finish is Finish.EOS, judge(world, scene, r.text), mine)
+        for scene, r, mine in zip(scenes, responses, said, strict=True)
     ]
 
 
-def _relevance(scorer: ScorerGroup, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
-    """Mean R_I (eq. 3) over each text's sentences."""
+def _relevance(scorer: ScorerGroup, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[list[tuple[str, float]]]:
+    """Each text's sentences with their R_I (eq. 3)."""
     parts = [[part.strip() + "." for part in text.split(".") if part.strip()] for text in texts]
     items = [(prompt, part) for prompt, mine in zip(prompts, parts, strict=True) for part in mine]
     scores = iter(scorer.score(items))
-    values = [[max(100 * next(scores)[scorer.name], 0.0) for _ in mine] for mine in parts]
-    return [float(np.mean(mine)) if mine else None for mine in values]
+    return [[(part, max(100 * next(scores)[scorer.name], 0.0)) for part in mine] for mine in parts]
 
 
 def _question(

@@ -1,0 +1,107 @@
+"""The drawing of a search tree, on a tree small enough to check by eye."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+
+from csr_vlm.records import Fate, Node, Pair, Response
+from csr_vlm.report.tree import search_tree
+from tests.unit.builders import config, node, prompt
+
+PAPER = config(preset="paper")
+
+
+def tree() -> list[Node]:
+    """R_I decides: the best response is 0.1 (40 + 30), the worst 1.0 (20 + 0)."""
+    return [
+        node("0", "A boat.", cosine=0.4, ids=(1,), fate=Fate.TOP),
+        node("1", "A fish.", cosine=0.2, ids=(2,), fate=Fate.BOTTOM),
+        node("2", "A cup.", cosine=0.3, ids=(3,), fate=Fate.PRUNED),
+        node("3", "A boat.", cosine=0.4, ids=(1,), fate=Fate.DUPLICATE),
+        node("0.0", " A car.", cosine=0.1, ids=(4,), fate=Fate.FINISHED),
+        node("0.1", " A tree.", cosine=0.3, ids=(5,), fate=Fate.FINISHED),
+        node("1.0", "", cosine=None, ids=(6,), fate=Fate.FINISHED),
+    ]
+
+
+def pair(chosen: str, rejected: str) -> Pair:
+    sides = [Response(name, (1,), -1.0, "A.", 1, 0.0, complete=True) for name in (chosen, rejected)]
+    return Pair(prompt(), 1, *sides)
+
+
+def drawn(nodes: list[Node], *pairs: Pair) -> dict[str, tuple[set[str], float, float, str]]:
+    """Node id to its classes, its place and its title, as they stand in the SVG."""
+    svg = str(search_tree(nodes, pairs, PAPER).svg)
+    pattern = r'<g class="([^"]*)" data-id="([^"]*)" transform="translate\(([\d.]+) ([\d.]+)\)".*?<title>(.*?)</title>'
+    found = re.findall(pattern, svg, re.DOTALL)
+    return {name: (set(css.split()), float(x), float(y), title) for css, name, x, y, title in found}
+
+
+def test_shapes_say_what_the_search_did_and_colours_which_path() -> None:
+    found = {name: css for name, (css, *_) in drawn(tree(), pair("0.1", "0.0")).items()}
+    assert found == {
+        "0": {"node", "top", "best"},
+        "1": {"node", "bottom", "worst"},
+        "2": {"node", "dropped"},
+        "0.0": {"node", "finished", "rejected"},
+        "0.1": {"node", "finished", "best", "chosen"},
+        "1.0": {"node", "finished", "worst"},
+    }
+
+
+def test_titles_have_the_sentence_and_its_scores() -> None:
+    found = drawn(tree(), pair("0.1", "0.0"))
+    sentence, known = found["0"][3].split("\n")
+    assert sentence == "A boat."
+    # R = 0.9 x 40 + 0.1 x e^-1
+    for words in ("kept among the best", "R +36.04", "R_I 40.0", "R_T 0.368", "log P −1.00", "sampled 2 times"):
+        assert words in known
+    assert "on the best path" in known
+    assert found["1.0"][3].startswith("(the end)\nends a response")
+    assert "rejected in a pair" in found["0.0"][3]
+    assert "sampled" not in found["1"][3]
+
+
+def test_a_parent_stands_over_the_middle_of_its_children_and_nobody_touches() -> None:
+    found = drawn(tree())
+    x = {name: at for name, (_, at, _, _) in found.items()}
+    y = {name: at for name, (_, _, at, _) in found.items()}
+    assert x["0"] == (x["0.0"] + x["0.1"]) / 2
+    assert x["1"] == x["1.0"]
+    assert y["0"] == y["1"] == y["2"] < y["0.0"] == y["1.0"]
+    for depth in (0, 1):
+        row = sorted(x[name] for name in x if name.count(".") == depth)
+        assert all(right - left >= 15 for left, right in pairwise(row))
+    width = float(re.search(r'<svg class="tree" width="(\d+)"', str(search_tree(tree(), [], PAPER).svg)).group(1))
+    assert max(x.values()) < width
+
+
+def test_the_drawing_counts_what_was_dropped() -> None:
+    assert search_tree(tree(), [], PAPER).summary == "6 sentences, 1 of them dropped"
+
+
+def test_a_ledger_without_the_scores_still_has_a_tree() -> None:
+    found = drawn([replace(each, cosines={}) for each in tree()])
+    assert found["0"][0] == {"node", "top"}
+    assert "R_I" not in found["0"][3]
+
+
+def test_a_ledger_with_a_hole_shows_what_hangs_on_the_root() -> None:
+    found = drawn([each for each in tree() if each.node_id != "0"])
+    assert found.keys() == {"1", "2", "1.0"}
+    assert drawn([]) == {}
+
+
+def test_nothing_that_a_model_says_leaves_the_title() -> None:
+    evil = "</title><script>alert(1)</script>"
+    nodes = [replace(each, text=evil, node_id=each.node_id) for each in tree()]
+    svg = str(search_tree(nodes, [], PAPER).svg)
+    assert "<script" not in svg
+    assert svg.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 6
+
+
+def test_a_long_sentence_is_cut() -> None:
+    nodes = [replace(tree()[0], text="word " * 5000)]
+    assert len(search_tree(nodes, [], PAPER).svg) < 3000

@@ -1,0 +1,233 @@
+"""What a working process leaves for those who watch, and what they make of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from csr_vlm.cli.app import app
+from csr_vlm.cli.plain import plain
+from csr_vlm.errors import CsrError
+from csr_vlm.progress import Silent
+from csr_vlm.records import Prompt
+from csr_vlm.store import files, live
+from csr_vlm.store.live import read_progress, recorded
+from csr_vlm.store.run import Run
+from csr_vlm.watch import Watcher
+from tests.unit.test_report import add_evaluation, add_pairs, add_training, metrics, new_run, row
+
+ESCAPE = "\x1b[2J\x1b]0;owned\x07"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return new_run(tmp_path / "run", iterations=2)
+
+
+def finish(run: Run, *iterations: int) -> None:
+    for number in iterations:
+        if number:
+            add_training(run, number)
+        add_evaluation(run, number, metrics(0.5 - number / 10), [row(0, text=f"There is a boat. {ESCAPE}")])
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["watch", *map(str, arguments)])
+
+
+def test_a_run_that_nobody_began(run: Run) -> None:
+    view = Watcher(run).look()
+    assert (view.state, view.current, view.left, view.samples) == ("waiting", None, None, ())
+
+
+def test_a_run_at_work(run: Run) -> None:
+    finish(run, 0)
+    with run.locked(), recorded(run.root, Silent()) as tell, tell.stage("iteration 1: searching", 10) as advance:
+        tell.say("a notice")
+        time.sleep(0.05)
+        advance(4)
+        advance.note({"loss": 0.5})
+        tell.write()
+        view = Watcher(run).look()
+    assert view.state == "running"
+    current = view.current
+    assert current is not None
+    assert (current.title, current.done, current.total) == ("iteration 1: searching", 4, 10)
+    assert current.numbers == {"loss": 0.5}
+    assert 0 < current.rate <= 4 / 0.05
+    assert 0 < current.left <= 6 / current.rate
+    assert view.said == ["a notice"]
+    assert list(view.metrics) == [0]
+    assert view.samples[0].source == "base model, world"
+
+
+def test_the_rate_forgets_what_a_resumed_stage_had_already(run: Run) -> None:
+    with recorded(run.root, Silent()) as tell, tell.stage("searching", 1000) as advance:
+        advance(900)
+        for _ in range(20):
+            time.sleep(0.005)
+            advance(1)
+        tell.write()
+        assert read_progress(run.root).stage.rate < 250, "20 at most 200 a second, not 900 at once"
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "why"),
+    [
+        (CsrError("no space\nleft", "make room"), "failed", "no space"),
+        (KeyboardInterrupt(), "interrupted", ""),
+        (MemoryError(), "failed", "MemoryError"),
+    ],
+)
+def test_how_the_work_ended_stays_on_record(run: Run, error: BaseException, state: str, why: str) -> None:
+    with pytest.raises(type(error)), run.locked(), recorded(run.root, Silent()) as tell, tell.stage("training", 5):
+        raise error
+    view = Watcher(run).look()
+    assert (view.state, view.why) == (state, why)
+    assert view.current is not None, "and where it broke off"
+    assert view.current.title == "training"
+
+
+def test_a_killed_process_is_gone(run: Run) -> None:
+    with recorded(run.root, Silent()) as tell, tell.stage("training", 5):
+        kept = files.read_json(run.root / "progress.json")
+    files.write_json(run.root / "progress.json", kept)
+    view = Watcher(run).look()
+    assert (view.state, view.why) == ("gone", "its process ended without a word")
+
+
+def test_a_finished_run_whoever_worked_last(run: Run) -> None:
+    finish(run, 0, 1, 2)
+    assert Watcher(run).look().state == "finished"
+    with run.locked(), recorded(run.root, Silent()):
+        assert Watcher(run).look().state == "running"
+    assert Watcher(run).look().state == "finished"
+
+
+def test_the_time_left_adds_up_by_hand(run: Run) -> None:
+    """Base evaluated in 1.5 s, iteration 1: search 2, pairs 1, training 61, evaluation 1.5; iteration 2 just began."""
+    with run.locked(), recorded(run.root, Silent()):
+        finish(run, 0)
+        assert Watcher(run).look().left is None, "no training was timed yet"
+        prompts = [Prompt("p", "none.png", "What?")]
+        add_pairs(run, 1, prompts, "A.", "B.")
+        run.mark_done(1, "pairs", **run.result(1, "pairs"), seconds=1.0)
+        finish(run, 1)
+        assert Watcher(run).look().left == pytest.approx(2 + 1 + 61 + 1.5)
+
+
+def test_samples_come_from_the_newest_search(run: Run) -> None:
+    finish(run, 0)
+    add_pairs(run, 1, [Prompt(f"p{number}", "none.png", "What?") for number in range(5)], "A boat.", "A fish.")
+    samples = Watcher(run).look().samples
+    assert [sample.prompt_id for sample in samples] == ["p2", "p3", "p4"]
+    found = {(sample.text, sample.source) for sample in samples}
+    assert found == {("A boat.", "base model, best of its search")}
+
+
+def test_progress_is_written_seldom(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[float] = []
+    monkeypatch.setattr(live.files, "write_json", lambda path, value: written.append(time.monotonic()))
+    with recorded(run.root, Silent()) as tell, tell.stage("searching", 5000) as advance:
+        for _ in range(5000):
+            advance(1)
+    assert len(written) <= 5, "at the ends of the work and of the stage, and hardly between them"
+
+
+def test_a_full_disk_does_not_stop_the_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, value: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(live.files, "write_json", full)
+    with recorded(run.root, Silent()) as tell, tell.stage("searching", 5) as advance:
+        advance(5)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', '{"stage": null, "new": 1}'])
+def test_progress_that_does_not_read_is_none(run: Run, text: str) -> None:
+    (run.root / "progress.json").write_text(text)
+    assert read_progress(run.root) is None
+
+
+def test_asking_does_not_keep_a_run_from_starting(run: Run) -> None:
+    import fcntl
+
+    (run.root / ".lock").touch()
+    with (run.root / ".lock").open() as handle:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        assert not run.in_use(), "two may ask at once"
+        threading.Timer(0.06, lambda: fcntl.flock(handle, fcntl.LOCK_UN)).start()
+        with run.locked():
+            assert run.in_use()
+
+
+def test_a_terminal_is_not_obeyed() -> None:
+    assert plain(f"a{ESCAPE}\nb\u202ec") == "a�[2J�]0;owned� b�c"
+    assert plain("Größe 猫") == "Größe 猫"
+
+
+def test_once_shows_a_view_and_leaves(run: Run) -> None:
+    finish(run, 0, 1)
+    shown = invoke(run.root, "--once")
+    assert shown.exit_code == 0
+    assert "CHAIR_S" in shown.output
+    assert "There is a boat." in shown.output
+    assert "\x1b" not in shown.output
+    found = json.loads(invoke(run.root, "--once", "--json").stdout)
+    assert found["state"] == "waiting"
+    assert found["metrics"]["1"]["chair_s"]["value"] == 0.4
+
+
+def test_without_a_terminal_it_prints_lines(run: Run) -> None:
+    finish(run, 0, 1, 2)
+    shown = invoke(run.root)
+    assert shown.exit_code == 0
+    lines = shown.stdout.splitlines()
+    assert lines[0].endswith(" finished")
+    named = [line.partition(" ")[2].partition(":")[0] for line in lines[1:]]
+    assert named == ["base model", "iteration 1", "iteration 2"]
+    assert json.loads(invoke(run.root, "--json").stdout)["state"] == "finished"
+
+
+def test_it_ends_with_the_run_and_says_how(run: Run) -> None:
+    with pytest.raises(CsrError), run.locked(), recorded(run.root, Silent()):
+        raise CsrError(f"broken {ESCAPE}")
+    shown = invoke(run.root, "--interval", 0.2)
+    assert shown.exit_code == 1
+    assert "failed, broken" in shown.output
+    assert "\x1b" not in shown.output
+    assert f"hint: csr run {run.root} goes on with it" in shown.output
+
+
+def test_it_follows_until_the_end(run: Run) -> None:
+    """Running at the first look, finished at a later one."""
+    lock = run.locked()
+    lock.__enter__()
+
+    def end() -> None:
+        finish(run, 0, 1, 2)
+        lock.__exit__(None, None, None)
+
+    threading.Timer(0.3, end).start()
+    shown = invoke(run.root, "--interval", 0.2)
+    assert shown.exit_code == 0
+    states = [line.split()[1] for line in shown.stdout.splitlines()]
+    assert states[0] == "running"
+    assert "finished" in states
+
+
+def test_ctrl_c_leaves_without_a_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: Watcher) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Watcher, "look", interrupt)
+    shown = invoke(run.root)
+    assert shown.exit_code == 130
+    assert "Traceback" not in shown.output
+    assert "left; csr watch" in shown.output
