@@ -23,10 +23,15 @@ def resolve_dtype(name: str, device: str) -> str:
     return "float32" if device == "cpu" else "bfloat16"
 
 
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def unloadable(what: str, path: str, error: Exception) -> CsrError:
     """Word why a checkpoint could not be loaded."""
     # A hub id is OWNER/NAME; anything else can only be a directory.
     local = path.startswith((".", "/", "~")) or path.count("/") != 1
     missing = local and not Path(path).is_dir()
-    reason = "there is no such directory" if missing else str(error).strip().splitlines()[0]
+    reason = "there is no such directory" if missing else reason_of(error)
     return CsrError(f"the {what} {path} cannot be loaded: {reason}", f"set {what}.path to a directory or a hub id")

@@ -18,6 +18,7 @@ from csr_vlm.cli.health import audit, sweep
 from csr_vlm.cli.lmms import eval_lmms
 from csr_vlm.cli.push import push
 from csr_vlm.cli.reproduce import reproduce
+from csr_vlm.cli.stopping import stoppable
 from csr_vlm.config import RunConfig, load_config
 from csr_vlm.errors import CsrError
 from csr_vlm.store.run import Run
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Calibrated Self-Rewarding: make a vision-language model hallucinate less, without labels.",
     epilog="Start with: csr demo. Exit codes: 0 done, 1 error, 2 wrong usage, 3 a --fail-if holds or an audit says "
-    "stop, 130 interrupted.",
+    "stop, 130 interrupted, 143 terminated.",
 )
 eval_app = typer.Typer(
     cls=MeasureByDefault,
@@ -153,8 +154,8 @@ def score(
     config = scorer_config(path=scorer, name=name, trust_import=trust_import)
     opened = Run.open(target)
     number = iteration or max(opened.iterations_done("generate"), default=1)
-    with opened.locked():
-        stages.score(opened, number, config, console.reporter(quiet))
+    with stoppable(console.reporter(quiet), opened.root) as tell, opened.locked():
+        stages.score(opened, number, config, tell)
     print(f"iteration {number} is scored by {name}; use it with: csr pairs {target} scorer.use={name}", file=sys.stderr)
 
 
@@ -356,8 +357,7 @@ def _one_stage(
     opened = _open_or_create(target, overrides, out)
     numbers = range(1, opened.config.iterations + 1)
     number = iteration or next((n for n in numbers if not opened.is_done(n, stage)), opened.config.iterations)
-    tell = console.reporter(quiet)
-    with opened.locked():
+    with stoppable(console.reporter(quiet), opened.root) as tell, opened.locked():
         if stage == "generate":
             stages.check_inputs(opened, tell)
         stages.require_before(opened, number, stage)
@@ -369,7 +369,8 @@ def _align(opened: Run, as_json: bool, quiet: bool) -> None:
     console.quiet_libraries()
     from csr_vlm.loop import align
 
-    align(opened, console.reporter(quiet))
+    with stoppable(console.reporter(quiet), opened.root) as tell:
+        align(opened, tell)
     numbers = opened.iterations_done("evaluate")
     results = {number: opened.metrics(number) for number in numbers}
     report_path = opened.root / "report.html"

@@ -14,16 +14,16 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from csr_vlm.config import ModelConfig
-from csr_vlm.data.images import load_image
+from csr_vlm.data.images import image_of
 from csr_vlm.errors import CsrError
 from csr_vlm.generation.families import NOT_INPUTS, NOT_QUANTIZED, Family, family_of, picture_ids
-from csr_vlm.loading import resolve_device, resolve_dtype, unloadable
+from csr_vlm.loading import reason_of, resolve_device, resolve_dtype, unloadable
 from csr_vlm.records import Prompt
+from csr_vlm.weights import tensors_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Policy:
         text = self._templated(prompt.text)
         bos = self.tokenizer.bos_token
         encoded = self.processor(
-            images=[load_image(prompt.image, self.max_image_pixels)],
+            images=[image_of(prompt, self.max_image_pixels)],
             text=[text],
             return_tensors="pt",
             # Some templates write the BOS themselves.
@@ -203,6 +203,11 @@ class Policy:
             predicted = torch.log_softmax(logits[row, start - 1 : start - 1 + len(ids)], dim=-1)
             targets = torch.tensor(list(ids), device=predicted.device)
             logprobs.append(predicted.gather(-1, targets[:, None]).squeeze(-1).cpu())
+            if not logprobs[-1].isfinite().all():
+                raise CsrError(
+                    f"prompt {prompts[row].prompt_id}: the policy gives a response a log-probability that is not finite",
+                    f"look at {prompts[row].image} and at the weights of model.path and of the last adapter",
+                )
         return logprobs
 
 
@@ -279,15 +284,22 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
     common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     placed = {} if config.quantization is None else {"device_map": {"": device}} | _four_bits(device, dtype)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(config.path, dtype=dtype, **placed, **common)
+        model, told = AutoModelForImageTextToText.from_pretrained(
+            config.path, dtype=dtype, output_loading_info=True, **placed, **common
+        )
         processor = AutoProcessor.from_pretrained(config.path, **common)
     except ImportError as error:
         reason = " ".join(str(error).split())[:200]
         raise CsrError(
             f"{config.path} needs a library that is not installed: {reason}", "pip install 'csr-vlm[families]'"
         ) from None
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # A damaged or foreign checkpoint may raise anything.
         raise unloadable("model", config.path, error) from None
+    if told["missing_keys"]:
+        raise CsrError(
+            f"{config.path} lacks {len(told['missing_keys'])} of its weights, such as {min(told['missing_keys'])}",
+            "download it again; random numbers would stand in their place",
+        )
     if getattr(processor, "chat_template", None) is None and family_of(model.config).chat:
         raise CsrError(f"the processor of {config.path} has no chat template", "save one with the processor")
     if config.quantization is None:
@@ -332,11 +344,11 @@ def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> PeftM
         )
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    except (ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CsrError(f"the adapter {adapter} does not fit the model: {reason}", "check model.path") from None
-    with safe_open(weights, framework="pt") as saved:
-        names = set(saved.keys())
+    except Exception as error:  # A damaged or foreign adapter may raise anything.
+        raise CsrError(
+            f"the adapter {adapter} does not fit the model: {reason_of(error)}", "check model.path"
+        ) from None
+    names = tensors_of(weights).keys()
     strange = names ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if strange:
         raise CsrError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -12,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from csr_vlm.batches import batched
+from csr_vlm.errors import CsrError
 from csr_vlm.records import SCHEMA_VERSION, Fate, Finish, Node, Pair, Prompt, Response
-from csr_vlm.store.files import write_atomically
+from csr_vlm.store.files import open_ordinary, write_atomically
 
 _METADATA = {b"csr_vlm_schema": str(SCHEMA_VERSION).encode()}
 
@@ -77,10 +79,35 @@ def write_row_groups(path: Path, groups: Iterable[Sequence[dict[str, Any]]], sch
     write_atomically(path, write)
 
 
-def _row_groups(path: Path) -> Iterator[list[dict[str, Any]]]:
-    with pq.ParquetFile(path) as file:
+def _row_groups(path: Path, schema: pa.Schema) -> Iterator[list[dict[str, Any]]]:
+    with _damage(path), pq.ParquetFile(_ordinary(path)) as file:
+        if not file.schema_arrow.equals(schema):
+            raise pa.ArrowInvalid("it holds another kind of table")
         for index in range(file.num_row_groups):
             yield file.read_row_group(index).to_pylist(maps_as_pydicts="strict")
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Word what reading a damaged table raises.
+
+    Raises:
+        CsrError: In place of that.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise CsrError(
+            f"{path} cannot be read: {reason}",
+            "restore it; or delete it and the markers below done/ of the stages that read it, and run again",
+        ) from None
+
+
+def _ordinary(path: Path) -> Path:
+    """Refuse a pipe, which would block, and a device, which may not end."""
+    open_ordinary(path).close()
+    return path
 
 
 def write_prompts(path: Path, prompts: Iterable[Prompt], group_size: int) -> None:
@@ -91,7 +118,7 @@ def write_prompts(path: Path, prompts: Iterable[Prompt], group_size: int) -> Non
 
 def prompt_groups(path: Path) -> Iterator[list[Prompt]]:
     """Yield prompts work item by work item."""
-    return ([Prompt(**row) for row in rows] for rows in _row_groups(path))
+    return ([Prompt(**row) for row in rows] for rows in _row_groups(path, PROMPTS))
 
 
 def write_nodes(path: Path, nodes: Iterable[Node]) -> None:
@@ -104,14 +131,17 @@ def write_nodes(path: Path, nodes: Iterable[Node]) -> None:
 
 
 def read_nodes(path: Path) -> Iterator[Node]:
-    for rows in _row_groups(path):
-        yield from map(_node, rows)
+    for rows in _row_groups(path, NODES):
+        with _damage(path):
+            nodes = list(map(_node, rows))
+        yield from nodes
 
 
 def read_nodes_of(path: Path, prompt_ids: Iterable[str]) -> list[Node]:
     """Read some prompts' nodes from one ledger part; no other row is decoded."""
-    table = pq.read_table(path, filters=[("prompt_id", "in", list(prompt_ids))])
-    return [_node(row) for row in table.to_pylist(maps_as_pydicts="strict")]
+    with _damage(path):
+        table = pq.read_table(_ordinary(path), filters=[("prompt_id", "in", list(prompt_ids))])
+        return [_node(row) for row in table.to_pylist(maps_as_pydicts="strict")]
 
 
 def _node(row: dict[str, Any]) -> Node:
@@ -142,7 +172,7 @@ def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
-    for rows in _row_groups(path):
+    for rows in _row_groups(path, PAIRS):
         for row in rows:
             yield Pair(
                 prompt=Prompt(row["prompt_id"], row["image"], row["text"]),
