@@ -75,11 +75,12 @@ def replace_directory(directory: Path, fill: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def disk_troubles(path: Path, temporary: Path | None = None) -> Iterator[None]:
+def disk_troubles(path: Path, temporary: Path | None = None, *, of_disk_only: bool = False) -> Iterator[None]:
     """Word what a full or failing disk does to the writing of ``path``.
 
     Args:
         temporary: Where it is being written, from which the room it takes is estimated.
+        of_disk_only: Leave errors alone that may be about something else, such as a file that is not there.
 
     Raises:
         CsrError: A system error came up inside, raised as such or worded by a library.
@@ -88,7 +89,7 @@ def disk_troubles(path: Path, temporary: Path | None = None) -> Iterator[None]:
         yield
     except Exception as error:
         number = _system_error(error)
-        if number is None:
+        if number is None or (of_disk_only and number not in (*_FULL, errno.EIO, errno.EROFS)):
             raise
         if number not in _FULL:
             raise CsrError(
@@ -248,9 +249,16 @@ def keep_content(directory: Path, content: bytes, suffix: str = "") -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Hash a file in pieces."""
-    with open_ordinary(path) as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """Hash a file in pieces.
+
+    Raises:
+        CsrError: It cannot be read.
+    """
+    try:
+        with open_ordinary(path) as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise CsrError(f"{path} cannot be read: {error.strerror}", "put it back where it was") from None
 
 
 def digest(value: Any) -> str:

@@ -94,8 +94,9 @@ class Run:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise CsrError(f"another process works in {self.root}", "wait for it, or stop it") from None
-            files.remove_temporaries(self.root)
-            yield
+            with files.disk_troubles(self.root, of_disk_only=True):
+                files.remove_temporaries(self.root)
+                yield
 
     @property
     def prompts_path(self) -> Path:

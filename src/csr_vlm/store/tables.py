@@ -60,12 +60,14 @@ PAIRS = pa.schema(
 )
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema, row_group_size: int = 1 << 14) -> None:
+_GROUP = 1 << 14
+"""Rows of a row group, which is what readers hold at once."""
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
     """Write rows as one Parquet file, atomically; the bytes depend on the rows alone."""
     table = pa.Table.from_pylist(list(rows), schema=schema)
-    write_atomically(
-        path, lambda temporary: pq.write_table(table, temporary, row_group_size=row_group_size, compression="zstd")
-    )
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary, row_group_size=_GROUP, compression="zstd"))
 
 
 def write_row_groups(path: Path, groups: Iterable[Sequence[dict[str, Any]]], schema: pa.Schema) -> None:
@@ -162,13 +164,26 @@ def read_trees(path: Path) -> Iterator[tuple[str, list[Node]]]:
         yield prompt_id, list(nodes)
 
 
-def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
-    rows = [
+def write_pairs(path: Path, pairs: Iterable[Pair]) -> int:
+    """Write pairs as they come and return how many there were; one row group of them is held."""
+    rows = (
         asdict(pair.prompt)
         | {"iteration": pair.iteration, "chosen": vars(pair.chosen), "rejected": vars(pair.rejected)}
         for pair in pairs
-    ]
-    write_rows(path, rows, PAIRS)
+    )
+    write_row_groups(path, batched(rows, _GROUP), PAIRS)
+    return count_rows(path)
+
+
+def count_rows(path: Path) -> int:
+    with _damage(path):
+        return int(pq.read_metadata(_ordinary(path)).num_rows)
+
+
+def count_groups(path: Path) -> int:
+    """Count the row groups of a file: of prompts, the work items."""
+    with _damage(path):
+        return int(pq.read_metadata(_ordinary(path)).num_row_groups)
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:

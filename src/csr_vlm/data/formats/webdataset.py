@@ -21,6 +21,8 @@ _LARGEST = 1 << 28
 """Bytes of one member: a quarter of a gigabyte is no picture, but a small file can unpack to it."""
 _LARGEST_HEADER = 1 << 16
 """Bytes of a header that describes the next member, its long name or its attributes."""
+_MOST_SKIPPED = 1 << 34
+"""Bytes of a member that is skipped: passing over what is not there takes tarfile as long as passing over it."""
 _HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError, ValueError, OverflowError)
 Member = tuple[str, str, bytes | None]
@@ -59,7 +61,7 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
-        if header.size < 0 or (header.type in _HEADERS and header.size > _LARGEST_HEADER):
+        if not 0 <= header.size <= (_LARGEST_HEADER if header.type in _HEADERS else _MOST_SKIPPED):
             raise tarfile.ReadError("a header of impossible size")
         return header
 
