@@ -71,7 +71,7 @@ class ForcedWriter(Writer):
         self._wanted |= {(row.family, row.place): self._lengths.of(request.seed, row.place) for row in rows}
         return rows
 
-    def _note(self, row: Row, token: int, logprob: float) -> None:
+    def note(self, row: Row, token: int, logprob: float) -> None:
         if len(row.ids) == self._wanted[row.family, row.place]:
             row.finish = Finish.DELIMITER
             return

@@ -8,11 +8,13 @@ This module imports no machine-learning library.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -155,6 +157,8 @@ class QuestionsConfig(_Section):
     def _fits_together(self) -> QuestionsConfig:
         try:
             groups = re.compile(self.pattern).groups
+            if any(spec or conversion for _, _, spec, conversion in Formatter().parse(self.question)):
+                raise ValueError("a question's {0} takes no format")
             self.ask(*["x"] * groups)
         except (re.error, IndexError, KeyError, ValueError) as error:
             if self.pattern:
@@ -538,7 +542,7 @@ def load_config(recipe: Path | None, overrides: Iterable[str] = (), base: Mappin
     Raises:
         CsrError: The file cannot be read, or an option is unknown or out of bounds.
     """
-    layer = dict(base or {}) if recipe is None else _read_yaml(recipe)
+    layer = dict(base or {}) if recipe is None else _read_recipe(recipe)
     for override in overrides:
         layer = merged(layer, _parse_override(override))
     return resolve(layer)
@@ -570,6 +574,12 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
+_MOST_CHARACTERS = 200_000
+"""Of a recipe; the largest here has 3,000."""
+_MOST_VALUES = 20_000
+_DEEPEST = 40
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as a string; here it is the number that people mean."""
 
@@ -580,46 +590,79 @@ _Loader.add_implicit_resolver(
 
 
 def _load_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    """Read YAML that nobody has checked.
 
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+    Raises:
+        ValueError: It is no YAML, or stands for more than a configuration ever holds.
+    """
+    if len(text) > _MOST_CHARACTERS:
+        raise ValueError(f"it is longer than {_MOST_CHARACTERS:,} characters")
     try:
-        loaded = _load_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CsrError(f"there is no recipe or run {path}", _recipe_hint(path)) from None
-    except OSError as error:
-        raise CsrError(f"the recipe {path} cannot be read: {error.strerror}", "check its permissions") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CsrError(
-            f"the recipe {path} is not YAML: {_yaml_problem(error)}",
-            "mend that place; recipes/quickstart.yaml is right",
-        ) from None
-    if not isinstance(loaded, dict):
-        raise CsrError(
-            f"the recipe {path} holds no configuration: it is not a mapping of options",
-            "see recipes/quickstart.yaml for the form",
-        )
+        loaded = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(_yaml_problem(error)) from None
+    except (RecursionError, ArithmeticError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is nested too deeply or holds no plain value ({type(error).__name__})") from None
+    _refuse_bomb(loaded)
     return loaded
+
+
+def _refuse_bomb(loaded: Any) -> None:
+    """Refuse aliases of aliases, a kilobyte of which stands for gigabytes, and those that go round."""
+    waiting, number = [(loaded, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        number += 1
+        if number > _MOST_VALUES or depth > _DEEPEST:
+            raise ValueError(f"it holds more than {_MOST_VALUES:,} values, or {_DEEPEST} levels of them")
+        if isinstance(value, dict):
+            waiting += [(part, depth + 1) for pair in value.items() for part in pair]
+        elif isinstance(value, list | tuple | set):
+            waiting += [(part, depth + 1) for part in value]
+
+
+def read_yaml(path: Path, hint: str) -> dict[str, Any]:
+    """Read a file of settings.
+
+    Raises:
+        CsrError: It cannot be read, or holds none; with ``hint``.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError("it is no ordinary file")
+        with path.open(encoding="utf-8") as handle:
+            loaded = _load_yaml(handle.read(_MOST_CHARACTERS + 1))
+    except (ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CsrError(f"{path} cannot be read as YAML: {reason}", hint) from None
+    if not isinstance(loaded, dict):
+        raise CsrError(f"{path} holds no configuration", hint)
+    return loaded
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on names that are too long
+        raise CsrError(f"there is no recipe or run {path}", _recipe_hint(path))
+    return read_yaml(path, "see recipes/quickstart.yaml for the form")
 
 
 def _yaml_problem(error: Exception) -> str:
     """Word where and why a text is no YAML."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
-        return " ".join(str(error).split())
+        return " ".join(str(error).split())[:300]
     return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
 
 
 def _parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
-    if not separator or not all(key.split(".")):
+    if not separator or not all(key.split(".")) or key.count(".") >= _DEEPEST:
         near = difflib.get_close_matches(key, option_keys(), n=1)
         hint = f"{near[0]}=VALUE" if near and not separator else "dotted.key=value, such as method.lambda=0.7"
-        raise CsrError(f"{text!r} is not an override", f"write {hint}")
+        raise CsrError(f"{text[:200]!r} is not an override", f"write {hint}")
     try:
         parsed = _load_yaml(value)
-    except yaml.YAMLError:
+    except ValueError:
         parsed = value
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
@@ -653,7 +696,7 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     message = _WORDS.get(first["type"], message)
     if where == "configuration":
         return f"the settings do not go together: {message}", "docs/configuration.md has every option"
-    hint = "it was given no value" if first["input"] is None else f"it was given as {first['input']!r}"
+    hint = "it was given no value" if first["input"] is None else f"it was given as {repr(first['input'])[:200]}"
     if first["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
         hint += f"; {nearest(str(first['input']), choices)}"

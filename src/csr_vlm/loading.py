@@ -41,6 +41,11 @@ def resolve_dtype(name: str, device: str) -> str:
     return "float32" if device == "cpu" else "bfloat16"
 
 
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def unloadable(what: str, path: str, error: Exception) -> CsrError:
     """Word why a checkpoint could not be loaded."""
     # A hub id is OWNER/NAME; anything else can only be a directory, and so is what lies in a folder that is here.
@@ -50,5 +55,5 @@ def unloadable(what: str, path: str, error: Exception) -> CsrError:
     elif found := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'> for", str(error)):
         reason = f"transformers has no {found[1]} that turns images and text into text"
     else:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
     return CsrError(f"the {what} {path} cannot be loaded: {reason}", f"set {what}.path to a directory or a hub id")

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ def check_inputs(run: Run, tell: Reporter) -> None:
 
         require_services(run.config.training.trl["report_to"])
     if run.is_done(0, "prompts"):
+        _refuse_other_prompts(run)
         return
     from csr_vlm.training.dpo import trainer_arguments
 
@@ -63,6 +64,19 @@ def check_inputs(run: Run, tell: Reporter) -> None:
     if config.data.pairs is not None:
         found["pairs"] = external.check_pairs(config.data, tell, run.images_path).dump()
     run.mark_done(0, "prompts", **found)
+
+
+def _refuse_other_prompts(run: Run) -> None:
+    """What was checked is what is gone on with.
+
+    Raises:
+        CsrError: The file of prompts is another one now.
+    """
+    if files.sha256_of(run.prompts_path) != run.result(0, "prompts")["sha256"]:
+        raise CsrError(
+            f"{run.prompts_path} was changed after the inputs were checked",
+            f"restore it; or delete {run.iteration(0) / 'done'} and all iterations, and run again",
+        )
 
 
 def generate(run: Run, iteration: int, tell: Reporter, crew: Crew = ALONE) -> None:
@@ -112,19 +126,20 @@ def make_pairs(run: Run, iteration: int, tell: Reporter) -> None:
         return
     started = time.perf_counter()
     outside = external.supplies(run.config, iteration)
-    pairs, reasons = external.take_pairs(run, tell) if outside else derive_pairs(run, iteration, run.config, tell)
-    tables.write_pairs(run.pairs_path(iteration), pairs)
-    if not pairs and iteration == 1:
+    reasons: Counter[str] = Counter()
+    pairs = _pairs_from_outside(run, reasons, tell) if outside else _pairs(run, iteration, run.config, reasons, tell)
+    number = tables.write_pairs(run.pairs_path(iteration), pairs)
+    if not number and iteration == 1:
         raise CsrError(f"iteration {iteration} has no pairs: {dict(reasons)}", "loosen method.pairs or add prompts")
     asked = [] if outside else ask(run, iteration, run.config, tell)
     tables.write_pairs(run.questions_path(iteration), asked)
     run.mark_done(
         iteration,
         "pairs",
-        pairs=len(pairs),
+        pairs=number,
         questions=len(asked),
         prompts_without=dict(reasons),
-        **summarise_pairs(pairs),
+        **summarise_pairs(tables.read_pairs(run.pairs_path(iteration))),
         seconds=_since(started),
     )
 
@@ -145,19 +160,27 @@ def derive_pairs(
     Returns:
         The pairs, and why the other prompts have none.
     """
-    prompts = run.prompts()
-    pairs: list[Pair] = []
     reasons: Counter[str] = Counter()
+    return list(_pairs(run, iteration, config, reasons, tell or Silent())), reasons
+
+
+def _pairs(run: Run, iteration: int, config: RunConfig, reasons: Counter[str], tell: Reporter) -> Iterator[Pair]:
+    """Yield pairs prompt by prompt, and count in passing why others have none."""
     trees = ledger(run, iteration)
-    with (tell or Silent()).stage(f"iteration {iteration}: pairs", run.num_prompts) as advance:
-        for prompt, nodes in zip(prompts, trees, strict=True):
+    with tell.stage(f"iteration {iteration}: pairs", run.num_prompts) as advance:
+        for prompt, nodes in zip(run.prompts(), trees, strict=True):
             found = pairs_of(prompt, nodes, config.method, config.scorer.used, config.seed)
             if isinstance(found, str):
                 reasons[found] += 1
             else:
-                pairs += found
+                yield from found
             advance(1)
-    return pairs, reasons
+
+
+def _pairs_from_outside(run: Run, reasons: Counter[str], tell: Reporter) -> Iterable[Pair]:
+    pairs, refused = external.take_pairs(run, tell)
+    reasons.update(refused)
+    return pairs
 
 
 def whole_response_pairs(run: Run, iteration: int) -> list[Pair]:
@@ -172,31 +195,48 @@ def whole_response_pairs(run: Run, iteration: int) -> list[Pair]:
     return found
 
 
-def summarise_pairs(pairs: list[Pair]) -> dict[str, float]:
-    """Means over pairs that tell whether they are worth training on."""
+def summarise_pairs(pairs: Iterable[Pair]) -> dict[str, float]:
+    """Means over pairs that tell whether they are worth training on, none of them held."""
+    number, totals = 0, [0.0] * len(_PAIR_TRAITS)
+    for pair in pairs:
+        number += 1
+        totals = [total + trait(pair) for total, trait in zip(totals, _PAIR_TRAITS.values(), strict=True)]
+    return {name: round(total / max(number, 1), 4) for name, total in zip(_PAIR_TRAITS, totals, strict=True)}
 
-    def mean(values: list[float]) -> float:
-        return round(sum(values) / max(len(values), 1), 4)
 
-    return {
-        "margin": mean([pair.margin for pair in pairs]),
-        "chosen_reward": mean([pair.chosen.reward for pair in pairs]),
-        "rejected_reward": mean([pair.rejected.reward for pair in pairs]),
-        "chosen_sentences": mean([pair.chosen.num_sentences for pair in pairs]),
-        "rejected_sentences": mean([pair.rejected.num_sentences for pair in pairs]),
-        "chosen_longer": mean([float(pair.chosen.num_sentences > pair.rejected.num_sentences) for pair in pairs]),
-    }
+_PAIR_TRAITS: dict[str, Callable[[Pair], float]] = {
+    "margin": lambda pair: pair.margin,
+    "chosen_reward": lambda pair: pair.chosen.reward,
+    "rejected_reward": lambda pair: pair.rejected.reward,
+    "chosen_sentences": lambda pair: pair.chosen.num_sentences,
+    "rejected_sentences": lambda pair: pair.rejected.num_sentences,
+    "chosen_longer": lambda pair: pair.chosen.num_sentences > pair.rejected.num_sentences,
+}
 
 
 def ledger(run: Run, iteration: int) -> Iterator[list[Node]]:
     """Yield each prompt's nodes, in the order of the prompts.
 
     Raises:
-        CsrError: The iteration was not generated completely.
+        CsrError: The iteration was not generated completely, or what is there is not what was generated.
     """
     if not run.is_done(iteration, "generate"):
         raise CsrError(f"iteration {iteration} of {run.root} is not generated", f"csr generate {run.root}")
-    return (nodes for part in run.ledger_parts(iteration) for _, nodes in tables.read_trees(part))
+    parts, needed = run.ledger_parts(iteration), tables.count_groups(run.prompts_path)
+    if len(parts) != needed:
+        raise CsrError(
+            f"iteration {iteration} of {run.root} has {len(parts)} ledger parts where its prompts make {needed}",
+            f"restore them; or delete what is in {run.iteration(iteration) / 'done'} and in ledger/, and run again",
+        )
+    return _checked_trees(run, parts)
+
+
+def _checked_trees(run: Run, parts: Sequence[Path]) -> Iterator[list[Node]]:
+    for prompts, part in zip(tables.prompt_groups(run.prompts_path), parts, strict=True):
+        trees = list(tables.read_trees(part))
+        if [prompt.prompt_id for prompt in prompts] != [prompt_id for prompt_id, _ in trees]:
+            raise CsrError(f"{part} does not hold the trees of its prompts", "restore it, or generate again")
+        yield from (nodes for _, nodes in trees)
 
 
 def train(run: Run, iteration: int, tell: Reporter, crew: Crew = ALONE) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from csr_vlm.errors import CsrError
+from csr_vlm.loading import reason_of
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """What holds a model's weights, whole or as ``NAME.index.json`` and shards; the first that is there counts."""
@@ -49,7 +50,7 @@ def tensor_files(
     for name in names:
         index = find_file(source, f"{name}.index.json", revision)
         if index is not None:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = _weight_map(index)
             shards = sorted(set(weight_map.values()))
             found = {shard: path for shard in shards if (path := find_file(source, shard, revision)) is not None}
             missing = [shard for shard in shards if shard not in found]
@@ -60,6 +61,17 @@ def tensor_files(
         if whole is not None:
             return tensors_of(whole)
     return None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Read which shard, a file beside the index, holds each tensor."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(Path(shard).name == shard for shard in found.values()):
+            raise ValueError("a shard is no file beside it")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CsrError(f"{index} is no index of shards: {reason_of(error)}", "download it again") from None
+    return dict(found)
 
 
 def tensors_of(file: Path) -> dict[str, Stored]:
@@ -100,11 +112,10 @@ def _opened(file: Path) -> Iterator[Any]:
         from safetensors import SafetensorError, safe_open
 
         try:
-            handle = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CsrError(f"{file} is no safetensors file: {error}", "download it again") from None
-        with handle as tensors:
-            yield tensors
+            with safe_open(file, framework="pt") as tensors:
+                yield tensors
+        except (SafetensorError, OSError, ValueError, OverflowError, RuntimeError) as error:
+            raise CsrError(f"{file} is no safetensors file: {reason_of(error)}", "download it again") from None
     else:
         yield _Loaded(_load_bin(file))
 
@@ -120,8 +131,9 @@ def _load_bin(file: Path) -> dict[str, Any]:
             # Files of before PyTorch 1.6 cannot be mapped.
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CsrError(f"{file} cannot be read as plain tensors: {reason}", "convert it to safetensors") from None
+        raise CsrError(
+            f"{file} cannot be read as plain tensors: {reason_of(error)}", "convert it to safetensors"
+        ) from None
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise CsrError(f"{file} holds something else than named tensors", "convert it to safetensors")
     return loaded

@@ -21,6 +21,7 @@ from csr_vlm.cli.opening import Iteration, Out, Overrides, RunArgument, Target, 
 from csr_vlm.cli.push import push
 from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.cli.run import check, demo, run
+from csr_vlm.cli.stopping import stoppable
 from csr_vlm.cli.verbs import RunByDefault, Verbs
 from csr_vlm.cli.watch import watch
 from csr_vlm.config import load_config, scorer_config
@@ -103,8 +104,8 @@ def score(
 
         opened = Run.open(target)
         number = iteration or max(opened.iterations_done("generate"), default=1)
-        with opened.locked():
-            stages.score(opened, number, config, console.reporter(), crew)
+        with stoppable(console.reporter(), opened.root) as tell, opened.locked():
+            stages.score(opened, number, config, tell, crew)
     console.say(f"iteration {number} is scored by {name}")
     console.done(then=f"csr pairs {target} scorer.use={name}", run=str(target), iteration=number, scorer=name)
 
@@ -305,7 +306,11 @@ def _one_stage(
 
     numbers = range(1, opened.config.iterations + 1)
     number = iteration or next((n for n in numbers if not opened.is_done(n, stage)), opened.config.iterations)
-    with opened.locked(), recorded(opened.root, console.reporter()) as tell:
+    with (
+        stoppable(console.reporter(), opened.root) as shown,
+        opened.locked(),
+        recorded(opened.root, shown) as tell,
+    ):
         if stage == "generate":
             stages.check_inputs(opened, tell)
         stages.require_before(opened, number, stage)

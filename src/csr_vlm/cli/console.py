@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -151,7 +152,7 @@ class Terminal:
             progress.update(task, total=final.completed or 1, completed=final.completed or 1)
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
 
 def reporter(quiet: bool = False) -> Reporter:
@@ -209,11 +210,19 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for index, name in enumerate(columns):
         table.add_column(Text(name), justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     output = terminal()
     if title:
         output.print(Text(title, style="italic"), soft_wrap=True)
     output.print(table)
+
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Show what would move the cursor, turn the text round or not encode by its code, such as ``\x1b``."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 METRICS: Mapping[str, str] = {

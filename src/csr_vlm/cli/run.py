@@ -11,6 +11,7 @@ import typer
 from csr_vlm.cli import console
 from csr_vlm.cli.crew import RayActors, crew_of
 from csr_vlm.cli.opening import Out, Overrides, Target, open_or_create, settings
+from csr_vlm.cli.stopping import stoppable
 from csr_vlm.scale.crew import ALONE, Crew
 from csr_vlm.store.run import Run
 
@@ -128,7 +129,8 @@ def _align(opened: Run, crew: Crew = ALONE) -> None:
     console.quiet_libraries()
     from csr_vlm.loop import align
 
-    align(opened, console.reporter(), crew)
+    with stoppable(console.reporter(), opened.root) as tell:
+        align(opened, tell, crew)
     results = {number: opened.metrics(number) for number in opened.iterations_done("evaluate")}
     report_path = opened.root / "report.html"
     adapter = opened.root / "adapter" if opened.final else None

@@ -40,7 +40,8 @@ def watch(
 ) -> None:
     """Show what a run is doing: stage, rate, time left, metrics so far, what the policy says.
 
-    With --json one view, or a line whenever it changed. Ctrl-C leaves; the run goes on. Ends with the run: exit code 0 if it finished, 1 if it did not.
+    With --json one view, or a line whenever it changed. Ctrl-C leaves; the run goes on.
+    Ends with the run: exit code 0 if it finished, 1 if it did not.
     Example: csr watch runs/mine
     """
     from csr_vlm.watch import Watcher

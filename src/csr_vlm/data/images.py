@@ -5,8 +5,13 @@ from __future__ import annotations
 import warnings
 from io import BytesIO
 from pathlib import Path
+from typing import IO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from csr_vlm.errors import CsrError
+from csr_vlm.records import Prompt
+from csr_vlm.store.files import open_ordinary
 
 
 class BadImage(ValueError):
@@ -30,11 +35,12 @@ def load_image(source: str | Path | bytes, max_pixels: int) -> Image.Image:
             checked on the header, before anything is decoded.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _opened(source) as file:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
-                    raise BadImage(f"too large ({image.width} x {image.height} pixels)")
+                    # Without the size, which would make every large image a reason of its own.
+                    raise BadImage(f"too large (over {max_pixels:,} pixels)")
                 if image.mode in ("I", "F"):
                     raise BadImage("32-bit grey levels, whose white is unknown")
                 upright = ImageOps.exif_transpose(image)
@@ -61,6 +67,26 @@ def load_image(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     except Exception:
         # Decoders of damaged files raise whatever they stumble over.
         raise BadImage("unreadable (damaged)") from None
+
+
+def image_of(prompt: Prompt, max_pixels: int) -> Image.Image:
+    """Load the image of a prompt that was checked before.
+
+    Raises:
+        CsrError: It has gone or changed since.
+    """
+    try:
+        return load_image(prompt.image, max_pixels)
+    except BadImage as error:
+        raise CsrError(
+            f"the image {prompt.image} of prompt {prompt.prompt_id} was usable when the inputs were checked and is "
+            f"not now: {error}",
+            "put it back and run the same command again",
+        ) from None
+
+
+def _opened(source: str | Path | bytes) -> IO[bytes]:
+    return BytesIO(source) if isinstance(source, bytes) else open_ordinary(source)
 
 
 def suffix_of(content: bytes) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from csr_vlm.config import SearchConfig
+from csr_vlm.errors import CsrError
 from csr_vlm.generation.policy import Policy, Reader
 from csr_vlm.generation.sampling import diverse, sample, uniforms
 from csr_vlm.generation.sentences import SentenceRule
@@ -60,6 +61,7 @@ class Row:
     """Among the siblings."""
     prefix_ids: tuple[int, ...]
     uniform: np.ndarray
+    prompt_id: str = ""
     prefix_text: str = ""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -92,6 +94,7 @@ class Sentences:
                 place=place,
                 prefix_ids=request.prefix_ids,
                 uniform=uniforms((*request.seed, place), self.decoding.max_new_tokens),
+                prompt_id=request.prompt.prompt_id,
                 prefix_text=prefix_text,
             )
             for place in range(request.num_candidates)
@@ -151,6 +154,7 @@ class Writer(Sentences):
             The tokens, of shape (rows,), on the logits' device.
         """
         logits = logits.float()
+        _refuse_nonsense(logits, rows)
         barred = logits.index_fill(1, self._barred, -torch.inf)
         if self.decoding.diversity_penalty is not None:
             family = torch.tensor([row.family for row in rows], device=logits.device)
@@ -168,3 +172,18 @@ class Writer(Sentences):
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             self.note(row, token, logprob)
         return tokens
+
+
+def _refuse_nonsense(logits: torch.Tensor, rows: Sequence[Row]) -> None:
+    """Stop where a model computes what is no distribution, and name the prompt.
+
+    Raises:
+        CsrError: A row of logits holds NaN or plus infinity, or nothing but minus infinity.
+    """
+    sound = logits.amax(dim=-1).isfinite()  # The maximum of a row with NaN is NaN.
+    if not bool(sound.all()):
+        culprit = rows[int((~sound).nonzero()[0])].prompt_id
+        raise CsrError(
+            f"prompt {culprit}: the policy computes logits that are not finite",
+            "look at its image and at the weights; float16 overflows where bfloat16 and float32 do not",
+        )

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -26,11 +25,11 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from csr_vlm.config import ModelConfig
-from csr_vlm.data.images import load_image
 from csr_vlm.errors import CsrError
 from csr_vlm.generation.families import NOT_INPUTS, NOT_QUANTIZED, Family, family_of, picture_ids
-from csr_vlm.loading import resolve_device, resolve_dtype, unloadable
+from csr_vlm.loading import reason_of, resolve_device, resolve_dtype, unloadable
 from csr_vlm.records import Prompt
+from csr_vlm.weights import tensors_of
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Reader:
 
     def image(self, prompt: Prompt) -> Any:
         """Load the prompt's image."""
-        return load_image(prompt.image, self.max_image_pixels)
+        return image_of(prompt, self.max_image_pixels)
 
     def processed(self, prompt: Prompt) -> Any:
         """Load the image, apply the chat template, and tokenise as the processor wants it."""
@@ -250,6 +249,11 @@ class Policy:
             predicted = torch.log_softmax(logits[row, start - 1 : start - 1 + len(ids)], dim=-1)
             targets = torch.tensor(list(ids), device=predicted.device)
             logprobs.append(predicted.gather(-1, targets[:, None]).squeeze(-1).cpu())
+            if not logprobs[-1].isfinite().all():
+                raise CsrError(
+                    f"prompt {prompts[row].prompt_id}: the policy gives a response a log-probability that is not finite",
+                    f"look at {prompts[row].image} and at the weights of model.path and of the last adapter",
+                )
         return logprobs
 
 
@@ -325,8 +329,15 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
     dtype = getattr(torch, resolve_dtype(config.dtype, device))
     placed = {} if config.quantization is None else {"device_map": {"": device}} | _four_bits(device, dtype)
     with _loading(config) as common:
-        model = AutoModelForImageTextToText.from_pretrained(config.path, dtype=dtype, **placed, **common)
+        model, told = AutoModelForImageTextToText.from_pretrained(
+            config.path, dtype=dtype, output_loading_info=True, **placed, **common
+        )
         processor = AutoProcessor.from_pretrained(config.path, **common)
+    if told["missing_keys"]:
+        raise CsrError(
+            f"{config.path} lacks {len(told['missing_keys'])} of its weights, such as {min(told['missing_keys'])}",
+            "download it again; random numbers would stand in their place",
+        )
     _require_template(config, model.config, processor)
     if config.quantization is None:
         model = model.to(device)
@@ -360,7 +371,7 @@ def _loading(config: ModelConfig) -> Iterator[dict[str, Any]]:
         raise CsrError(
             f"{config.path} needs a library that is not installed: {reason}", "pip install 'csr-vlm[families]'"
         ) from None
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # A damaged or foreign checkpoint may raise anything.
         raise unloadable("model", config.path, error) from None
 
 
@@ -406,11 +417,11 @@ def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> PeftM
         )
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    except (ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CsrError(f"the adapter {adapter} does not fit the model: {reason}", "check model.path") from None
-    with safe_open(weights, framework="pt") as saved:
-        names = set(saved.keys())
+    except Exception as error:  # A damaged or foreign adapter may raise anything.
+        raise CsrError(
+            f"the adapter {adapter} does not fit the model: {reason_of(error)}", "check model.path"
+        ) from None
+    names = tensors_of(weights).keys()
     strange = names ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if strange:
         raise CsrError(

@@ -15,9 +15,11 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Protocol
 
 from csr_vlm.config import FilterConfig, MethodConfig
+from csr_vlm.errors import CsrError
 from csr_vlm.method.reward import bag_of_words, path_ids, response_reward, sentence_rewards
 from csr_vlm.records import Candidate, Expansion, Fate, Finish, Node, Prompt
 
@@ -123,6 +125,12 @@ class Tree:
         method: MethodConfig,
     ) -> Node:
         earlier = self.path(parent)
+        if not all(map(isfinite, candidate.token_logprobs)):
+            raise CsrError(
+                f"prompt {self.prompt.prompt_id}: the policy gives a token the log-probability "
+                f"{next(lp for lp in candidate.token_logprobs if not isfinite(lp))}",
+                f"look at {self.prompt.image} and at the weights; float16 overflows where bfloat16 and float32 do not",
+            )
         if candidate.token_ids in [sibling.token_ids for sibling in siblings[:index]]:
             fate = Fate.DUPLICATE
         elif not candidate.sentence:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from csr_vlm.batches import batched
 from csr_vlm.config import OneScorerConfig
-from csr_vlm.data.images import load_image
+from csr_vlm.data.images import image_of
 from csr_vlm.records import Prompt
 from csr_vlm.scoring.clauses import clauses
 
@@ -57,7 +57,7 @@ class EmbeddingScorer:
         """
         if not items:
             return []
-        self._embed_new_images([prompt.image for prompt, _ in items])
+        self._embed_new_images({prompt.image: prompt for prompt, _ in items})
         texts = self._embed_sentences({sentence for _, sentence in items})
         images = torch.stack([self._images[prompt.image] for prompt, _ in items])
         cosines = (images * torch.stack([texts[sentence] for _, sentence in items])).sum(dim=-1)
@@ -72,10 +72,10 @@ class EmbeddingScorer:
         return sum(count > self._encoder.max_tokens for count in counts)
 
     @torch.inference_mode()
-    def _embed_new_images(self, paths: Sequence[str]) -> None:
-        new = [path for path in dict.fromkeys(paths) if path not in self._images]
+    def _embed_new_images(self, prompts: Mapping[str, Prompt]) -> None:
+        new = [path for path in prompts if path not in self._images]
         for chunk in batched(new, self._config.batch_size):
-            pictures = [load_image(path, self._max_image_pixels) for path in chunk]
+            pictures = [image_of(prompts[path], self._max_image_pixels) for path in chunk]
             rows = normalize(self._encoder.embed_images(pictures).float(), dim=-1).cpu()
             self._images |= dict(zip(chunk, rows, strict=True))
 

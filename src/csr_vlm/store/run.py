@@ -24,7 +24,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
-from csr_vlm.config import RunConfig, resolve
+from csr_vlm.config import RunConfig, read_yaml, resolve
 from csr_vlm.errors import CsrError
 from csr_vlm.records import SCHEMA_VERSION, Prompt
 from csr_vlm.store import files
@@ -92,13 +92,7 @@ class Run:
         path = root / "config.yaml"
         if not path.is_file():
             raise CsrError(f"{root} is not a run directory", _run_hint(root))
-        try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CsrError(f"{path} cannot be read as YAML: {error}", "restore it, or start another run") from None
-        if not isinstance(settings, dict):
-            raise CsrError(f"{path} holds no configuration", "restore it, or start another run")
-        return cls(root, resolve(settings))
+        return cls(root, resolve(read_yaml(path, "restore it, or start another run")))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -107,11 +101,14 @@ class Run:
         Raises:
             CsrError: Another process works in it.
         """
-        with (self.root / ".lock").open("w") as handle:
+        with ExitStack() as stack:
+            with files.disk_troubles(self.root / ".lock"):
+                handle = stack.enter_context((self.root / ".lock").open("w"))
             if not _lock(handle):
                 raise CsrError(f"another process works in {self.root}", "wait for it, or stop it")
-            files.remove_temporaries(self.root)
-            yield
+            with files.disk_troubles(self.root, of_disk_only=True):
+                files.remove_temporaries(self.root)
+                yield
 
     def in_use(self) -> bool:
         """Whether a process works in the directory now."""
@@ -216,12 +213,15 @@ class Run:
         return [number for number in range(self.config.iterations + 1) if self.is_done(number, stage)]
 
     def result(self, number: int, stage: str) -> dict[str, Any]:
-        """Return what a finished stage had to say."""
-        result: dict[str, Any] = files.read_json(self._marker(number, stage))
-        return result
+        """Return what a finished stage had to say.
+
+        Raises:
+            CsrError: It is damaged, or was changed.
+        """
+        return files.read_sealed(self._marker(number, stage))
 
     def mark_done(self, number: int, stage: str, **result: Any) -> None:
-        files.write_json(self._marker(number, stage), result)
+        files.write_sealed(self._marker(number, stage), result)
         self.write_manifest()
 
     def _marker(self, number: int, stage: str) -> Path:
@@ -270,7 +270,7 @@ class Run:
         """Gather provenance and the markers of all finished stages."""
         stages = {
             f"iteration-{number}": {
-                path.stem: files.read_json(path) for path in sorted((self.iteration(number) / "done").glob("*.json"))
+                path.stem: files.read_sealed(path) for path in sorted((self.iteration(number) / "done").glob("*.json"))
             }
             for number in range(self.config.iterations + 1)
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -12,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from csr_vlm.batches import batched
+from csr_vlm.errors import CsrError
 from csr_vlm.records import SCHEMA_VERSION, Fate, Finish, Node, Pair, Prompt, Response
-from csr_vlm.store.files import write_atomically
+from csr_vlm.store.files import open_ordinary, write_atomically
 
 _METADATA = {b"csr_vlm_schema": str(SCHEMA_VERSION).encode()}
 
@@ -58,11 +60,15 @@ PAIRS = pa.schema(
 )
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema, row_group_size: int = 1 << 14) -> None:
+_GROUP = 1 << 14
+"""Rows of a row group, which is what readers hold at once."""
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
     """Write rows as one Parquet file, atomically; the bytes depend on the rows alone."""
     table = pa.Table.from_pylist(list(rows), schema=schema)
     write_atomically(
-        path, lambda temporary: pq.write_table(table, temporary, row_group_size=row_group_size, compression="zstd")
+        path, lambda temporary: pq.write_table(table, temporary, row_group_size=_GROUP, compression="zstd")
     )
 
 
@@ -77,8 +83,10 @@ def write_row_groups(path: Path, groups: Iterable[Sequence[dict[str, Any]]], sch
     write_atomically(path, write)
 
 
-def _row_groups(path: Path) -> Iterator[list[dict[str, Any]]]:
-    with pq.ParquetFile(path) as file:
+def _row_groups(path: Path, schema: pa.Schema) -> Iterator[list[dict[str, Any]]]:
+    with _damage(path), pq.ParquetFile(_ordinary(path)) as file:
+        if not file.schema_arrow.equals(schema):
+            raise pa.ArrowInvalid("it holds another kind of table")
         for index in range(file.num_row_groups):
             yield file.read_row_group(index).to_pylist(maps_as_pydicts="strict")
 
@@ -86,6 +94,29 @@ def _row_groups(path: Path) -> Iterator[list[dict[str, Any]]]:
 def read_whole(paths: Sequence[Path]) -> pa.Table:
     """Read files of one schema into memory, as one table."""
     return pa.concat_tables([pq.read_table(path) for path in paths])
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Word what reading a damaged table raises.
+
+    Raises:
+        CsrError: In place of that.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise CsrError(
+            f"{path} cannot be read: {reason}",
+            "restore it; or delete it and the markers below done/ of the stages that read it, and run again",
+        ) from None
+
+
+def _ordinary(path: Path) -> Path:
+    """Refuse a pipe, which would block, and a device, which may not end."""
+    open_ordinary(path).close()
+    return path
 
 
 def write_prompts(path: Path, prompts: Iterable[Prompt], group_size: int) -> None:
@@ -96,7 +127,7 @@ def write_prompts(path: Path, prompts: Iterable[Prompt], group_size: int) -> Non
 
 def prompt_groups(path: Path) -> Iterator[list[Prompt]]:
     """Yield prompts work item by work item."""
-    return ([Prompt(**row) for row in rows] for rows in _row_groups(path))
+    return ([Prompt(**row) for row in rows] for rows in _row_groups(path, PROMPTS))
 
 
 class PromptGroups:
@@ -122,14 +153,17 @@ def write_nodes(path: Path, nodes: Iterable[Node]) -> None:
 
 
 def read_nodes(path: Path) -> Iterator[Node]:
-    for rows in _row_groups(path):
-        yield from map(_node, rows)
+    for rows in _row_groups(path, NODES):
+        with _damage(path):
+            nodes = list(map(_node, rows))
+        yield from nodes
 
 
 def read_nodes_of(path: Path, prompt_ids: Iterable[str]) -> list[Node]:
     """Read some prompts' nodes from one ledger part; no other row is decoded."""
-    table = pq.read_table(path, filters=[("prompt_id", "in", list(prompt_ids))])
-    return [_node(row) for row in table.to_pylist(maps_as_pydicts="strict")]
+    with _damage(path):
+        table = pq.read_table(_ordinary(path), filters=[("prompt_id", "in", list(prompt_ids))])
+        return [_node(row) for row in table.to_pylist(maps_as_pydicts="strict")]
 
 
 def _node(row: dict[str, Any]) -> Node:
@@ -150,17 +184,30 @@ def read_trees(path: Path) -> Iterator[tuple[str, list[Node]]]:
         yield prompt_id, list(nodes)
 
 
-def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
-    rows = [
+def write_pairs(path: Path, pairs: Iterable[Pair]) -> int:
+    """Write pairs as they come and return how many there were; one row group of them is held."""
+    rows = (
         asdict(pair.prompt)
         | {"iteration": pair.iteration, "chosen": vars(pair.chosen), "rejected": vars(pair.rejected)}
         for pair in pairs
-    ]
-    write_rows(path, rows, PAIRS)
+    )
+    write_row_groups(path, batched(rows, _GROUP), PAIRS)
+    return count_rows(path)
+
+
+def count_rows(path: Path) -> int:
+    with _damage(path):
+        return int(pq.read_metadata(_ordinary(path)).num_rows)
+
+
+def count_groups(path: Path) -> int:
+    """Count the row groups of a file: of prompts, the work items."""
+    with _damage(path):
+        return int(pq.read_metadata(_ordinary(path)).num_row_groups)
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
-    for rows in _row_groups(path):
+    for rows in _row_groups(path, PAIRS):
         for row in rows:
             yield Pair(
                 prompt=Prompt(row["prompt_id"], row["image"], row["text"]),

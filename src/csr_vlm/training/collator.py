@@ -31,6 +31,7 @@ class PairCollator:
         input_ids, attention_mask, completion_mask   (4, width), padded on the right
         pixel_values                                 (4, 3, height, width)
         ref_chosen_logps, ref_rejected_logps         (2,), nats, from the ledger
+        prompt_ids                                   two names, for errors
 
     ``completion_mask`` is 1 exactly on the response's ids. Each image is processed once.
 
@@ -56,6 +57,7 @@ class PairCollator:
         for index, (item, ids) in enumerate(zip(encoded, completions, strict=True)):
             start = len(item.input_ids)
             batch["completion_mask"][index, start : start + len(ids)] = 1
+        batch["prompt_ids"] = [row["prompt_id"] for row in rows]
         for key in ("ref_chosen_logps", "ref_rejected_logps"):
             batch[key] = torch.tensor([row[key] for row in rows])
         width = batch["input_ids"].shape[1]

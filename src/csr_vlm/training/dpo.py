@@ -69,13 +69,22 @@ class CsrTrainer(DPOTrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.first_loss is None:
             self.first_loss = self._plain_loss(model, inputs)
-            if abs(self.first_loss - log(2)) > self.first_loss_tolerance:
+            # Written so that not-a-number fails too.
+            if not abs(self.first_loss - log(2)) <= self.first_loss_tolerance:
                 raise CsrError(
                     f"the first DPO loss is {self.first_loss:.4f}, not log 2 = {log(2):.4f}: the reference is not the "
                     "policy that training starts from",
                     "set training.reference=model, or generate again with the adapter in use now",
                 )
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = float(found[0] if isinstance(found, tuple) else found)
+        if not isfinite(loss):
+            raise CsrError(
+                f"DPO diverged: step {self.state.global_step + 1} has the loss {loss} on the pairs of prompts "
+                f"{', '.join(inputs['prompt_ids'])}",
+                "lower training.trl.learning_rate, or look at these pairs",
+            )
+        return found
 
     @torch.no_grad()
     def _plain_loss(self, model: Any, inputs: Any) -> float:

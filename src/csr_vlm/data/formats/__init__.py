@@ -6,6 +6,7 @@ A module of prompts has ``rows`` and ``count``; a module of pairs has ``write`` 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ _KNOWN = (
 )
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MOST_SHARDS = 1_000_000
 _FILE_SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -158,12 +160,14 @@ def _folder_format(path: Path) -> str:
 
 def _expanded(path: str) -> list[str]:
     """Name the sources behind a glob or a range; one that is there is itself."""
-    if Path(path).exists():
+    if os.path.exists(path):  # noqa: PTH110 - Path.exists raises on names that are too long
         return [path]
     matched = _RANGE.search(path)
     if matched is not None:
         first, last = matched[1], matched[2]
         numbers = range(int(first), int(last) + 1)
+        if len(numbers) > _MOST_SHARDS:
+            raise CsrError(f"{path} names more than {_MOST_SHARDS:,} files", "set data.prompts")
         return [path[: matched.start()] + f"{n:0{len(first)}d}" + path[matched.end() :] for n in numbers]
     if not any(sign in path for sign in "*?["):
         return [path]

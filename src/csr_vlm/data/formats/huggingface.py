@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.data.formats.rows import FIELDS, Rows
+from csr_vlm.data.formats.rows import FIELDS, BadRow, Rows
 from csr_vlm.errors import CsrError
 
 MARKS = ("dataset_dict.json", "state.json")
@@ -17,9 +17,16 @@ MARKS = ("dataset_dict.json", "state.json")
 
 
 def rows(source: str, split: str) -> Rows:
-    name = Path(source).name
-    for number, row in enumerate(_open(source, split), start=1):
-        yield f"{name} row {number}", {"__key__": f"{name}-{number}", **row}
+    name, number = Path(source).name, 0
+    opened = _open(source, split)
+    try:
+        for number, row in enumerate(opened, start=1):
+            yield f"{name} row {number}", {"__key__": f"{name}-{number}", **row}
+    except Exception as error:  # Whatever the network or a damaged file raise.
+        if isinstance(error, BadRow | CsrError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CsrError(f"the data set {source} breaks off after row {number}: {reason[:300]}", "try again") from None
 
 
 def count(source: str, split: str) -> int:

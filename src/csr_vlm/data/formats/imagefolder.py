@@ -12,7 +12,7 @@ from pathlib import Path
 
 from csr_vlm.data.formats import jsonl, parquet
 from csr_vlm.data.formats.images import files
-from csr_vlm.data.formats.rows import BadRow, Row, Rows, image_of
+from csr_vlm.data.formats.rows import BadRow, Row, Rows, image_of, open_file
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -46,13 +46,18 @@ def _placed(row: Row | BadRow, below: Path) -> Row | BadRow:
 
 
 def _csv_rows(path: Path) -> Rows:
+    open_file(path).close()
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
         table = csv.DictReader(handle)
-        try:
-            for row in table:
-                yield f"{path.name} line {table.line_num}", row
-        except csv.Error:
-            yield f"{path.name} line {table.line_num}", BadRow("broken CSV")
+        while True:
+            try:
+                row = next(table, None)
+            except csv.Error:  # Too long a field, or a stray quote: the reader goes on behind it.
+                yield f"{path.name} line {table.line_num}", BadRow("broken CSV")
+                continue
+            if row is None:
+                return
+            yield f"{path.name} line {table.line_num}", row
 
 
 def _csv_count(path: Path) -> int:

@@ -7,12 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from csr_vlm.data.formats.rows import BadRow, Rows, open_file
+from csr_vlm.data.formats.rows import LONGEST_LINE, BadRow, Rows, open_file
 from csr_vlm.store.files import write_atomically
 
 _CHUNK = 1 << 16
-_LONGEST = 1 << 24
-"""Characters of one object; more is a file that lacks a bracket."""
 _SPACE = " \t\r\n"
 
 
@@ -87,7 +85,7 @@ def _decode(decoder: json.JSONDecoder, handle: IO[str], buffer: str, at: int) ->
         try:
             value, end = decoder.raw_decode(buffer, at)
         except ValueError:
-            if len(buffer) > _LONGEST:
+            if len(buffer) > LONGEST_LINE:
                 raise
             end = None
         # A number may go on where the chunk does not: 1 of 1.5.

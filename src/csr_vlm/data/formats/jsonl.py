@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from csr_vlm.data.formats.rows import BadRow, Row, Rows, open_file
+from csr_vlm.data.formats.rows import LONGEST_LINE, BadRow, Row, Rows, open_file
 from csr_vlm.store.files import write_atomically
 
 
 def rows(path: Path) -> Rows:
     with open_file(path) as handle:
-        for number, line in enumerate(handle, start=1):
-            if line.strip():
-                yield f"{path.name} line {number}", _parsed(line)
+        for number, line in enumerate(_lines(handle), start=1):
+            if line is None or line.strip():
+                yield f"{path.name} line {number}", BadRow("endless line") if line is None else _parsed(line)
 
 
 def count(path: Path) -> int:
     with open_file(path) as handle:
-        return sum(1 for line in handle if line.strip())
+        return sum(1 for line in _lines(handle) if line is None or line.strip())
 
 
 def write(path: Path, items: Iterable[dict[str, Any]]) -> None:
@@ -31,6 +31,17 @@ def write(path: Path, items: Iterable[dict[str, Any]]) -> None:
             handle.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
 
     write_atomically(path, fill)
+
+
+def _lines(handle: IO[bytes]) -> Iterator[bytes | None]:
+    """Yield lines as they are; None in place of one that is too long to be held."""
+    while line := handle.readline(LONGEST_LINE):
+        if len(line) < LONGEST_LINE or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = handle.readline(LONGEST_LINE)
+        yield None
 
 
 def _parsed(line: bytes) -> Row | BadRow:

@@ -14,6 +14,8 @@ from csr_vlm.batches import batched
 from csr_vlm.data.formats.rows import FIELDS, BadRow, Rows, open_file
 from csr_vlm.store.tables import write_row_groups
 
+_DAMAGE = (pa.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError, MemoryError)
+"""What reading damaged files raises: text that is no UTF-8, dates beyond the calendar, sizes beyond memory."""
 _BATCH = 32
 """Rows held at once: with their images, some 10 MB."""
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -26,8 +28,9 @@ def rows(path: Path) -> Rows:
         number = 0
         try:
             for number, row in enumerate(_file_rows(file), start=1):
-                yield f"{file.name} row {number}", {"__key__": f"{file.stem}-{number}", **row}
-        except (pa.ArrowException, OSError):
+                own = row if isinstance(row, BadRow) else {"__key__": f"{file.stem}-{number}", **row}
+                yield f"{file.name} row {number}", own
+        except _DAMAGE:
             yield f"{file.name} row {number + 1}", BadRow("damaged Parquet file")
 
 
@@ -36,13 +39,13 @@ def count(path: Path) -> int:
     for file in parquet_files(path):
         try:
             total += pq.read_metadata(file).num_rows
-        except (pa.ArrowException, OSError):  # Reading says so.
+        except _DAMAGE:  # Reading says so.
             continue
     return total
 
 
 def parquet_files(path: Path) -> list[Path]:
-    return sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    return sorted(file for file in path.rglob("*.parquet") if file.is_file()) if path.is_dir() else [path]
 
 
 def write(path: Path, items: Iterable[dict[str, Any]], columns: Mapping[str, pa.DataType]) -> None:
@@ -52,12 +55,24 @@ def write(path: Path, items: Iterable[dict[str, Any]], columns: Mapping[str, pa.
     write_row_groups(path, batched(items, _BATCH), pa.schema(list(columns.items()), metadata=metadata))
 
 
-def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _file_rows(path: Path) -> Iterator[dict[str, Any] | BadRow]:
     open_file(path).close()
     with pq.ParquetFile(path, pre_buffer=False) as file:
         columns = [name for name in file.schema_arrow.names if name in FIELDS]
         for batch in file.iter_batches(_BATCH, columns=columns):
-            yield from batch.to_pylist()
+            try:
+                yield from batch.to_pylist()
+            except _DAMAGE:
+                yield from (_row(batch.slice(place, 1)) for place in range(batch.num_rows))
+
+
+def _row(batch: pa.RecordBatch) -> dict[str, Any] | BadRow:
+    """Read one row of a batch that does not read as a whole."""
+    try:
+        row: dict[str, Any] = batch.to_pylist()[0]
+    except _DAMAGE:
+        return BadRow("damaged row")
+    return row
 
 
 def _feature(kind: pa.DataType) -> dict[str, Any]:

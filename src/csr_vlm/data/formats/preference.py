@@ -67,7 +67,7 @@ def registered(path: Path, empty: Any) -> Any:
         return empty
     try:
         found = read_json(path)
-    except ValueError:
+    except CsrError:
         found = None
     if not isinstance(found, type(empty)):
         raise CsrError(f"{path} is no list of data sets of this format", "give another --out")

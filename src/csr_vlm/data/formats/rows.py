@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from csr_vlm.errors import CsrError
+from csr_vlm.store.files import open_ordinary
 
 Row = Mapping[str, Any]
 IDS = ("prompt_id", "id", "question_id", "idx", "__key__")
@@ -28,6 +29,12 @@ RESPONSES = ("chosen", "rejected", "rejected_conversations", "rejected_response"
 FIELDS = (*IDS, *IMAGES, *TEXTS, *RESPONSES)
 """All that is ever read of a row; readers of columns skip the others."""
 PLACEHOLDER = "<image>"
+LONGEST_TEXT = 50_000
+"""Characters of a prompt: more is no question, and no model here reads it."""
+LONGEST_ID = 500
+"""Characters of an id, which every row of a ledger repeats."""
+LONGEST_LINE = 1 << 24
+"""Characters of a line or an entry; more is a file that lacks line breaks or brackets."""
 _COCO_NAME = re.compile(r"^(?:COCO_[a-z]+\d{4}_)?(\d{9,12}\.(?:jpg|png))$")
 _COCO_SPLITS = (
     "train2014", "val2014", "test2014", "test2015", "train2017", "val2017", "test2017", "unlabeled2017",
@@ -68,10 +75,14 @@ def entry_of(row: Row | BadRow, root: Path | None) -> Entry:
     row_id, image, text = first(row, IDS), image_of(row), text_of(row)
     if not isinstance(row_id, str | int) or row_id == "" or image is None:
         raise BadRow("no prompt_id or no image")
+    if len(text) > LONGEST_TEXT:
+        raise BadRow(f"prompt of more than {LONGEST_TEXT:,} characters")
     try:
         f"{row_id}{text}".encode()
-    except UnicodeEncodeError:  # Half a surrogate pair.
+    except (UnicodeEncodeError, ValueError):  # Half a surrogate pair; a number of thousands of digits.
         raise BadRow("text or path that cannot be encoded or resolved") from None
+    if len(str(row_id)) > LONGEST_ID:
+        raise BadRow(f"id of more than {LONGEST_ID:,} characters")
     return Entry(str(row_id), image_path(root, image) if isinstance(image, str) else image, text)
 
 
@@ -175,9 +186,10 @@ def open_file(path: Path) -> IO[bytes]:
     """Open a file of prompts or pairs.
 
     Raises:
-        CsrError: It cannot be opened.
+        CsrError: It cannot be opened, or is a pipe or a device.
     """
     try:
-        return path.open("rb")
-    except OSError as error:
-        raise CsrError(f"the file {path} cannot be opened: {error.strerror}", "set data.prompts") from None
+        return open_ordinary(path)
+    except (OSError, ValueError) as error:  # the latter for names that no file can have
+        reason = error.strerror if isinstance(error, OSError) else "no file can have that name"
+        raise CsrError(f"the file {str(path)[:300]!r} cannot be opened: {reason}", "set data.prompts") from None

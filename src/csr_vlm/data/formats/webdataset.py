@@ -12,14 +12,25 @@ from collections.abc import Iterator
 from itertools import groupby
 from lzma import LZMAError
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from csr_vlm.data.formats.rows import BadRow, Row, Rows, open_file
 from csr_vlm.data.images import SUFFIXES
 
 _LARGEST = 1 << 28
 """Bytes of one member: a quarter of a gigabyte is no picture, but a small file can unpack to it."""
-_DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)
+_LARGEST_HEADER = 1 << 16
+"""Bytes of a header that describes the next member, its long name or its attributes."""
+_MOST_SKIPPED = 1 << 34
+"""Bytes of a member that is skipped: passing over what is not there takes tarfile as long as passing over it."""
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError, ValueError, OverflowError)
 Member = tuple[str, str, bytes | None]
 """(sample, suffix in lower case, content); None where it is too large."""
 
@@ -50,8 +61,19 @@ def is_shard(path: Path) -> bool:
     return ".tar" in path.suffixes or path.suffix == ".tgz"
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header, refused where it would make the reader hold gigabytes or go backwards."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if not 0 <= header.size <= (_LARGEST_HEADER if header.type in _HEADERS else _MOST_SKIPPED):
+            raise tarfile.ReadError("a header of impossible size")
+        return header
+
+
 def _members(shard: Path) -> Iterator[Member]:
-    with open_file(shard) as handle, tarfile.open(fileobj=handle, mode="r|*") as archive:
+    with open_file(shard) as handle, tarfile.open(fileobj=handle, mode="r|*", tarinfo=_Header) as archive:
         while (member := archive.next()) is not None:
             # The archive would remember every member it has passed.
             archive.members = []  # type: ignore[attr-defined]

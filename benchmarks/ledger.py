@@ -1,0 +1,189 @@
+"""A ledger of millions of nodes: how fast it is written, read, paired and shown, and in how much memory.
+
+    python benchmarks/ledger.py --rows 10000000 --out build/ledger [--json]
+
+The nodes are made up, with the shape of a real search: 16 partial responses of up to five
+sentences a prompt, four candidates each, sentences of 10 to 30 tokens that hardly ever repeat.
+Everything else is the product: its writers, its readers, its pairs, its signs of health and its
+report. Each step runs in a process of its own, whose peak of memory is its own. A prompt's
+picture is one and the same small file, so that the file system is not what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from csr_vlm import stages, verdicts
+from csr_vlm.config import resolve
+from csr_vlm.progress import Silent
+from csr_vlm.records import Fate, Finish, Node, Prompt
+from csr_vlm.report.html import render
+from csr_vlm.store import tables
+from csr_vlm.store.run import Run
+
+CANDIDATES, EXPANDED, DEPTH = 4, 4, 5
+NODES_PER_PROMPT = CANDIDATES + (DEPTH - 1) * EXPANDED * CANDIDATES
+VOCABULARY = 32_000
+
+
+def prompts(number: int, image: Path) -> Iterator[Prompt]:
+    return (Prompt(f"prompt-{place:09d}", str(image), "Describe this image in detail.") for place in range(number))
+
+
+def trees(group: list[Prompt], rng: np.random.Generator) -> Iterator[Node]:
+    """Make up the trees of some prompts: four candidates for each of four kept nodes, five deep."""
+    words = [f"w{index:x}" for index in range(VOCABULARY)]
+    for prompt in group:
+        lengths = rng.integers(10, 31, NODES_PER_PROMPT)
+        ids = np.minimum(rng.zipf(1.2, (NODES_PER_PROMPT, 30)), VOCABULARY - 1)
+        logprobs = -rng.exponential(0.7, (NODES_PER_PROMPT, 30)).astype(np.float32)
+        cosines = rng.normal(0.22, 0.04, (NODES_PER_PROMPT, 2)).astype(np.float32)
+        frontier, place = [""], 0
+        for depth in range(1, DEPTH + 1):
+            kept = []
+            for parent in frontier:
+                for sibling in range(CANDIDATES):
+                    node_id = f"{parent}.{sibling}" if parent else str(sibling)
+                    last = depth == DEPTH
+                    goes_on = not last and len(kept) < EXPANDED and (sibling == 0 or not parent)
+                    kept += [node_id] if goes_on else []
+                    tokens = ids[place, : lengths[place]].tolist()
+                    yield Node(
+                        prompt_id=prompt.prompt_id,
+                        iteration=1,
+                        node_id=node_id,
+                        parent_id=parent,
+                        depth=depth,
+                        token_ids=tuple(tokens),
+                        token_logprobs=tuple(logprobs[place, : lengths[place]].tolist()),
+                        text=f" {' '.join(words[token] for token in tokens)}.",
+                        finish=Finish.EOS if last else Finish.DELIMITER,
+                        fate=Fate.FINISHED if last else Fate.TOP if goes_on else Fate.PRUNED,
+                        cosines={"clip": float(cosines[place, 0]), "clip:others": float(cosines[place, 1])},
+                    )
+                    place += 1
+            frontier = kept
+
+
+def make_run(root: Path, num_prompts: int) -> Run:
+    layer = {
+        "iterations": 1,
+        "model": {"path": "none"},
+        "scorer": {"path": "none"},
+        "data": {"prompts": str(root.parent / "prompts")},
+        "evaluation": {"heldout": 0},
+    }
+    run = Run.create(root, resolve(layer))
+    image = root.parent / "image.png"
+    Image.new("RGB", (8, 8), "teal").save(image)
+    tables.write_prompts(run.prompts_path, prompts(num_prompts, image), run.config.generation.prompts_per_part)
+    run.mark_done(0, "prompts", accepted=num_prompts, heldout=0, dropped={}, examples=[], sha256="")
+    return run
+
+
+def append(run: Run) -> dict[str, Any]:
+    """Write every part; making the nodes up is not counted."""
+    rng, rows, seconds = np.random.default_rng(0), 0, 0.0
+    for index, group in enumerate(tables.prompt_groups(run.prompts_path)):
+        nodes = list(trees(group, rng))
+        started = time.process_time()
+        tables.write_nodes(run.iteration(1) / "ledger" / f"part-{index:06d}-0123456789abcdef.parquet", nodes)
+        seconds += time.process_time() - started
+        rows += len(nodes)
+    run.mark_done(1, "generate", nodes=rows, fates={}, seconds=round(seconds, 2))
+    size = sum(part.stat().st_size for part in run.ledger_parts(1))
+    return {"rows": rows, "seconds": seconds, "bytes a row": size / rows, "parts": len(run.ledger_parts(1))}
+
+
+def resume(run: Run) -> dict[str, Any]:
+    """What going on with a killed run looks at: which parts there are."""
+    parts = {part.name for part in run.ledger_parts(1)}
+    found = sum(f"part-{index:06d}-0123456789abcdef.parquet" in parts for index in range(len(parts)))
+    assert found == tables.count_groups(run.prompts_path)
+    return {}
+
+
+def read(run: Run) -> dict[str, Any]:
+    return {"rows": sum(len(nodes) for nodes in stages.ledger(run, 1))}
+
+
+def pair(run: Run) -> dict[str, Any]:
+    stages.make_pairs(run, 1, Silent())
+    return {"pairs": run.result(1, "pairs")["pairs"]}
+
+
+def audit(run: Run) -> dict[str, Any]:
+    verdicts.pair_signs(run, 1, run.config)
+    return {}
+
+
+def report(run: Run) -> dict[str, Any]:
+    return {"bytes": len(render(run))}
+
+
+STEPS: dict[str, Callable[[Run], dict[str, Any]]] = {
+    step.__name__: step for step in (append, resume, read, pair, audit, report)
+}
+
+
+def _measured(name: str, root: Path, answers: Any) -> None:
+    run = Run.open(root)
+    wall, started = time.perf_counter(), time.process_time()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = STEPS[name](run)
+    found.setdefault("seconds", time.process_time() - started)
+    found |= {"wall": time.perf_counter() - wall, "peak, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    answers.put(found | {"imports, MB": before / 1024})
+
+
+def measure(name: str, root: Path) -> dict[str, Any]:
+    """Do one step in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=_measured, args=(name, root, answers))
+    process.start()
+    found: dict[str, Any] = answers.get()
+    process.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--out", type=Path, default=Path("build/ledger"))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="Leave the ledger where it is.")
+    options = parser.parse_args()
+    shutil.rmtree(options.out, ignore_errors=True)
+    options.out.mkdir(parents=True)
+    make_run(options.out / "run", max(options.rows // NODES_PER_PROMPT, 1))
+    found, rows = {}, 0
+    for name in STEPS:
+        found[name] = measure(name, options.out / "run")
+        rows = found["append"]["rows"]
+        found[name]["rows/s"] = rows / max(found[name]["seconds"], 1e-9)
+    if not options.keep:
+        shutil.rmtree(options.out)
+    if options.json:
+        print(json.dumps({"rows": rows, "steps": found}, indent=1))
+        return
+    print(f"{rows:,} rows in {found['append']['parts']:,} parts, {found['append']['bytes a row']:.0f} bytes a row")
+    print(f"{'step':8} {'rows/s':>12} {'CPU s':>9} {'wall s':>9} {'peak MB':>9} {'of it imports':>14}")
+    for name, step in found.items():
+        figures = f"{step['rows/s']:12,.0f} {step['seconds']:9.1f} {step['wall']:9.1f} {step['peak, MB']:9.0f}"
+        print(f"{name:8} {figures} {step['imports, MB']:14.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""The real readers on bad input, each case with a time limit and its peak of memory noted.
+
+A worker is a fork that reads cases one after the other and tells what came of each; one
+that is silent for too long is killed, and the case counts as hanging.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tests.faults.badinput import Case, Made
+
+from csr_vlm import stages
+from csr_vlm.config import DataConfig, ModelConfig, load_config
+from csr_vlm.data.pairs import count_pairs, read_text_pairs
+from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
+from csr_vlm.errors import CsrError
+from csr_vlm.method.audit import tree_signs
+from csr_vlm.progress import Silent
+from csr_vlm.store import tables
+from csr_vlm.store.run import Run
+from csr_vlm.weights import read_tensors, tensor_files, tensors_of
+
+MOST_PIXELS = 1_000_000
+MOST_SECONDS = 20.0
+"""Of a processor, for one case."""
+LONGEST_SILENCE = 180.0
+"""Seconds of the clock, which a busy machine stretches."""
+MOST_MEGABYTES = 700
+"""Over what the worker holds: a tar member may have 256 MB, and is decoded from memory."""
+
+
+@dataclass
+class Outcome:
+    case: str
+    status: str
+    """accepted, dropped, refused; or traceback, silent, hang, crash, greedy, which are defects."""
+    reason: str = ""
+    seconds: float = 0.0
+    megabytes: float = 0.0
+    """Peak over what was held before."""
+
+    @property
+    def is_defect(self) -> bool:
+        return self.status not in ("accepted", "dropped", "refused")
+
+
+@dataclass
+class Findings:
+    outcomes: list[Outcome] = field(default_factory=list)
+    growth: float = 0.0
+    """Megabytes that a worker held at its end over what it held after its first hundred cases."""
+
+    @property
+    def defects(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.is_defect]
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "cases": len(self.outcomes),
+            "by status": dict(Counter(outcome.status for outcome in self.outcomes)),
+            "distinct reasons": len({outcome.reason for outcome in self.outcomes}),
+            "slowest, s": round(max(outcome.seconds for outcome in self.outcomes), 2),
+            "highest peak, MB": round(max(outcome.megabytes for outcome in self.outcomes)),
+            "held at the end over after 100 cases, MB": round(self.growth, 1),
+        }
+
+
+def prompts(folder: Path, made: Made) -> Outcome:
+    config, report = _data(folder, made), InputReport()
+    count_rows(config)
+    accepted = list(read_prompts(config, report, images=folder / "images"))
+    for prompt in accepted:
+        assert Path(prompt.image).is_file()
+        assert prompt.text
+        json.dumps(vars(prompt)).encode()
+    if accepted:  # What is accepted can be stored and read back.
+        tables.write_prompts(folder / "kept.parquet", accepted, 4)
+        assert [prompt for group in tables.prompt_groups(folder / "kept.parquet") for prompt in group] == accepted
+    return _counted(report, made)
+
+
+def pairs(folder: Path, made: Made) -> Outcome:
+    config, report = DataConfig(prompts="none", pairs=str(folder / made.target)), InputReport()
+    count_pairs(config)
+    for pair in read_text_pairs(config, report, images=folder / "images"):
+        f"{pair.prompt.text}{pair.chosen}{pair.rejected}".encode()
+    return _counted(report, made)
+
+
+def recipe(folder: Path, made: Made) -> Outcome:
+    config = load_config(folder / made.target, made.settings.get("overrides", ()))
+    Run.create(folder / "run", config)
+    assert Run.open(folder / "run").config == config
+    return Outcome("", "accepted")
+
+
+def weights(folder: Path, made: Made) -> Outcome:
+    try:
+        for _, tensor in read_tensors(tensors_of(folder / made.target)):
+            tensor.float().sum()
+    finally:
+        assert not (folder / "ran").exists(), "code that came with the weights ran"
+    return Outcome("", "accepted")
+
+
+def checkpoint(folder: Path, made: Made) -> Outcome:
+    found = tensor_files(folder / made.target)
+    for _ in read_tensors(found or {}):
+        pass
+    return Outcome("", "accepted")
+
+
+def model(folder: Path, made: Made) -> Outcome:
+    from csr_vlm.generation.policy import load_base
+
+    load_base(ModelConfig(path=str(folder), device="cpu"))
+    return Outcome("", "accepted")
+
+
+def adapter(folder: Path, made: Made) -> Outcome:
+    from csr_vlm.generation.policy import load_adapter
+
+    load_adapter(deepcopy(_base_model()), folder)
+    return Outcome("", "accepted")
+
+
+def run(folder: Path, made: Made) -> Outcome:
+    """All that is read of a finished run, going on as far as an error lets it."""
+    from csr_vlm.report.html import render
+
+    refused = []
+
+    def attempt(read: Callable[[], object]) -> None:
+        try:
+            read()
+        except CsrError as error:
+            refused.append(error)
+
+    opened = Run.open(folder / made.target)
+    attempt(lambda: stages.check_inputs(opened, Silent()))
+    attempt(lambda: list(opened.prompts()))
+    attempt(opened.heldout)
+    attempt(lambda: [tree_signs(nodes, [], opened.config.method, "clip") for nodes in stages.ledger(opened, 1)])
+    attempt(lambda: list(stages.derive_pairs(opened, 1, opened.config)[0]))
+    attempt(lambda: list(tables.read_pairs(opened.pairs_path(1))))
+    attempt(opened.write_manifest)
+    attempt(lambda: "<script>alert(1)" not in render(opened) or 1 / 0)
+    if refused:
+        raise refused[0]
+    return Outcome("", "accepted")
+
+
+READERS = {reader.__name__: reader for reader in (prompts, pairs, recipe, weights, checkpoint, model, adapter, run)}
+
+
+@cache
+def _base_model() -> Any:
+    from csr_vlm.generation.policy import load_base
+    from csr_vlm.world.demo import assets
+
+    return load_base(ModelConfig(path=str(assets() / "llava"), device="cpu"))[0]
+
+
+def _data(folder: Path, made: Made) -> DataConfig:
+    target = made.target if Path(made.target).is_absolute() or not made.target else str(folder / made.target)
+    try:
+        return DataConfig(prompts=target, max_image_pixels=MOST_PIXELS, **made.settings)
+    except ValueError:
+        raise CsrError("data.prompts names no source") from None
+
+
+def _counted(report: InputReport, made: Made) -> Outcome:
+    assert made.rows is None or report.accepted + report.dropped.total() == made.rows, report.dump()
+    assert len(report.examples) == min(report.dropped.total(), 20)
+    for reason in report.dropped:
+        assert reason.isprintable(), reason
+        assert 0 < len(reason) < 80, reason
+        assert len(str(made.target)) < 3 or made.target not in reason, reason
+    json.dumps(report.dump(), ensure_ascii=False).encode()
+    if report.dropped:
+        return Outcome("", "dropped", report.reasons)
+    return Outcome("", "accepted" if report.accepted else "dropped", "empty")
+
+
+def judged(case: Case, folder: Path) -> Outcome:
+    """Write a case, read it, and say what came of it."""
+    folder.mkdir(parents=True)
+    made = case.write(folder)
+    _forget_peak()
+    before, started = _megabytes("VmRSS"), time.process_time()
+    try:
+        outcome = READERS[made.reader](folder, made)
+    except CsrError as error:
+        explained = error.message.strip() and len(error.message) < 2000
+        outcome = Outcome("", "refused" if explained else "silent", error.message[:300])
+    except BaseException:
+        outcome = Outcome("", "traceback", traceback.format_exc()[-3000:])
+    outcome.case, outcome.seconds = (
+        f"{case.name} ({made.target[:40]!r}{made.settings})"[:200],
+        time.process_time() - started,
+    )
+    outcome.megabytes = _megabytes("VmHWM") - before
+    rejected = outcome.status in ("dropped", "refused")
+    if made.must is not None and not outcome.is_defect and rejected != (made.must == "rejected"):
+        outcome.status, outcome.reason = "misjudged", f"{outcome.status}: {outcome.reason}"
+    if outcome.megabytes > MOST_MEGABYTES:
+        outcome.status = "greedy"
+    return outcome
+
+
+def read_all(cases: Iterable[Case], folder: Path) -> Findings:
+    """Judge all cases in workers of this process."""
+    waiting, found = list(cases), Findings()
+    while waiting:
+        number, growth = _one_worker(waiting, folder, found)
+        found.growth = max(found.growth, growth)
+        waiting = waiting[number:]
+    return found
+
+
+def _one_worker(cases: list[Case], folder: Path, found: Findings) -> tuple[int, float]:
+    """Let one worker judge cases until it ends, hangs or dies; return how many, and its growth."""
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    worker = os.fork()
+    if worker == 0:
+        try:
+            os.close(reading)
+            _work(cases, folder, writing)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    done, growth, status = 0, 0.0, "crash"
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        buffer = b""
+        while True:
+            ready, _, _ = select.select([pipe], [], [], LONGEST_SILENCE)
+            if not ready:
+                status = "hang"
+                break
+            more = os.read(pipe.fileno(), 1 << 16)
+            if not more:
+                break
+            *lines, buffer = (buffer + more).split(b"\n")
+            for line in lines:
+                message = json.loads(line)
+                growth = message.pop("growth")
+                found.outcomes.append(Outcome(**message))
+                done += 1
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    if done < len(cases):
+        found.outcomes.append(Outcome(cases[done].name, status))
+        done += 1
+    return done, growth
+
+
+def _work(cases: list[Case], folder: Path, writing: int) -> None:
+    # Whatever asks for more than this is a bomb that went off; the machine should survive it.
+    resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 2)
+    warnings.simplefilter("ignore")
+    early = 0.0
+    for number, case in enumerate(cases):
+        place = folder / case.seed.replace(":", "-").replace(" ", "-").replace("/", "-")
+        outcome = judged(case, place)
+        if outcome.seconds > MOST_SECONDS:
+            outcome.status = "hang"
+        with suppress(OSError):
+            shutil.rmtree(place)
+        if number == min(100, len(cases) // 2):
+            early = _megabytes("VmRSS")
+        message = vars(outcome) | {"growth": _megabytes("VmRSS") - early if early else 0.0}
+        os.write(writing, json.dumps(message).encode() + b"\n")
+
+
+def _forget_peak() -> None:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _megabytes(field_name: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field_name}:"):
+            return int(line.split()[1]) / 1024
+    return 0.0

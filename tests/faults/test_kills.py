@@ -1,0 +1,177 @@
+"""A run that is killed, starved of disk and told to stop ends with the bytes of one that was left alone.
+
+``make test-faults`` does it a hundred times; the ordinary tests do it a few times on one run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.faults.harness import Ended, Zygote, results, tiny_run
+
+from csr_vlm.store.run import Run
+
+FULL = os.environ.get("CSR_FAULTS") == "all"
+KILLS = 100 if FULL else 3
+OTHERS = 20 if FULL else 2
+NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An undisturbed run."""
+
+    results: dict[str, bytes]
+    seconds: float
+    operations: int
+    """On files and folders, from its start to its end."""
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    with Zygote() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def reference(zygote: Zygote, folder: Path) -> Reference:
+    run = tiny_run(folder / "undisturbed")
+    ended = zygote.run(run.root, plan={"do": "count"})
+    assert ended.code == 0, ended.said
+    found = results(run.root)
+    assert sum("ledger/part-" in name for name in found) == 6
+    assert sum("adapter_model" in name for name in found) == 3
+    assert len(set(found.values())) == len(found) - 1, "only the last adapter is there twice"
+    return Reference(found, ended.seconds, int((folder / "count").read_text()))
+
+
+def disturbances(reference: Reference, rng: random.Random) -> list[tuple[str, dict[str, Any]]]:
+    """Kills at any instant, at any file operation, with the file half-written; a failing disk; signals."""
+    orders: list[tuple[str, dict[str, Any]]] = []
+    for number in range(KILLS):
+        what = ("kill", "tear", "instant")[number % 3]
+        if what == "instant":
+            orders.append((what, {"signals": {signal.SIGKILL: rng.uniform(0.02, 1.0) * reference.seconds}}))
+        else:
+            orders.append((what, {"plan": {"do": what, "at": rng.randint(1, reference.operations // 2)}}))
+    for number in range(OTHERS):
+        what = ("ENOSPC", "SIGTERM", "EIO", "SIGINT", "EDQUOT")[number % 5]
+        if what.startswith("SIG"):
+            after = rng.uniform(0.1, 0.7) * reference.seconds
+            orders.append((what, {"signals": {signal.Signals[what]: after}}))
+        else:
+            orders.append((what, {"plan": {"do": what, "at": rng.randint(1, reference.operations // 2)}}))
+    rng.shuffle(orders)
+    return orders
+
+
+def check_end(what: str, ended: Ended) -> bool:
+    """Check how a disturbed run ended; tell whether the disturbance reached it."""
+    assert "Traceback" not in ended.said, ended.said
+    if ended.code == 0:
+        return False
+    if what in ("kill", "tear", "instant"):
+        assert ended.code == -signal.SIGKILL, ended.said
+    elif what.startswith("SIG"):
+        assert ended.code == 128 + signal.Signals[what], ended.said
+        assert f"stopped by {what}" in ended.said
+        assert "Go on with: csr run " in ended.said
+    else:
+        assert ended.code == 1, ended.said
+        wanted = "cannot be written: Input/output error" if what == "EIO" else "the disk is full"
+        assert wanted in ended.said, ended.said
+        assert "run the same command again" in ended.said
+    return True
+
+
+def test_no_disturbance_changes_the_result(zygote: Zygote, reference: Reference, folder: Path) -> None:
+    reached: Counter[str] = Counter()
+    where: Counter[str] = Counter()
+    finished = 0
+    run = tiny_run(folder / "disturbed-0")
+
+    def compare(run: Run) -> None:
+        assert results(run.root) == reference.results
+        assert not list(run.root.rglob("*.tmp"))
+
+    for what, order in disturbances(reference, random.Random(7)):
+        ended = zygote.run(run.root, **order)
+        if check_end(what, ended):
+            reached[what] += 1
+            where[unfinished(run)] += 1
+        else:
+            compare(run)
+            shutil.rmtree(run.root)
+            finished += 1
+            run = tiny_run(folder / f"disturbed-{finished}")
+        print(what, order, ended.code, unfinished(run), dict(reached), flush=True)
+    assert zygote.run(run.root).code == 0
+    compare(run)
+    print(f"reached {dict(reached)} during {dict(where)}; {finished + 1} runs came to their end")
+    assert reached.total() >= 0.6 * (KILLS + OTHERS)
+
+
+def unfinished(run: Run) -> str:
+    """Name the first stage that has no marker."""
+    for number in range(run.config.iterations + 1):
+        for stage in ("prompts", "evaluate") if number == 0 else ("generate", "pairs", "train", "evaluate", "gate"):
+            if not run.is_done(number, stage):
+                return f"{number}/{stage}"
+    return "export"
+
+
+def test_a_file_that_may_not_grow_is_a_full_disk(zygote: Zygote, reference: Reference, folder: Path) -> None:
+    """The limit strikes inside Arrow's own writer, which words the system's error its own way."""
+    run = tiny_run(folder / "limited")
+    ended = zygote.run(run.root, largest_file=4_000)
+    assert check_end("ENOSPC", ended)
+    assert "part-000000" in ended.said
+
+
+@pytest.mark.skipif(not FULL, reason="make test-faults")
+def test_a_slow_disk_changes_nothing(zygote: Zygote, reference: Reference, folder: Path) -> None:
+    run = tiny_run(folder / "slow")
+    assert zygote.run(run.root, plan={"do": "slow", "seconds": 0.05}).code == 0
+    assert results(run.root) == reference.results
+
+
+def can_mount() -> bool:
+    done = subprocess.run([*NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+@pytest.mark.skipif(not FULL, reason="make test-faults")
+def test_a_full_disk_is_named_and_gone_on_from_once_there_is_room(folder: Path, reference: Reference) -> None:
+    if shutil.which("unshare") is None or not can_mount():
+        pytest.skip("no file system can be mounted here")
+    disk = folder / "disk"
+    disk.mkdir()
+    with Zygote(*NAMESPACE) as zygote:
+        zygote.shell(f"mount -t tmpfs -o size=64k none {disk}")
+        made = tiny_run(folder / "config-only")
+        zygote.shell(
+            f"mkdir {disk}/run && sed 's#{made.root}#{disk}/run#' {made.root}/config.yaml > {disk}/run/config.yaml"
+        )
+        for size in (64, 128, 256, 512):
+            zygote.shell(f"mount -o remount,size={size}k {disk}")
+            ended = zygote.run(disk / "run")
+            assert check_end("ENOSPC", ended), f"{size} kB were enough"
+        zygote.shell(f"mount -o remount,size=64m {disk}")
+        assert zygote.run(disk / "run").code == 0
+        zygote.shell(f"cp -r {disk}/run {folder}/rescued")
+    assert results(folder / "rescued") == reference.results
