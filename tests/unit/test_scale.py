@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
@@ -33,6 +34,9 @@ class Letters:
         with (self.root / f"{item}.txt").open("a") as file:
             file.write(self.text[item])
         return Done(10, {"letters": Counter(self.text[item])})
+
+    def close(self) -> None:
+        (self.root / f"closed-{os.getpid()}-{threading.get_ident()}").touch()
 
 
 def meet(root: Path, processes: int, advance: Callable[[int], None], word: str) -> str:

@@ -25,9 +25,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from csr_vlm.config import ModelConfig
-from csr_vlm.errors import CsrError
+from csr_vlm.errors import CsrError, reason_of
 from csr_vlm.generation.families import NOT_INPUTS, NOT_QUANTIZED, Family, family_of, picture_ids
-from csr_vlm.loading import reason_of, resolve_device, resolve_dtype, unloadable
+from csr_vlm.loading import resolve_device, resolve_dtype, unloadable
 from csr_vlm.records import Prompt
 from csr_vlm.weights import tensors_of
 

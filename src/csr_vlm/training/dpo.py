@@ -174,17 +174,9 @@ def train(
     # Each response of a pair may be off by reference_tolerance, and d loss / d nat is beta / 2.
     trainer.first_loss_tolerance = 1e-3 + trainer.beta * config.reference_tolerance
     trainer.train()
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    weights = whole_weights(model)
-    if not all(isfinite(float(entry["loss"])) for entry in history) or not all(
-        value.isfinite().all() for value in weights.values()
-    ):
-        raise CsrError("DPO diverged: a loss or a weight is not finite", "lower training.trl.learning_rate")
+    history = _keep_result(trainer, adapter)
     if trainer.accelerator.is_main_process:
-        save_adapter(model, weights, adapter)
         shutil.rmtree(work, ignore_errors=True)
-    unset_hf_deepspeed_config()  # or it would take the next model apart as it is loaded to generate
     return {
         "reference": "ledger" if from_ledger else "model",
         "reference_difference": difference,
@@ -194,6 +186,24 @@ def train(
         "distribution": {"type": distribution, "processes": processes},
         "log": history,
     }
+
+
+def _keep_result(trainer: CsrTrainer, adapter: Path) -> list[dict[str, Any]]:
+    """Write what was trained, if it is sound; return the log of the losses.
+
+    Raises:
+        CsrError: A loss or a weight is not finite.
+    """
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = whole_weights(model)
+    sound = all(isfinite(float(entry["loss"])) for entry in history)
+    if not (sound and all(value.isfinite().all() for value in weights.values())):
+        raise CsrError("DPO diverged: a loss or a weight is not finite", "lower training.trl.learning_rate")
+    if trainer.accelerator.is_main_process:
+        save_adapter(model, weights, adapter)
+    unset_hf_deepspeed_config()  # or it would take the next model apart as it is loaded to generate
+    return history
 
 
 def trainable_policy(model_config: ModelConfig, config: TrainingConfig, previous: Path | None) -> Policy:
