@@ -25,6 +25,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from csr_vlm.config import ModelConfig
+from csr_vlm.data.images import image_of
 from csr_vlm.errors import CsrError, reason_of
 from csr_vlm.generation.families import NOT_INPUTS, NOT_QUANTIZED, Family, family_of, picture_ids
 from csr_vlm.loading import resolve_device, resolve_dtype, unloadable
