@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 import yaml
@@ -45,10 +44,10 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     """Let the command line parse a command without running it; return what it understood."""
     filled = [re.sub(r"^\$\{?ITERATION\}?$", "1", word) for word in arguments]
     command: Any = typer.main.get_command(app)
-    context = click.Context(command)
+    context = command.context_class(command)
     while hasattr(command, "get_command"):
         name, command, filled = command.resolve_command(context, filled)
-        context = click.Context(command, parent=context, info_name=name)
+        context = command.context_class(command, parent=context, info_name=name)
     command.parse_args(context, filled)
     return context.params
 
@@ -102,11 +101,11 @@ def constraints() -> str:
 
 def test_a_wrong_command_would_be_noticed() -> None:
     parse(["run", "recipes/quickstart.yaml", "--ray", "2"])
-    with pytest.raises(click.UsageError):
+    with pytest.raises(Exception, match="No such option"):
         parse(["run", "recipes/quickstart.yaml", "--rays", "2"])
-    with pytest.raises(click.UsageError):
+    with pytest.raises(Exception, match="No such command"):
         parse(["generates", "recipes/quickstart.yaml"])
-    with pytest.raises(click.UsageError):
+    with pytest.raises(Exception, match="valid integer"):
         parse(["generate", "recipes/quickstart.yaml", "--iteration", "none"])
 
 
