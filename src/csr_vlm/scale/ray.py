@@ -42,7 +42,7 @@ def ray_crew(actors: int) -> Iterator[RayActors]:
     here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": max(os.cpu_count() or 1, actors + _CPUS_BESIDE)}
     try:
         ray.init(log_to_driver=False, include_dashboard=False, **here)
-    except (ConnectionError, RuntimeError) as error:
+    except Exception as error:  # Ray has no narrower class for a cluster that does not come up
         raise CsrError(f"the Ray cluster cannot be reached: {_first_line(error)}", "check RAY_ADDRESS") from None
     try:
         found = ray.cluster_resources()
