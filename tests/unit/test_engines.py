@@ -66,6 +66,9 @@ def test_the_users_options_win_over_ours_and_not_over_the_runs() -> None:
     assert (arguments()["max_num_seqs"], arguments(max_num_seqs=9)["max_num_seqs"]) == (7, 9)
     assert (arguments()["dtype"], arguments()["logprobs_mode"]) == ("float32", "raw_logprobs")
     assert "enable_lora" not in arguments()
+    assert arguments()["enable_chunked_prefill"] is False
+    on_gpu = LLAVA.model_copy(update={"device": "cuda"})
+    assert "enable_chunked_prefill" not in engine_arguments(on_gpu, GenerationConfig(engine="vllm"), None, KNOWN)
     with pytest.raises(CsrError, match=r"did you mean max_model_len"):
         arguments(max_modellen=5)
     with pytest.raises(CsrError, match=r"generation.vllm.model is set by the run itself"):

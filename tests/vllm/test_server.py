@@ -31,7 +31,10 @@ def server(llava: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = f"--dtype float32 --enforce-eager --enable-lora --max-lora-rank 8 --host 127.0.0.1 --port {port}"
+    command = (
+        "--dtype float32 --enforce-eager --block-size 32 --no-enable-chunked-prefill --enable-lora --max-lora-rank 8 "
+        f"--host 127.0.0.1 --port {port}"
+    )
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as out:
         process = subprocess.Popen(

@@ -40,6 +40,8 @@ _DEFAULTS = {
     "limit_mm_per_prompt": {"image": 1},
 }
 
+_ON_CPU = {"enable_chunked_prefill": False}  # vLLM cannot rewind a CPU's random stream after a part of a prompt
+
 
 class VllmStream:
     """Requests to a running engine, with one adapter or none."""
@@ -146,11 +148,12 @@ def engine_arguments(
     Raises:
         CsrError: The user passes something unknown, or something that the run sets.
     """
+    device = resolve_device(model.device)
     needed: dict[str, Any] = {
         "model": model.path,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
-        "dtype": resolve_dtype(model.dtype, resolve_device(model.device)),
+        "dtype": resolve_dtype(model.dtype, device),
         "enable_prefix_caching": True,
         "logprobs_mode": "raw_logprobs",
     }
@@ -164,7 +167,8 @@ def engine_arguments(
             raise CsrError(f"unknown option generation.vllm.{name}", hint)
         if name in needed:
             raise CsrError(f"generation.vllm.{name} is set by the run itself", "leave it out")
-    return {**_DEFAULTS, "max_num_seqs": generation.max_rows, **generation.vllm, **needed}
+    defaults = {**_DEFAULTS, **(_ON_CPU if device == "cpu" else {}), "max_num_seqs": generation.max_rows}
+    return {**defaults, **generation.vllm, **needed}
 
 
 def adapter_name(adapter: Path) -> str:
