@@ -164,7 +164,7 @@ def duration(seconds: float) -> str:
 
     Example:
         >>> duration(8), duration(75), duration(7300)
-        ('8 s', '1 min 15 s', '2 h 2 min')
+        ('8 s', '1 min 15 s', '2 h 1 min')
     """
     minutes, rest = divmod(round(seconds), 60)
     hours, of_hour = divmod(minutes, 60)
