@@ -484,7 +484,7 @@ class RunConfig(_Section):
     @classmethod
     def _known_preset(cls, preset: str) -> str:
         if preset not in presets():
-            raise ValueError(f"unknown preset; {nearest(preset, presets())}")
+            raise ValueError(f"unknown preset {preset!r}; {nearest(preset, presets())}")
         return preset
 
     @model_validator(mode="after")
@@ -658,8 +658,8 @@ def _parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not all(key.split(".")) or key.count(".") >= _DEEPEST:
         near = difflib.get_close_matches(key, option_keys(), n=1)
-        hint = f"{near[0]}=VALUE" if near and not separator else "dotted.key=value, such as method.lambda=0.7"
-        raise CsrError(f"{text[:200]!r} is not an override", f"write {hint}")
+        example = f"{near[0]}=..." if near else "method.lambda=0.7"
+        raise CsrError(f"{text[:200]!r} is not an override", f"write dotted.key=value, such as {example}")
     try:
         parsed = _load_yaml(value)
     except ValueError:
@@ -717,9 +717,10 @@ def _hint_for_key(where: str, siblings: list[str]) -> str:
     *above, name = where.split(".")
     if near := difflib.get_close_matches(name, siblings, n=1):
         return f"did you mean {'.'.join([*above, near[0]])}?"
-    keys = option_keys()
-    same = [key for key in keys if key.rpartition(".")[2] == name] or difflib.get_close_matches(where, keys, n=1)
-    return f"did you mean {' or '.join(same)}?" if same else f"known here: {', '.join(siblings)}"
+    keys = {key: key.rpartition(".")[2] for key in option_keys()}
+    alike = difflib.get_close_matches(name, keys.values(), n=1, cutoff=0.8)
+    elsewhere = [key for key, last in keys.items() if last in alike]
+    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"known here: {', '.join(siblings)}"
 
 
 def _recipe_hint(path: Path) -> str:

@@ -161,13 +161,14 @@ def test_every_recipe_is_valid(recipe):
     ("override", "key", "near"),
     [
         ("sed=1", "sed", "seed"),
-        ("method.lamda=0.7", "method.lamda", "lambda"),
-        ("method.lambda_=0.7", "method.lambda_", "lambda"),
-        ("method.serch.top_p=0.9", "method.serch", "search"),
-        ("method.search.topp=0.9", "method.search.topp", "top_p"),
-        ("method.search.filters.min_char=3", "method.search.filters.min_char", "min_chars"),
-        ("evaluation.world.num_scene=3", "evaluation.world.num_scene", "num_scenes"),
-        ("training.lora.alhpa=3", "training.lora.alhpa", "alpha"),
+        ("method.lamda=0.7", "method.lamda", "method.lambda"),
+        ("method.lambda_=0.7", "method.lambda_", "method.lambda"),
+        ("method.serch.top_p=0.9", "method.serch", "method.search"),
+        ("method.search.topp=0.9", "method.search.topp", "method.search.top_p"),
+        ("method.search.filters.min_char=3", "method.search.filters.min_char", "method.search.filters.min_chars"),
+        ("evaluation.world.num_scene=3", "evaluation.world.num_scene", "evaluation.world.num_scenes"),
+        ("training.lora.alhpa=3", "training.lora.alhpa", "training.lora.alpha"),
+        ("lambda=0.7", "lambda", "method.lambda"),
     ],
 )
 def test_an_unknown_option_is_named_with_the_nearest_one(override, key, near):

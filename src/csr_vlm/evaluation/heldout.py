@@ -81,6 +81,7 @@ def sentences(text: str, rule: SentenceRule) -> list[str]:
     """Cut a text where sentences end, and leave out what has no word.
 
     Example:
+        >>> from csr_vlm.generation.sentences import SentenceRule
         >>> sentences("It costs 3.5 euros. Ask Dr. Low. ...", SentenceRule("."))
         ['It costs 3.5 euros.', 'Ask Dr. Low.']
     """

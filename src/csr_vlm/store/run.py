@@ -83,12 +83,13 @@ class Run:
         return cls(root, config)
 
     @classmethod
-    def open(cls, root: Path) -> Run:
+    def open(cls, root: str | Path) -> Run:
         """Open a run that exists.
 
         Raises:
             CsrError: There is none, or its configuration does not read.
         """
+        root = Path(root)
         path = root / "config.yaml"
         if not path.is_file():
             raise CsrError(f"{root} is not a run directory", _run_hint(root))
