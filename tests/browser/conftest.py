@@ -71,8 +71,9 @@ def _poison(run: Run) -> None:
     for row in document["rows"]:
         row["text"] += POISON
         row["sentences"] = [[f"{text} {POISON}", relevance] for text, relevance in row["sentences"]]
-    next(row for row in document["rows"] if row["hallucinated"])["hallucinated"].clear()
-    next(row for row in document["rows"] if not row["hallucinated"])["hallucinated"].append("fish")
+    wrong = next(row for row in document["rows"] if row["hallucinated"])
+    clean = next(row for row in document["rows"] if not row["hallucinated"])
+    wrong["hallucinated"], clean["hallucinated"] = [], ["fish"]
     files.write_json(path, document)
 
 
