@@ -6,6 +6,8 @@ ends; how far the work is stands in ``progress.json``, what is done in the stage
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -92,6 +94,8 @@ class Watcher:
         run = self._run
         in_use, progress = run.in_use(), read_progress(run.root)
         state = _state(run, in_use, progress)
+        if progress is not None and in_use and not _is_at_work(progress):
+            progress = None  # another command works here now, one that keeps no account
         current = _current(progress) if progress is not None and state != "finished" else None
         stages = _stages(run)
         return View(
@@ -126,6 +130,19 @@ def _state(run: Run, in_use: bool, progress: Progress | None) -> State:
         return "waiting"
     # A single stage that was asked for may be done where the run is not.
     return {"working": "gone", "done": "waiting", "failed": "failed", "interrupted": "interrupted"}[progress.state]  # type: ignore[return-value]
+
+
+def _is_at_work(progress: Progress) -> bool:
+    """Whether who wrote the account may still be writing it; of another machine's processes nothing is known."""
+    if progress.state != "working" or progress.host != platform.node():
+        return progress.state == "working"
+    try:
+        os.kill(progress.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _why(run: Run, state: State, progress: Progress | None) -> str:

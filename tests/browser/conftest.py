@@ -52,7 +52,7 @@ def run(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def _poison(run: Run) -> None:
-    """Let a prompt, its id, the base model's sentences and a final description be attacks."""
+    """Let a prompt, its id, its sentences and the final descriptions be attacks, and let every kind of change occur."""
     pairs = list(tables.read_pairs(run.pairs_path(1)))
     victim = pairs[0].prompt.prompt_id
     prompt = Prompt(f"id {POISON}", f"/{POISON}.png", f"What is this? {POISON}")
@@ -71,6 +71,9 @@ def _poison(run: Run) -> None:
     for row in document["rows"]:
         row["text"] += POISON
         row["sentences"] = [[f"{text} {POISON}", relevance] for text, relevance in row["sentences"]]
+    wrong = next(row for row in document["rows"] if row["hallucinated"])
+    clean = next(row for row in document["rows"] if not row["hallucinated"])
+    wrong["hallucinated"], clean["hallucinated"] = [], ["fish"]
     files.write_json(path, document)
 
 

@@ -102,6 +102,19 @@ def test_a_killed_process_is_gone(run: Run) -> None:
     assert (view.state, view.why) == ("gone", "its process ended without a word")
 
 
+def test_an_old_account_is_not_taken_for_what_goes_on_now(run: Run) -> None:
+    with recorded(run.root, Silent()) as tell, tell.stage("training", 5):
+        kept = files.read_json(run.root / "progress.json")
+    for changes in ({"pid": 2**22 + 1}, {"state": "failed"}):
+        files.write_json(run.root / "progress.json", kept | changes)
+        with run.locked():
+            view = Watcher(run).look()
+        assert (view.state, view.current, view.said) == ("running", None, ())
+    files.write_json(run.root / "progress.json", kept | {"pid": 2**22 + 1, "host": "another machine"})
+    with run.locked():
+        assert Watcher(run).look().current.title == "training"
+
+
 def test_a_finished_run_whoever_worked_last(run: Run) -> None:
     finish(run, 0, 1, 2)
     assert Watcher(run).look().state == "finished"

@@ -181,7 +181,7 @@ def _drawn(view: View) -> RenderableType:
     if view.said:
         parts += [Text(""), *(Text(f"• {plain(line)}", style="yellow") for line in view.said[-3:])]
     if view.samples:
-        parts.append(Text(f"\nThe {plain(view.samples[0].source)}:", style="bold"))
+        parts.append(Text(f"\n{plain(view.samples[0].source).capitalize()}:", style="bold"))
         for sample in view.samples:
             parts.append(Text.assemble((f"  {plain(sample.prompt_id)}  ", "dim"), plain(sample.text)))
     return Group(*parts)
