@@ -6,7 +6,7 @@ EVAL_VENV := .venv-eval
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test test-eval evidence lint format world clean
+.PHONY: demo test test-eval test-faults audit-dependencies evidence lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
 	$(BIN)/csr demo --seed $(SEED) --out $(OUT)
@@ -16,6 +16,14 @@ test: $(VENV)/.installed-dev lint  ## every check that CI runs
 
 test-eval: $(EVAL_VENV)/.installed  ## the bridge to lmms-eval, offline, in an environment of its own
 	$(EVAL_VENV)/bin/python -m pytest -q tests/eval
+
+test-faults: $(VENV)/.installed-dev  ## a hundred kills, failing disks, a thousand bad inputs (about half an hour)
+	CSR_FAULTS=all $(BIN)/pytest -q -s -p no:xdist tests/faults
+
+audit-dependencies:  ## known vulnerabilities of the pinned packages; needs the network
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
+	.venv-audit/bin/pip-audit --progress-spinner off --disable-pip --no-deps -r constraints.txt
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -58,4 +66,4 @@ $(EVAL_VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(EVAL_VENV) runs build .cache
+	rm -rf $(VENV) $(EVAL_VENV) .venv-audit runs build .cache
