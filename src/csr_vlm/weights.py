@@ -131,7 +131,9 @@ def _load_bin(file: Path) -> dict[str, Any]:
             # Files of before PyTorch 1.6 cannot be mapped.
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CsrError(f"{file} cannot be read as plain tensors: {reason_of(error)}", "convert it to safetensors") from None
+        raise CsrError(
+            f"{file} cannot be read as plain tensors: {reason_of(error)}", "convert it to safetensors"
+        ) from None
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise CsrError(f"{file} holds something else than named tensors", "convert it to safetensors")
     return loaded

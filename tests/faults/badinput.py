@@ -172,7 +172,9 @@ def turned_image(folder: Path, rng: random.Random) -> Made:
     exif[0x0112] = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 0, 9, 65_535))
     exif[0x010E] = rng.choice(("", "x" * 60_000, "\0\0", "\u202eabc"))
     form = rng.choice(("JPEG", "PNG", "WEBP", "TIFF"))
-    content = encoded(noise(rng), form, exif=exif.tobytes() if form == "TIFF" or rng.random() < 0.7 else damaged(exif.tobytes(), rng))
+    content = encoded(
+        noise(rng), form, exif=exif.tobytes() if form == "TIFF" or rng.random() < 0.7 else damaged(exif.tobytes(), rng)
+    )
     return one_image(folder, content)
 
 
@@ -188,8 +190,10 @@ def modes(folder: Path, rng: random.Random) -> Made:
     image = Image.merge("LAB", rgb.split()) if mode == "LAB" else rgb.convert(mode)
     options: dict[str, Any] = {"icc_profile": rng.randbytes(200)} if rng.random() < 0.3 else {}
     if mode == "P" and form in ("PNG", "GIF"):
-        options["transparency"] = rng.choice((0, 255, bytes(rng.randrange(256) for _ in range(20))) if form == "PNG" else (0, 255))
-    must = "rejected" if mode in ("F",) else None
+        options["transparency"] = rng.choice(
+            (0, 255, bytes(rng.randrange(256) for _ in range(20))) if form == "PNG" else (0, 255)
+        )
+    must = "rejected" if mode == "F" else None
     return one_image(folder, encoded(image, form, **options), must)
 
 
@@ -206,7 +210,9 @@ def animated(folder: Path, rng: random.Random) -> Made:
 
 
 def odd_sizes(folder: Path, rng: random.Random) -> Made:
-    size, must = rng.choice((((1, 1), "accepted"), ((1, 5_000), "accepted"), ((5_000, 1), "accepted"), ((1_000, 1_001), "rejected")))
+    size, must = rng.choice(
+        (((1, 1), "accepted"), ((1, 5_000), "accepted"), ((5_000, 1), "accepted"), ((1_000, 1_001), "rejected"))
+    )
     form = rng.choice(list(FORMS))
     return one_image(folder, encoded(Image.new("RGB", size), form), must, f"a{FORMS[form]}")
 
@@ -266,7 +272,14 @@ def no_ordinary_file(folder: Path, rng: random.Random) -> Made:
         place.symlink_to(folder / "b.jpg")
         (folder / "b.jpg").symlink_to(place)
     else:
-        target = {"null": "/dev/null", "zero": "/dev/zero", "nowhere": "none", "outside": str(outside), "up": "..", "itself": "."}
+        target = {
+            "null": "/dev/null",
+            "zero": "/dev/zero",
+            "nowhere": "none",
+            "outside": str(outside),
+            "up": "..",
+            "itself": ".",
+        }
         place.symlink_to(target[kind])
     return one_row(folder, {"id": "a", "image": "a.jpg", "text": "What?"}, "rejected")
 
@@ -388,7 +401,10 @@ def odd_csv(folder: Path, rng: random.Random) -> Made:
     with_good_image(folder)
     lines = ["file_name,question,id"]
     for number in range(rng.randint(1, 9)):
-        image, text = rng.choice(IMAGES), rng.choice(("What?", '"open', "a,b,c,d", '"x""', "\0", "x" * 200_000, "\u202e", ""))
+        image, text = (
+            rng.choice(IMAGES),
+            rng.choice(("What?", '"open', "a,b,c,d", '"x""', "\0", "x" * 200_000, "\u202e", "")),
+        )
         name = image if isinstance(image, str) and image.isprintable() else "good.png"
         lines.append(f"{name},{text},{number}")
     content = "\n".join(lines).encode("utf-8", "surrogateescape")
@@ -400,7 +416,9 @@ def large_field(folder: Path, rng: random.Random) -> Made:
     """A field that is too long costs its own row and no other."""
     with_good_image(folder)
     long = "x" * rng.choice((131_073, 200_000, 10 * MEGABYTE))
-    (folder / "metadata.csv").write_text(f"file_name,question,id\ngood.png,{long},1\ngood.png,What?,2\ngood.png,What?,3\n")
+    (folder / "metadata.csv").write_text(
+        f"file_name,question,id\ngood.png,{long},1\ngood.png,What?,2\ngood.png,What?,3\n"
+    )
     return Made("prompts", ".", 3)
 
 
@@ -421,7 +439,13 @@ def odd_columns(rng: random.Random) -> dict[str, pa.Array]:
         pa.array([[("a", 1)]] * number, pa.map_(pa.string(), pa.int8())), pa.array(["a"] * number, pa.large_string()), pa.array([True] * number, pa.bool_()),
     ]  # fmt: skip
     if number:
-        strange.append(pa.StringArray.from_buffers(number, pa.array([number] * 0 + list(range(number + 1)), pa.int32()).buffers()[1], pa.py_buffer(b"\xff" * number)))
+        strange.append(
+            pa.StringArray.from_buffers(
+                number,
+                pa.array([number] * 0 + list(range(number + 1)), pa.int32()).buffers()[1],
+                pa.py_buffer(b"\xff" * number),
+            )
+        )
     return good | {rng.choice(list(good)): rng.choice(strange)}
 
 
@@ -466,11 +490,26 @@ def tar_with(folder: Path, members: list[tuple[tarfile.TarInfo, bytes]], rng: ra
 def odd_tar(folder: Path, rng: random.Random) -> Made:
     members = []
     for number in range(rng.randint(1, 8)):
-        stem = rng.choice((f"s{number}", "../../up", "/etc/passwd", "s" * 300, "a\u202eb", "same", "x\ud800".encode("utf-8", "surrogatepass").decode("latin-1")))
+        stem = rng.choice(
+            (
+                f"s{number}",
+                "../../up",
+                "/etc/passwd",
+                "s" * 300,
+                "a\u202eb",
+                "same",
+                "x\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
+            )
+        )
         member = tarfile.TarInfo(stem + rng.choice((".jpg", ".json", ".txt", "", ".tar", ".JPG")))
-        member.type = rng.choice((tarfile.REGTYPE,) * 4 + (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE))
+        member.type = rng.choice(
+            (tarfile.REGTYPE,) * 4
+            + (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE)
+        )
         member.linkname = "/etc/passwd" if member.type in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
-        content = rng.choice((encoded(noise(rng), "PNG"), b"{", b'{"text": "What?", "image": "/etc/passwd"}', b"What?", b"", b"\xff"))
+        content = rng.choice(
+            (encoded(noise(rng), "PNG"), b"{", b'{"text": "What?", "image": "/etc/passwd"}', b"What?", b"", b"\xff")
+        )
         members.append((member, content if member.isreg() else b""))
     path = tar_with(folder, members, rng)
     if rng.random() < 0.5:
@@ -490,10 +529,27 @@ def tar_header(name: bytes, size: bytes, kind: bytes) -> bytes:
 
 def tar_bomb(folder: Path, rng: random.Random) -> Made:
     """Headers that promise gigabytes, before, under and within compression."""
-    sizes = (b"77777777777\0", b"00000000000\0", b"\x80" + b"\0" * 6 + b"\xff" * 5, b"\xff" * 12, b"-0000000001\0", b"abc\0\0\0\0\0\0\0\0\0", b"30000000000\0")
+    sizes = (
+        b"77777777777\0",
+        b"00000000000\0",
+        b"\x80" + b"\0" * 6 + b"\xff" * 5,
+        b"\xff" * 12,
+        b"-0000000001\0",
+        b"abc\0\0\0\0\0\0\0\0\0",
+        b"30000000000\0",
+    )
     kinds = (b"x", b"g", b"L", b"K", b"S", b"0", b"7", b"X", b"5")
-    bodies = (b"\0" * 1024, b"30 size=-512\n".ljust(512, b"\0"), b"20 path=\xff\xfe\n".ljust(512, b"\0"), b"9" * 60_000 + b" a=b\n", b"0 =\n".ljust(512, b"\0"))
-    content = b"".join(tar_header(b"a.jpg", rng.choice(sizes), rng.choice(kinds)) + rng.choice(bodies) for _ in range(rng.randint(1, 4)))
+    bodies = (
+        b"\0" * 1024,
+        b"30 size=-512\n".ljust(512, b"\0"),
+        b"20 path=\xff\xfe\n".ljust(512, b"\0"),
+        b"9" * 60_000 + b" a=b\n",
+        b"0 =\n".ljust(512, b"\0"),
+    )
+    content = b"".join(
+        tar_header(b"a.jpg", rng.choice(sizes), rng.choice(kinds)) + rng.choice(bodies)
+        for _ in range(rng.randint(1, 4))
+    )
     if rng.random() < 0.5:
         (folder / "shard.tar").write_bytes(content)
         return Made("prompts", "shard.tar")
@@ -508,11 +564,24 @@ def saved_data_set(folder: Path, rng: random.Random) -> Made:
     """A folder as save_to_disk leaves it, with one of its files damaged."""
     from datasets import Dataset
 
-    Dataset.from_dict({"id": ["a", "b"], "image": ["good.png"] * 2, "text": ["What?"] * 2}).save_to_disk(str(folder / "set"))
+    Dataset.from_dict({"id": ["a", "b"], "image": ["good.png"] * 2, "text": ["What?"] * 2}).save_to_disk(
+        str(folder / "set")
+    )
     with_good_image(folder / "set")
     victim = rng.choice(sorted(path for path in (folder / "set").iterdir() if path.suffix in (".json", ".arrow")))
     content = victim.read_bytes()
-    replaced = rng.choice((damaged(content, rng), b"", b"{}", b"[]", b"null", b"\xff", content.replace(b"Value", b"Nothing"), content[: len(content) // 2]))
+    replaced = rng.choice(
+        (
+            damaged(content, rng),
+            b"",
+            b"{}",
+            b"[]",
+            b"null",
+            b"\xff",
+            content.replace(b"Value", b"Nothing"),
+            content[: len(content) // 2],
+        )
+    )
     victim.write_bytes(replaced)
     return Made("prompts", "set")
 
@@ -530,20 +599,44 @@ def odd_source(folder: Path, rng: random.Random) -> Made:
     if target == "fifo":
         os.mkfifo(folder / "fifo")
     absolute = target.startswith(("/", "~", "http", "s3", "hub", "a/b")) or not target
-    settings = {"format": rng.choice(("auto", "auto", "auto", "jsonl", "llava", "parquet", "webdataset", "images", "imagefolder"))}
+    settings = {
+        "format": rng.choice(
+            ("auto", "auto", "auto", "jsonl", "llava", "parquet", "webdataset", "images", "imagefolder")
+        )
+    }
     if target == "/":
         settings = {"format": "jsonl"}
-    return Made("prompts", target if absolute else str(folder / target), must="rejected" if target not in (".", "*", "**", "good.png", "") else None, settings=settings)
+    return Made(
+        "prompts",
+        target if absolute else str(folder / target),
+        must="rejected" if target not in (".", "*", "**", "good.png", "") else None,
+        settings=settings,
+    )
 
 
 def odd_pairs(folder: Path, rng: random.Random) -> Made:
     with_good_image(folder)
     rows = []
     for _ in range(rng.randint(1, 9)):
-        sides = (None, "", 3, [], "A cat.", "\ud800", [{"role": "assistant", "content": "x"}], {"from": "gpt", "value": "x"}, "x" * 70_000, [None], "\x1b[2J")
+        sides = (
+            None,
+            "",
+            3,
+            [],
+            "A cat.",
+            "\ud800",
+            [{"role": "assistant", "content": "x"}],
+            {"from": "gpt", "value": "x"},
+            "x" * 70_000,
+            [None],
+            "\x1b[2J",
+        )
         row = small_row(rng) | {"chosen": rng.choice(sides), "rejected": rng.choice(sides)}
         if rng.random() < 0.3:
-            row |= {"rejected_response": rng.choice(sides), "messages": rng.choice((None, [], [{}], "x", [{"role": "assistant", "content": "y"}]))}
+            row |= {
+                "rejected_response": rng.choice(sides),
+                "messages": rng.choice((None, [], [{}], "x", [{"role": "assistant", "content": "y"}])),
+            }
         if rng.random() < 0.3:
             row |= {"rejected_conversations": rng.choice(sides), "conversations": rng.choice(sides)}
         rows.append(row)
@@ -585,15 +678,51 @@ def odd_recipe(folder: Path, rng: random.Random) -> Made:
     if rng.random() < 0.15:
         content = damaged(content, rng)
     elif rng.random() < 0.05:
-        content = rng.choice((rng.randbytes(300), content.decode().encode("utf-16"), content + b"#" * (10 * MEGABYTE), NEEDED.encode() + b"x: [" + b"a, " * (3 * MEGABYTE)))
+        content = rng.choice(
+            (
+                rng.randbytes(300),
+                content.decode().encode("utf-16"),
+                content + b"#" * (10 * MEGABYTE),
+                NEEDED.encode() + b"x: [" + b"a, " * (3 * MEGABYTE),
+            )
+        )
     (folder / "recipe.yaml").write_bytes(content)
     return Made("recipe", "recipe.yaml")
 
 
 def odd_override(folder: Path, rng: random.Random) -> Made:
     (folder / "recipe.yaml").write_text(NEEDED)
-    keys = ("seed", "method.lambda", "data.limit", "a.b.c", ".", "seed.x", "", "training.trl.x", "method.search.filters.min_chars", "data.questions", "." * 5000, "a." * 5000 + "a")
-    values = ("", "[" * 9999, "9" * 9999, "1e999", ".nan", "&a [*a]", "\0", "\u202e", "!!python/name:os.system", "2020-99-99", "{a: b}", "x=y", "-1", "!!timestamp x", bomb(9).replace("\n", " "))
+    keys = (
+        "seed",
+        "method.lambda",
+        "data.limit",
+        "a.b.c",
+        ".",
+        "seed.x",
+        "",
+        "training.trl.x",
+        "method.search.filters.min_chars",
+        "data.questions",
+        "." * 5000,
+        "a." * 5000 + "a",
+    )
+    values = (
+        "",
+        "[" * 9999,
+        "9" * 9999,
+        "1e999",
+        ".nan",
+        "&a [*a]",
+        "\0",
+        "\u202e",
+        "!!python/name:os.system",
+        "2020-99-99",
+        "{a: b}",
+        "x=y",
+        "-1",
+        "!!timestamp x",
+        bomb(9).replace("\n", " "),
+    )
     return Made("recipe", "recipe.yaml", settings={"overrides": [f"{rng.choice(keys)}={rng.choice(values)}"]})
 
 
@@ -615,7 +744,9 @@ def tensor_file(rng: random.Random) -> bytes:
     header = json.dumps(entries).encode()
     length = rng.choice((len(header),) * 6 + (0, 2**63, 2**40, len(header) + 900, 1))
     content = struct.pack("<Q", length) + header + body
-    return rng.choice((content, content, damaged(content, rng), content[:7], content[: len(content) - 30], b"", b"PK\x03\x04", header))
+    return rng.choice(
+        (content, content, damaged(content, rng), content[:7], content[: len(content) - 30], b"", b"PK\x03\x04", header)
+    )
 
 
 def odd_weights(folder: Path, rng: random.Random) -> Made:
@@ -631,7 +762,17 @@ def odd_bin(folder: Path, rng: random.Random) -> Made:
     hostile = b"cposix\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR."
     buffer = io.BytesIO()
     torch.save(rng.choice(({"a": torch.zeros(3)}, [torch.zeros(3)], {"a": 3}, {3: torch.zeros(1)})), buffer)
-    content = rng.choice((hostile, hostile, b"\x80\x02" + hostile, damaged(buffer.getvalue(), rng), buffer.getvalue(), buffer.getvalue()[:100], b""))
+    content = rng.choice(
+        (
+            hostile,
+            hostile,
+            b"\x80\x02" + hostile,
+            damaged(buffer.getvalue(), rng),
+            buffer.getvalue(),
+            buffer.getvalue()[:100],
+            b"",
+        )
+    )
     (folder / "pytorch_model.bin").write_bytes(content)
     return Made("weights", "pytorch_model.bin")
 
@@ -653,10 +794,29 @@ def odd_adapter(folder: Path, rng: random.Random) -> Made:
     name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
     right = save({name: np.zeros((4, 128), np.float32)})
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": None}
-    config |= rng.choice(({}, {"r": -1}, {"r": 10**9}, {"peft_type": "NONE"}, {"peft_type": 3}, {"target_modules": "("}, {"target_modules": ["nothing"]}, {"auto_mapping": {"base_model_class": "os.system", "parent_library": "os"}}, {"unknown_key": 1}, {"r": "x"}, {"lora_alpha": None}, {"base_model_name_or_path": "../../x"}))
+    config |= rng.choice(
+        (
+            {},
+            {"r": -1},
+            {"r": 10**9},
+            {"peft_type": "NONE"},
+            {"peft_type": 3},
+            {"target_modules": "("},
+            {"target_modules": ["nothing"]},
+            {"auto_mapping": {"base_model_class": "os.system", "parent_library": "os"}},
+            {"unknown_key": 1},
+            {"r": "x"},
+            {"lora_alpha": None},
+            {"base_model_name_or_path": "../../x"},
+        )
+    )
     text = json.dumps(config).encode()
-    (folder / "adapter_config.json").write_bytes(rng.choice((text, text, text, text[:20], b"", b"[]", b"null", b"\xff", damaged(text, rng))))
-    (folder / "adapter_model.safetensors").write_bytes(rng.choice((right, right[:40], tensor_file(rng), damaged(right, rng))))
+    (folder / "adapter_config.json").write_bytes(
+        rng.choice((text, text, text, text[:20], b"", b"[]", b"null", b"\xff", damaged(text, rng)))
+    )
+    (folder / "adapter_model.safetensors").write_bytes(
+        rng.choice((right, right[:40], tensor_file(rng), damaged(right, rng)))
+    )
     return Made("adapter", ".", must="rejected")
 
 
@@ -670,7 +830,9 @@ def odd_model(folder: Path, rng: random.Random) -> Made:
         if path != victim:
             (folder / path.name).symlink_to(path)
     content = victim.read_bytes()
-    replaced = rng.choice((content[: len(content) // 2], b"", b"{}", b"[]", b"null", b"\xff\xfe", damaged(content, rng)))
+    replaced = rng.choice(
+        (content[: len(content) // 2], b"", b"{}", b"[]", b"null", b"\xff\xfe", damaged(content, rng))
+    )
     (folder / victim.name).write_bytes(replaced)
     return Made("model", ".")
 
@@ -687,7 +849,22 @@ def odd_run(folder: Path, rng: random.Random) -> Made:
     victim = rng.choice(files)
     content = victim.read_bytes()
     other = rng.choice(files).read_bytes()
-    replaced = rng.choice((content[: len(content) // 2], b"", b"{}", b"[]", b"null", b"\xff\xfe\0", other, b"[" * 99_999, None, "pipe", "folder", *[damaged(content, rng)] * 4))
+    replaced = rng.choice(
+        (
+            content[: len(content) // 2],
+            b"",
+            b"{}",
+            b"[]",
+            b"null",
+            b"\xff\xfe\0",
+            other,
+            b"[" * 99_999,
+            None,
+            "pipe",
+            "folder",
+            *[damaged(content, rng)] * 4,
+        )
+    )
     victim.unlink()
     if replaced == "pipe":
         os.mkfifo(victim)
@@ -706,7 +883,9 @@ def odd_values(folder: Path, rng: random.Random) -> Made:
     victim = rng.choice(sorted((folder / "run").rglob("done/*.json")))
     document = json.loads(victim.read_text())
     key = rng.choice(sorted(document))
-    document[key] = rng.choice((None, -1, "x", [], {}, 10**40, float("nan"), True, "<script>alert(1)</script>", {"a": {"b": []}}))
+    document[key] = rng.choice(
+        (None, -1, "x", [], {}, 10**40, float("nan"), True, "<script>alert(1)</script>", {"a": {"b": []}})
+    )
     if rng.random() < 0.3:
         del document[key]
     victim.write_text(json.dumps(document))

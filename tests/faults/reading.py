@@ -25,6 +25,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.faults.badinput import Case, Made
+
 from csr_vlm import stages
 from csr_vlm.config import DataConfig, ModelConfig, load_config
 from csr_vlm.data.pairs import count_pairs, read_text_pairs
@@ -35,7 +37,6 @@ from csr_vlm.progress import Silent
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
 from csr_vlm.weights import read_tensors, tensor_files, tensors_of
-from tests.faults.badinput import Case, Made
 
 MOST_PIXELS = 1_000_000
 MOST_SECONDS = 20.0
@@ -210,9 +211,12 @@ def judged(case: Case, folder: Path) -> Outcome:
     except CsrError as error:
         explained = error.message.strip() and len(error.message) < 2000
         outcome = Outcome("", "refused" if explained else "silent", error.message[:300])
-    except BaseException:  # noqa: BLE001 - that nothing else comes is what is tested
+    except BaseException:
         outcome = Outcome("", "traceback", traceback.format_exc()[-3000:])
-    outcome.case, outcome.seconds = f"{case.name} ({made.target[:40]!r}{made.settings})"[:200], time.process_time() - started
+    outcome.case, outcome.seconds = (
+        f"{case.name} ({made.target[:40]!r}{made.settings})"[:200],
+        time.process_time() - started,
+    )
     outcome.megabytes = _megabytes("VmHWM") - before
     rejected = outcome.status in ("dropped", "refused")
     if made.must is not None and not outcome.is_defect and rejected != (made.must == "rejected"):

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 import pytest
-
 from tests.faults import badinput, reading
 
 FULL = os.environ.get("CSR_FAULTS") == "all"

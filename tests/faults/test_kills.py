@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.faults.harness import Ended, Zygote, results, tiny_run
 
 from csr_vlm.store.run import Run
-from tests.faults.harness import Ended, Zygote, results, tiny_run
 
 FULL = os.environ.get("CSR_FAULTS") == "all"
 KILLS = 100 if FULL else 3
@@ -164,7 +164,9 @@ def test_a_full_disk_is_named_and_gone_on_from_once_there_is_room(folder: Path, 
     with Zygote(*NAMESPACE) as zygote:
         zygote.shell(f"mount -t tmpfs -o size=64k none {disk}")
         made = tiny_run(folder / "config-only")
-        zygote.shell(f"mkdir {disk}/run && sed 's#{made.root}#{disk}/run#' {made.root}/config.yaml > {disk}/run/config.yaml")
+        zygote.shell(
+            f"mkdir {disk}/run && sed 's#{made.root}#{disk}/run#' {made.root}/config.yaml > {disk}/run/config.yaml"
+        )
         for size in (64, 128, 256, 512):
             zygote.shell(f"mount -o remount,size={size}k {disk}")
             ended = zygote.run(disk / "run")

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
 from tests.faults.parsers import PARSERS, array
 
 FULL = os.environ.get("CSR_FAULTS") == "all"
@@ -21,9 +20,21 @@ VALUES = st.recursive(
     max_leaves=12,
 )
 PIECES = st.sampled_from(
-    [b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"\n", b"1.", b"e9", b"-", b"nul", b"\xff", b"\0", b"&a ", b"*a ", b"!!", b".", b" Dr.", b"=", b"<<: "]
-)  # fmt: skip
-BYTES = st.lists(PIECES | st.binary(max_size=6) | VALUES.map(lambda value: repr(value).encode()), max_size=24).map(b"".join)
+    [
+        *(bytes([sign]) for sign in b'[]{},:"\\\n-.=\0\xff'),
+        b"1.",
+        b"e9",
+        b"nul",
+        b"&a ",
+        b"*a ",
+        b"!!",
+        b" Dr.",
+        b"<<: ",
+    ]
+)
+BYTES = st.lists(PIECES | st.binary(max_size=6) | VALUES.map(lambda value: repr(value).encode()), max_size=24).map(
+    b"".join
+)
 
 
 @pytest.mark.parametrize("name", PARSERS)

@@ -67,7 +67,9 @@ _GROUP = 1 << 14
 def write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
     """Write rows as one Parquet file, atomically; the bytes depend on the rows alone."""
     table = pa.Table.from_pylist(list(rows), schema=schema)
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary, row_group_size=_GROUP, compression="zstd"))
+    write_atomically(
+        path, lambda temporary: pq.write_table(table, temporary, row_group_size=_GROUP, compression="zstd")
+    )
 
 
 def write_row_groups(path: Path, groups: Iterable[Sequence[dict[str, Any]]], schema: pa.Schema) -> None:
@@ -157,11 +159,7 @@ def _nodes(table: pa.Table) -> list[Node]:
     """Make nodes column by column: Arrow's own way through lists and maps takes three times as long."""
     if any(column.null_count for column in table.columns):
         raise pa.ArrowInvalid("it lacks values")
-    columns = {
-        field.name: _values(chunk)
-        for field in NODES
-        for chunk in [table.column(field.name).combine_chunks()]
-    }
+    columns = {field.name: _values(chunk) for field in NODES for chunk in [table.column(field.name).combine_chunks()]}
     columns["finish"] = map(_FINISHES.__getitem__, columns["finish"])
     columns["fate"] = map(_FATES.__getitem__, columns["fate"])
     return list(map(Node, *columns.values()))

@@ -23,7 +23,13 @@ _LARGEST_HEADER = 1 << 16
 """Bytes of a header that describes the next member, its long name or its attributes."""
 _MOST_SKIPPED = 1 << 34
 """Bytes of a member that is skipped: passing over what is not there takes tarfile as long as passing over it."""
-_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 _DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError, ValueError, OverflowError)
 Member = tuple[str, str, bytes | None]
 """(sample, suffix in lower case, content); None where it is too large."""
