@@ -9,7 +9,8 @@ DOCS_VENV := .venv-docs
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test docs docs-pages test-eval test-scale test-ray test-vllm evidence lint format world clean
+.PHONY: demo test docs docs-pages test-eval test-scale test-ray test-vllm test-faults audit-dependencies evidence
+.PHONY: lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
 	$(BIN)/csr demo --seed $(SEED) --out $(OUT)
@@ -34,6 +35,14 @@ test-ray: $(RAY_VENV)/.installed  ## Ray Data, killed actors and drivers, in an 
 
 test-vllm: $(VLLM_VENV)/.installed  ## the vLLM engine and server, on a CPU, in an environment of its own
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -s -m vllm tests/vllm
+
+test-faults: $(VENV)/.installed-dev  ## a hundred kills, failing disks, a thousand bad inputs (about half an hour)
+	CSR_FAULTS=all $(BIN)/pytest -q -s -p no:xdist tests/faults
+
+audit-dependencies:  ## known vulnerabilities of the pinned packages; needs the network
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
+	.venv-audit/bin/pip-audit --progress-spinner off --disable-pip --no-deps -r constraints.txt
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -99,4 +108,4 @@ $(DOCS_VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(EVAL_VENV) $(RAY_VENV) $(VLLM_VENV) $(DOCS_VENV) runs build .cache
+	rm -rf $(VENV) $(EVAL_VENV) $(RAY_VENV) $(VLLM_VENV) $(DOCS_VENV) .venv-audit runs build .cache

@@ -193,7 +193,7 @@ def modes(folder: Path, rng: random.Random) -> Made:
         options["transparency"] = rng.choice(
             (0, 255, bytes(rng.randrange(256) for _ in range(20))) if form == "PNG" else (0, 255)
         )
-    must = "rejected" if mode in ("F",) else None
+    must = "rejected" if mode == "F" else None
     return one_image(folder, encoded(image, form, **options), must)
 
 

@@ -34,7 +34,7 @@ def install(plan: dict[str, Any], root: Path) -> None:
     def wrapped(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def call(target: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal count
-            place = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.fspath(target)
+            place = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else os.fspath(target)
             if not str(place).startswith(str(root)) and "dir_fd" not in kwargs:
                 return operation(target, *args, **kwargs)
             count += 1
@@ -53,8 +53,8 @@ def install(plan: dict[str, Any], root: Path) -> None:
     def fail(name: str, place: str) -> None:
         if plan["do"] in ERRORS:
             raise OSError(ERRORS[plan["do"]], os.strerror(ERRORS[plan["do"]]), place)
-        if plan["do"] == "tear" and name in ("fsync", "replace") and os.path.isfile(place):
-            os.truncate(place, random.Random(plan["at"]).randrange(os.path.getsize(place) + 1))
+        if plan["do"] == "tear" and name in ("fsync", "replace") and Path(place).is_file():
+            os.truncate(place, random.Random(plan["at"]).randrange(Path(place).stat().st_size + 1))
         os.kill(os.getpid(), signal.SIGKILL)
 
     for name in OPERATIONS:
@@ -143,7 +143,7 @@ def serve() -> None:
     for module in ("loop", "cli.app", "training.dpo", "generation.transformers_engine", "generation.selfcheck",
                    "scoring.load", "scoring.transformers_encoder", "world.evaluate", "evaluation.heldout"):  # fmt: skip
         __import__(f"csr_vlm.{module}")
-    import matplotlib.pyplot  # noqa: F401
+    __import__("matplotlib.pyplot")
 
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:

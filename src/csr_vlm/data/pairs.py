@@ -9,7 +9,7 @@ from pathlib import Path
 from csr_vlm.config import DataConfig
 from csr_vlm.data.formats import PAIR_FORMATS, open_source
 from csr_vlm.data.formats.preference import Item, Responses, image_bytes, user_turns
-from csr_vlm.data.formats.rows import BadRow, Row, entry_of
+from csr_vlm.data.formats.rows import LONGEST_TEXT, BadRow, Row, entry_of
 from csr_vlm.data.images import BadImage, suffix_of
 from csr_vlm.data.prompts import InputReport, usable_image
 from csr_vlm.errors import CsrError
@@ -103,6 +103,8 @@ def _text_pair(row: Row | BadRow, root: Path | None, config: DataConfig, images:
     chosen, rejected = (text.strip() for text in _responses(row, config.pairs_format))
     if not chosen or not rejected:
         raise BadRow("no chosen or no rejected response")
+    if max(len(chosen), len(rejected)) > LONGEST_TEXT:
+        raise BadRow(f"response of more than {LONGEST_TEXT:,} characters")
     if chosen == rejected:
         raise BadRow("identical responses")
     try:

@@ -17,6 +17,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import fmean, pstdev
 
 from csr_vlm.config import MethodConfig, RewardConfig
@@ -218,6 +219,7 @@ def repeats_earlier(node: Node, by_id: Mapping[str, Node]) -> bool:
     return any(words == bag_of_words(by_id[earlier].sentence) for earlier in path_ids(node.node_id)[:-1])
 
 
+@lru_cache(maxsize=1 << 12)  # A tree's sentences are compared with each other again and again.
 def bag_of_words(text: str) -> tuple[str, ...]:
     """Lower-cased words in alphabetical order, repetitions included."""
     return tuple(sorted(_WORD.findall(text.lower())))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,18 @@ def write_row_groups(path: Path, groups: Iterable[Sequence[dict[str, Any]]], sch
 
 
 def _row_groups(path: Path, schema: pa.Schema) -> Iterator[list[dict[str, Any]]]:
+    for table in _tables(path, schema):
+        with _damage(path):
+            rows = table.to_pylist(maps_as_pydicts="strict")
+        yield rows
+
+
+def _tables(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     with _damage(path), pq.ParquetFile(_ordinary(path)) as file:
         if not file.schema_arrow.equals(schema):
             raise pa.ArrowInvalid("it holds another kind of table")
         for index in range(file.num_row_groups):
-            yield file.read_row_group(index).to_pylist(maps_as_pydicts="strict")
+            yield file.read_row_group(index)
 
 
 def read_whole(paths: Sequence[Path]) -> pa.Table:
@@ -153,9 +160,9 @@ def write_nodes(path: Path, nodes: Iterable[Node]) -> None:
 
 
 def read_nodes(path: Path) -> Iterator[Node]:
-    for rows in _row_groups(path, NODES):
+    for table in _tables(path, NODES):
         with _damage(path):
-            nodes = list(map(_node, rows))
+            nodes = _nodes(table)
         yield from nodes
 
 
@@ -163,19 +170,33 @@ def read_nodes_of(path: Path, prompt_ids: Iterable[str]) -> list[Node]:
     """Read some prompts' nodes from one ledger part; no other row is decoded."""
     with _damage(path):
         table = pq.read_table(_ordinary(path), filters=[("prompt_id", "in", list(prompt_ids))])
-        return [_node(row) for row in table.to_pylist(maps_as_pydicts="strict")]
+        return _nodes(table)
 
 
-def _node(row: dict[str, Any]) -> Node:
-    return Node(
-        **row
-        | {
-            "token_ids": tuple(row["token_ids"]),
-            "token_logprobs": tuple(row["token_logprobs"]),
-            "finish": Finish(row["finish"]),
-            "fate": Fate(row["fate"]),
-        }
-    )
+def _nodes(table: pa.Table) -> list[Node]:
+    """Make nodes column by column: Arrow's own way through lists and maps takes three times as long."""
+    if any(column.null_count for column in table.columns):
+        raise pa.ArrowInvalid("it lacks values")
+    columns = {field.name: _values(chunk) for field in NODES for chunk in [table.column(field.name).combine_chunks()]}
+    columns["finish"] = map(_FINISHES.__getitem__, columns["finish"])
+    columns["fate"] = map(_FATES.__getitem__, columns["fate"])
+    return list(map(Node, *columns.values()))
+
+
+_FINISHES = {finish.value: finish for finish in Finish}
+_FATES = {fate.value: fate for fate in Fate}
+
+
+def _values(array: pa.Array) -> Iterable[Any]:
+    """Return a column's values: tuples for lists, dictionaries for maps."""
+    if pa.types.is_map(array.type):
+        keys, items = array.keys.to_pylist(), array.items.to_numpy().tolist()
+        return (dict(zip(keys[a:b], items[a:b], strict=True)) for a, b in pairwise(array.offsets.to_numpy().tolist()))
+    if pa.types.is_list(array.type):
+        values = array.values.to_numpy().tolist()
+        return (tuple(values[a:b]) for a, b in pairwise(array.offsets.to_numpy().tolist()))
+    found: list[Any] = array.to_pylist()
+    return found
 
 
 def read_trees(path: Path) -> Iterator[tuple[str, list[Node]]]:

@@ -1,0 +1,42 @@
+"""Numbers that are none, where the models compute them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from trl import DPOTrainer
+
+from csr_vlm.errors import CsrError
+from csr_vlm.generation.decoding import Row, _refuse_nonsense
+from csr_vlm.training.dpo import CsrTrainer
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_distribution_name_the_prompt(value: float) -> None:
+    rows = [Row(1, place, (), np.zeros(1), prompt_id=name) for place, name in enumerate(("good", "bad"))]
+    logits = torch.tensor([[0.0, -torch.inf], [value, 1.0]])
+    with pytest.raises(CsrError, match="prompt bad: the policy computes logits that are not finite"):
+        _refuse_nonsense(logits, rows)
+    _refuse_nonsense(logits[:1], rows[:1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_none_stops_the_training_and_names_the_prompts(
+    monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    trainer = object.__new__(CsrTrainer)
+    trainer.first_loss = 0.6931
+    trainer.state = SimpleNamespace(global_step=4)
+    monkeypatch.setattr(DPOTrainer, "compute_loss", lambda *args, **kwargs: torch.tensor(value))
+    with pytest.raises(CsrError, match=r"DPO diverged: step 5 has the loss (nan|inf) on the pairs of prompts a, b"):
+        trainer.compute_loss(None, {"prompt_ids": ["a", "b"]})
+
+
+def test_a_first_loss_that_is_none_is_no_log_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = object.__new__(CsrTrainer)
+    monkeypatch.setattr(CsrTrainer, "_plain_loss", lambda *args: float("nan"))
+    with pytest.raises(CsrError, match="the first DPO loss is nan"):
+        trainer.compute_loss(None, {})
