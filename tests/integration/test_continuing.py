@@ -203,7 +203,7 @@ def test_a_push_sends_the_adapters_folder(finished: Run, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     shown = CliRunner().invoke(app, ["push", str(finished.root), "me/llava-csr", "--private"])
-    assert shown.output.strip() == "https://hub/commit/1"
+    assert shown.stdout.strip() == "https://hub/commit/1"
     assert sent["repository"] == ("me/llava-csr", {"private": True, "exist_ok": True})
     assert sent["folder"] == finished.root / "adapter"
     bad = CliRunner().invoke(app, ["push", str(finished.root), "not a name"])

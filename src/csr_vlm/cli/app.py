@@ -146,7 +146,8 @@ def pairs(
         console.print_table(f"iteration {number}", ["", ""], [[key, str(value)] for key, value in summary.items()])
     changed = " ".join(overrides or ())
     console.say(
-        f"next: csr audit {target} {changed}; then csr " + (f"sweep {target}" if changed else f"train {target}")
+        f"next: csr audit {target} {changed}; then csr "
+        + (f"sweep {target} {changed}" if changed else f"train {target}")
     )
 
 

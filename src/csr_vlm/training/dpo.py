@@ -316,9 +316,13 @@ def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str
     clashing = sorted(needed.keys() & config.trl.keys())
     if clashing:
         raise CsrError(f"training.trl.{clashing[0]} is set by the run itself", "leave it out")
-    known = {field.name for field in fields(DPOConfig)}
-    for key in config.trl.keys() - known:
-        raise CsrError(f"trl.DPOConfig has no option for training.trl.{key}", nearest(key, known, say_all=False))
+    defaults_of_trl = {field.name: field.default for field in fields(DPOConfig)}
+    for key, value in config.trl.items():
+        if key not in defaults_of_trl:
+            hint = nearest(key, defaults_of_trl, say_all=False)
+            raise CsrError(f"trl.DPOConfig has no option for training.trl.{key}", hint)
+        if isinstance(value, str) and isinstance(defaults_of_trl[key], int | float):
+            raise CsrError(f"training.trl.{key} should be a number or true or false", f"it was given as {value!r}")
     try:
         dealt = shared_batch(config.trl, processes) if processes > 1 else {}
         return DPOConfig(**defaults | config.trl | dealt | needed)
