@@ -17,6 +17,7 @@ from csr_vlm.store.run import Run
 from tests.processes import CSR, finished, launch, sharing_config
 
 ROOT = Path(__file__).parents[2]
+AS_IF_GPU = str(ROOT / "tests" / "scale" / "as_if_gpu.py")
 FSDP2 = {
     f"FSDP_{key.removeprefix('fsdp_').upper()}": str(value)
     for key, value in yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text(encoding="utf-8"))[
@@ -70,8 +71,7 @@ def require_the_same(run: Run, other: Run, tolerance: float) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plays a GPU where there is none")
 def test_fsdp2_trains_what_ddp_trains(paired: Run, by_ddp: Run, tmp_path: Path) -> None:
     run = copy_of(paired, tmp_path)
-    script = str(ROOT / "tests" / "scale" / "fsdp_on_cpu.py")
-    command = (*launch(2)[:-2], script)
+    command = (*launch(2)[:-2], AS_IF_GPU)
     done = finished(*command, "train", run.root, "--quiet", ACCELERATE_USE_FSDP="true", **FSDP2)
     assert done.returncode == 0, done.stderr
     result = run.result(1, "train")
@@ -89,6 +89,7 @@ def test_fsdp_that_becomes_something_else_is_refused(paired: Run, tmp_path: Path
     assert not run.is_done(1, "train")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plays a GPU where there is none")
 @pytest.mark.skipif(util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_trains_what_ddp_trains(paired: Run, by_ddp: Run, tmp_path: Path, stage: int) -> None:
@@ -97,7 +98,7 @@ def test_deepspeed_trains_what_ddp_trains(paired: Run, by_ddp: Run, tmp_path: Pa
     done = finished(
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration),
         *("--num_processes", 2, "--main_process_port", 29520 + stage, "--mixed_precision", "no"),
-        *("-m", "csr_vlm.cli", "train", run.root, "--quiet"),
+        *(AS_IF_GPU, "train", run.root, "--quiet"),
         DS_ACCELERATOR="cpu",
         PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     )

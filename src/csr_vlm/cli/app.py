@@ -21,7 +21,7 @@ from csr_vlm.cli.opening import Iteration, Out, Overrides, RunArgument, Target, 
 from csr_vlm.cli.push import push
 from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.cli.run import check, demo, run
-from csr_vlm.cli.stopping import stoppable
+from csr_vlm.cli.stopping import Stopped, stoppable
 from csr_vlm.cli.verbs import RunByDefault, Verbs
 from csr_vlm.cli.watch import watch
 from csr_vlm.config import load_config, scorer_config
@@ -289,6 +289,8 @@ def main() -> None:
     """Run the command line; what a user can mend is told in three lines, without a traceback."""
     try:
         app(prog_name="csr")
+    except Stopped:
+        raise  # its parting words were said
     except SystemExit as ended:
         if ended.code == INTERRUPTED:
             print("interrupted; the same command goes on where this one stopped", file=sys.stderr)

@@ -252,7 +252,8 @@ class Policy:
             logprobs.append(predicted.gather(-1, targets[:, None]).squeeze(-1).cpu())
             if not logprobs[-1].isfinite().all():
                 raise CsrError(
-                    f"prompt {prompts[row].prompt_id}: the policy gives a response a log-probability of {logprobs[-1].sum()}",
+                    f"prompt {prompts[row].prompt_id}: the policy gives a response a log-probability of "
+                    f"{logprobs[-1].sum()}",
                     f"look at {prompts[row].image} and at the weights of model.path and of the last adapter",
                 )
         return logprobs

@@ -72,7 +72,7 @@ def require_distribution(state: Any, processes: int) -> str:
         raise CsrError(
             f"{asked} over {processes} processes was asked for, but accelerate set up {found} over "
             f"{state.num_processes}",
-            "FSDP needs GPUs; docs/scaling.md has launch commands that work",
+            "FSDP and DeepSpeed need GPUs; docs/scaling.md has the commands",
         )
     return str(found)
 

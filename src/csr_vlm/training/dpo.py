@@ -31,7 +31,6 @@ from csr_vlm.records import Pair
 from csr_vlm.store.files import replace_directory
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.distribution import (
-    asked_for,
     largest_anywhere,
     name_layers_that_are_there,
     refuse_lazy_weights,
@@ -305,8 +304,7 @@ def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str
         "save_strategy": "no",
         "bf16": on_gpu,
         "gradient_checkpointing": on_gpu,
-        # Told to use the CPU, accelerate forgets that DeepSpeed was asked for.
-        "use_cpu": not on_gpu and asked_for(processes) != "DEEPSPEED",
+        "use_cpu": not on_gpu,
         "disable_tqdm": True,
         # Only an adapter of the user's own reach may lie where no gradient comes.
         "ddp_find_unused_parameters": config.lora.target_modules is not None,
