@@ -93,10 +93,7 @@ def test_a_missing_vllm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_server_that_is_not_there_is_named(reader: Reader) -> None:
-    with (
-        pytest.raises(CsrError, match=r"nothing answers at http://127\.0\.0\.1:9/"),
-        connected("http://127.0.0.1:9", reader, None, 2),
-    ):
+    with pytest.raises(CsrError, match="nothing answers"), connected("http://127.0.0.1:9", reader, None, 2):
         pass
 
 

@@ -33,7 +33,7 @@ def server(llava: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Iter
         port = probe.getsockname()[1]
     command = (
         "--dtype float32 --enforce-eager --block-size 32 --no-enable-chunked-prefill --enable-lora --max-lora-rank 8 "
-        f"--host 127.0.0.1 --port {port}"
+        f"--enable-scale-out --host 127.0.0.1 --port {port}"
     )
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as out:

@@ -60,6 +60,7 @@ class VllmStream:
 
     def start(self, asked: Asked) -> None:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMError
         from vllm.sampling_params import RequestOutputKind
 
         name, image = self._images.of(asked.prompt)
@@ -71,7 +72,7 @@ class VllmStream:
         sampling = SamplingParams(**asked.sampling, output_kind=RequestOutputKind.DELTA)
         try:
             self._engine.add_request(asked.key, prompt, sampling, lora_request=self._lora)
-        except ValueError as error:
+        except (ValueError, VLLMError) as error:
             raise CsrError(
                 f"vLLM does not take prompt {asked.prompt.prompt_id}: {_reason(error)}",
                 "generation.vllm takes vLLM's own options, max_model_len among them",

@@ -1,9 +1,9 @@
 """A running vLLM server, as a stream of tokens.
 
 OpenAI's own endpoints take a picture as a conversation only, and a conversation is encoded
-anew. vLLM's ``/inference/v1/generate``, which every vLLM server has, takes token ids
-and a picture, and gives token ids. A candidate that is given up is closed at our end, whereupon
-the server stops it.
+anew. vLLM's ``/inference/v1/generate``, which a server started with ``--enable-scale-out`` has,
+takes token ids and a picture, and gives token ids. A candidate that is given up is closed at our
+end, whereupon the server stops it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from csr_vlm.generation.vllm import Images, adapter_name
 
 _TIMEOUT = 600.0
 """Seconds without a word from the server."""
-_HOW = "start one: vllm serve MODEL --enable-lora, with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1; docs/engines.md"
+_HOW = "start it as docs/engines.md says: vllm serve MODEL --enable-scale-out --enable-lora"
 
 
 class ServerStream:
