@@ -18,3 +18,8 @@ class CsrError(Exception):
         super().__init__(message if not hint else f"{message} ({hint})")
         self.message = message
         self.hint = hint
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from csr_vlm.errors import CsrError
+from csr_vlm.errors import CsrError, reason_of
 
 
 def resolve_device(name: str) -> str:
@@ -21,11 +21,6 @@ def resolve_dtype(name: str, device: str) -> str:
     if name != "auto":
         return name
     return "float32" if device == "cpu" else "bfloat16"
-
-
-def reason_of(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def unloadable(what: str, path: str, error: Exception) -> CsrError:

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csr_vlm.errors import CsrError
-from csr_vlm.loading import reason_of
+from csr_vlm.errors import CsrError, reason_of
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """What holds a model's weights, whole or as ``NAME.index.json`` and shards; the first that is there counts."""

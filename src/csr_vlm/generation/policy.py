@@ -19,9 +19,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from csr_vlm.config import ModelConfig
 from csr_vlm.data.images import image_of
-from csr_vlm.errors import CsrError
+from csr_vlm.errors import CsrError, reason_of
 from csr_vlm.generation.families import NOT_INPUTS, NOT_QUANTIZED, Family, family_of, picture_ids
-from csr_vlm.loading import reason_of, resolve_device, resolve_dtype, unloadable
+from csr_vlm.loading import resolve_device, resolve_dtype, unloadable
 from csr_vlm.records import Prompt
 from csr_vlm.weights import tensors_of
 
@@ -204,9 +204,10 @@ class Policy:
             targets = torch.tensor(list(ids), device=predicted.device)
             logprobs.append(predicted.gather(-1, targets[:, None]).squeeze(-1).cpu())
             if not logprobs[-1].isfinite().all():
+                prompt = prompts[row]
                 raise CsrError(
-                    f"prompt {prompts[row].prompt_id}: the policy gives a response a log-probability of {logprobs[-1].sum()}",
-                    f"look at {prompts[row].image} and at the weights of model.path and of the last adapter",
+                    f"prompt {prompt.prompt_id}: the policy gives a response the log-probability {logprobs[-1].sum()}",
+                    f"look at {prompt.image} and at the weights of model.path and of the last adapter",
                 )
         return logprobs
 

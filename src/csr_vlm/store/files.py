@@ -16,8 +16,9 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from csr_vlm.errors import CsrError
 
@@ -144,7 +145,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def open_ordinary(path: str | Path) -> IO[bytes]:
+def open_ordinary(path: str | Path) -> BufferedReader:
     """Open a file that ends: a pipe would block, and a device may go on for ever.
 
     Raises:
