@@ -90,7 +90,8 @@ def disk_troubles(path: Path, temporary: Path | None = None, *, of_disk_only: bo
         yield
     except Exception as error:
         number = _system_error(error)
-        if number is None or (of_disk_only and number not in (*_FULL, errno.EIO, errno.EROFS)):
+        # What is not there is a mistake of ours, not the disk's.
+        if number in (None, errno.ENOENT) or (of_disk_only and number not in (*_FULL, errno.EIO, errno.EROFS)):
             raise
         if number not in _FULL:
             raise CsrError(
