@@ -25,6 +25,10 @@ from csr_vlm.store.run import Run
 FULL = os.environ.get("CSR_FAULTS") == "all"
 KILLS = 100 if FULL else 3
 OTHERS = 20 if FULL else 2
+KINDS = (
+    *("tear", "ENOSPC", "instant", "SIGTERM", "kill", "instant", "tear", "EIO", "kill"),
+    *("instant", "tear", "SIGINT", "kill", "instant", "EDQUOT", "tear", "kill"),
+)
 NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 
 
@@ -63,10 +67,7 @@ def reference(zygote: Zygote, folder: Path) -> Reference:
 
 def disturbances(reference: Reference, rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
     """Kills at any instant, at any file operation, with the file half-written; a failing disk; signals."""
-    for what in cycle(
-        ("tear", "ENOSPC", "instant", "SIGTERM", "kill", "instant", "tear", "EIO", "kill")
-        + ("instant", "tear", "SIGINT", "kill", "instant", "EDQUOT", "tear", "kill")
-    ):
+    for what in cycle(KINDS):
         if what in signal.Signals.__members__ or what == "instant":
             number = signal.SIGKILL if what == "instant" else signal.Signals[what]
             yield what, {"signals": {number: rng.uniform(0.02, 0.6) * reference.seconds}}
