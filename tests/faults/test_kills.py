@@ -165,7 +165,7 @@ def test_a_full_disk_is_named_and_gone_on_from_once_there_is_room(folder: Path, 
         zygote.shell(
             f"mkdir {disk}/run && sed 's#{made.root}#{disk}/run#' {made.root}/config.yaml > {disk}/run/config.yaml"
         )
-        for size in (64, 128, 256, 512):
+        for size in (64, 128, 256, 384):
             zygote.shell(f"mount -o remount,size={size}k {disk}")
             ended = zygote.run(disk / "run")
             assert check_end("ENOSPC", ended), f"{size} kB were enough"
