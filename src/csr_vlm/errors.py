@@ -20,6 +20,6 @@ class CsrError(Exception):
         self.hint = hint
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the first line of an error's message, or its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

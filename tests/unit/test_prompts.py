@@ -168,7 +168,7 @@ def test_images_that_cannot_be_used(folder):
 
 def test_the_pixel_limit_is_passed_on(folder):
     _, report = read(folder, row(), max_image_pixels=15)
-    assert report.dropped == {"too large (4 x 4 pixels)": 1}
+    assert report.dropped == {"too large (over 15 pixels)": 1}
     found, _ = read(folder, row(), max_image_pixels=16)
     assert len(found) == 1
 

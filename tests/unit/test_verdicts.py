@@ -92,9 +92,11 @@ def new_run(root: Path, **evaluation: Any) -> Run:
         "pairs": {"questions": {"pattern": ""}},
     }
     run = Run.create(root, resolve(REQUIRED | {"iterations": 2, "method": method, "evaluation": evaluation}))
-    tables.write_prompts(run.prompts_path, [prompt(name) for name in NAMES], 4)
+    tables.write_prompts(run.prompts_path, [prompt(name) for name in NAMES], 64)
     tables.write_prompts(run.heldout_path, [prompt("held out")], 4)
-    run.mark_done(0, "prompts", accepted=9, heldout=1, dropped={}, examples=[], sha256="0")
+    run.mark_done(
+        0, "prompts", accepted=9, heldout=1, dropped={}, examples=[], sha256=files.sha256_of(run.prompts_path)
+    )
     return run
 
 

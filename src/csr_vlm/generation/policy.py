@@ -251,10 +251,10 @@ class Policy:
             targets = torch.tensor(list(ids), device=predicted.device)
             logprobs.append(predicted.gather(-1, targets[:, None]).squeeze(-1).cpu())
             if not logprobs[-1].isfinite().all():
+                prompt = prompts[row]
                 raise CsrError(
-                    f"prompt {prompts[row].prompt_id}: the policy gives a response a log-probability of "
-                    f"{logprobs[-1].sum()}",
-                    f"look at {prompts[row].image} and at the weights of model.path and of the last adapter",
+                    f"prompt {prompt.prompt_id}: the policy gives a response the log-probability {logprobs[-1].sum()}",
+                    f"look at {prompt.image} and at the weights of model.path and of the last adapter",
                 )
         return logprobs
 

@@ -16,8 +16,9 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from csr_vlm.errors import CsrError
 
@@ -89,7 +90,8 @@ def disk_troubles(path: Path, temporary: Path | None = None, *, of_disk_only: bo
         yield
     except Exception as error:
         number = _system_error(error)
-        if number is None or (of_disk_only and number not in (*_FULL, errno.EIO, errno.EROFS)):
+        # What is not there is a mistake of ours, not the disk's.
+        if number in (None, errno.ENOENT) or (of_disk_only and number not in (*_FULL, errno.EIO, errno.EROFS)):
             raise
         if number not in _FULL:
             raise CsrError(
@@ -144,7 +146,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def open_ordinary(path: str | Path) -> IO[bytes]:
+def open_ordinary(path: str | Path) -> BufferedReader:
     """Open a file that ends: a pipe would block, and a device may go on for ever.
 
     Raises:

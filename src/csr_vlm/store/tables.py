@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from csr_vlm.batches import batched
-from csr_vlm.errors import CsrError
+from csr_vlm.errors import CsrError, reason_of
 from csr_vlm.records import SCHEMA_VERSION, Fate, Finish, Node, Pair, Prompt, Response
 from csr_vlm.store.files import open_ordinary, write_atomically
 
@@ -113,9 +113,8 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CsrError(
-            f"{path} cannot be read: {reason}",
+            f"{path} cannot be read: {reason_of(error)}",
             "restore it; or delete it and the markers below done/ of the stages that read it, and run again",
         ) from None
 

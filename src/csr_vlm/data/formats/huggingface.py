@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from csr_vlm.data.formats.rows import FIELDS, BadRow, Rows
-from csr_vlm.errors import CsrError
+from csr_vlm.errors import CsrError, reason_of
 
 MARKS = ("dataset_dict.json", "state.json")
 """Files by which a folder of save_to_disk is known."""
@@ -25,8 +25,9 @@ def rows(source: str, split: str) -> Rows:
     except Exception as error:  # Whatever the network or a damaged file raise.
         if isinstance(error, BadRow | CsrError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CsrError(f"the data set {source} breaks off after row {number}: {reason[:300]}", "try again") from None
+        raise CsrError(
+            f"the data set {source} breaks off after row {number}: {reason_of(error)}", "try again"
+        ) from None
 
 
 def count(source: str, split: str) -> int:
@@ -57,9 +58,8 @@ def _open(source: str, split: str) -> Any:
     except CsrError:
         raise
     except Exception as error:  # Whatever the hub, the network or a damaged file raise.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CsrError(
-            f"the data set {source} cannot be opened: {reason}",
+            f"the data set {source} cannot be opened: {reason_of(error)}",
             "give a folder of save_to_disk, or a hub id OWNER/NAME and data.split",
         ) from None
     return undecoded(found.select_columns([name for name in found.column_names if name in FIELDS]))

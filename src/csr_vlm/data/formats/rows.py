@@ -192,4 +192,4 @@ def open_file(path: Path) -> IO[bytes]:
         return open_ordinary(path)
     except (OSError, ValueError) as error:  # the latter for names that no file can have
         reason = error.strerror if isinstance(error, OSError) else "no file can have that name"
-        raise CsrError(f"the file {str(path)[:300]!r} cannot be opened: {reason}", "set data.prompts") from None
+        raise CsrError(f"the file {str(path)[:300]} cannot be opened: {reason}", "set data.prompts") from None

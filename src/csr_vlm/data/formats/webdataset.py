@@ -65,7 +65,7 @@ class _Header(tarfile.TarInfo):
     """A member's header, refused where it would make the reader hold gigabytes or go backwards."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
         if not 0 <= header.size <= (_LARGEST_HEADER if header.type in _HEADERS else _MOST_SKIPPED):
             raise tarfile.ReadError("a header of impossible size")
