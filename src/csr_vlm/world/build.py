@@ -70,7 +70,7 @@ class BuildPlan:
     """What the policy is. An idefics3 starts from the language model of ``start``, if that is given."""
 
 
-SEE_AGAIN = replace(LEARN_TO_SEE, steps=300, lr=5e-4)
+SEE_AGAIN = replace(LEARN_TO_SEE, steps=100, lr=5e-4)
 """What a grown policy, which can see, needs of the first phase."""
 SEE_ANEW = replace(LEARN_TO_SEE, steps=1500)
 """What a policy needs that has a language model and must learn to see through another connector."""
@@ -78,8 +78,10 @@ SEE_ANEW = replace(LEARN_TO_SEE, steps=1500)
 
 def started(plan: BuildPlan, start: Path) -> BuildPlan:
     """Plan a policy that starts from a finished one: a deeper one, or one of another family."""
-    seeing = SEE_AGAIN if plan.family == "llava" else SEE_ANEW
-    return replace(plan, start=start, policy_phases=(seeing, PICK_UP_HABITS))
+    if plan.family == "llava":
+        # It starts as good as the finished one, habits included; the new layers have to find their place.
+        return replace(plan, start=start, policy_phases=(SEE_AGAIN, replace(PICK_UP_HABITS, steps=200)))
+    return replace(plan, start=start, policy_phases=(SEE_ANEW, PICK_UP_HABITS))
 
 
 def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | None = None) -> dict[str, Any]:
