@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from csr_vlm.config import QuestionsConfig
 from csr_vlm.method.reward import OUT_OF_THE_RUNNING, contrasts
-from csr_vlm.records import Node
+from csr_vlm.records import Node, Pair
 
 _Item = TypeVar("_Item")
 _SURE = (0.25, 0.5)
@@ -88,6 +88,17 @@ def questions(own: Claims, strange: Mapping[str, float], config: QuestionsConfig
     false = [[(q, False) for q, value in claimed.items() if own.fails(value)] for claimed in (own.strongest, strange)]
     turns = _in_turns(_in_turns(*false), true)
     return turns[: config.per_prompt]
+
+
+def worth_asking(pairs: Sequence[Pair], config: QuestionsConfig) -> list[Pair]:
+    """Keep the questions about one image if the policy does not answer all of them surely, or else none.
+
+    Surely: log P(right answer) - log P(wrong answer) >= ``config.sure``, in nats. What is
+    known already would only be learnt to be said louder. All or none, since the sure yes
+    beside an unsure no is what keeps no from becoming a habit.
+    """
+    sure = all(pair.chosen.logprob - pair.rejected.logprob >= config.sure for pair in pairs)
+    return [] if sure else list(pairs)
 
 
 def _in_turns(*lists: Sequence[_Item]) -> list[_Item]:
