@@ -43,8 +43,9 @@ def ask(run: Run, iteration: int, config: RunConfig, policy: Policy, scorer: Sco
             scorer.compare_among([*prompts, *company], config.scorer.others)
             asked = _text_pairs(prompts, part, scorer, config)
             found = (pair for pair in scored_pairs(asked, policy, iteration, rule) if isinstance(pair, Pair))
-            for _, about_one in groupby(found, key=lambda pair: pair.prompt.image):
-                pairs += worth_asking(list(about_one), config.method.pairs.questions)
+            for name, about_one in groupby(found, key=lambda pair: pair.prompt.prompt_id.rpartition("?")[0]):
+                key = f"{config.seed}:{iteration}:{name}"
+                pairs += worth_asking(list(about_one), config.method.pairs.questions, key)
             scorer.forget()
             advance(len(prompts))
     return pairs

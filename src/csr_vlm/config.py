@@ -155,6 +155,9 @@ class QuestionsConfig(_Section):
         description="Nats by which the right answers about an image are likelier than the wrong ones when the policy "
         "needs no questions about it.",
     )
+    rehearsed: float = Field(
+        default=0.25, ge=0.0, le=1.0, description="Share of the images about which it is asked all the same."
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> QuestionsConfig:
