@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from csr_vlm.config import RunConfig
 from csr_vlm.data.pairs import TextPair
 from csr_vlm.generation.sentences import SentenceRule
-from csr_vlm.method.questions import claims, questions, strangers
+from csr_vlm.method.questions import claims, questions, strangers, worth_asking
 from csr_vlm.method.reward import contrast
 from csr_vlm.progress import Reporter
 from csr_vlm.records import Pair, Prompt
@@ -41,7 +42,10 @@ def ask(run: Run, iteration: int, config: RunConfig, policy: Policy, scorer: Sco
         for prompts, part in groups:
             scorer.compare_among([*prompts, *company], config.scorer.others)
             asked = _text_pairs(prompts, part, scorer, config)
-            pairs += [pair for pair in scored_pairs(asked, policy, iteration, rule) if isinstance(pair, Pair)]
+            found = (pair for pair in scored_pairs(asked, policy, iteration, rule) if isinstance(pair, Pair))
+            for name, about_one in groupby(found, key=lambda pair: pair.prompt.prompt_id.rpartition("?")[0]):
+                key = f"{config.seed}:{iteration}:{name}"
+                pairs += worth_asking(list(about_one), config.method.pairs.questions, key)
             scorer.forget()
             advance(len(prompts))
     return pairs

@@ -152,6 +152,14 @@ class QuestionsConfig(_Section):
     yes: str = Field(default="Yes.", min_length=1, description="Answer where the claim suits the image.")
     no: str = Field(default="No.", min_length=1, description="Answer where it does not.")
     per_prompt: int = Field(default=4, ge=1, description="Most questions about one prompt's image.")
+    sure: float = Field(
+        default=3.0,
+        description="Nats by which the right answers about an image are likelier than the wrong ones when the policy "
+        "needs no questions about it.",
+    )
+    rehearsed: float = Field(
+        default=0.25, ge=0.0, le=1.0, description="Share of the images about which it is asked all the same."
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> QuestionsConfig:

@@ -9,9 +9,9 @@ import pytest
 
 from csr_vlm.config import QuestionsConfig
 from csr_vlm.errors import CsrError
-from csr_vlm.method.questions import Claims, claims, questions, strangers
-from csr_vlm.records import Fate, Node, others_column
-from tests.unit.builders import config, node
+from csr_vlm.method.questions import Claims, claims, questions, strangers, worth_asking
+from csr_vlm.records import Fate, Node, Pair, Response, others_column
+from tests.unit.builders import config, node, prompt
 
 SETTINGS = QuestionsConfig(pattern=r"an? (\w+)\.", per_prompt=6)
 
@@ -75,6 +75,29 @@ def test_strangers_are_chosen_by_words_and_key_alone() -> None:
     assert asked("boat") not in chosen
     assert chosen == strangers(own, pool[::-1], 3, "0:p")
     assert len({tuple(strangers(own, pool, 3, f"0:{name}")) for name in range(20)}) > 5
+
+
+def answered(*nats: float) -> list[Pair]:
+    """Pairs whose right answer is likelier by so many nats."""
+
+    def response(logprob: float) -> Response:
+        return Response("0", (1,), logprob, "Yes.", 1, 0.0, complete=True)
+
+    return [Pair(prompt(f"p?{at}"), 1, response(-1.0), response(-1.0 - gap)) for at, gap in enumerate(nats)]
+
+
+def test_what_the_policy_is_sure_of_is_asked_about_a_share_of_the_images() -> None:
+    never = SETTINGS.model_copy(update={"sure": 3.0, "rehearsed": 0.0})
+    assert worth_asking(answered(3.0, 9.0), never, "key") == []
+    # One unsure answer keeps the sure ones beside it.
+    unsure = answered(9.0, 2.9)
+    assert worth_asking(unsure, never, "key") == unsure
+    quarter = never.model_copy(update={"rehearsed": 0.25})
+    kept = [bool(worth_asking(answered(9.0), quarter, f"0:1:p{number}")) for number in range(400)]
+    assert 70 < sum(kept) < 130
+    assert kept == [bool(worth_asking(answered(9.0), quarter, f"0:1:p{number}")) for number in range(400)]
+    always = never.model_copy(update={"rehearsed": 1.0})
+    assert worth_asking(answered(9.0), always, "key") == answered(9.0)
 
 
 def test_a_ledger_without_other_images_is_refused() -> None:

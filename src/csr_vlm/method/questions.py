@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from csr_vlm.config import QuestionsConfig
 from csr_vlm.method.reward import OUT_OF_THE_RUNNING, contrasts
-from csr_vlm.records import Node
+from csr_vlm.records import Node, Pair
 
 _Item = TypeVar("_Item")
 _SURE = (0.25, 0.5)
@@ -69,7 +69,7 @@ def claims(nodes: Sequence[Node], config: QuestionsConfig, scorer: str) -> Claim
 def strangers(own: Claims, pool: Iterable[str], number: int, key: str) -> list[str]:
     """Choose questions that other images gave rise to and this tree did not, by a keyed hash of their words."""
     strange = [question for question in pool if question not in own.sentences]
-    return sorted(strange, key=lambda question: hashlib.sha256(f"{key}:{question}".encode()).digest())[:number]
+    return sorted(strange, key=lambda question: _digest(f"{key}:{question}"))[:number]
 
 
 def questions(own: Claims, strange: Mapping[str, float], config: QuestionsConfig) -> list[tuple[str, bool]]:
@@ -88,6 +88,24 @@ def questions(own: Claims, strange: Mapping[str, float], config: QuestionsConfig
     false = [[(q, False) for q, value in claimed.items() if own.fails(value)] for claimed in (own.strongest, strange)]
     turns = _in_turns(_in_turns(*false), true)
     return turns[: config.per_prompt]
+
+
+def worth_asking(pairs: Sequence[Pair], config: QuestionsConfig, key: str) -> list[Pair]:
+    """Keep the questions about one image if the policy does not answer all of them surely, or else mostly none.
+
+    Surely: log P(right answer) - log P(wrong answer) >= ``config.sure``, in nats. What is
+    known already would only be learnt to be said louder, at the cost of what descriptions
+    teach; but asking nothing lets the answers drift, so a share of ``config.rehearsed`` of
+    such images stays, by a keyed hash. All or none, since the sure yes beside an unsure no
+    is what keeps no from becoming a habit.
+    """
+    sure = all(pair.chosen.logprob - pair.rejected.logprob >= config.sure for pair in pairs)
+    drawn = int.from_bytes(_digest(key)[:8]) / 2**64
+    return [] if sure and drawn >= config.rehearsed else list(pairs)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _in_turns(*lists: Sequence[_Item]) -> list[_Item]:
