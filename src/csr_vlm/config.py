@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from csr_vlm.errors import CsrError
+from csr_vlm.plain_yaml import DEEPEST, load_yaml, read_yaml
 
 RULE = (
     r"(?:(?P<evaluation>[a-z0-9_-]+)/)?(?P<metric>[A-Za-z_][A-Za-z0-9_]*)(?:\.(?P<field>low|high))?"
@@ -582,94 +583,20 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
-_MOST_CHARACTERS = 200_000
-"""Of a recipe; the largest here has 3,000."""
-_MOST_VALUES = 20_000
-_DEEPEST = 40
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; here it is the number that people mean."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _load_yaml(text: str) -> Any:
-    """Read YAML that nobody has checked.
-
-    Raises:
-        ValueError: It is no YAML, or stands for more than a configuration ever holds.
-    """
-    if len(text) > _MOST_CHARACTERS:
-        raise ValueError(f"it is longer than {_MOST_CHARACTERS:,} characters")
-    try:
-        loaded = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(_yaml_problem(error)) from None
-    except (RecursionError, ArithmeticError, TypeError, AttributeError) as error:
-        raise ValueError(f"it is nested too deeply or holds no plain value ({type(error).__name__})") from None
-    _refuse_bomb(loaded)
-    return loaded
-
-
-def _refuse_bomb(loaded: Any) -> None:
-    """Refuse aliases of aliases, a kilobyte of which stands for gigabytes, and those that go round."""
-    waiting, number = [(loaded, 0)], 0
-    while waiting:
-        value, depth = waiting.pop()
-        number += 1
-        if number > _MOST_VALUES or depth > _DEEPEST:
-            raise ValueError(f"it holds more than {_MOST_VALUES:,} values, or {_DEEPEST} levels of them")
-        if isinstance(value, dict):
-            waiting += [(part, depth + 1) for pair in value.items() for part in pair]
-        elif isinstance(value, list | tuple | set):
-            waiting += [(part, depth + 1) for part in value]
-
-
-def read_yaml(path: Path, hint: str) -> dict[str, Any]:
-    """Read a file of settings.
-
-    Raises:
-        CsrError: It cannot be read, or holds none; with ``hint``.
-    """
-    try:
-        if not path.is_file():
-            raise ValueError("it is no ordinary file")
-        with path.open(encoding="utf-8") as handle:
-            loaded = _load_yaml(handle.read(_MOST_CHARACTERS + 1))
-    except (ValueError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CsrError(f"{path} cannot be read as YAML: {reason}", hint) from None
-    if not isinstance(loaded, dict):
-        raise CsrError(f"{path} holds no configuration", hint)
-    return loaded
-
-
 def _read_recipe(path: Path) -> dict[str, Any]:
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on names that are too long
         raise CsrError(f"there is no recipe or run {path}", _recipe_hint(path))
     return read_yaml(path, "see recipes/quickstart.yaml for the form")
 
 
-def _yaml_problem(error: Exception) -> str:
-    """Word where and why a text is no YAML."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return " ".join(str(error).split())[:300]
-    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
-
-
 def _parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
-    if not separator or not all(key.split(".")) or key.count(".") >= _DEEPEST:
+    if not separator or not all(key.split(".")) or key.count(".") >= DEEPEST:
         near = difflib.get_close_matches(key, option_keys(), n=1)
         example = f"{near[0]}=..." if near else "method.lambda=0.7"
         raise CsrError(f"{text[:200]!r} is not an override", f"write dotted.key=value, such as {example}")
     try:
-        parsed = _load_yaml(value)
+        parsed = load_yaml(value)
     except ValueError:
         parsed = value
     for part in reversed(key.split(".")):

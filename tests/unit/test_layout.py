@@ -13,6 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "csr_vlm"
 LAYERS = (
     {"records", "errors", "batches", "progress"},
+    {"plain_yaml"},
     {"config"},
     {"method"},
     {"store", "data", "loading", "weights"},

@@ -32,8 +32,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
-from csr_vlm.config import RunConfig, read_yaml, resolve
+from csr_vlm.config import RunConfig, resolve
 from csr_vlm.errors import CsrError
+from csr_vlm.plain_yaml import read_yaml
 from csr_vlm.records import SCHEMA_VERSION, Prompt
 from csr_vlm.store import files
 
