@@ -150,13 +150,11 @@ def protocol_path(answers: Path) -> Path:
 
 
 def read_protocol(answers: Path) -> dict[str, Any] | None:
-    """Return the protocol beside an answer file, or None where it is absent or of another file."""
+    """Return the protocol beside an answer file, or None where it is absent, damaged, or of another file."""
     path = protocol_path(answers)
-    if not path.is_file():
-        return None
     try:
-        protocol: dict[str, Any] = files.read_json(path)
-    except ValueError:
+        protocol = files.read_document(path)
+    except CsrError:
         return None
     return protocol if protocol.get("sha256") == files.sha256_of(answers) else None
 
