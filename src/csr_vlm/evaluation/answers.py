@@ -151,9 +151,8 @@ def protocol_path(answers: Path) -> Path:
 
 def read_protocol(answers: Path) -> dict[str, Any] | None:
     """Return the protocol beside an answer file, or None where it is absent, damaged, or of another file."""
-    path = protocol_path(answers)
     try:
-        protocol = files.read_document(path)
+        protocol = files.read_document(protocol_path(answers))
     except CsrError:
         return None
     return protocol if protocol.get("sha256") == files.sha256_of(answers) else None
