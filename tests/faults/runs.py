@@ -29,6 +29,7 @@ def write_run(root: Path) -> Run:
         "data": {"prompts": str(data)},
         "generation": {"prompts_per_part": 4},
         "evaluation": {"heldout": 1},
+        "method": {"pairs": {"questions": {"pattern": ""}}},  # they would need a model
     }
     run = Run.create(root, resolve(layer))
     stages.check_inputs(run, Silent())

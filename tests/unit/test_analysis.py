@@ -18,8 +18,9 @@ from csr_vlm.report.html import render
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 from tests.unit.builders import REQUIRED
-from tests.unit.test_report import Page
+from tests.unit.test_report import Page, row
 
+HEADING = "What changed inside the model"
 # A prompt of four positions, the second and third being the image, and two response tokens: the
 # row that predicts the first sees four positions, the second one's sees five.
 IMAGE = torch.tensor([False, True, True, False, False])
@@ -97,7 +98,7 @@ def test_items_are_spread_evenly(number, taken):
 def new_run(root: Any) -> Run:
     run = Run.create(root, resolve(REQUIRED | {"iterations": 1}))
     for number, values in ((0, [10.0, 20.0, 30.0, None]), (1, [30.0, 40.0, 50.0, 40.0])):
-        scenes = [{"id": str(at), "relevance": value} for at, value in enumerate(values)]
+        scenes = [row(at) | {"relevance": value} for at, value in enumerate(values)]
         files.write_json(run.evaluation_path(number, "world"), {"metrics": {}, "protocol": {}, "rows": scenes})
     run.mark_done(1, "train")
     return run
@@ -121,12 +122,12 @@ def analysis(iteration: int, change: float) -> dict[str, Any]:
     view = {"before": 0.9, "after": 0.9 + change, "value": change, "low": change - 0.01, "high": change + 0.01}
     metric = {"value": 0.75, "low": 0.7, "high": 0.8, "n": 9}
     told = {"margin": metric, "preferred": metric, "auc": metric}
-    row = {"pairs": "iteration 1", "from": 0, "to": 1, "before": told, "after": told, "implicit_reward": told}
+    apart = {"pairs": "iteration 1", "from": 0, "to": 1, "before": told, "after": told, "implicit_reward": told}
     easier = {**told, "auc": metric | {"value": 0.95}}
     return {
         "iteration": iteration,
         "attention": {"layers": [{"mass": view, "relative": view, "beyond_sinks": view}], "protocol": {"pass": "one"}},
-        "separability": [row, row | {"pairs": "external", "before": easier}],
+        "separability": [apart, apart | {"pairs": "external", "before": easier}],
         "relevance": None,
         "rewards": {},
     }
@@ -143,12 +144,13 @@ def test_the_report_says_what_the_attention_did(tmp_path, change, words):
     run = new_run(tmp_path)
     files.write_json(tmp_path / "analysis.json", analysis(1, change))
     text = Page(render(run)).text
+    assert HEADING in text
     assert words in text
     assert "pairs from elsewhere are easier for it to tell apart" in text
 
 
 def test_an_analysis_of_another_iteration_is_not_shown(tmp_path):
     run = new_run(tmp_path)
-    assert "inside the model" not in render(run)
+    assert HEADING not in render(run)
     files.write_json(tmp_path / "analysis.json", analysis(2, 0.1))
-    assert "inside the model" not in render(run)
+    assert HEADING not in render(run)

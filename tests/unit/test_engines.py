@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from csr_vlm.config import GenerationConfig, ModelConfig, RunConfig, SearchConfig, resolve
 from csr_vlm.errors import CsrError
@@ -56,7 +57,7 @@ def test_what_vllm_cannot_do_is_refused_before_anything_runs(changes: dict[str, 
             configured(**changes, generation=generation)
 
 
-def test_the_users_options_win_over_ours_and_not_over_the_runs() -> None:
+def test_the_users_options_win_over_ours_and_not_over_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def arguments(**vllm: object) -> dict[str, object]:
         generation = GenerationConfig.model_validate({"engine": "vllm", "vllm": vllm, "max_rows": 7})
         return engine_arguments(LLAVA, generation, None, KNOWN)
@@ -67,6 +68,8 @@ def test_the_users_options_win_over_ours_and_not_over_the_runs() -> None:
     assert (arguments()["dtype"], arguments()["logprobs_mode"]) == ("float32", "raw_logprobs")
     assert "enable_lora" not in arguments()
     assert arguments()["enable_chunked_prefill"] is False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     on_gpu = LLAVA.model_copy(update={"device": "cuda"})
     assert "enable_chunked_prefill" not in engine_arguments(on_gpu, GenerationConfig(engine="vllm"), None, KNOWN)
     with pytest.raises(CsrError, match=r"did you mean max_model_len"):

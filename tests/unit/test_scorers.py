@@ -150,7 +150,7 @@ def test_several_scorers_and_the_one_that_the_reward_uses(own):
 def test_an_unknown_option_of_an_extra_scorer_is_named():
     with pytest.raises(CsrError, match=r"unknown option scorer\.extra\.0\.nmae") as caught:
         resolve(REQUIRED | {"scorer": {"path": "a", "extra": [{"path": "b", "nmae": "c"}]}})
-    assert caught.value.hint == "did you mean name?"
+    assert caught.value.hint == "did you mean scorer.extra.0.name?"
 
 
 class Numbered(Constant):

@@ -14,6 +14,7 @@ from csr_vlm.loop import align
 from csr_vlm.method.audit import RESPONSE_BOUNDS
 from csr_vlm.progress import Reporter, Silent
 from csr_vlm.records import Fate, Finish, Node
+from csr_vlm.scale.crew import Crew
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
 from tests.unit.builders import REQUIRED, node, prompt
@@ -50,7 +51,7 @@ class Stages:
         for name in ("generate", "train", "evaluate"):
             monkeypatch.setattr(stages, name, getattr(self, name))
 
-    def generate(self, run: Run, iteration: int, tell: Reporter) -> None:
+    def generate(self, run: Run, iteration: int, tell: Reporter, crew: Crew) -> None:
         if run.is_done(iteration, "generate"):
             return
         self.calls.append(f"generate {iteration}")
@@ -58,7 +59,7 @@ class Stages:
         tables.write_nodes(run.iteration(iteration) / "ledger" / "part-000000.parquet", nodes)
         run.mark_done(iteration, "generate", nodes=len(nodes))
 
-    def train(self, run: Run, iteration: int, tell: Reporter) -> None:
+    def train(self, run: Run, iteration: int, tell: Reporter, crew: Crew) -> None:
         if run.is_done(iteration, "train"):
             return
         self.calls.append(f"train {iteration}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -154,12 +155,16 @@ def test_progress_is_written_seldom(run: Run, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_full_disk_does_not_stop_the_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, value: object) -> None:
+    tried: list[int] = []
+
+    def full(handle: int) -> None:
+        tried.append(handle)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(live.files, "write_json", full)
+    monkeypatch.setattr(os, "fsync", full)
     with recorded(run.root, Silent()) as tell, tell.stage("searching", 5) as advance:
         advance(5)
+    assert tried, "it did try"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', '{"stage": null, "new": 1}'])

@@ -150,13 +150,10 @@ def protocol_path(answers: Path) -> Path:
 
 
 def read_protocol(answers: Path) -> dict[str, Any] | None:
-    """Return the protocol beside an answer file, or None where it is absent or of another file."""
-    path = protocol_path(answers)
-    if not path.is_file():
-        return None
+    """Return the protocol beside an answer file, or None where it is absent, damaged, or of another file."""
     try:
-        protocol: dict[str, Any] = files.read_json(path)
-    except ValueError:
+        protocol = files.read_document(protocol_path(answers))
+    except CsrError:
         return None
     return protocol if protocol.get("sha256") == files.sha256_of(answers) else None
 

@@ -209,7 +209,8 @@ def _comparison(run: Run, evaluation: Evaluation) -> Verdict:
     base, last = evaluation.first, evaluation.last
     before, after = (evaluation.metric(n, "chair_s").value for n in (base, last))
     if before is None or after is None:
-        return Verdict("CHAIR_S has no value, so whether the model hallucinates less is not known.", "none")
+        unknown = "CHAIR_S has no value, so whether the model hallucinates less is not known."
+        return Verdict(unknown, "none", _stop_notes(run))
     difference = paired_difference(evaluation)
     certain = _certain(evaluation, difference)
     sentence, tone = _hallucination_clause(before, after, certain)

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from csr_vlm.errors import CsrError
 from csr_vlm.progress import Advance, Reporter
 from csr_vlm.store import files
 
@@ -65,11 +66,11 @@ def progress_path(root: Path) -> Path:
 def read_progress(root: Path) -> Progress | None:
     """Read the account of whoever worked here last; None where there is none that reads."""
     try:
-        found: dict[str, Any] = files.read_json(progress_path(root))
+        found = files.read_document(progress_path(root))
         stage = None if found["stage"] is None else Stage(**found["stage"])
         return Progress(**found | {"stage": stage})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # absent, or another version's
+    except (CsrError, TypeError):
+        return None  # absent, damaged, or another version's
 
 
 @contextmanager
@@ -123,7 +124,7 @@ class Recorder:
     def write(self) -> None:
         self._progress.updated = time.time()
         # Nobody's results hang on it: a full disk or a lost mount is told by the work itself.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(CsrError, OSError):
             files.write_json(self._path, asdict(self._progress))
         self._written = time.monotonic()
 
