@@ -28,6 +28,7 @@ def write_run(root: Path) -> Run:
         "scorer": {"path": "scorer"},
         "data": {"prompts": str(data)},
         "generation": {"prompts_per_part": 4},
+        "method": {"pairs": {"questions": {"pattern": ""}}},  # which a model would have to answer
         "evaluation": {"heldout": 1},
     }
     run = Run.create(root, resolve(layer))
