@@ -28,8 +28,8 @@ def write_run(root: Path) -> Run:
         "scorer": {"path": "scorer"},
         "data": {"prompts": str(data)},
         "generation": {"prompts_per_part": 4},
-        "method": {"pairs": {"questions": {"pattern": ""}}},  # which a model would have to answer
         "evaluation": {"heldout": 1},
+        "method": {"pairs": {"questions": {"pattern": ""}}},  # they would need a model
     }
     run = Run.create(root, resolve(layer))
     stages.check_inputs(run, Silent())
