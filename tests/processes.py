@@ -94,6 +94,15 @@ def ledger(root: Path) -> dict[str, bytes]:
     return {str(part.relative_to(root)): part.read_bytes() for part in sorted(root.rglob("part-*.parquet"))}
 
 
+def results(root: Path) -> dict[str, bytes]:
+    """All that must not depend on how often a run was disturbed, by name."""
+    kept = (
+        *("part-*.parquet", "pairs.parquet", "questions.parquet", "prompts.parquet", "heldout.parquet"),
+        "adapter_model.safetensors",
+    )
+    return {str(p.relative_to(root)): p.read_bytes() for name in kept for p in sorted(root.rglob(name))}
+
+
 def require_every_node_once(run: Run) -> None:
     nodes = [node for part in run.ledger_parts(1) for node in tables.read_nodes(part)]
     keys = [(node.prompt_id, node.node_id) for node in nodes]

@@ -71,9 +71,9 @@ def estimate(config: RunConfig, tell: Reporter, *, offline: bool = False) -> dic
     Raises:
         CsrError: The prompts cannot be read, none can be used or, unless offline, there is no such model.
     """
-    from csr_vlm.training.dpo import trainer_arguments
+    from csr_vlm.training.dpo import check_arguments
 
-    trainer_arguments(config.training, Path(), config.seed, "cpu")  # refuses what TRL does not know
+    check_arguments(config.training)
     warnings: list[str] = []
     report = InputReport()
     missing = [source for source in config.data.all_sources if offline and not is_here(source)]

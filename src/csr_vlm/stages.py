@@ -46,10 +46,10 @@ def check_inputs(run: Run, tell: Reporter) -> None:
     if run.is_done(0, "prompts"):
         _refuse_other_prompts(run)
         return
-    from csr_vlm.training.dpo import trainer_arguments
+    from csr_vlm.training.dpo import check_arguments
 
     config, report = run.config, InputReport()
-    trainer_arguments(config.training, run.root, config.seed, "cpu")  # refuses what TRL does not know, before any work
+    check_arguments(config.training)
     heldout: list[Prompt] = []
     with tell.stage("checking prompts and images", count_rows(config.data)) as advance:
         prompts = read_prompts(config.data, report, seed=config.seed, images=run.images_path, tick=lambda: advance(1))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from csr_vlm.config import RunConfig, scorer_config
 from csr_vlm.method.search import Tree, search
 from csr_vlm.progress import Advance
-from csr_vlm.records import Node, Prompt
+from csr_vlm.records import Prompt
 from csr_vlm.scale.crew import Done
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
@@ -60,24 +60,6 @@ class Search:
 
     def close(self) -> None:
         self._open.close()
-
-    def _grow(self, prompts: Sequence[Prompt]) -> list[Node]:
-        """Grow the prompts' trees, every sentence scored."""
-        config = self._run.config
-        # The first prompts stand in where a work item is too small to have others.
-        self._scorer.compare_among([*prompts, *self._company], config.scorer.others)
-        trees = search(
-            prompts,
-            self._engine.proposer(config.method.search, prompts[0]),
-            self._scorer.score,
-            config.method,
-            iteration=self._iteration,
-            seed=config.seed,
-            scorer=config.scorer.used,
-        )
-        self._engine.forget()
-        self._scorer.forget()
-        return [node for tree in trees for node in tree.nodes]
 
 
 class Rescore:

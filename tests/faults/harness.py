@@ -35,12 +35,6 @@ def tiny_run(root: Path, **changes: Any) -> Run:
     return Run.create(root, resolve(layer))
 
 
-def results(root: Path) -> dict[str, bytes]:
-    """All that must not depend on how often a run was disturbed."""
-    kept = ("part-*.parquet", "pairs.parquet", "adapter_model.safetensors", "prompts.parquet", "heldout.parquet")
-    return {str(p.relative_to(root)): p.read_bytes() for name in kept for p in sorted(root.rglob(name))}
-
-
 @dataclass
 class Ended:
     code: int

@@ -25,8 +25,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.faults.badinput import Case, Made
-
 from csr_vlm import stages
 from csr_vlm.config import DataConfig, ModelConfig, load_config
 from csr_vlm.data.pairs import count_pairs, read_text_pairs
@@ -37,6 +35,7 @@ from csr_vlm.progress import Silent
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
 from csr_vlm.weights import read_tensors, tensor_files, tensors_of
+from tests.faults.badinput import Case, Made
 
 MOST_PIXELS = 1_000_000
 MOST_SECONDS = 20.0

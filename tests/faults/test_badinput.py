@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from tests.faults import badinput, reading
 
 FULL = os.environ.get("CSR_FAULTS") == "all"

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.faults.harness import Ended, Zygote, results, tiny_run
 
 from csr_vlm.store.run import Run
+from tests.faults.harness import Ended, Zygote, tiny_run
+from tests.processes import results
 
 FULL = os.environ.get("CSR_FAULTS") == "all"
 KILLS = 100 if FULL else 3

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from tests.faults.parsers import PARSERS, array
 
 FULL = os.environ.get("CSR_FAULTS") == "all"

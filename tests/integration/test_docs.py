@@ -20,7 +20,9 @@ from tests.docs_blocks import GENERATED, PAGES, ROOT, Block, blocks, invocations
 
 SMALLER = {
     ("demo",): ["--prompts=8", "--scenes=10"],
-    ("run", "recipes/quickstart.yaml"): ["iterations=1", "data.limit=12", "evaluation.world.num_scenes=10"],
+    ("run", "recipes/quickstart.yaml"): [
+        *("iterations=1", "data.limit=12", "training.trl.max_steps=2", "evaluation.world.num_scenes=10"),
+    ],
     ("check", "recipes/quickstart.yaml"): ["data.limit=4"],
     ("world", "export"): ["--prompts=16"],
     ("world", "coco"): ["--scenes=10"],

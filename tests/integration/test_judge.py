@@ -139,7 +139,7 @@ def test_the_adapter_is_asked_not_the_base(prompts: list[Prompt], tmp_path: Path
         for name, parameter in trained.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
-    save_adapter(trained.model, tmp_path / "adapter")
+    save_adapter(trained.model, trained.model.state_dict(), tmp_path / "adapter")
     trained.model.eval()
     item = (prompts[0], "There is a red boat.")
     base, adapted = (

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +22,7 @@ from csr_vlm.store import tables
 from csr_vlm.store.live import read_progress
 from csr_vlm.store.run import Run
 from tests.integration.conftest import small_config
-
-CSR = [sys.executable, "-m", "csr_vlm.cli"]
+from tests.processes import CSR, results
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +37,12 @@ def undisturbed(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> 
     return run
 
 
-def results(run: Run) -> dict[str, bytes]:
-    """Everything that must not depend on how often a run was killed."""
-    kept = ("part-*.parquet", "pairs.parquet", "adapter_model.safetensors", "prompts.parquet")
-    return {str(p.relative_to(run.root)): p.read_bytes() for name in kept for p in sorted(run.root.rglob(name))}
-
-
 def test_a_run_leaves_what_the_design_promises(undisturbed: Run) -> None:
-    names = results(undisturbed)
+    names = results(undisturbed.root)
     assert sum("ledger/part-" in name for name in names) == 2 * 4
     for iteration in (1, 2):
         assert f"iteration-{iteration}/pairs.parquet" in names
+        assert f"iteration-{iteration}/questions.parquet" in names
         assert f"iteration-{iteration}/adapter/adapter_model.safetensors" in names
         assert undisturbed.result(iteration, "train")["reference"] == "ledger"
     assert names["adapter/adapter_model.safetensors"] == names["iteration-2/adapter/adapter_model.safetensors"]
@@ -95,15 +88,15 @@ def test_pairs_derive_from_the_ledger_alone(undisturbed: Run) -> None:
 
 
 def test_running_a_finished_run_again_changes_nothing(undisturbed: Run) -> None:
-    before = results(undisturbed)
+    before = results(undisturbed.root)
     align(undisturbed, Silent())
-    assert results(undisturbed) == before
+    assert results(undisturbed.root) == before
 
 
 def test_a_second_seed_gives_another_ledger(undisturbed: Run, config: RunConfig, tmp_path: Path) -> None:
     run = Run.create(tmp_path, config.model_copy(update={"seed": 1, "iterations": 1}))
     align(run, Silent())
-    assert results(run)["iteration-1/pairs.parquet"] != results(undisturbed)["iteration-1/pairs.parquet"]
+    assert results(run.root)["iteration-1/pairs.parquet"] != results(undisturbed.root)["iteration-1/pairs.parquet"]
 
 
 def start(run: Run) -> subprocess.Popen[bytes]:
@@ -147,7 +140,7 @@ def test_five_kills_do_not_change_the_result(undisturbed: Run, config: RunConfig
         kill_when(run, after(moment))
     assert not run.is_done(2, "train")
     assert start(run).wait() == 0
-    assert results(run) == results(undisturbed)
+    assert results(run.root) == results(undisturbed.root)
     assert not list(run.root.rglob("*.tmp"))
 
 

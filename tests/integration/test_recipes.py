@@ -112,12 +112,14 @@ def test_what_would_not_fit_is_said_beforehand(tmp_path: Path, monkeypatch: pyte
     assert "are free here" in " ".join(estimate(config, Silent())["warnings"])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_four_bits_need_a_gpu(tmp_path: Path) -> None:
-    from csr_vlm.generation.policy import load_base
+def test_four_bits_need_a_gpu_and_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from csr_vlm.generation import policy
 
     config = small_config(tmp_path, model={"path": str(assets() / "llava"), "device": "cpu", "quantization": "nf4"})
     with pytest.raises(CsrError, match="CUDA"):
-        load_base(config.model)
+        policy.load_base(config.model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(policy, "find_spec", lambda _: None)
     with pytest.raises(CsrError, match="bitsandbytes"):
-        load_base(config.model.model_copy(update={"device": "cuda"}))
+        policy.load_base(config.model.model_copy(update={"device": "cuda"}))

@@ -90,7 +90,7 @@ def adapters(llava: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> di
         for key, weight in model.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(weight, std=0.05)
-        save_adapter(model, root / name)
+        save_adapter(model, model.state_dict(), root / name)
     return {path.name: path for path in root.iterdir()}
 
 

@@ -121,6 +121,7 @@ def pairs(
 
     Example: csr pairs runs/q method.lambda=0.9 --out /tmp/pairs.parquet
     """
+    console.quiet_libraries()
     from csr_vlm import stages
     from csr_vlm.store import tables
 

@@ -289,7 +289,33 @@ def reference_difference(policy: Policy, pairs: Sequence[Pair]) -> float:
     return max(found)
 
 
-def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str, processes: int = 1) -> DPOConfig:
+class _Unplaced(DPOConfig):
+    """Arguments that are only looked at: on no device, and in no process group."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def check_arguments(config: TrainingConfig) -> None:
+    """Refuse training arguments that TRL would refuse, before any work.
+
+    One process alone may ask: DPOConfig itself would wait for the launcher's others to join.
+
+    Raises:
+        CsrError: TRL has no such option, or not with this value.
+    """
+    trainer_arguments(config, Path(), 0, "cpu", form=_Unplaced)
+
+
+def trainer_arguments(
+    config: TrainingConfig,
+    work: Path,
+    seed: int,
+    device: str,
+    processes: int = 1,
+    form: type[DPOConfig] = DPOConfig,
+) -> DPOConfig:
     """Build TRL's configuration: what this trainer needs, under what the user passes.
 
     Batch size and accumulation are what the user says of a step, dealt out to the processes.
@@ -323,7 +349,7 @@ def trainer_arguments(config: TrainingConfig, work: Path, seed: int, device: str
             raise CsrError(f"training.trl.{key} should be a number or true or false", f"it was given as {value!r}")
     try:
         dealt = shared_batch(config.trl, processes) if processes > 1 else {}
-        return DPOConfig(**defaults | config.trl | dealt | needed)
+        return form(**defaults | config.trl | dealt | needed)
     except (TypeError, ValueError) as error:
         raise CsrError(f"training.trl: {error}", "it takes the arguments of trl.DPOConfig") from None
 
