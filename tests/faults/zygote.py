@@ -63,7 +63,7 @@ def install(plan: dict[str, Any], root: Path) -> None:
 
 def work(order: dict[str, Any]) -> None:
     """Run what a fork runs; it ends as the command line ends."""
-    from csr_vlm.cli.console import print_error
+    from csr_vlm.cli.mistakes import tell as tell_error
     from csr_vlm.cli.stopping import stoppable
     from csr_vlm.errors import CsrError
     from csr_vlm.loop import align
@@ -80,7 +80,7 @@ def work(order: dict[str, Any]) -> None:
         with stoppable(Silent(), root) as tell:
             align(run, tell)
     except CsrError as error:
-        print_error(error)
+        tell_error(error)
         sys.exit(1)
 
 
