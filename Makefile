@@ -16,7 +16,7 @@ demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration
 	$(BIN)/csr demo --seed $(SEED) --out $(OUT)
 
 test: $(VENV)/.installed-dev lint  ## every check that CI runs
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 
 docs: $(DOCS_VENV)/.installed  ## the documentation as a site in build/site; a warning is an error
 	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
