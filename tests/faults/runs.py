@@ -46,7 +46,8 @@ def write_run(root: Path) -> Run:
     run.mark_done(1, "train", seconds=1.0, reference="ledger", reference_difference=0.0, num_pairs=12, log=log)
     for number in (0, 1):
         metric = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 1}
-        document = {"metrics": {"words": metric}, "protocol": {"n": 1}, "rows": [{"id": "x", "text": "Three words here.", "words": 3}]}
+        row = {"id": "x", "text": "Three words here.", "words": 3}
+        document = {"metrics": {"words": metric}, "protocol": {"n": 1}, "rows": [row]}
         files.write_json(run.evaluation_path(number, "heldout"), document)
         run.mark_done(number, "evaluate", heldout=document["metrics"], seconds=1.0)
     return run
