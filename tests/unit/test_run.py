@@ -108,7 +108,14 @@ def test_the_same_settings_resume(run):
     assert again.is_done(1, "generate")
 
 
+def test_a_run_that_has_finished_nothing_may_begin_again_with_other_settings(run):
+    other = Run.create(run.root, config(seed=7))
+    assert Run.open(run.root).config == other.config
+    assert other.config.seed == 7
+
+
 def test_other_settings_are_refused_by_name(run):
+    run.mark_done(0, "prompts", accepted=1)
     before = (run.root / "config.yaml").read_bytes()
     with pytest.raises(CsrError) as caught:
         Run.create(run.root, config(seed=7, method={"lambda": 0.125, "search": {"keep_top": 3}}))
@@ -120,11 +127,13 @@ def test_other_settings_are_refused_by_name(run):
 
 
 def test_a_preset_that_comes_to_the_same_settings_still_differs_in_name(run):
+    run.mark_done(0, "prompts", accepted=1)
     with pytest.raises(CsrError, match="preset"):
         Run.create(run.root, config(preset="only_rt", method={"lambda": 0.5}))
 
 
 def test_a_run_can_be_given_more_iterations_but_not_fewer(run):
+    run.mark_done(0, "prompts", accepted=1)
     longer = Run.create(run.root, config(iterations=run.config.iterations + 2))
     assert Run.open(run.root).config == longer.config
     assert longer.config.iterations == run.config.iterations + 2

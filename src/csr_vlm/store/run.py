@@ -56,7 +56,7 @@ class Run:
         """Start a run, or go on with the one that is there, with more iterations if asked.
 
         Raises:
-            CsrError: The directory holds a run of another configuration.
+            CsrError: The directory holds a run of another configuration that has finished a stage.
         """
         run = cls.planned(root, config)
         files.write_text(root / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
@@ -74,7 +74,8 @@ class Run:
             differing = sorted(differences(existing.config.dump(), config.dump()))
             if differing == ["iterations"] and config.iterations > existing.config.iterations:
                 differing = []
-            if differing:
+            # What failed before its inputs were checked has nothing that other settings could spoil.
+            if differing and any(root.glob("iteration-*/done/*.json")):
                 raise CsrError(
                     f"{root} holds a run with other settings: {', '.join(differing[:6])}",
                     f"--out DIR for a new run, or the same settings to go on: csr run {root}",
