@@ -2,11 +2,13 @@
 
     python benchmarks/evidence.py run --out build/evidence --jobs 2     # hours; may be stopped and called again
     python benchmarks/evidence.py write --out build/evidence --to docs/evidence
+    python benchmarks/evidence.py try "half: method.lambda=0.5" --out build/evidence --seeds 0 1
 
 ``run`` does every job that has no result yet, each in a process with one thread, so that
 results do not depend on how many run at a time. ``write`` makes the tables and plots.
 A job is a whole run of the method on the embedded world under some settings, measured on
-scenes that it was neither trained nor tuned on; ``JOBS`` lists them all.
+scenes that it was neither trained nor tuned on; ``JOBS`` lists them all. ``try`` does one
+under settings of one's own, on development scenes, and prints each iteration's metrics.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from csr_vlm.store.run import Run
 
 WHOLE_RESPONSES = "method.pairs.between=responses method.pairs.per_prompt=4 method.pairs.min_margin=0"
 PLAIN_SUM = "method.reward.baseline=none method.reward.image_score=cosine"
@@ -35,6 +40,9 @@ JUDGE += NO_QUESTIONS
 SETTINGS_SCENES = {"num_scenes": 500, "split": "development", "seed": 5}
 SCORER_STEPS = (40, 80, 160, 320, 640)
 """The shipped scorer was trained for 1,500."""
+PRIORS, PRIOR_STEPS = (0.25, 0.5, 1.0, 1.4), 200
+"""How often companions are imagined, as factors on the shipped world's, and the steps that teach it anew."""
+WEIGHTS = ("0", "0.5", "0.9", "1")
 
 
 @dataclass(frozen=True)
@@ -115,19 +123,15 @@ def models_of(job: Job, out: Path) -> Path | None:
 
 def do(job: Job, out: Path) -> None:
     """Run one job and write ``result.json`` last."""
-    import torch
-
-    torch.set_num_threads(1)
+    _one_thread()
     from csr_vlm import stages, verdicts
-    from csr_vlm.cli.console import quiet_libraries
-    from csr_vlm.config import load_config
     from csr_vlm.progress import Silent
+    from csr_vlm.recipe import load_config
     from csr_vlm.store import files
     from csr_vlm.store.run import Run
     from csr_vlm.world.demo import demo_config
     from csr_vlm.world.scenes import world_named
 
-    quiet_libraries()
     root, models = directory_of(job, out), models_of(job, out)
     base = demo_config(out / "pictures", job.seed, job.prompts, job.scenes, world_named(job.world), models).dump()
     own = {key: base[key] for key in ("seed", "model", "scorer", "data")} | {
@@ -180,24 +184,18 @@ def sweep_lambda(out: Path) -> None:
 
 def grade_scorers(out: Path) -> None:
     """Train on the first ledger of the main run as scorers from early in their training would have it."""
-    import torch
-
-    torch.set_num_threads(1)
-    from csr_vlm import stages, verdicts
-    from csr_vlm.cli.console import quiet_libraries
-    from csr_vlm.config import load_config, scorer_config
+    _one_thread()
+    from csr_vlm import stages
     from csr_vlm.progress import Silent
+    from csr_vlm.recipe import scorer_config
     from csr_vlm.scoring.load import load_scorer
     from csr_vlm.store.run import Run
-    from csr_vlm.training.dpo import train
     from csr_vlm.world.build import BuildPlan, build_scorer
     from csr_vlm.world.evaluate import evaluate_scorer
     from csr_vlm.world.scenes import HARBOUR, Split
 
-    quiet_libraries()
     run, path = Run.open(out / "main" / "calibrated-0"), out / "scorers.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    measuring = load_config(None, [f"evaluation.world={json.dumps(SETTINGS_SCENES)}"], base=run.config.dump())
     for steps in SCORER_STEPS:
         name, directory = f"steps{steps}", out / "models" / f"scorer-{steps}"
         if any(row["steps"] == steps for row in rows):
@@ -207,20 +205,76 @@ def grade_scorers(out: Path) -> None:
         one = scorer_config(path=str(directory), name=name)
         stages.score(run, 1, one, Silent())
         areas = evaluate_scorer(HARBOUR, load_scorer(one, "cpu"), split=Split.DEVELOPMENT, seed=5, num_scenes=200)
-        for weight in ("0", "0.5", "0.9"):
-            changes = [f"method.lambda={weight}", f"scorer.name={name}", f"scorer.path={directory}"]
-            config = load_config(None, changes, base=run.config.dump())
-            pairs, _ = stages.derive_pairs(run, 1, config)
-            signs = verdicts.pair_signs(run, 1, config)
-            adapter = out / "scorers" / f"{name}-{weight}"
-            train(pairs, config.model, config.training, previous=None, adapter=adapter, work=out / "work", seed=1)
-            document = stages.evaluate_world(measuring, adapter, "", Silent())
-            values = {metric: found["value"] for metric, found in document["metrics"].items()}
-            rows.append(
-                {"steps": steps, **areas, "agreement": signs["scorer_agreement"], "lambda": weight, "metrics": values}
-                | {"relevance_win": signs["relevance_win"]}
-            )
+        rows += [
+            {"steps": steps, **areas, **found}
+            for found in _by_lambda(run, out / "scorers" / name, [f"scorer.name={name}", f"scorer.path={directory}"])
+        ]
         path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def grade_priors(out: Path) -> None:
+    """Train one iteration on policies whose captions imagined companions less or more often than the shipped one's."""
+    _one_thread()
+    from csr_vlm import stages
+    from csr_vlm.progress import Silent
+    from csr_vlm.store.run import Run
+    from csr_vlm.world.build import PICK_UP_HABITS, BuildPlan, build
+    from csr_vlm.world.demo import assets, demo_config
+    from csr_vlm.world.scenes import HARBOUR
+
+    path = out / "priors.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    for strength in PRIORS:
+        models = out / "models" / f"prior-{strength:g}"
+        if any(row["strength"] == strength for row in rows):
+            continue
+        if not (models / "build.json").exists():
+            habits = {
+                kind: replace(habit, caption=strength * habit.caption, question=strength * habit.question)
+                for kind, habit in HARBOUR.companions.items()
+            }
+            plan = BuildPlan(start=assets(), depth=1, policy_phases=(replace(PICK_UP_HABITS, steps=PRIOR_STEPS),))
+            build(replace(HARBOUR, companions=habits), models, plan)
+        run = Run.create(out / "priors" / f"{strength:g}", demo_config(out / "pictures", 0, 256, 500, HARBOUR, models))
+        with run.locked():
+            stages.check_inputs(run, Silent())
+            stages.generate(run, 1, Silent())
+        rows += [{"strength": strength, **found} for found in _by_lambda(run, run.root / "policies", [], base=True)]
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def _by_lambda(run: Run, out: Path, overrides: list[str], *, base: bool = False) -> Iterator[dict[str, Any]]:
+    """Train on a run's first ledger for each of ``WEIGHTS``; yield signs of the pairs and what became of it."""
+    from csr_vlm import stages, verdicts
+    from csr_vlm.progress import Silent
+    from csr_vlm.recipe import load_config
+    from csr_vlm.training.dpo import train
+
+    measuring = load_config(None, [f"evaluation.world={json.dumps(SETTINGS_SCENES)}"], base=run.config.dump())
+
+    def measured(adapter: Path | None) -> dict[str, float]:
+        document = stages.evaluate_world(measuring, adapter, "", Silent())
+        return {metric: found["value"] for metric, found in document["metrics"].items()}
+
+    if base:
+        yield {"lambda": "base", "metrics": measured(None)}
+    for weight in WEIGHTS:
+        config = load_config(None, [f"method.lambda={weight}", *overrides], base=run.config.dump())
+        pairs, _ = stages.derive_pairs(run, 1, config)
+        signs = verdicts.pair_signs(run, 1, config)
+        adapter = out / weight
+        train(pairs, config.model, config.training, previous=None, adapter=adapter, work=out / "work", seed=1)
+        known = {"agreement": signs["scorer_agreement"], "relevance_win": signs["relevance_win"]}
+        yield {"lambda": weight, **known, "metrics": measured(adapter)}
+
+
+def _one_thread() -> None:
+    import torch
+
+    from csr_vlm.cli.console import quiet_libraries
+
+    torch.set_num_threads(1)
+    quiet_libraries()
 
 
 def _commit() -> str:
@@ -260,13 +314,30 @@ def run_all(out: Path, workers: int, only: str | None) -> None:
         sweep_lambda(out)
     if only in (None, "scorers"):
         grade_scorers(out)
+    if only in (None, "priors"):
+        grade_priors(out)
+
+
+def try_out(setting: str, seeds: list[int], out: Path) -> None:
+    """Run ``label: key=value ...`` and print a row an iteration."""
+    from evidence_report import COLUMNS, Result, cells
+
+    label, _, overrides = setting.partition(":")
+    for seed in seeds:
+        job = Job(
+            label.strip(), "tried", overrides.strip(), seed, measured=(0, 1, 2, 3), scenes=500, split="development"
+        )
+        do(job, out)
+        print(f"{job.name}, seed {seed}:", ", ".join(COLUMNS.values()))
+        for iteration in job.measured:
+            print(iteration, *cells(Result(job, out).values(iteration), COLUMNS), flush=True)
 
 
 def main() -> None:
-    """Run, or write up."""
+    """Run, write up, or try something."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for name in ("run", "job", "write"):
+    for name in ("run", "job", "write", "try"):
         verb = verbs.add_parser(name)
         verb.add_argument("--out", type=Path, default=Path("build/evidence"))
         if name == "run":
@@ -274,6 +345,9 @@ def main() -> None:
             verb.add_argument("--only", help="one group of jobs")
         if name == "job":
             verb.add_argument("number", type=int)
+        if name == "try":
+            verb.add_argument("setting", help="'label: key=value ...' on top of the default preset")
+            verb.add_argument("--seeds", type=int, nargs="+", default=[0])
         if name == "write":
             verb.add_argument("--to", type=Path, default=Path("docs/evidence"))
     arguments = parser.parse_args()
@@ -281,6 +355,8 @@ def main() -> None:
         run_all(arguments.out, arguments.jobs, arguments.only)
     elif arguments.verb == "job":
         do(JOBS[arguments.number], arguments.out)
+    elif arguments.verb == "try":
+        try_out(arguments.setting, arguments.seeds, arguments.out)
     else:
         from evidence_report import write
 

@@ -55,6 +55,7 @@ def write(jobs: Sequence[Any], out: Path, to: Path) -> None:
         ),
         _audits(done),
         _scorers(out, to),
+        _priors(out, to),
     ]
     commits = sorted({result.info["commit"] for result in done})
     head = (
@@ -352,3 +353,23 @@ def _scorers(out: Path, to: Path) -> str:
     return text + table(
         ["training steps", "AUC, absent", "AUC, colour", "agreement", "lambda", *(COLUMNS[n] for n in SHORT)], rows
     )
+
+
+def _priors(out: Path, to: Path) -> str:
+    path = out / "priors.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    rows = [[f"{row['strength']:g}", row["lambda"], *cells(row["metrics"], SHORT)] for row in found]
+    curves: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    for row in found:
+        metrics = {name: {"value": value} for name, value in row["metrics"].items()}
+        name = row["lambda"] if row["lambda"] == "base" else f"lambda {row['lambda']}"
+        curves.setdefault(name, []).append((row["strength"], metrics))
+    _curves(curves, "strength of the prior").savefig(to / "priors.png", dpi=110)
+    text = (
+        "## How strong is the habit?\n\nPolicies whose captions imagined companions less or more often than the "
+        "shipped one's (factors on its probabilities), one iteration each, descriptions only, 500 development scenes."
+        "\n\n![CHAIR_S and recall by strength of the prior](priors.png)\n\n"
+    )
+    return text + table(["strength", "lambda", *(COLUMNS[n] for n in SHORT)], rows)

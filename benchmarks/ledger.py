@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 
 from csr_vlm import stages, verdicts
-from csr_vlm.config import resolve
 from csr_vlm.progress import Silent
+from csr_vlm.recipe import resolve
 from csr_vlm.records import Fate, Finish, Node, Prompt
 from csr_vlm.report.html import render
 from csr_vlm.store import tables

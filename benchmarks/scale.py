@@ -30,9 +30,10 @@ import numpy as np
 from PIL import Image
 
 from csr_vlm.cli.crew import crew_of
-from csr_vlm.config import DataConfig, resolve
+from csr_vlm.config import DataConfig
 from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.method.pairs import make_pairs
+from csr_vlm.recipe import resolve
 from csr_vlm.records import Fate, Finish, Node, Prompt
 from csr_vlm.scale import ranks
 from csr_vlm.scale.crew import Done, Job

@@ -46,6 +46,18 @@ def sharing_config(directory: Path, **changes: object) -> RunConfig:
     )
 
 
+def run_alone(directory: Path) -> Run:
+    """A run of :func:`sharing_config` by one process, which others are compared with."""
+    run = Run.create(directory / "run", sharing_config(directory))
+    assert finished(*CSR, "run", run.root, "--quiet").returncode == 0
+    return run
+
+
+def another(alone: Run, directory: Path) -> Run:
+    """The same run, not begun."""
+    return Run.create(directory / "run", alone.config)
+
+
 def launch(processes: int) -> tuple[str, ...]:
     """The words before a verb that run it in so many processes of torchrun."""
     return (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "csr_vlm.cli")

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csr_vlm.config import DataConfig, RunConfig, load_config, resolve, scorer_config
+from csr_vlm.config import DataConfig, RunConfig
 from csr_vlm.data.images import BadImage, load_image
 from csr_vlm.errors import CsrError
 from csr_vlm.method import pairs as method_pairs
 from csr_vlm.method.search import Tree
 from csr_vlm.progress import Reporter, Silent
+from csr_vlm.recipe import load_config, resolve, scorer_config
 from csr_vlm.records import Pair, Prompt
 from csr_vlm.store.run import Run
 

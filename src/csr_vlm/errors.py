@@ -1,6 +1,9 @@
-"""The one exception a user is meant to see."""
+"""The one exception a user is meant to see, and how its hints are worded."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class CsrError(Exception):
@@ -23,3 +26,10 @@ class CsrError(Exception):
 def reason_of(error: BaseException) -> str:
     """Return the first line of an error's message, or its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def nearest(name: str, known: Iterable[str], *, say_all: bool = True) -> str:
+    """Word what may have been meant; where nothing is near, all there is, if that is few."""
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(options)}" if say_all else "leave it out"

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csr_vlm import asking, external
-from csr_vlm.config import RunConfig, ScorerConfig, WorldEvaluationConfig, merged, resolve
+from csr_vlm.config import RunConfig, ScorerConfig, WorldEvaluationConfig
 from csr_vlm.data.prompts import InputReport, count_rows, hold_out, nothing_usable, read_prompts
 from csr_vlm.errors import CsrError
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs as pairs_of
 from csr_vlm.progress import Reporter, Silent
+from csr_vlm.recipe import merged, resolve
 from csr_vlm.records import Node, Pair, Prompt
 from csr_vlm.scale.crew import ALONE, Crew, Job
 from csr_vlm.store import files, tables

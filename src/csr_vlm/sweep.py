@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from csr_vlm import stages
-from csr_vlm.config import RunConfig, load_config
+from csr_vlm.config import RunConfig
 from csr_vlm.errors import CsrError
 from csr_vlm.progress import Reporter
+from csr_vlm.recipe import load_config
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run, differences
 

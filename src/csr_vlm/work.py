@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csr_vlm.config import RunConfig, scorer_config
+from csr_vlm.config import RunConfig
 from csr_vlm.method.search import Tree, search
 from csr_vlm.progress import Advance
+from csr_vlm.recipe import scorer_config
 from csr_vlm.records import Prompt
 from csr_vlm.scale.crew import Done
 from csr_vlm.store import files, tables

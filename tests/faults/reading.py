@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from csr_vlm import stages
-from csr_vlm.config import DataConfig, ModelConfig, load_config
+from csr_vlm.config import DataConfig, ModelConfig
 from csr_vlm.data.pairs import count_pairs, read_text_pairs
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
 from csr_vlm.errors import CsrError
 from csr_vlm.method.audit import tree_signs
 from csr_vlm.progress import Silent
+from csr_vlm.recipe import load_config
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
 from csr_vlm.weights import read_tensors, tensor_files, tensors_of

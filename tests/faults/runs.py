@@ -7,8 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from csr_vlm import stages
-from csr_vlm.config import resolve
 from csr_vlm.progress import Silent
+from csr_vlm.recipe import resolve
 from csr_vlm.records import Fate, Finish, Node
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from csr_vlm.config import ModelConfig, RunConfig, ScorerConfig, resolve
+from csr_vlm.config import ModelConfig, RunConfig, ScorerConfig
 from csr_vlm.generation.policy import Policy, load_policy
+from csr_vlm.recipe import resolve
 from csr_vlm.records import Prompt
 from csr_vlm.scoring.load import load_scorer
 from csr_vlm.scoring.scorer import ScorerGroup
@@ -53,5 +55,6 @@ def small_config(directory: Path, **changes: object) -> RunConfig:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _as_many_threads_as_a_process_of_its_own() -> None:
+    """What is computed here is compared with what processes started here compute."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))

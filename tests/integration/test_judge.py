@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from csr_vlm.config import ModelConfig, ScorerConfig, TrainingConfig, scorer_config
+from csr_vlm.config import ModelConfig, ScorerConfig, TrainingConfig
 from csr_vlm.errors import CsrError
 from csr_vlm.generation.policy import Policy
+from csr_vlm.recipe import scorer_config
 from csr_vlm.records import Prompt
 from csr_vlm.scoring.judge import JudgeScorer
 from csr_vlm.scoring.load import load_scorer

@@ -15,9 +15,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from csr_vlm.config import RunConfig, resolve
+from csr_vlm.config import RunConfig
 from csr_vlm.loop import align
 from csr_vlm.progress import Silent
+from csr_vlm.recipe import resolve
 from csr_vlm.store import tables
 from csr_vlm.store.live import read_progress
 from csr_vlm.store.run import Run

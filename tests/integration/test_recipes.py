@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from csr_vlm import estimate as module
 from csr_vlm.cli.app import app
-from csr_vlm.config import load_config
 from csr_vlm.errors import CsrError
 from csr_vlm.estimate import Shape, estimate, shape_from_name, shape_of
 from csr_vlm.progress import Silent
+from csr_vlm.recipe import load_config
 from csr_vlm.training.dpo import trainer_arguments
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config

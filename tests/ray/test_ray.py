@@ -14,12 +14,13 @@ import pytest
 from csr_vlm.store.run import Run
 from tests.processes import (
     CSR,
+    another,
     below,
     finished,
     launch,
     ledger,
     require_every_node_once,
-    sharing_config,
+    run_alone,
     started,
     wait_for,
 )
@@ -30,14 +31,7 @@ ACTOR = "MapWorker"
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    root = tmp_path_factory.mktemp("alone")
-    run = Run.create(root / "run", sharing_config(root))
-    assert finished(*CSR, "run", run.root, "--quiet").returncode == 0
-    return run
-
-
-def another(alone: Run, tmp_path: Path) -> Run:
-    return Run.create(tmp_path / "run", alone.config)
+    return run_alone(tmp_path_factory.mktemp("alone"))
 
 
 def test_a_whole_run_is_the_same_in_every_byte(alone: Run, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from csr_vlm.scale.ranks import PATIENCE
 from csr_vlm.store.run import Run
 from tests.processes import (
     CSR,
+    another,
     below,
     finished,
     launch,
     ledger,
     require_every_node_once,
-    sharing_config,
+    run_alone,
     started,
     wait_for,
 )
@@ -24,14 +25,7 @@ from tests.processes import (
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    root = tmp_path_factory.mktemp("alone")
-    run = Run.create(root / "run", sharing_config(root))
-    assert finished(*CSR, "run", run.root, "--quiet").returncode == 0
-    return run
-
-
-def another(alone: Run, tmp_path: Path) -> Run:
-    return Run.create(tmp_path / "run", alone.config)
+    return run_alone(tmp_path_factory.mktemp("alone"))
 
 
 def parts(run: Run) -> list[Path]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from csr_vlm.config import MethodConfig, RunConfig, resolve
+from csr_vlm.config import MethodConfig, RunConfig
+from csr_vlm.recipe import resolve
 from csr_vlm.records import Fate, Finish, Node, Prompt
 from csr_vlm.world.corpus import sentence
 from csr_vlm.world.scenes import HARBOUR, Scene

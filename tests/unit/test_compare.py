@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from csr_vlm import stages, verdicts
 from csr_vlm.cli import console
 from csr_vlm.cli.app import app
-from csr_vlm.config import resolve
 from csr_vlm.errors import CsrError
 from csr_vlm.evaluation.compare import Measured, broken_rules, compare, parse_rule
 from csr_vlm.evaluation.statistics import pooled
 from csr_vlm.progress import Silent
+from csr_vlm.recipe import resolve
 from csr_vlm.report.html import render
 from csr_vlm.store import files
 from csr_vlm.store.run import Run

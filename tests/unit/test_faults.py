@@ -16,11 +16,11 @@ import pytest
 from csr_vlm import stages
 from csr_vlm.cli import stopping
 from csr_vlm.cli.console import printable
-from csr_vlm.config import load_config
 from csr_vlm.data.formats.webdataset import rows as tar_rows
 from csr_vlm.errors import CsrError
 from csr_vlm.method.search import search
 from csr_vlm.progress import Silent
+from csr_vlm.recipe import load_config
 from csr_vlm.records import Candidate, Finish
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run

@@ -15,6 +15,7 @@ LAYERS = (
     {"records", "errors", "batches", "progress"},
     {"plain_yaml"},
     {"config"},
+    {"recipe"},
     {"method"},
     {"store", "data", "loading", "weights"},
     {"generation", "scoring", "training", "evaluation", "convert"},
@@ -155,7 +156,7 @@ def test_the_import_rule_allows(path, source):
     assert violations(path, source) == []
 
 
-@pytest.mark.parametrize("module", ["csr_vlm", "csr_vlm.config", "csr_vlm.cli"])
+@pytest.mark.parametrize("module", ["csr_vlm", "csr_vlm.recipe", "csr_vlm.cli"])
 def test_light_modules_load_no_heavy_library(module):
     if module == "csr_vlm.cli" and not {"cli.py", "cli/__init__.py"} & MODULES.keys():
         pytest.skip("there is no command line yet")
@@ -164,7 +165,7 @@ def test_light_modules_load_no_heavy_library(module):
 
 def test_a_configuration_error_loads_no_heavy_library():
     statements = (
-        "from csr_vlm.config import load_config\nfrom csr_vlm.errors import CsrError\n"
+        "from csr_vlm.recipe import load_config\nfrom csr_vlm.errors import CsrError\n"
         "try:\n    load_config(None, ['method.lamda=1'])\nexcept CsrError: pass"
     )
     assert loaded_by(statements) == []

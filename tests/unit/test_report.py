@@ -14,8 +14,8 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
-from csr_vlm.config import resolve
 from csr_vlm.evaluation.statistics import ratio
+from csr_vlm.recipe import resolve
 from csr_vlm.records import Fate, Finish, Node, Pair, Prompt, Response
 from csr_vlm.report.before_after import CLEAN, IMPROVED, STILL, WORSENED, before_after, by_truth
 from csr_vlm.report.charts import Axes, Point, Series, chart, nice_ticks, smoothed

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from csr_vlm import stages, verdicts
-from csr_vlm.config import resolve
 from csr_vlm.errors import CsrError
 from csr_vlm.loop import align
 from csr_vlm.method.audit import RESPONSE_BOUNDS
 from csr_vlm.progress import Reporter, Silent
+from csr_vlm.recipe import resolve
 from csr_vlm.records import Fate, Finish, Node
 from csr_vlm.scale.crew import Crew
 from csr_vlm.store import files, tables

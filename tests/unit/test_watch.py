@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from csr_vlm.cli.app import app
-from csr_vlm.cli.plain import plain
+from csr_vlm.cli.plain import one_line
 from csr_vlm.errors import CsrError
 from csr_vlm.progress import Silent
 from csr_vlm.records import Prompt
@@ -186,8 +186,8 @@ def test_asking_does_not_keep_a_run_from_starting(run: Run) -> None:
 
 
 def test_a_terminal_is_not_obeyed() -> None:
-    assert plain(f"a{ESCAPE}\nb\u202ec") == "a�[2J�]0;owned� b�c"
-    assert plain("Größe 猫") == "Größe 猫"
+    assert one_line(f"a{ESCAPE}\nb\u202ec") == r"a\x1b[2J\x1b]0;owned\x07 b\u202ec"
+    assert one_line("Größe 猫") == "Größe 猫"
 
 
 def test_once_shows_a_view_and_leaves(run: Run) -> None:

@@ -24,8 +24,8 @@ from csr_vlm.cli.run import check, demo, run
 from csr_vlm.cli.stopping import Stopped, stoppable
 from csr_vlm.cli.verbs import RunByDefault, Verbs
 from csr_vlm.cli.watch import watch
-from csr_vlm.config import load_config, scorer_config
 from csr_vlm.errors import CsrError
+from csr_vlm.recipe import load_config, scorer_config
 from csr_vlm.scale.crew import Crew
 from csr_vlm.store.live import recorded
 from csr_vlm.store.run import Run

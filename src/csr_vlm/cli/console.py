@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from csr_vlm.cli.plain import printable
 from csr_vlm.progress import Advance, Reporter, Silent
 
 if TYPE_CHECKING:
@@ -215,14 +215,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     if title:
         output.print(Text(title, style="italic"), soft_wrap=True)
     output.print(table)
-
-
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    r"""Show what would move the cursor, turn the text round or not encode by its code, such as ``\x1b``."""
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 METRICS: Mapping[str, str] = {

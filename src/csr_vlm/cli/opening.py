@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from csr_vlm.config import RunConfig, load_config, option_keys
+from csr_vlm.config import RunConfig
 from csr_vlm.errors import CsrError
+from csr_vlm.recipe import load_config, option_keys
 from csr_vlm.store.run import Run
 
 

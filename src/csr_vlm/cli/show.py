@@ -10,6 +10,7 @@ from rich.tree import Tree
 from csr_vlm import stages
 from csr_vlm.cli import console
 from csr_vlm.cli.console import print_metrics, print_table
+from csr_vlm.cli.plain import one_line
 from csr_vlm.errors import CsrError
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs
@@ -89,13 +90,13 @@ def tree(run: Run, prompt_id: str, iteration: int | None) -> None:
     for node in nodes:
         if node.fate is not Fate.DUPLICATE:
             children[node.parent_id].append(node)
-    root = Tree(Text(f"{prompt.text}  ({prompt.image})"))
+    root = Tree(Text(one_line(f"{prompt.text}  ({prompt.image})")))
     _grow(root, "", children, rewards, marks)
     output = console.terminal()
     output.print(root)
     if not isinstance(pairs, str):
-        output.print(Text(f"✓ chosen   {pair.chosen.reward:8.3f}  {pair.chosen.text}"))
-        output.print(Text(f"✗ rejected {pair.rejected.reward:8.3f}  {pair.rejected.text}"))
+        output.print(Text(f"✓ chosen   {pair.chosen.reward:8.3f}  {one_line(pair.chosen.text)}"))
+        output.print(Text(f"✗ rejected {pair.rejected.reward:8.3f}  {one_line(pair.rejected.text)}"))
     else:
         output.print(Text(f"no pair: {pairs}"))
 
@@ -128,7 +129,7 @@ def _grow(
     marks: dict[str, str],
 ) -> None:
     for node in children[parent]:
-        label = Text(node.sentence or "(end)", style=_STYLES.get(node.fate, "dim"))
+        label = Text(one_line(node.sentence) or "(end)", style=_STYLES.get(node.fate, "dim"))
         reward = rewards.get(node.node_id)
         if reward is not None:
             label.append(f"  R {reward.total:.2f}  R_I {reward.image:.1f}  R_T {reward.text:.3g}", style="cyan")

@@ -13,7 +13,7 @@ import typer
 
 from csr_vlm.cli import console
 from csr_vlm.cli.console import METRICS, metric_cell
-from csr_vlm.cli.plain import plain
+from csr_vlm.cli.plain import one_line
 from csr_vlm.report.formats import duration
 from csr_vlm.store.run import Run
 
@@ -129,9 +129,9 @@ def _print(view: View) -> None:
 
 def _line(view: View) -> str:
     """Say in one line where the run stands."""
-    parts = [plain(view.state)]
+    parts = [one_line(view.state)]
     if view.why:
-        parts.append(plain(view.why))
+        parts.append(one_line(view.why))
     if view.current is not None:
         parts.append(_current_line(view.current))
     if view.left is not None:
@@ -141,7 +141,7 @@ def _line(view: View) -> str:
 
 def _current_line(current: Current) -> str:
     done = f"{current.done} of {current.total}" if current.total else str(current.done)
-    parts = [f"{plain(current.title)} {done}"]
+    parts = [f"{one_line(current.title)} {done}"]
     if current.rate:
         slow = current.rate < 1
         parts.append(f"{1 / current.rate:.1f} s each" if slow else f"{current.rate:.1f}/s")
@@ -169,9 +169,9 @@ def _drawn(view: View) -> RenderableType:
     from rich.text import Text
 
     style = {"running": "bold green", "finished": "bold green", "waiting": "bold"}.get(view.state, "bold red")
-    head = Text.assemble((view.state, style), "  ", (plain(view.run), "bold"), "  ", (plain(view.model), "dim"))
+    head = Text.assemble((view.state, style), "  ", (one_line(view.run), "bold"), "  ", (one_line(view.model), "dim"))
     if view.why:
-        head.append(f"\n{plain(view.why)}")
+        head.append(f"\n{one_line(view.why)}")
     parts: list[RenderableType] = [head, Text("")]
     if view.current is not None:
         parts += [_bar(view), Text("")]
@@ -179,11 +179,11 @@ def _drawn(view: View) -> RenderableType:
         parts += [Text("between two stages: loading or writing", style="dim"), Text("")]
     parts.append(_table(view))
     if view.said:
-        parts += [Text(""), *(Text(f"• {plain(line)}", style="yellow") for line in view.said[-3:])]
+        parts += [Text(""), *(Text(f"• {one_line(line)}", style="yellow") for line in view.said[-3:])]
     if view.samples:
-        parts.append(Text(f"\n{plain(view.samples[0].source).capitalize()}:", style="bold"))
+        parts.append(Text(f"\n{one_line(view.samples[0].source).capitalize()}:", style="bold"))
         for sample in view.samples:
-            parts.append(Text.assemble((f"  {plain(sample.prompt_id)}  ", "dim"), plain(sample.text)))
+            parts.append(Text.assemble((f"  {one_line(sample.prompt_id)}  ", "dim"), one_line(sample.text)))
     return Group(*parts)
 
 

@@ -236,12 +236,15 @@ class Policy:
 
     @torch.inference_mode()
     def teacher_forced(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """Compute log P(r_o | x, r_<o) of given responses in one forward pass.
+        """Compute log P(r_o | x, r_<o) of given responses in one forward pass; an image they share is encoded once.
 
         Returns:
             One float32 tensor of shape (response tokens,) a prompt, on the CPU.
         """
-        encoded = self.with_features([self.encode(prompt) for prompt in prompts])
+        read = {prompt: self.encode(prompt) for prompt in prompts}
+        by_image = {prompt.image: item for prompt, item in read.items()}
+        seen = dict(zip(by_image, self.with_features(list(by_image.values())), strict=True))
+        encoded = [replace(read[prompt], features=seen[prompt.image].features) for prompt in prompts]
         inputs = self.model_inputs(encoded, responses, "right")
         logits = self.model(**inputs, use_cache=False).logits.float()
         logprobs = []

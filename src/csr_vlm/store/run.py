@@ -32,9 +32,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
-from csr_vlm.config import RunConfig, resolve
+from csr_vlm.config import RunConfig
 from csr_vlm.errors import CsrError
 from csr_vlm.plain_yaml import read_yaml
+from csr_vlm.recipe import resolve
 from csr_vlm.records import SCHEMA_VERSION, Prompt
 from csr_vlm.store import files
 

@@ -23,8 +23,8 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer
 
-from csr_vlm.config import ModelConfig, TrainingConfig, nearest
-from csr_vlm.errors import CsrError
+from csr_vlm.config import ModelConfig, TrainingConfig
+from csr_vlm.errors import CsrError, nearest
 from csr_vlm.generation.families import family_of
 from csr_vlm.generation.policy import Policy, load_adapter, load_base
 from csr_vlm.records import Pair
