@@ -10,6 +10,7 @@ The two that read COCO differ by points of CHAIR_S, so every number names its ru
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -112,7 +113,8 @@ def _nltk_wordnet(directory: Path | None) -> tuple[Lemmatizer, Tagger] | None:
     searched = list(nltk.data.path)
     nltk.data.path.extend(paths or ())  # nltk reads only below the directories it knows
     try:
-        wordnet = WordNetCorpusReader(_find(nltk.data, "corpora/wordnet", paths), None)
+        with warnings.catch_warnings(action="ignore"):  # that it knows English only
+            wordnet = WordNetCorpusReader(_find(nltk.data, "corpora/wordnet", paths), None)
         tagger = nltk.tag.PerceptronTagger(load=False)
         tagger.load_from_json("eng", _find(nltk.data, "taggers/averaged_perceptron_tagger_eng", paths))
     except (LookupError, OSError, ValueError) as error:
