@@ -79,7 +79,9 @@ def checkpoint(name: str, directory: Path) -> Path:
 def make_items(images: int, candidates: int, repeated: float, directory: Path) -> list[tuple[Prompt, str]]:
     """Draw noise as photographs of COCO's usual size, and describe each by some candidates."""
     rng = random.Random(0)
-    words = [sentence(kind, color).rstrip(".") for kind, color in itertools.product(HARBOUR.kinds, HARBOUR.colors)]
+    words = [
+        sentence(HARBOUR, (kind, color)).rstrip(".") for kind, color in itertools.product(HARBOUR.kinds, HARBOUR.colors)
+    ]
     items = []
     for index in range(images):
         path = directory / f"{index}.jpg"

@@ -97,6 +97,37 @@ def read_tensors(where: Mapping[str, Stored]) -> Iterator[tuple[str, Any]]:
                 yield key, tensors.get_tensor(where[key].name)
 
 
+def rename_as_published(directory: Path) -> None:
+    """Name a saved model's CLIP or SigLIP tower as published checkpoints do: ``vision_tower.vision_model.``.
+
+    ``save_pretrained`` of transformers 5 leaves ``vision_model.`` out and reads either; other
+    programs, such as vLLM, look for it.
+    """
+    from safetensors.torch import load_file, save_file
+
+    for file in sorted(directory.glob("model*.safetensors")):
+        tensors = load_file(file)
+        renamed = {_published(name): tensor for name, tensor in tensors.items()}
+        if renamed.keys() != tensors.keys():
+            # Beside it: what was loaded may still be the file's own bytes.
+            beside = file.with_name(f".{file.name}.tmp")
+            save_file(renamed, beside, metadata={"format": "pt"})
+            beside.replace(file)
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        written = json.loads(index.read_text(encoding="utf-8"))
+        written["weight_map"] = {_published(name): shard for name, shard in written["weight_map"].items()}
+        index.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+_TOWER = "vision_tower."
+_IN_TOWER = tuple(_TOWER + part for part in ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.", "head."))
+
+
+def _published(name: str) -> str:
+    return f"{_TOWER}vision_model.{name.removeprefix(_TOWER)}" if name.startswith(_IN_TOWER) else name
+
+
 class _Loaded:
     """A ``.bin`` file behind the interface of an open safetensors file."""
 

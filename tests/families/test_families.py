@@ -35,6 +35,7 @@ from csr_vlm.scoring.load import load_scorer
 from csr_vlm.training import dpo
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.packing import obstacle
+from csr_vlm.weights import tensor_files
 from csr_vlm.world.demo import assets
 from tests.families.checkpoints import FAMILIES, checkpoint
 
@@ -314,6 +315,11 @@ def test_the_merged_model_is_the_policy(family: Case) -> None:
     merged = family.directory / "model"
     dpo.merge(family.config, family.adapter, merged)
     AutoModelForImageTextToText.from_pretrained(merged)
+    tower = family.policy.base_model.config.vision_config.model_type
+    if tower in ("clip_vision_model", "siglip_vision_model"):  # what other programs look for
+        assert {name.split(".")[1] for name in tensor_files(merged) if name.startswith("vision_tower.")} <= {
+            "vision_model"
+        }
     plain = load_policy(ModelConfig(path=str(merged), device="cpu"), None)
     adapted = load_policy(family.config, family.adapter)
     assert torch.allclose(logprobs(plain, family), logprobs(adapted, family), atol=TOLERANCE)

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 
 from csr_vlm.config import GenerationConfig, ModelConfig
 from csr_vlm.generation.policy import Policy, Reader, load_base, load_policy, load_reader
 from csr_vlm.records import Prompt
 from csr_vlm.training.dpo import LINEARS, save_adapter
+from csr_vlm.weights import rename_as_published
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
@@ -37,26 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-def with_published_names(source: Path, target: Path) -> Path:
-    """Copy a LLaVA, its vision tower's tensors named as in the published checkpoints, which are all that vLLM reads.
-
-    ``save_pretrained`` of transformers 5.23 leaves a level out.
-    """
-    shutil.copytree(source, target)
-    file = target / "model.safetensors"
-    here, there = "vision_tower.", "vision_tower.vision_model."
-    tensors = {
-        there + name.removeprefix(here) if name.startswith(here) else name: tensor
-        for name, tensor in load_file(file).items()
-    }
-    save_file(tensors, file, metadata={"format": "pt"})
-    return target
-
-
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     """The world's LLaVA, as vLLM reads it."""
-    path = with_published_names(assets() / "llava", tmp_path_factory.mktemp("model") / "llava")
+    path = tmp_path_factory.mktemp("model") / "llava"
+    shutil.copytree(assets() / "llava", path)
+    rename_as_published(path)
     return ModelConfig(path=str(path), device="cpu")
 
 

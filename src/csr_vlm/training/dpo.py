@@ -40,6 +40,7 @@ from csr_vlm.training.distribution import (
 )
 from csr_vlm.training.packing import freeze_pictures, obstacle, read_packed_rows
 from csr_vlm.training.reporting import keep_reports, report_name
+from csr_vlm.weights import rename_as_published
 
 LINEARS = "(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """The linear maps of a language model's layers, by their usual names (regex)."""
@@ -372,6 +373,11 @@ def merge(model_config: ModelConfig, adapter: Path, directory: Path) -> None:
 
     def fill(temporary: Path) -> None:
         merged.save_pretrained(str(temporary))
+        if getattr(getattr(merged.config, "vision_config", None), "model_type", "") in (
+            "clip_vision_model",
+            "siglip_vision_model",
+        ):
+            rename_as_published(temporary)
         processor.save_pretrained(str(temporary))
 
     replace_directory(directory, fill)
