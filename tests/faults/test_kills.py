@@ -89,7 +89,7 @@ def check_end(what: str, ended: Ended) -> bool:
         assert "Go on with: csr run " in ended.said
     else:
         assert ended.code == 1, ended.said
-        wanted = "cannot be written: Input/output error" if what == "EIO" else "the disk is full"
+        wanted = "cannot be written\nwhy: Input/output error" if what == "EIO" else "the disk is full"
         assert wanted in ended.said, ended.said
         assert "run the same command again" in ended.said
     return True

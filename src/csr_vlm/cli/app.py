@@ -289,16 +289,15 @@ app.command()(push)
 def main() -> None:
     """Run the command line; what a user can mend is told in three lines, without a traceback."""
     try:
-        app(prog_name="csr")
+        code = app(prog_name="csr", standalone_mode=False)
     except Stopped:
         raise  # its parting words were said
-    except SystemExit as ended:
-        if ended.code == INTERRUPTED:
-            print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        raise
     except Exception as error:
         mistakes.tell(error)
-        sys.exit(1)
+        sys.exit(mistakes.exit_code(error))
+    if code == INTERRUPTED:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+    sys.exit(code)
 
 
 def _one_stage(

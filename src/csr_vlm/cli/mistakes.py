@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from csr_vlm.cli import console
 from csr_vlm.errors import CsrError
@@ -50,6 +51,8 @@ def explain(error: BaseException) -> Explained:
     """Put an exception into words."""
     if isinstance(error, CsrError):
         return _of_user(error)
+    if hasattr(error, "format_message"):  # typer keeps the class of what is wrong with a command line to itself
+        return _of_usage(error, error.format_message())
     if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
         return Explained(
             f"this needs {error.name}", "it is not installed", f"pip install 'csr-vlm[{extra}]', or pip install it"
@@ -73,6 +76,9 @@ def tell(error: BaseException) -> None:
     """Print an error to stderr; what should not happen leaves its traceback in a file."""
     if console.mode.debug:
         traceback.print_exception(error)
+    if type(error).__name__ == "NoArgsIsHelpError":  # a group without a verb
+        print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+        return
     found = explain(error)
     hint = found.hint
     if found.ours:
@@ -85,11 +91,29 @@ def tell(error: BaseException) -> None:
 
 
 def _of_user(error: CsrError) -> Explained:
-    """Divide "what went wrong: why" into its two lines."""
-    what, colon, why = error.message.partition(": ")
-    if not colon or " " not in what:  # a path or an option names where, not what
-        what, why = error.message, ""
+    what, why = _divided(error.message)
     return Explained(what, _ERRNO.sub(r"\1", why), error.hint)
+
+
+def _divided(message: str) -> tuple[str, str]:
+    """Divide "what went wrong: why" into its two lines."""
+    what, colon, why = message.partition(": ")
+    return (what, why) if colon and " " in what else (message, "")  # a path or an option names where, not what
+
+
+def _of_usage(error: Any, message: str) -> Explained:
+    """Word what is wrong with a command line."""
+    said, _, meant = message.strip().partition("Did you mean ")
+    verb = error.ctx.command_path if getattr(error, "ctx", None) else "csr"
+    likely = meant.strip(" ?'")
+    hint = f"did you mean {likely}?" if likely else f"{verb} --help says what it takes"
+    what, why = _divided(said[:1].lower() + said[1:].strip().rstrip(".").replace("option: ", "option "))
+    return Explained(what, why[:1].lower() + why[1:], hint)
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for a command line that cannot be read, 1 for everything else."""
+    return int(getattr(error, "exit_code", 1))
 
 
 def _kept(error: BaseException) -> Path:
