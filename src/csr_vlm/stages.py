@@ -85,7 +85,7 @@ def generate(run: Run, iteration: int, tell: Reporter, crew: Crew = ALONE) -> No
     if run.is_done(iteration, "generate") or external.supplies(run.config, iteration):
         return
     started = time.perf_counter()
-    job = Job(Search, run.root, {"iteration": iteration}, len(tables.PromptGroups(run.prompts_path)))
+    job = Job(Search, run.root, {"iteration": iteration}, tables.count_groups(run.prompts_path))
     with tell.stage(f"iteration {iteration}: searching", run.num_prompts) as advance:
         tally = crew.spread(job, advance, tell.say)
     run.mark_done(

@@ -21,6 +21,8 @@ from csr_vlm.store.run import Run, differences
 
 _FIXED = ("seed", "iterations", "model", "data", "generation", "method.search")
 """What made the ledger; a point of a sweep cannot change it."""
+_OF_SCORES = ("scorer.path", "scorer.revision", "scorer.vision", "scorer.long_sentences", "scorer.others")
+"""What made a column of it; a point cannot change it either, but may name another column."""
 
 
 def points(axes: Sequence[str]) -> Iterator[list[str]]:
@@ -64,6 +66,12 @@ def sweep(run: Run, axes: Sequence[str], iteration: int, out: Path, tell: Report
         fixed = [key for key in changed if key.startswith(_FIXED)]
         if fixed:
             raise CsrError(f"{fixed[0]} made the ledger and cannot be swept", "start a run for each value instead")
+        scored = [key for key in changed if key in _OF_SCORES]
+        if scored and config.scorer.used == run.config.scorer.used:
+            raise CsrError(
+                f"{scored[0]} made the ledger's column {config.scorer.used!r} and cannot be swept",
+                "csr score RUN --scorer PATH --name NAME adds a column; then sweep scorer.use",
+            )
         root = out / files.digest({"overrides": overrides, "iteration": iteration})
         if not (root / "result.json").exists():
             result = _point(run, config, iteration, root, " ".join(overrides), tell)

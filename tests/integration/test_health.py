@@ -99,6 +99,12 @@ def test_what_made_the_ledger_cannot_be_swept(run: Run, axis: str) -> None:
     assert not (run.root / "refused").exists()
 
 
+def test_what_made_a_column_of_the_ledger_cannot_be_swept(run: Run) -> None:
+    with pytest.raises(CsrError, match="made the ledger's column 'clip'") as caught:
+        sweep(run, ["scorer.path=elsewhere"], 1, run.root / "refused", Silent())
+    assert "csr score RUN" in caught.value.hint
+
+
 @pytest.mark.parametrize("axis", ["method.lambda", "=1", "method.lambda="])
 def test_what_is_no_axis(axis: str) -> None:
     with pytest.raises(CsrError, match="is no axis"):

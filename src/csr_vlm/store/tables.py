@@ -140,13 +140,13 @@ class PromptGroups:
     """The same in any order; the file stays open."""
 
     def __init__(self, path: Path) -> None:
-        self._file = pq.ParquetFile(path)
-
-    def __len__(self) -> int:
-        return int(self._file.num_row_groups)
+        self._path = path
+        with _damage(path):
+            self._file = pq.ParquetFile(_ordinary(path))
 
     def __getitem__(self, number: int) -> list[Prompt]:
-        return [Prompt(**row) for row in self._file.read_row_group(number).to_pylist()]
+        with _damage(self._path):
+            return [Prompt(**row) for row in self._file.read_row_group(number).to_pylist()]
 
 
 def write_nodes(path: Path, nodes: Iterable[Node]) -> None:
