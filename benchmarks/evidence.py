@@ -95,6 +95,8 @@ JOBS = [
     _ablation("no questions", NO_QUESTIONS),
     _ablation("repeats cost nothing", "method.reward.repeat_penalty=0"),
     _ablation("any margin", "method.pairs.min_margin=0"),
+    _ablation("no look-ahead", "method.pairs.look_ahead=false"),
+    _ablation("no greedy candidate", "method.search.greedy_first=false"),
     _ablation("no SFT term", "training.trl.loss_weights=[1.0,0.0]"),
     _ablation("search steered by likelihood", "method.search.steer_by=logprob"),
     _tuning("lambda 0.5", "method.lambda=0.5"),
