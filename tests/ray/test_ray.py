@@ -97,8 +97,9 @@ def test_what_an_actor_cannot_do_is_said_in_one_line(alone: Run, tmp_path: Path)
     missing = finished(*CSR, "score", alone.root, "--scorer", "./nowhere", "--name", "x", "-q", "--ray", 1)
     assert missing.returncode == 1
     errors = [line for line in missing.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "nowhere" in errors[0]
+    assert errors == ["error: an actor failed"]
+    (why,) = (line for line in missing.stderr.splitlines() if line.startswith("why: "))
+    assert "nowhere" in why
     many = finished(*CSR, "generate", run.root, "--ray", 10_000, "--quiet", RAY_ADDRESS="127.0.0.1:1")
     assert many.returncode == 1
     assert "error: the Ray cluster cannot be reached" in many.stderr
