@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from memory import megabytes
 from PIL import Image
 
 from csr_vlm import stages, verdicts
@@ -140,11 +140,11 @@ STEPS: dict[str, Callable[[Run], dict[str, Any]]] = {
 def _measured(name: str, root: Path, answers: Any) -> None:
     run = Run.open(root)
     wall, started = time.perf_counter(), time.process_time()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = megabytes("VmHWM")
     found = STEPS[name](run)
     found.setdefault("seconds", time.process_time() - started)
-    found |= {"wall": time.perf_counter() - wall, "peak, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    answers.put(found | {"imports, MB": before / 1024})
+    found |= {"wall": time.perf_counter() - wall, "peak, MB": megabytes("VmHWM")}
+    answers.put(found | {"imports, MB": before})
 
 
 def measure(name: str, root: Path) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from transformers import AutoConfig, AutoProcessor
 from csr_vlm.generation.families import family_of
 from csr_vlm.store.files import write_text
 from csr_vlm.store.run import versions
-from tests.families import test_families
+from tests.families import test_families, test_shared_families
 from tests.families.checkpoints import FAMILIES, checkpoint
 
+FILES = [str(test_families.__file__), str(test_shared_families.__file__)]
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 COLUMNS = {
     "test_search_goes_on_from_its_own_sentences_and_scores_them": "search, scoring",
+    "test_shared_attention_writes_what_the_plain_path_writes": "shared attention",
     "test_generated_logprobs_are_teacher_forced_ones": "log-probabilities",
     "test_dpo_moves_the_language_models_adapter_and_nothing_else": "DPO",
     "test_packed_pairs_have_the_loss_and_gradients_of_unpacked_ones": "pairs in one row",
@@ -40,6 +42,8 @@ anyone has aligned its full-sized model.
 FOOT = """
 - search, scoring: two rounds of sentence search by the transformers engine, each sentence scored by CLIP;
   no response holds a token that stands for a picture.
+- shared attention: with keys and values stored once for all candidates it writes the same tokens, with the same
+  log-probabilities within 1e-4 nats a sentence, as with a copy for each.
 - log-probabilities: those recorded while generating equal a teacher-forced pass, within 1e-4 nats a
   response, in a batch of pictures of different sizes and one by one from the pixels; another picture
   changes them by over 100 times that.
@@ -100,7 +104,7 @@ def needs_torchvision(processor: Any) -> bool:
 def write_page() -> bool:
     """Run the tests and write the page; tell whether all passed."""
     outcomes = Outcomes()
-    code = pytest.main(["-q", "-p", "no:cacheprovider", str(test_families.__file__)], plugins=[outcomes])
+    code = pytest.main(["-q", "-p", "no:cacheprovider", *FILES], plugins=[outcomes])
     heads = ["family", "model type", "positions", "image features reused", *COLUMNS.values(), "needs"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     lines += ["| " + " | ".join(row(name, outcomes.found[name])) + " |" for name in FAMILIES]
