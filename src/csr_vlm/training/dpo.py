@@ -77,7 +77,7 @@ class CsrTrainer(DPOTrainer):
                     "set training.reference=model, or generate again with the adapter in use now",
                 )
         found = super().compute_loss(model, inputs, *args, **kwargs)
-        loss = float(found[0] if isinstance(found, tuple) else found)
+        loss = float((found[0] if isinstance(found, tuple) else found).detach())
         if not isfinite(loss):
             raise CsrError(
                 f"DPO diverged: step {self.state.global_step + 1} has the loss {loss} on the pairs of prompts "
