@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tests.conftest  # noqa: F401 - shows where torchvision lies before transformers looks for it
+
+# isort: split
 import inspect
 from collections import defaultdict
 from pathlib import Path

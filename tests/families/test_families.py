@@ -268,7 +268,7 @@ def test_packed_pairs_have_the_loss_and_gradients_of_unpacked_ones(family: Case,
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         found.append(
-            (float(loss), {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None})
+            (float(loss.detach()), {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None})
         )
     (packed_loss, packed), (plain_loss, plain) = found
     assert packed_loss == pytest.approx(plain_loss, rel=1e-5)
