@@ -8,7 +8,6 @@ ledger parts it has.
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -357,31 +356,6 @@ def export(run: Run, tell: Reporter) -> None:
 
         tell.say("merging the adapter into the base model")
         merge(run.config.model, final, run.root / "model")
-
-
-def check_model(config: RunConfig, tell: Reporter) -> float | None:
-    """Let a model whose weights are on disk write a few words and score them again.
-
-    Returns:
-        The mean difference in nats a token; None where there are no weights or no prompt yet.
-
-    Raises:
-        CsrError: The model cannot be loaded, or does not do as it should.
-    """
-    if not any(Path(config.model.path).glob("*.safetensors")):
-        return None
-    from csr_vlm.generation.policy import load_policy
-    from csr_vlm.generation.selfcheck import self_check
-
-    adapter = None if config.model.adapter is None else Path(config.model.adapter)
-    with tempfile.TemporaryDirectory() as images:
-        prompt = next(read_prompts(config.data, InputReport(), seed=config.seed, images=Path(images)), None)
-        if prompt is None:
-            return None
-        with tell.stage("checking the model", 1) as advance:
-            difference = self_check(load_policy(config.model, adapter, config.data.max_image_pixels), prompt)
-            advance(1)
-    return difference
 
 
 def _since(started: float) -> float:

@@ -267,9 +267,8 @@ def test_packed_pairs_have_the_loss_and_gradients_of_unpacked_ones(family: Case,
         assert ("packed" in batch) == packing
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
-        found.append(
-            (float(loss.detach()), {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None})
-        )
+        gradients = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+        found.append((float(loss.detach()), gradients))
     (packed_loss, packed), (plain_loss, plain) = found
     assert packed_loss == pytest.approx(plain_loss, rel=1e-5)
     assert abs(plain_loss - math.log(2)) > 1e-3

@@ -21,7 +21,7 @@ LAYERS = (
     {"generation", "scoring", "training", "evaluation", "convert"},
     {"world", "scale"},
     {"external", "asking", "work"},
-    {"stages", "report", "estimate", "analysis", "plan", "watch"},
+    {"stages", "report", "estimate", "trial", "analysis", "plan", "watch"},
     {"verdicts", "sweep"},
     {"loop"},
     {"api"},

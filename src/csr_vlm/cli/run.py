@@ -63,7 +63,7 @@ def check(
 ) -> None:
     """Validate a recipe and its data, print the resolved configuration and what a run would cost.
 
-    A model whose weights are on disk also writes a few words and scores them again.
+    A model whose weights are on disk also writes a few sentences, and the scorer shows whether it tells pictures apart.
     Example: csr check recipes/llava-1.5-7b.yaml data.limit=100
     """
     import yaml
@@ -71,12 +71,14 @@ def check(
     config = settings(target, overrides)
     console.quiet_libraries()
     from csr_vlm.estimate import estimate
-    from csr_vlm.stages import check_model
+    from csr_vlm.trial import try_out
 
     tell = console.reporter()
     found = estimate(config, tell, offline=offline)
-    if not offline and (difference := check_model(config, tell)) is not None:
-        found["estimate"]["generated against scored, nats a token"] = float(f"{difference:.1e}")
+    if not offline:
+        tried = try_out(config, tell)
+        found["estimate"] |= tried["estimate"]
+        found["warnings"] += tried["warnings"]
     if console.mode.json:
         console.print_json({"config": config.dump(), **found})
         return

@@ -64,7 +64,16 @@ class Bound:
 
 
 _NEVER = math.inf
+SCORER_BOUND = Bound(
+    0.65,
+    0.55,
+    False,
+    "the scorer finds only {value:.2f} of the sentences to suit their own picture better than others, 0.5 is chance: "
+    "another one (docs/scorers.md), or a smaller method.lambda, harms less",
+)
+"""Of what is known of the scorer without any truth, ``scorer_agreement``."""
 PAIR_BOUNDS = {
+    "scorer_agreement": SCORER_BOUND,
     "relevance_win": Bound(
         0.90, 0.80, False, "what is chosen hardly suits the image better than what is rejected: {value:.2f} of pairs"
     ),
