@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.errors import CsrError
+from csr_vlm.errors import CsrError, reason_of
 from csr_vlm.progress import Advance
 from csr_vlm.scale.crew import Alone, Job, Tally, Work, add_up, leave_mark, require_mark
 
@@ -26,6 +26,19 @@ _CPUS_BESIDE = 2
 """Ray Data's own tasks need room beside the actors; without any the two wait for each other."""
 _BLOCKS_AN_ACTOR = 64
 """Rows are handed out in blocks: enough of them that the last ones are small, few enough that a million items do."""
+
+
+def _require_somebody_there(address: str) -> None:
+    """Ask whether anything listens at HOST:PORT, for which Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise CsrError(
+            f"the Ray cluster cannot be reached: {address}: {reason_of(error)}", "check RAY_ADDRESS"
+        ) from None
 
 
 @contextmanager
@@ -39,6 +52,7 @@ def ray_crew(actors: int) -> Iterator[RayActors]:
         import ray
     except ImportError:
         raise CsrError("--ray needs Ray", "pip install 'csr-vlm[ray]'") from None
+    _require_somebody_there(os.environ.get("RAY_ADDRESS", ""))
     here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": max(os.cpu_count() or 1, actors + _CPUS_BESIDE)}
     try:
         ray.init(log_to_driver=False, include_dashboard=False, **here)
