@@ -148,13 +148,13 @@ def do(job: Job, out: Path) -> None:
     with run.locked():
         stages.check_inputs(run, Silent())
         for iteration in range(job.iterations + 1):
-            started = time.perf_counter()
+            started = time.process_time()
             if iteration:
                 stages.generate(run, iteration, Silent())
                 stages.make_pairs(run, iteration, Silent())
                 verdicts.audit(run, iteration, Silent())
                 stages.train(run, iteration, Silent())
-            seconds.append(time.perf_counter() - started)
+            seconds.append(time.process_time() - started)
             stages.evaluate(run, iteration, Silent())
             if iteration:
                 verdicts.gate(run, iteration, Silent())

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from csr_vlm.evaluation.statistics import Tally, holm, paired_difference, pooled
-from csr_vlm.world.evaluate import Described, tallies
+from csr_vlm.recipe import scorer_config
+from csr_vlm.scoring.load import load_scorer
+from csr_vlm.world.dataset import write_images
+from csr_vlm.world.demo import assets
+from csr_vlm.world.evaluate import Described, sentence_relevance, tallies
 from csr_vlm.world.scenes import World, parse_scene_id, world_named
 from csr_vlm.world.truth import judge
 
@@ -203,7 +208,7 @@ def _comparisons(done: Sequence[Result], out: Path) -> str:
     rows.append(
         [
             "base, cut to the same number of sentences",
-            *cells({n: m.value or 0 for n, m in cut.items()} | {"relevance": float("nan")}, SHORT),
+            *cells({n: m.value or 0 for n, m in cut.items()}, SHORT),
             "",
         ]
     )
@@ -218,15 +223,19 @@ def _comparisons(done: Sequence[Result], out: Path) -> str:
 
 def _cut_to_length(run: Result, world: World) -> dict[str, dict[str, Tally]]:
     """Cut each response of the base model to as many sentences as the aligned one has."""
-    base, aligned = run.texts(0), run.texts(3)
-    found = {}
-    for scene_id, text in base.items():
+    aligned, short = run.texts(3), {}
+    for scene_id, text in run.texts(0).items():
         sentences = [part.strip() + "." for part in text.split(".") if part.strip()]
         kept = sentences[: sum(bool(part.strip()) for part in aligned[scene_id].split("."))]
-        scene = parse_scene_id(world, scene_id)
-        short = " ".join(kept)
-        found[scene_id] = tallies(world, Described(scene, short, True, judge(world, scene, short)), {})
-    return found
+        short[scene_id] = " ".join(kept)
+    scenes = [parse_scene_id(world, scene_id) for scene_id in short]
+    scorer = load_scorer(scorer_config(path=str(assets() / "clip")), "cpu")
+    with tempfile.TemporaryDirectory() as directory:
+        said = sentence_relevance(scorer, write_images(scenes, Path(directory)), list(short.values()))
+    return {
+        scene.scene_id: tallies(world, Described(scene, text, True, judge(world, scene, text), mine), {})
+        for scene, text, mine in zip(scenes, short.values(), said, strict=True)
+    }
 
 
 def _table(done: Sequence[Result], group: str, title: str, how: str) -> str:

@@ -156,6 +156,11 @@ class QuestionsConfig(_Section):
         default=0.25, ge=0.0, le=1.0, description="Share of the images about which it is asked all the same."
     )
 
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _nothing_is_no_pattern(cls, pattern: object) -> object:
+        return "" if pattern is None else pattern
+
     @model_validator(mode="after")
     def _fits_together(self) -> QuestionsConfig:
         try:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from csr_vlm.recipe import load_config
+from tests.unit.builders import REQUIRED
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -26,3 +30,10 @@ def test_it_runs(command: str, said: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
+
+
+def test_the_settings_of_every_piece_of_evidence_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    jobs = importlib.import_module("evidence").JOBS
+    resolved = [load_config(None, job.overrides.split(), base=REQUIRED) for job in jobs]
+    assert len(resolved) > 40

@@ -293,6 +293,11 @@ def test_overrides_reach_every_depth():
     assert found.evaluation.world.num_scenes == 7
 
 
+def test_an_override_of_nothing_asks_no_questions():
+    assert overridden().method.pairs.questions.pattern
+    assert overridden("method.pairs.questions.pattern=").method.pairs.questions.pattern == ""
+
+
 def test_preset_then_recipe_then_overrides(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     settings = {"preset": "official", "method": {"lambda": 0.3, "search": {"keep_top": 3, "keep_bottom": 4}}}

@@ -120,14 +120,16 @@ def _describe(
     responses = engine.respond(prompts, MAX_NEW_TOKENS, temperature)
     said: list[list[tuple[str, float]]] = [[] for _ in prompts]
     if scorer is not None:
-        said = _relevance(scorer, prompts, [response.text for response in responses])
+        said = sentence_relevance(scorer, prompts, [response.text for response in responses])
     return [
         Described(scene, r.sentence, r.finish is Finish.EOS, judge(world, scene, r.text), mine)
         for scene, r, mine in zip(scenes, responses, said, strict=True)
     ]
 
 
-def _relevance(scorer: ScorerGroup, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[list[tuple[str, float]]]:
+def sentence_relevance(
+    scorer: ScorerGroup, prompts: Sequence[Prompt], texts: Sequence[str]
+) -> list[list[tuple[str, float]]]:
     """Each text's sentences with their R_I (eq. 3)."""
     parts = [[part.strip() + "." for part in text.split(".") if part.strip()] for text in texts]
     items = [(prompt, part) for prompt, mine in zip(prompts, parts, strict=True) for part in mine]
