@@ -153,6 +153,23 @@ def test_mistakes_are_told_in_a_line_and_a_hint(recipe: Path, arguments: list[st
     assert shown.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["rnu"], "error: no such command 'rnu'\nhint: did you mean run?\n"),
+        (["run", "r.yaml", "--port", "x"], "error: no such option --port\nhint: did you mean --out?\n"),
+        (["run", "r.yaml", "--ot", "x"], "error: no such option --ot\nhint: did you mean --json or --out?\n"),
+        (["sweep", "r"], "error: missing argument 'KEY=V,V'\nhint: csr sweep --help says what it takes\n"),
+        (["export", "r", "--format", "f"], "error: invalid value for '--format'\nwhy: 'f' is not one of 'trl', "),
+    ],
+)
+def test_a_mistaken_command_line_is_told_likewise(arguments: list[str], told: str) -> None:
+    shown = csr(*arguments, check=False)
+    assert shown.returncode == 2
+    assert shown.stderr.startswith(told)
+    assert shown.stdout == ""
+
+
 def test_a_run_with_other_settings_is_not_continued(finished: Path, recipe: Path) -> None:
     shown = csr("run", recipe, "method.lambda=0.4", "--out", finished, check=False)
     assert shown.returncode == 1

@@ -103,11 +103,12 @@ def _divided(message: str) -> tuple[str, str]:
 
 def _of_usage(error: Any, message: str) -> Explained:
     """Word what is wrong with a command line."""
-    said, _, meant = message.strip().partition("Did you mean ")
+    said, *meant = re.split(r"Did you mean |\(Possible options: ", message.strip())
     verb = error.ctx.command_path if getattr(error, "ctx", None) else "csr"
-    likely = meant.strip(" ?'")
+    likely = "".join(meant).strip(" ?')").replace(", ", " or ")
     hint = f"did you mean {likely}?" if likely else f"{verb} --help says what it takes"
     what, why = _divided(said[:1].lower() + said[1:].strip().rstrip(".").replace("option: ", "option "))
+    why = why.removeprefix("Value error, ")
     return Explained(what, why[:1].lower() + why[1:], hint)
 
 
