@@ -38,7 +38,7 @@ JUDGE += NO_QUESTIONS
 
 
 SETTINGS_SCENES = {"num_scenes": 500, "split": "development", "seed": 5}
-SCORER_STEPS = (40, 80, 160, 320, 640)
+SCORER_STEPS = (40, 160, 270, 320, 400, 640)
 """The shipped scorer was trained for 1,500."""
 PRIORS, PRIOR_STEPS = (0.25, 0.5, 1.0, 1.4), 200
 """How often companions are imagined, as factors on the shipped world's, and the steps that teach it anew."""
