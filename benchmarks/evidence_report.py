@@ -65,7 +65,7 @@ def write(jobs: Sequence[Any], out: Path, to: Path) -> None:
     commits = sorted({result.info["commit"] for result in done})
     head = (
         "# Evidence\n\nMade by `benchmarks/evidence.py` (commits " + ", ".join(commits) + "); every run with one "
-        "thread. CHAIR and recall are counted against the truth of drawn scenes; intervals are 95 % over scenes.\n"
+        "thread, and times are of one thread for search and training together. CHAIR and recall are counted against the truth of drawn scenes; intervals are 95 % over scenes.\n"
     )
     (to / "README.md").write_text("\n".join([head, *filter(None, parts)]), encoding="utf-8")
     numbers = {f"{r.job.group}/{r.job.name}/{r.job.seed}": r.numbers() for r in done}
@@ -239,11 +239,17 @@ def _cut_to_length(run: Result, world: World) -> dict[str, dict[str, Tally]]:
 
 
 def _table(done: Sequence[Result], group: str, title: str, how: str) -> str:
-    runs = [result for result in done if result.job.group == group]
-    if not runs:
+    """Tabulate a group's runs below the default's."""
+    runs = [r for r in done if r.job.group == group or (r.job.group, r.job.name) == ("ablations", "calibrated")]
+    if len(runs) < 2:
         return ""
     rows = [
-        [r.job.name, f"`{r.job.overrides}`", *cells(r.values(3), SHORT), f"{sum(r.info['seconds']):.0f} s"]
+        [
+            r.job.name,
+            f"`{r.job.overrides}`" if r.job.overrides else "",
+            *cells(r.values(3), SHORT),
+            f"{sum(r.info['seconds']):.0f} s",
+        ]
         for r in runs
     ]
     return f"## {title}\n\n{how}\n\n" + table(["", "changed", *(COLUMNS[n] for n in SHORT), "time"], rows)
