@@ -65,7 +65,8 @@ def write(jobs: Sequence[Any], out: Path, to: Path) -> None:
     commits = sorted({result.info["commit"] for result in done})
     head = (
         "# Evidence\n\nMade by `benchmarks/evidence.py` (commits " + ", ".join(commits) + "); every run with one "
-        "thread, and times are of one thread for search and training together. CHAIR and recall are counted against the truth of drawn scenes; intervals are 95 % over scenes.\n"
+        "thread, and times are of one thread for search and training together. CHAIR and recall are counted against "
+        "the truth of drawn scenes; intervals are 95 % over scenes.\n"
     )
     (to / "README.md").write_text("\n".join([head, *filter(None, parts)]), encoding="utf-8")
     numbers = {f"{r.job.group}/{r.job.name}/{r.job.seed}": r.numbers() for r in done}
