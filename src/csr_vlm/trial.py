@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.config import RunConfig
+from csr_vlm.config import ModelConfig, RunConfig
 from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.method.audit import SCORER_BOUND, Verdict, pair_signs, tree_signs
 from csr_vlm.progress import Reporter
@@ -32,7 +32,7 @@ def try_out(config: RunConfig, tell: Reporter) -> dict[str, Any]:
         CsrError: Model or scorer cannot be loaded, or the model does not do as it should.
     """
     found: dict[str, Any] = {"estimate": {}, "warnings": []}
-    if not any(Path(config.model.path).glob("*.safetensors")):
+    if not _weights_at_hand(config.model):
         return found
     with tempfile.TemporaryDirectory() as images:
         rows = read_prompts(config.data, InputReport(), seed=config.seed, images=Path(images))
@@ -50,6 +50,19 @@ def try_out(config: RunConfig, tell: Reporter) -> dict[str, Any]:
         if SCORER_BOUND.judge(agreement) is not Verdict.GO:
             found["warnings"].append(SCORER_BOUND.reason.format(value=agreement))
     return found
+
+
+def _weights_at_hand(model: ModelConfig) -> bool:
+    """Tell whether the weights lie in a directory or in the hub's cache, so that nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    directory = Path(model.path)
+    if not directory.is_dir():
+        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+        if not isinstance(cached, str):
+            return False
+        directory = Path(cached).parent
+    return any(directory.glob("*.safetensors"))
 
 
 def _checked(config: RunConfig, prompt: Prompt, estimate: dict[str, Any]) -> Any:

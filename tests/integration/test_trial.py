@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
+from csr_vlm.config import ModelConfig
 from csr_vlm.progress import Silent
 from csr_vlm.recipe import merged, resolve
-from csr_vlm.trial import try_out
+from csr_vlm.trial import _weights_at_hand, try_out
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 
@@ -31,6 +33,22 @@ def test_a_scorer_that_tells_pictures_apart_passes_and_one_that_does_not_is_warn
     bad = try_out(resolve(merged(config.dump(), {"scorer": {"path": str(blind)}})), Silent())
     assert 0.3 < bad["estimate"][AGREEMENT] < 0.65
     assert "suit their own picture better than others" in bad["warnings"][0]
+
+
+def test_weights_in_the_hubs_cache_are_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "models--org--model"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = ModelConfig(path="org/model")
+    assert not _weights_at_hand(model)
+    (snapshot / "model.safetensors").touch()
+    assert _weights_at_hand(model)
+    assert not _weights_at_hand(ModelConfig(path="org/model", revision="v2"))
+    assert not _weights_at_hand(ModelConfig(path="org/other"))
 
 
 def test_without_weights_or_other_pictures_nothing_is_said(tmp_path: Path) -> None:
