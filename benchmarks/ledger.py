@@ -29,12 +29,13 @@ from csr_vlm.progress import Silent
 from csr_vlm.recipe import resolve
 from csr_vlm.records import Fate, Finish, Node, Prompt
 from csr_vlm.report.html import render
-from csr_vlm.store import tables
+from csr_vlm.store import ledger, tables
 from csr_vlm.store.run import Run
 
 CANDIDATES, EXPANDED, DEPTH = 4, 4, 5
 NODES_PER_PROMPT = CANDIDATES + (DEPTH - 1) * EXPANDED * CANDIDATES
 VOCABULARY = 32_000
+PACKED_BYTES = 64_000_000
 
 
 def prompts(number: int, image: Path) -> Iterator[Prompt]:
@@ -83,6 +84,7 @@ def make_run(root: Path, num_prompts: int) -> Run:
         "scorer": {"path": "none"},
         "data": {"prompts": str(root.parent / "prompts")},
         "evaluation": {"heldout": 0},
+        "method": {"pairs": {"questions": {"pattern": ""}}},  # they would need a model
     }
     run = Run.create(root, resolve(layer))
     image = root.parent / "image.png"
@@ -114,8 +116,13 @@ def resume(run: Run) -> dict[str, Any]:
     return {}
 
 
+def compact(run: Run) -> dict[str, Any]:
+    ledger.pack(run, 1, PACKED_BYTES, lambda number: None)
+    return {"files": len(run.ledger_parts(1))}
+
+
 def read(run: Run) -> dict[str, Any]:
-    return {"rows": sum(len(nodes) for nodes in stages.ledger(run, 1))}
+    return {"rows": sum(len(nodes) for nodes in ledger.trees(run, 1))}
 
 
 def pair(run: Run) -> dict[str, Any]:
@@ -133,7 +140,7 @@ def report(run: Run) -> dict[str, Any]:
 
 
 STEPS: dict[str, Callable[[Run], dict[str, Any]]] = {
-    step.__name__: step for step in (append, resume, read, pair, audit, report)
+    step.__name__: step for step in (append, resume, read, compact, pair, audit, report)
 }
 
 
@@ -150,11 +157,13 @@ def _measured(name: str, root: Path, answers: Any) -> None:
 def measure(name: str, root: Path) -> dict[str, Any]:
     """Do one step in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
+    answers = context.SimpleQueue()
     process = context.Process(target=_measured, args=(name, root, answers))
     process.start()
-    found: dict[str, Any] = answers.get()
     process.join()
+    if process.exitcode:
+        raise SystemExit(f"{name} failed")
+    found: dict[str, Any] = answers.get()
     return found
 
 

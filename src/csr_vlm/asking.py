@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
-from pathlib import Path
+from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
 from csr_vlm.config import RunConfig
@@ -13,8 +12,8 @@ from csr_vlm.generation.sentences import SentenceRule
 from csr_vlm.method.questions import claims, questions, strangers, worth_asking
 from csr_vlm.method.reward import contrast
 from csr_vlm.progress import Reporter
-from csr_vlm.records import Pair, Prompt
-from csr_vlm.store import tables
+from csr_vlm.records import Node, Pair, Prompt
+from csr_vlm.store import ledger, tables
 from csr_vlm.store.run import Run
 
 if TYPE_CHECKING:
@@ -37,11 +36,11 @@ def ask(run: Run, iteration: int, config: RunConfig, policy: Policy, scorer: Sco
     rule = SentenceRule(config.method.search.delimiters)
     pairs: list[Pair] = []
     company = next(tables.prompt_groups(run.prompts_path))
-    groups = zip(tables.prompt_groups(run.prompts_path), run.ledger_parts(iteration), strict=True)
+    trees = ledger.trees(run, iteration)
     with tell.stage(f"iteration {iteration}: asking about claims", run.num_prompts) as advance:
-        for prompts, part in groups:
+        for prompts in tables.prompt_groups(run.prompts_path):
             scorer.compare_among([*prompts, *company], config.scorer.others)
-            asked = _text_pairs(prompts, part, scorer, config)
+            asked = _text_pairs(prompts, list(islice(trees, len(prompts))), scorer, config)
             found = (pair for pair in scored_pairs(asked, policy, iteration, rule) if isinstance(pair, Pair))
             for name, about_one in groupby(found, key=lambda pair: pair.prompt.prompt_id.rpartition("?")[0]):
                 key = f"{config.seed}:{iteration}:{name}"
@@ -51,9 +50,11 @@ def ask(run: Run, iteration: int, config: RunConfig, policy: Policy, scorer: Sco
     return pairs
 
 
-def _text_pairs(prompts: Sequence[Prompt], part: Path, scorer: ScorerGroup, config: RunConfig) -> Iterator[TextPair]:
+def _text_pairs(
+    prompts: Sequence[Prompt], trees: Sequence[Sequence[Node]], scorer: ScorerGroup, config: RunConfig
+) -> Iterator[TextPair]:
     settings = config.method.pairs.questions
-    found = [claims(nodes, settings, config.scorer.used) for _, nodes in tables.read_trees(part)]
+    found = [claims(nodes, settings, config.scorer.used) for nodes in trees]
     pool: dict[str, list[str]] = {}
     for mine in found:
         for question, sentences in mine.sentences.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,9 @@ from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs as pairs_of
 from csr_vlm.progress import Reporter, Silent
 from csr_vlm.recipe import merged, resolve
-from csr_vlm.records import Node, Pair, Prompt
+from csr_vlm.records import Pair, Prompt
 from csr_vlm.scale.crew import ALONE, Crew, Job
-from csr_vlm.store import files, tables
+from csr_vlm.store import files, ledger, tables
 from csr_vlm.store.run import Run
 from csr_vlm.work import Rescore, Search, engine_and_scorer, train_policy
 
@@ -166,7 +166,7 @@ def derive_pairs(
 
 def _pairs(run: Run, iteration: int, config: RunConfig, reasons: Counter[str], tell: Reporter) -> Iterator[Pair]:
     """Yield pairs prompt by prompt, and count in passing why others have none."""
-    trees = ledger(run, iteration)
+    trees = ledger.trees(run, iteration)
     with tell.stage(f"iteration {iteration}: pairs", run.num_prompts) as advance:
         for prompt, nodes in zip(run.prompts(), trees, strict=True):
             found = pairs_of(prompt, nodes, config.method, config.scorer.used, config.seed)
@@ -212,31 +212,6 @@ _PAIR_TRAITS: dict[str, Callable[[Pair], float]] = {
     "rejected_sentences": lambda pair: pair.rejected.num_sentences,
     "chosen_longer": lambda pair: pair.chosen.num_sentences > pair.rejected.num_sentences,
 }
-
-
-def ledger(run: Run, iteration: int) -> Iterator[list[Node]]:
-    """Yield each prompt's nodes, in the order of the prompts.
-
-    Raises:
-        CsrError: The iteration was not generated completely, or what is there is not what was generated.
-    """
-    if not run.is_done(iteration, "generate"):
-        raise CsrError(f"iteration {iteration} of {run.root} is not generated", f"csr generate {run.root}")
-    parts, needed = run.ledger_parts(iteration), tables.count_groups(run.prompts_path)
-    if len(parts) != needed:
-        raise CsrError(
-            f"iteration {iteration} of {run.root} has {len(parts)} ledger parts where its prompts make {needed}",
-            f"restore them; or delete what is in {run.iteration(iteration) / 'done'} and in ledger/, and run again",
-        )
-    return _checked_trees(run, parts)
-
-
-def _checked_trees(run: Run, parts: Sequence[Path]) -> Iterator[list[Node]]:
-    for prompts, part in zip(tables.prompt_groups(run.prompts_path), parts, strict=True):
-        trees = list(tables.read_trees(part))
-        if [prompt.prompt_id for prompt in prompts] != [prompt_id for prompt_id, _ in trees]:
-            raise CsrError(f"{part} does not hold the trees of its prompts", "restore it, or generate again")
-        yield from (nodes for _, nodes in trees)
 
 
 def train(run: Run, iteration: int, tell: Reporter, crew: Crew = ALONE) -> None:

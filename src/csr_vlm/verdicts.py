@@ -13,7 +13,7 @@ from csr_vlm.method import audit as health
 from csr_vlm.method.audit import Verdict
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.progress import Reporter, Silent
-from csr_vlm.stages import ledger
+from csr_vlm.store import ledger
 from csr_vlm.store.run import Run
 
 _ENOUGH = 8
@@ -38,7 +38,7 @@ def audit(run: Run, iteration: int, tell: Reporter) -> bool:
 def pair_signs(run: Run, iteration: int, config: RunConfig, tell: Reporter | None = None) -> dict[str, float]:
     """Compute the signs of an iteration's ledger and of the pairs that a configuration makes of it."""
     trees = []
-    found = zip(run.prompts(), ledger(run, iteration), strict=True)
+    found = zip(run.prompts(), ledger.trees(run, iteration), strict=True)
     with (tell or Silent()).stage(f"iteration {iteration}: judging pairs", run.num_prompts) as advance:
         for prompt, nodes in found:
             pairs = make_pairs(prompt, nodes, config.method, config.scorer.used, config.seed)

@@ -7,9 +7,10 @@ from the run directory alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,9 @@ from csr_vlm.config import RunConfig
 from csr_vlm.method.search import Tree, search
 from csr_vlm.progress import Advance
 from csr_vlm.recipe import scorer_config
-from csr_vlm.records import Prompt
+from csr_vlm.records import Node, Prompt
 from csr_vlm.scale.crew import Done
-from csr_vlm.store import files, tables
+from csr_vlm.store import files, parts, tables
 from csr_vlm.store.run import Run
 
 if TYPE_CHECKING:
@@ -71,21 +72,25 @@ class Rescore:
         self._config = scorer_config(**scorer)
         config = run.config.model_copy(update={"scorer": self._config})
         self._scorer = load_scorer_of(config, run.adapter_path(iteration - 1))
-        self._prompts = {prompt.prompt_id: prompt for prompt in run.prompts()}
-        self._company = next(tables.prompt_groups(run.prompts_path))
+        groups = list(tables.prompt_groups(run.prompts_path))
+        self._prompts = {prompt.prompt_id: (number, prompt) for number, group in enumerate(groups) for prompt in group}
+        self._company = groups[0]
         self._parts = run.ledger_parts(iteration)
 
     def do(self, item: int) -> Done:
-        nodes = list(tables.read_nodes(self._parts[item]))
-        items = [(self._prompts[node.prompt_id], node.sentence) for node in nodes if node.sentence]
-        own = [self._prompts[prompt_id] for prompt_id in dict.fromkeys(node.prompt_id for node in nodes)]
+        part = self._parts[item]
+        by_work_item = groupby(tables.read_nodes(part), key=lambda node: self._prompts[node.prompt_id][0])
+        tables.write_nodes(part, (node for _, nodes in by_work_item for node in self._scored(list(nodes))))
+        return Done(1, {})
+
+    def _scored(self, nodes: Sequence[Node]) -> Iterator[Node]:
+        """Score the nodes of one work item, whose pictures are compared among each other."""
+        items = [(self._prompts[node.prompt_id][1], node.sentence) for node in nodes if node.sentence]
+        own = [self._prompts[prompt_id][1] for prompt_id in dict.fromkeys(node.prompt_id for node in nodes)]
         self._scorer.compare_among([*own, *self._company], self._config.others)
         scores = iter(self._scorer.score(items))
-        tables.write_nodes(
-            self._parts[item], [replace(n, cosines={**n.cosines, **next(scores)}) if n.sentence else n for n in nodes]
-        )
+        yield from (replace(n, cosines={**n.cosines, **next(scores)}) if n.sentence else n for n in nodes)
         self._scorer.forget()
-        return Done(1, {})
 
     def close(self) -> None:
         self._scorer.forget()
@@ -175,4 +180,4 @@ def part_name(index: int, prompts: Sequence[Prompt], config: RunConfig, iteratio
         # vLLM draws otherwise than transformers do, here or behind a server alike.
         **({} if config.generation.engine == "transformers" else {"engine": "vllm"}),
     }
-    return f"part-{index:06d}-{files.digest(content)}.parquet"
+    return parts.part_name(index, files.digest(content))

@@ -33,7 +33,7 @@ from csr_vlm.errors import CsrError
 from csr_vlm.method.audit import tree_signs
 from csr_vlm.progress import Silent
 from csr_vlm.recipe import load_config
-from csr_vlm.store import tables
+from csr_vlm.store import ledger, tables
 from csr_vlm.store.run import Run
 from csr_vlm.weights import read_tensors, tensor_files, tensors_of
 from tests.faults.badinput import Case, Made
@@ -158,7 +158,7 @@ def run(folder: Path, made: Made) -> Outcome:
     attempt(lambda: stages.check_inputs(opened, Silent()))
     attempt(lambda: list(opened.prompts()))
     attempt(opened.heldout)
-    attempt(lambda: [tree_signs(nodes, [], opened.config.method, "clip") for nodes in stages.ledger(opened, 1)])
+    attempt(lambda: [tree_signs(nodes, [], opened.config.method, "clip") for nodes in ledger.trees(opened, 1)])
     attempt(lambda: list(stages.derive_pairs(opened, 1, opened.config)[0]))
     attempt(lambda: list(tables.read_pairs(opened.pairs_path(1))))
     attempt(opened.write_manifest)

@@ -59,7 +59,7 @@ def test_help_is_quick_and_names_every_verb() -> None:
         times.append(processor_seconds() - before)
     verbs = (
         "run demo check generate score pairs audit train sweep eval compare watch reproduce analyse show report merge "
-        "push export convert env world"
+        "push export convert compact env world"
     ).split()
     assert all(f"  {verb} " in shown for verb in verbs)
     assert "More:" not in shown, "give the new verb its place in csr_vlm.cli.verbs.SECTIONS"

@@ -22,7 +22,7 @@ from csr_vlm.method.search import search
 from csr_vlm.progress import Silent
 from csr_vlm.recipe import load_config
 from csr_vlm.records import Candidate, Finish
-from csr_vlm.store import files, tables
+from csr_vlm.store import files, ledger, tables
 from csr_vlm.store.run import Run
 from tests.faults.badinput import bomb, tar_header
 from tests.faults.runs import PROMPTS, write_run
@@ -129,18 +129,18 @@ def test_a_ledger_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     first, second, _ = run.ledger_parts(1)
     contents = first.read_bytes(), second.read_bytes()
-    assert len(list(stages.ledger(run, 1))) == PROMPTS - 1
+    assert len(list(ledger.trees(run, 1))) == PROMPTS - 1
     second.unlink()
     with pytest.raises(CsrError, match="has 2 ledger parts where its prompts make 3"):
-        list(stages.ledger(run, 1))
+        list(ledger.trees(run, 1))
     second.write_bytes(contents[0])
     with pytest.raises(CsrError, match="does not hold the trees of its prompts"):
-        list(stages.ledger(run, 1))
+        list(ledger.trees(run, 1))
     second.write_bytes(contents[1][:300])
     with pytest.raises(CsrError, match="cannot be read"):
-        list(stages.ledger(run, 1))
+        list(ledger.trees(run, 1))
     second.write_bytes(contents[1])
-    assert len(list(stages.ledger(run, 1))) == PROMPTS - 1
+    assert len(list(ledger.trees(run, 1))) == PROMPTS - 1
 
 
 def test_other_prompts_than_those_that_were_checked_are_refused(tmp_path: Path) -> None:

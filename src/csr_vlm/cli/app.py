@@ -11,6 +11,7 @@ import typer
 from csr_vlm.cli import console, mistakes, world
 from csr_vlm.cli import evaluate as evaluate_cli
 from csr_vlm.cli.analyse import analyse
+from csr_vlm.cli.compact import compact
 from csr_vlm.cli.compare import compare, measure
 from csr_vlm.cli.convert import convert
 from csr_vlm.cli.crew import RayActors, crew_of
@@ -278,6 +279,7 @@ def env() -> None:
 app.command("audit")(audit)
 app.command("sweep")(sweep)
 app.command("compare")(compare)
+app.command("compact")(compact)
 app.command("watch")(watch)
 app.command("analyse")(analyse)
 app.command("reproduce")(reproduce)

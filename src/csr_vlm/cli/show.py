@@ -7,7 +7,6 @@ from collections import defaultdict
 from rich.text import Text
 from rich.tree import Tree
 
-from csr_vlm import stages
 from csr_vlm.cli import console
 from csr_vlm.cli.console import print_metrics, print_table
 from csr_vlm.cli.plain import one_line
@@ -16,6 +15,7 @@ from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.reward import SentenceReward, path_ids, sentence_rewards
 from csr_vlm.records import Fate, Node, Pair, Prompt
+from csr_vlm.store import ledger
 from csr_vlm.store.run import Run
 
 _STYLES = {Fate.TOP: "green", Fate.BOTTOM: "yellow", Fate.FINISHED: "bold", Fate.TRUNCATED: "magenta"}
@@ -69,7 +69,7 @@ def summary(run: Run) -> None:
 def tree(run: Run, prompt_id: str, iteration: int | None) -> None:
     """Print one prompt's search tree; the best and the worst path are marked."""
     number = iteration or max(run.iterations_done("generate"), default=1)
-    trees = zip(run.prompts(), stages.ledger(run, number), strict=True)
+    trees = zip(run.prompts(), ledger.trees(run, number), strict=True)
     found = next(((prompt, nodes) for prompt, nodes in trees if prompt.prompt_id == prompt_id), None)
     if found is None:
         some = ", ".join(prompt.prompt_id for prompt, _ in zip(run.prompts(), range(3), strict=False))

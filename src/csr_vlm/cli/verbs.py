@@ -19,7 +19,7 @@ SECTIONS = {
     "One stage of a run": ("generate", "score", "pairs", "train"),
     "Look and judge": ("show", "report", "audit", "eval", "compare", "analyse", "reproduce", "sweep"),
     "Take the result elsewhere": ("export", "merge", "push"),
-    "Around it": ("convert", "world", "env"),
+    "Around it": ("convert", "compact", "world", "env"),
 }
 """The order in which people need the verbs; one that is not here comes last."""
 _EXAMPLE = "Example: "

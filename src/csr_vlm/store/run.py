@@ -37,7 +37,7 @@ from csr_vlm.errors import CsrError
 from csr_vlm.plain_yaml import read_yaml
 from csr_vlm.recipe import resolve
 from csr_vlm.records import SCHEMA_VERSION, Prompt
-from csr_vlm.store import files
+from csr_vlm.store import files, parts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -186,7 +186,7 @@ class Run:
 
     def ledger_parts(self, number: int) -> list[Path]:
         """List the parts of an iteration's ledger that exist, in prompt order."""
-        return sorted((self.iteration(number) / "ledger").glob("part-*.parquet"))
+        return parts.existing(self.iteration(number) / "ledger")[0]
 
     def pairs_path(self, number: int) -> Path:
         return self.iteration(number) / "pairs.parquet"

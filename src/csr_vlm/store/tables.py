@@ -62,21 +62,17 @@ PAIRS = pa.schema(
 
 _GROUP = 1 << 14
 """Rows of a row group, which is what readers hold at once."""
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
-    """Write rows as one Parquet file, atomically; the bytes depend on the rows alone."""
-    table = pa.Table.from_pylist(list(rows), schema=schema)
-    write_atomically(
-        path, lambda temporary: pq.write_table(table, temporary, row_group_size=_GROUP, compression="zstd")
-    )
+_COMPRESSION = "zstd"
 
 
 def write_row_groups(path: Path, groups: Iterable[Sequence[dict[str, Any]]], schema: pa.Schema) -> None:
-    """Write each group of rows as one row group of a Parquet file, atomically, holding one group at a time."""
+    """Write each group of rows as one row group of a Parquet file, atomically, holding one group at a time.
+
+    The bytes depend on the rows and their groups alone.
+    """
 
     def write(temporary: Path) -> None:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        with pq.ParquetWriter(temporary, schema, compression=_COMPRESSION) as writer:
             for rows in groups:
                 writer.write_table(pa.Table.from_pylist(list(rows), schema=schema), row_group_size=len(rows))
 
@@ -150,12 +146,24 @@ class PromptGroups:
 
 
 def write_nodes(path: Path, nodes: Iterable[Node]) -> None:
-    """Write one ledger part; a prompt's nodes must be neighbours."""
-    rows = [
+    """Write one ledger part as its nodes come; a prompt's nodes must be neighbours."""
+    rows = (
         vars(node) | {"finish": node.finish.value, "fate": node.fate.value, "cosines": list(node.cosines.items())}
         for node in nodes
-    ]
-    write_rows(path, rows, NODES)
+    )
+    write_row_groups(path, batched(rows, _GROUP), NODES)
+
+
+def join_nodes(path: Path, parts: Sequence[Path]) -> None:
+    """Write the rows of several ledger parts as one, row group by row group."""
+
+    def write(temporary: Path) -> None:
+        with pq.ParquetWriter(temporary, NODES, compression=_COMPRESSION) as writer:
+            for part in parts:
+                for table in _tables(part, NODES):
+                    writer.write_table(table)
+
+    write_atomically(path, write)
 
 
 def read_nodes(path: Path) -> Iterator[Node]:

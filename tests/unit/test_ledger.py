@@ -1,0 +1,94 @@
+"""Packing a ledger: fewer files, the same rows, nothing lost on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from csr_vlm.errors import CsrError
+from csr_vlm.store import ledger, parts, tables
+from csr_vlm.store.run import Run
+from tests.faults.runs import write_run
+
+MUCH = 1_000_000
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return write_run(tmp_path / "run")
+
+
+def folder(run: Run) -> Path:
+    return run.iteration(1) / "ledger"
+
+
+def names(run: Run) -> list[str]:
+    return sorted(path.name for path in folder(run).iterdir())
+
+
+def pack(run: Run, most_bytes: int) -> int:
+    done: list[int] = []
+    ledger.pack(run, 1, most_bytes, done.append)
+    return sum(done)
+
+
+def test_a_part_says_which_work_items_it_holds() -> None:
+    assert list(parts.items_of(Path(parts.part_name(7, "ab12")))) == [7]
+    assert list(parts.items_of(Path(parts.packed_name(range(3, 6))))) == [3, 4, 5]
+    assert parts.packed_name(range(3, 6)) == "part-000003-to-000005.parquet"
+
+
+def test_packing_keeps_every_row(run: Run) -> None:
+    before = list(ledger.trees(run, 1))
+    assert pack(run, MUCH) == 3
+    assert names(run) == ["part-000000-to-000002.parquet"]
+    assert list(ledger.trees(run, 1)) == before
+    (packed,) = run.ledger_parts(1)
+    assert tables.count_groups(packed) == 3, "a reader holds no more than before"
+
+
+def test_files_grow_to_the_size_that_is_asked_for_and_again(run: Run) -> None:
+    before = list(ledger.trees(run, 1))
+    size = max(path.stat().st_size for path in run.ledger_parts(1))
+    assert pack(run, 1) == 3
+    assert len(names(run)) == 3, "none fits with another"
+    assert pack(run, 2 * size) == 3
+    assert names(run) == ["part-000000-to-000001.parquet", "part-000002-0123456789abcdef.parquet"]
+    assert list(ledger.trees(run, 1)) == before
+    assert pack(run, MUCH) == 2
+    assert names(run) == ["part-000000-to-000002.parquet"]
+    assert list(ledger.trees(run, 1)) == before
+    assert pack(run, MUCH) == 1, "nothing left to do"
+
+
+def test_a_kill_before_the_small_parts_are_gone_loses_and_doubles_nothing(run: Run) -> None:
+    before = list(ledger.trees(run, 1))
+    small = {path: path.read_bytes() for path in run.ledger_parts(1)}
+    pack(run, MUCH)
+    for path, content in list(small.items())[1:]:
+        path.write_bytes(content)
+    assert [path.name for path in run.ledger_parts(1)] == ["part-000000-to-000002.parquet"]
+    assert list(ledger.trees(run, 1)) == before
+    pack(run, MUCH)
+    assert names(run) == ["part-000000-to-000002.parquet"]
+
+
+def test_a_ledger_that_is_not_whole_is_not_packed(run: Run) -> None:
+    first, second, _ = run.ledger_parts(1)
+    content = second.read_bytes()
+    second.unlink()
+    with pytest.raises(CsrError, match="has 2 ledger parts where its prompts make 3"):
+        pack(run, MUCH)
+    second.write_bytes(content[:200])
+    with pytest.raises(CsrError, match="cannot be read"):
+        pack(run, MUCH)
+    assert first.exists()
+    assert len(names(run)) == 3
+
+
+def test_two_files_for_one_work_item_are_noticed(run: Run) -> None:
+    first, *_ = run.ledger_parts(1)
+    first.with_name("part-000000-fedcba9876543210.parquet").write_bytes(first.read_bytes())
+    with pytest.raises(CsrError, match="has 4 ledger parts where its prompts make 3"):
+        ledger.trees(run, 1)
