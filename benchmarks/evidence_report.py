@@ -363,6 +363,7 @@ def _scorers(out: Path, to: Path) -> str:
     _curves(curves, "the scorer's AUC against absent objects").savefig(to / "scorers.png", dpi=110)
     text = (
         "## How good must the judge be?\n\nScorers from early in their training, one iteration from one ledger, "
+        "descriptions only, "
         "500 development scenes. Agreement is the estimate that needs no truth (`csr audit`): the share of sentences "
         "that suit their own image better than others.\n\n![CHAIR_S and recall by scorer](scorers.png)\n\n"
     )

@@ -65,13 +65,14 @@ class Bound:
 
 _NEVER = math.inf
 SCORER_BOUND = Bound(
-    0.65,
+    0.75,
     0.55,
     False,
     "the scorer finds only {value:.2f} of the sentences to suit their own picture better than others, 0.5 is chance: "
-    "another one (docs/scorers.md), or a smaller method.lambda, harms less",
+    "another one (docs/scorers.md) would serve better, and method.lambda=1 worse",
 )
-"""Of what is known of the scorer without any truth, ``scorer_agreement``."""
+"""Of what is known of the scorer without any truth, ``scorer_agreement``; set with scorers of graded quality
+(docs/evidence): one whose AUC was 0.63 had 0.73 and cost recall, those from 0.82 up had 0.84."""
 PAIR_BOUNDS = {
     "scorer_agreement": SCORER_BOUND,
     "relevance_win": Bound(
