@@ -6,6 +6,8 @@ EVAL_VENV := .venv-eval
 RAY_VENV := .venv-ray
 VLLM_VENV := .venv-vllm
 DOCS_VENV := .venv-docs
+EVIDENCE := build/evidence
+MODELS := $(EVIDENCE)/models
 OUT ?= runs/demo
 SEED ?= 0
 
@@ -53,12 +55,18 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-evidence: $(VENV)/.installed  ## every table and plot of docs/evidence (hours; goes on where it was stopped)
-	$(BIN)/csr world build --world market --out build/evidence/models/market
-	$(BIN)/csr world build --grow-from src/csr_vlm/world/assets --out build/evidence/models/larger
-	$(BIN)/csr world build --grow-from src/csr_vlm/world/assets --family idefics3 --out build/evidence/models/idefics3
-	$(BIN)/python benchmarks/evidence.py run --out build/evidence
-	$(BIN)/python benchmarks/evidence.py write --out build/evidence --to docs/evidence
+evidence: $(addprefix $(MODELS)/,$(addsuffix /build.json,market larger idefics3))  ## every table and plot of docs/evidence (hours; goes on where it was stopped)
+	$(BIN)/python benchmarks/evidence.py run --out $(EVIDENCE)
+	$(BIN)/python benchmarks/evidence.py write --out $(EVIDENCE) --to docs/evidence
+
+$(MODELS)/market/build.json: | $(VENV)/.installed
+	$(BIN)/csr world build --world market --out $(@D)
+
+$(MODELS)/larger/build.json: | $(VENV)/.installed
+	$(BIN)/csr world build --grow-from src/csr_vlm/world/assets --out $(@D)
+
+$(MODELS)/idefics3/build.json: | $(VENV)/.installed
+	$(BIN)/csr world build --grow-from src/csr_vlm/world/assets --family idefics3 --out $(@D)
 
 world: $(VENV)/.installed  ## train the world's base models again (about 40 minutes on two cores)
 	$(BIN)/csr world build --out build/world --seed 0

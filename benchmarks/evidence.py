@@ -291,9 +291,7 @@ def pending(out: Path, only: str | None) -> Iterator[int]:
         if (directory_of(job, out) / "result.json").exists() or only not in (None, job.group):
             continue
         if models is not None and not models.is_dir():
-            print(
-                f"{job.group}/{job.name}: no base model in {models}; docs/evidence says how to make it", file=sys.stderr
-            )
+            print(f"{job.group}/{job.name}: no base model in {models}; make evidence makes it", file=sys.stderr)
             continue
         yield number
 
