@@ -116,7 +116,7 @@ def _explain(error: ValidationError) -> tuple[str, str]:
         choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
         hint += f"; {nearest(str(first['input']), choices)}"
     if where.startswith("data.") and isinstance(first["input"], bool):
-        hint += "; put words such as yes and no in quotes"
+        hint += "; put it in quotes"
     return f"{where} {message}" if message.startswith("should") else f"{where}: {message}", hint
 
 

@@ -260,6 +260,10 @@ def test_what_is_no_override_is_refused(override):
         ("3", 3),
         ("true", True),
         ("null", None),
+        ("True", True),
+        ("off", "off"),
+        ("Yes", "Yes"),
+        ("n", "n"),
         ("cosine", "cosine"),
         ("'1e-4'", "1e-4"),
         ("[1, 2]", [1, 2]),
@@ -291,6 +295,13 @@ def test_overrides_reach_every_depth():
     assert found.training.trl["beta"] == 0.1, "the preset's neighbours stay"
     assert found.evaluation.world is not None
     assert found.evaluation.world.num_scenes == 7
+
+
+def test_off_is_a_word_and_yes_is_true_where_truth_is_meant():
+    assert overridden("training.packing=off").training.packing == "off"
+    assert overridden("training.merge=yes").training.merge is True
+    assert overridden("method.pairs.questions.no=No").method.pairs.questions.no == "No"
+    assert yaml.safe_load("off") is False, "other readers are left alone"
 
 
 def test_an_override_of_nothing_asks_no_questions():

@@ -346,7 +346,9 @@ def trainer_arguments(
         if key not in defaults_of_trl:
             hint = nearest(key, defaults_of_trl, say_all=False)
             raise CsrError(f"trl.DPOConfig has no option for training.trl.{key}", hint)
-        if isinstance(value, str) and isinstance(defaults_of_trl[key], int | float):
+        default = defaults_of_trl[key]
+        is_meant_as_truth = default is None and str(value).lower() in ("yes", "no", "on", "off")
+        if isinstance(value, str) and (isinstance(default, int | float) or is_meant_as_truth):
             raise CsrError(f"training.trl.{key} should be a number or true or false", f"it was given as {value!r}")
     try:
         dealt = shared_batch(config.trl, processes) if processes > 1 else {}
