@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from csr_vlm.config import RunConfig
@@ -11,10 +11,7 @@ from csr_vlm.data.pairs import TextPair
 from csr_vlm.generation.sentences import SentenceRule
 from csr_vlm.method.questions import claims, questions, strangers, worth_asking
 from csr_vlm.method.reward import contrast
-from csr_vlm.progress import Reporter
 from csr_vlm.records import Node, Pair, Prompt
-from csr_vlm.store import ledger, tables
-from csr_vlm.store.run import Run
 
 if TYPE_CHECKING:
     from csr_vlm.generation.policy import Policy
@@ -24,30 +21,39 @@ _WORDINGS = 8
 """Sentences that speak for a claim where it was not made."""
 
 
-def ask(run: Run, iteration: int, config: RunConfig, policy: Policy, scorer: ScorerGroup, tell: Reporter) -> list[Pair]:
-    """Ask about the claims of a ledger, work item by work item.
+class Asker:
+    """Asks a policy about the claims of its trees, a group of prompts at a time.
 
     Args:
         config: What is asked; it may differ from the run's.
         policy: The one that made the ledger; the log-probabilities are its own.
+        company: Prompts whose images stand in where a group is too small to have others.
     """
-    from csr_vlm.training.external import scored_pairs
 
-    rule = SentenceRule(config.method.search.delimiters)
-    pairs: list[Pair] = []
-    company = next(tables.prompt_groups(run.prompts_path))
-    trees = ledger.trees(run, iteration)
-    with tell.stage(f"iteration {iteration}: asking about claims", run.num_prompts) as advance:
-        for prompts in tables.prompt_groups(run.prompts_path):
-            scorer.compare_among([*prompts, *company], config.scorer.others)
-            asked = _text_pairs(prompts, list(islice(trees, len(prompts))), scorer, config)
-            found = (pair for pair in scored_pairs(asked, policy, iteration, rule) if isinstance(pair, Pair))
-            for name, about_one in groupby(found, key=lambda pair: pair.prompt.prompt_id.rpartition("?")[0]):
-                key = f"{config.seed}:{iteration}:{name}"
-                pairs += worth_asking(list(about_one), config.method.pairs.questions, key)
-            scorer.forget()
-            advance(len(prompts))
-    return pairs
+    def __init__(
+        self, config: RunConfig, policy: Policy, scorer: ScorerGroup, iteration: int, company: Sequence[Prompt]
+    ) -> None:
+        self._config = config
+        self._policy = policy
+        self._scorer = scorer
+        self._iteration = iteration
+        self._company = company
+        self._rule = SentenceRule(config.method.search.delimiters)
+
+    def pairs(self, prompts: Sequence[Prompt], trees: Sequence[Sequence[Node]]) -> list[Pair]:
+        """Ask about the claims of some prompts' trees; return the questions that are worth training on."""
+        from csr_vlm.training.external import scored_pairs
+
+        config, pairs = self._config, []
+        self._scorer.compare_among([*prompts, *self._company], config.scorer.others)
+        asked = _text_pairs(prompts, trees, self._scorer, config)
+        scored = scored_pairs(asked, self._policy, self._iteration, self._rule)
+        found = (pair for pair in scored if isinstance(pair, Pair))
+        for name, about_one in groupby(found, key=lambda pair: pair.prompt.prompt_id.rpartition("?")[0]):
+            key = f"{config.seed}:{self._iteration}:{name}"
+            pairs += worth_asking(list(about_one), config.method.pairs.questions, key)
+        self._scorer.forget()
+        return pairs
 
 
 def _text_pairs(

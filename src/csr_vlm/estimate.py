@@ -121,9 +121,6 @@ def _costs(config: RunConfig, shape: Shape, num_prompts: int) -> dict[str, Any]:
     search = config.method.search
     beam = search.keep_top + search.keep_bottom
     nodes = num_prompts * (1 + (search.max_sentences - 1) * beam) * search.num_candidates
-    tokens = nodes * search.max_sentence_tokens
-    # A forward pass costs two floating-point operations a parameter and token.
-    operations = 2.0 * shape.parameters * tokens
     weights = shape.parameters * (_NF4_BYTES if config.model.quantization else _BYTES[dtype])
     row = (_PROMPT_TOKENS + search.max_sentences * _SENTENCE_TOKENS) * shape.layers * shape.cache_width
     rows = min(config.generation.max_rows, max(num_prompts, 1) * beam * search.num_candidates)
@@ -145,9 +142,28 @@ def _costs(config: RunConfig, shape: Shape, num_prompts: int) -> dict[str, Any]:
         "sentences an iteration, at most": nodes,
         "ledger an iteration, MB at most": round(ledger / 1e6, 1),
         "disk, GB at most": round(disk / 1e9, 3),
-        "search an iteration, minutes at most": round(operations / measured_flops(device, dtype) / 60, 1),
-        "search an iteration on an A100, hours at most": round(operations / _A100_FLOPS / 3600, 2),
+        **_times(config, shape, num_prompts, nodes, measured_flops(device, dtype)),
     }
+
+
+def _times(config: RunConfig, shape: Shape, num_prompts: int, nodes: int, flops: float) -> dict[str, float]:
+    """Bound the time of an iteration's long stages here and on an A100."""
+    search, pairs = config.method.search, config.method.pairs
+    asked = num_prompts * pairs.questions.per_prompt if pairs.questions.pattern else 0
+    length = _PROMPT_TOKENS + search.max_sentences * _SENTENCE_TOKENS
+    epochs = float(config.training.trl.get("num_train_epochs", 3))
+    # Operations a parameter and token: two forward; six with the way back and the activations that it needs again.
+    operations = {
+        "search": 2.0 * nodes * search.max_sentence_tokens,
+        "asking": 2.0 * 2 * asked * _PROMPT_TOKENS,
+        "training": 6.0 * 2 * epochs * (num_prompts * pairs.per_prompt * length + asked * _PROMPT_TOKENS),
+    }
+    found = {}
+    for stage, number in operations.items():
+        seconds = number * shape.parameters
+        found[f"{stage} an iteration, minutes at most"] = round(seconds / flops / 60, 1)
+        found[f"{stage} an iteration on an A100, hours at most"] = round(seconds / _A100_FLOPS / 3600, 2)
+    return found
 
 
 def _too_much(config: RunConfig, shape: Shape, costs: dict[str, Any]) -> list[str]:

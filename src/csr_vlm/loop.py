@@ -39,7 +39,7 @@ def align(run: Run, tell: Reporter, crew: Crew = ALONE) -> None:
         stages.evaluate(run, 0, tell)
         for iteration in range(1, run.config.iterations + 1):
             stages.generate(run, iteration, tell, crew)
-            stages.make_pairs(run, iteration, tell)
+            stages.make_pairs(run, iteration, tell, crew)
             if verdicts.audit(run, iteration, tell):
                 break
             stages.train(run, iteration, tell, crew)

@@ -12,10 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csr_vlm import asking, external
+from csr_vlm import external
+from csr_vlm.asking import Asker
 from csr_vlm.config import RunConfig, ScorerConfig, WorldEvaluationConfig
 from csr_vlm.data.prompts import InputReport, count_rows, hold_out, nothing_usable, read_prompts
 from csr_vlm.errors import CsrError
@@ -27,7 +29,7 @@ from csr_vlm.records import Pair, Prompt
 from csr_vlm.scale.crew import ALONE, Crew, Job
 from csr_vlm.store import files, ledger, tables
 from csr_vlm.store.run import Run
-from csr_vlm.work import Rescore, Search, engine_and_scorer, train_policy
+from csr_vlm.work import Ask, Rescore, Search, engine_and_scorer, train_policy
 
 if TYPE_CHECKING:
     from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -120,8 +122,8 @@ def require_before(run: Run, iteration: int, stage: str) -> None:
         )
 
 
-def make_pairs(run: Run, iteration: int, tell: Reporter) -> None:
-    """Derive the iteration's pairs from its ledger, or take those from outside."""
+def make_pairs(run: Run, iteration: int, tell: Reporter, crew: Crew = ALONE) -> None:
+    """Derive the iteration's pairs from its ledger, or take those from outside; ask about its claims."""
     if run.is_done(iteration, "pairs"):
         return
     started = time.perf_counter()
@@ -131,17 +133,30 @@ def make_pairs(run: Run, iteration: int, tell: Reporter) -> None:
     number = tables.write_pairs(run.pairs_path(iteration), pairs)
     if not number and iteration == 1:
         raise CsrError(f"iteration {iteration} has no pairs: {dict(reasons)}", "loosen method.pairs or add prompts")
-    asked = [] if outside else ask(run, iteration, run.config, tell)
-    tables.write_pairs(run.questions_path(iteration), asked)
+    asked = 0 if outside else _ask_together(run, iteration, tell, crew)
     run.mark_done(
         iteration,
         "pairs",
         pairs=number,
-        questions=len(asked),
+        questions=asked,
         prompts_without=dict(reasons),
         **summarise_pairs(tables.read_pairs(run.pairs_path(iteration))),
         seconds=_since(started),
     )
+
+
+def _ask_together(run: Run, iteration: int, tell: Reporter, crew: Crew) -> int:
+    """Write the pairs of yes and no about the claims of a ledger, work item by work item; return how many."""
+    path, folder = run.questions_path(iteration), run.question_parts(iteration)
+    if not run.config.method.pairs.questions.pattern:
+        return tables.write_pairs(path, [])
+    job = Job(Ask, run.root, {"iteration": iteration}, tables.count_groups(run.prompts_path))
+    with tell.stage(f"iteration {iteration}: asking about claims", run.num_prompts) as advance:
+        crew.spread(job, advance, tell.say)
+    found = sorted(folder.glob("part-*.parquet"))
+    number = tables.write_pairs(path, (pair for part in found for pair in tables.read_pairs(part)))
+    shutil.rmtree(folder)
+    return number
 
 
 def ask(run: Run, iteration: int, config: RunConfig, tell: Reporter) -> list[Pair]:
@@ -149,7 +164,14 @@ def ask(run: Run, iteration: int, config: RunConfig, tell: Reporter) -> list[Pai
     if not config.method.pairs.questions.pattern:
         return []
     engine, scorer = engine_and_scorer(config, run.adapter_path(iteration - 1), tell.say)
-    return asking.ask(run, iteration, config, engine.policy, scorer, tell)
+    groups, trees = tables.PromptGroups(run.prompts_path), ledger.trees(run, iteration)
+    asker = Asker(config, engine.policy, scorer, iteration, groups[0])
+    pairs: list[Pair] = []
+    with tell.stage(f"iteration {iteration}: asking about claims", run.num_prompts) as advance:
+        for prompts in tables.prompt_groups(run.prompts_path):
+            pairs += asker.pairs(prompts, list(islice(trees, len(prompts))))
+            advance(len(prompts))
+    return pairs
 
 
 def derive_pairs(

@@ -14,13 +14,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from csr_vlm.asking import Asker
 from csr_vlm.config import RunConfig
 from csr_vlm.method.search import Tree, search
 from csr_vlm.progress import Advance
 from csr_vlm.recipe import scorer_config
 from csr_vlm.records import Node, Prompt
 from csr_vlm.scale.crew import Done
-from csr_vlm.store import files, parts, tables
+from csr_vlm.store import files, ledger, parts, tables
 from csr_vlm.store.run import Run
 
 if TYPE_CHECKING:
@@ -96,6 +97,27 @@ class Rescore:
         self._scorer.forget()
 
 
+class Ask:
+    """Ask the last iteration's policy about its claims; an item is a group of prompts and becomes a file of pairs."""
+
+    def __init__(self, root: Path, iteration: int, say: Callable[[str], None]) -> None:
+        run = Run.open(root)
+        engine, scorer = engine_and_scorer(run.config, run.adapter_path(iteration - 1), say)
+        self._groups = tables.PromptGroups(run.prompts_path)
+        self._asker = Asker(run.config, engine.policy, scorer, iteration, self._groups[0])
+        self._ledger = {item: part for part in run.ledger_parts(iteration) for item in parts.items_of(part)}
+        self._folder = run.question_parts(iteration)
+
+    def do(self, item: int) -> Done:
+        prompts, path = self._groups[item], self._folder / f"part-{item:06d}.parquet"
+        if not path.exists():
+            tables.write_pairs(path, self._asker.pairs(prompts, ledger.trees_of(self._ledger[item], prompts)))
+        return Done(len(prompts), {})
+
+    def close(self) -> None:
+        """Nothing outlives it."""
+
+
 def search_trees(
     prompts: Sequence[Prompt],
     company: Sequence[Prompt],
@@ -145,7 +167,7 @@ def train_policy(root: Path, iteration: int, processes: int, advance: Advance) -
     )
 
 
-SHARED = (Search, Rescore, train_policy)
+SHARED = (Search, Rescore, Ask, train_policy)
 """What a process may be told to do."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from csr_vlm import stages
 from csr_vlm.progress import Silent
 from csr_vlm.recipe import scorer_config
-from csr_vlm.store import ledger
+from csr_vlm.store import ledger, tables
 from csr_vlm.store.run import Run
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
@@ -38,3 +38,5 @@ def test_nothing_that_comes_after_the_search_sees_a_difference(tmp_path: Path) -
     assert packed.pairs_path(1).read_bytes() == loose.pairs_path(1).read_bytes()
     assert packed.questions_path(1).read_bytes() == loose.questions_path(1).read_bytes()
     assert packed.result(1, "pairs")["questions"] > 0
+    asked_here = stages.ask(packed, 1, packed.config, Silent())
+    assert list(tables.read_pairs(packed.questions_path(1))) == asked_here

@@ -115,7 +115,7 @@ def kill_when(run: Run, condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
-def test_five_kills_do_not_change_the_result(undisturbed: Run, config: RunConfig, tmp_path: Path) -> None:
+def test_six_kills_do_not_change_the_result(undisturbed: Run, config: RunConfig, tmp_path: Path) -> None:
     run = Run.create(tmp_path, config)
     rng = random.Random(0)
 
@@ -133,6 +133,7 @@ def test_five_kills_do_not_change_the_result(undisturbed: Run, config: RunConfig
     moments = [
         lambda: run.is_done(0, "prompts"),
         lambda: len(run.ledger_parts(1)) >= 2,
+        lambda: any(run.question_parts(1).glob("part-*.parquet")),
         lambda: run.is_done(1, "pairs") and (run.iteration(1) / "trainer").exists(),
         lambda: run.is_done(1, "train"),
         lambda: len(run.ledger_parts(2)) >= 1,

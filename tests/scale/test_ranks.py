@@ -38,6 +38,8 @@ def test_four_processes_give_the_same_ledger_and_pairs(alone: Run, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert ledger(run.root) == ledger(alone.root)
     assert run.pairs_path(1).read_bytes() == alone.pairs_path(1).read_bytes()
+    assert run.questions_path(1).read_bytes() == alone.questions_path(1).read_bytes()
+    assert run.result(1, "pairs")["questions"] > 0
     assert run.result(1, "train")["distribution"] == {"type": "MULTI_CPU", "processes": 4}
     losses = [[entry["loss"] for entry in r.result(1, "train")["log"]] for r in (alone, run)]
     assert losses[1] == pytest.approx(losses[0], abs=2e-5)

@@ -117,31 +117,18 @@ def pairs(
     overrides: Overrides = None,
     iteration: Iteration = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the pairs of changed settings here.")] = None,
+    ray: RayActors = None,
 ) -> None:
     """Derive the pairs of an iteration; with settings, show what they would make of the same ledger.
 
     Example: csr pairs runs/q method.lambda=0.9 --out /tmp/pairs.parquet
     """
-    console.quiet_libraries()
-    from csr_vlm import stages
-    from csr_vlm.store import tables
-
-    opened = Run.open(target)
-    number = iteration or max(opened.iterations_done("generate"), default=1)
-    if overrides:
-        config = load_config(None, overrides, base=opened.config.dump())
-        found, reasons = stages.derive_pairs(opened, number, config, console.reporter())
-        if out is not None:
-            tables.write_pairs(out, found)
-        summary: dict[str, Any] = {
-            "pairs": len(found),
-            "prompts_without": dict(reasons),
-            **stages.summarise_pairs(found),
-        }
-    else:
-        with opened.locked():
-            stages.make_pairs(opened, number, console.reporter())
-        summary = opened.result(number, "pairs")
+    with crew_of(ray) as crew:
+        if crew is None:
+            return
+        opened = Run.open(target)
+        number = iteration or max(opened.iterations_done("generate"), default=1)
+        summary = _other_pairs(opened, number, overrides, out) if overrides else _own_pairs(opened, number, crew)
     if console.mode.json:
         console.print_json(summary)
     else:
@@ -151,6 +138,25 @@ def pairs(
         f"next: csr audit {target} {changed}; then csr "
         + (f"sweep {target} {changed}" if changed else f"train {target}")
     )
+
+
+def _own_pairs(opened: Run, number: int, crew: Crew) -> dict[str, Any]:
+    from csr_vlm import stages
+
+    with stoppable(console.reporter(), opened.root) as tell, opened.locked():
+        stages.make_pairs(opened, number, tell, crew)
+    return opened.result(number, "pairs")
+
+
+def _other_pairs(opened: Run, number: int, overrides: list[str], out: Path | None) -> dict[str, Any]:
+    from csr_vlm import stages
+    from csr_vlm.store import tables
+
+    config = load_config(None, overrides, base=opened.config.dump())
+    found, reasons = stages.derive_pairs(opened, number, config, console.reporter())
+    if out is not None:
+        tables.write_pairs(out, found)
+    return {"pairs": len(found), "prompts_without": dict(reasons), **stages.summarise_pairs(found)}
 
 
 @app.command()
@@ -299,7 +305,7 @@ def main() -> None:
         sys.exit(mistakes.exit_code(error))
     if code == INTERRUPTED:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def _one_stage(

@@ -14,7 +14,7 @@ from csr_vlm.scale.crew import ALONE, Crew
 from csr_vlm.scale.ranks import launched, num_launched
 
 RayActors = Annotated[
-    int | None, typer.Option("--ray", min=1, help="Generate or score in so many Ray actors; train here.")
+    int | None, typer.Option("--ray", min=1, help="Generate, ask or score in so many Ray actors; train here.")
 ]
 
 

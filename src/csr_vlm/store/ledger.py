@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from csr_vlm.errors import CsrError
-from csr_vlm.records import Node
+from csr_vlm.records import Node, Prompt
 from csr_vlm.store import parts, tables
 from csr_vlm.store.run import Run
 
@@ -48,6 +49,20 @@ def _checked_trees(run: Run, found: Sequence[Path]) -> Iterator[list[Node]]:
             yield nodes
     if next(prompts, None) is not None:
         raise _foreign(found[-1])
+
+
+def trees_of(part: Path, prompts: Sequence[Prompt]) -> list[list[Node]]:
+    """Read some prompts' nodes from one part; prompt by prompt, in their order.
+
+    Raises:
+        CsrError: It does not hold them.
+    """
+    wanted = [prompt.prompt_id for prompt in prompts]
+    found = groupby(tables.read_nodes_of(part, wanted), key=lambda node: node.prompt_id)
+    by_id = {prompt_id: list(nodes) for prompt_id, nodes in found}
+    if list(by_id) != wanted:
+        raise _foreign(part)
+    return list(by_id.values())
 
 
 def _foreign(part: Path) -> CsrError:

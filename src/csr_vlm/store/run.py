@@ -195,6 +195,10 @@ class Run:
         """Pairs of yes and no about the policy's own claims; empty where none were asked for."""
         return self.iteration(number) / "questions.parquet"
 
+    def question_parts(self, number: int) -> Path:
+        """Folder of the same work item by work item, until all are asked."""
+        return self.iteration(number) / "questions"
+
     def training_paths(self, number: int) -> list[Path]:
         """List the files of pairs that an iteration trains on."""
         return [path for path in (self.pairs_path(number), self.questions_path(number)) if path.exists()]
