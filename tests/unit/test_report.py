@@ -15,8 +15,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from csr_vlm.evaluation.statistics import ratio
+from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS
 from csr_vlm.recipe import resolve
 from csr_vlm.records import Fate, Finish, Node, Pair, Prompt, Response
+from csr_vlm.report import health
 from csr_vlm.report.before_after import CLEAN, IMPROVED, STILL, WORSENED, before_after, by_truth
 from csr_vlm.report.charts import Axes, Point, Series, chart, nice_ticks, smoothed
 from csr_vlm.report.formats import compact, duration, fixed, indexed, relative_change, signed
@@ -374,6 +376,10 @@ def test_a_run_that_its_pairs_stopped(tmp_path: Path, prompts: list[Prompt]) -> 
     assert "18 (2 held out)" in page.text
     assert "own sign" in page.text, "a sign without a name of its own is shown all the same"
     assert "unfinished" not in page.text
+
+
+def test_every_sign_of_health_has_a_label() -> None:
+    assert health._LABELS.keys() == PAIR_BOUNDS.keys() | RESPONSE_BOUNDS.keys()
 
 
 def test_no_health_without_judgements(tmp_path: Path, prompts: list[Prompt]) -> None:

@@ -11,6 +11,7 @@ from csr_vlm.store.run import Run
 
 _STAGES = {"audit": "Pairs, before training", "gate": "Policy, after training"}
 _LABELS = {
+    "scorer_agreement": ("The scorer tells images apart", "share of sentences that suit their own; 0.5 is chance"),
     "relevance_win": ("Chosen suits the image better", "share of pairs; 0.5 is chance"),
     "omission_gap": ("Left out of what was seen", "sentences a pair, chosen less rejected"),
     "repeat_gap": ("Said twice", "sentences a pair, chosen less rejected"),
@@ -22,7 +23,7 @@ _LABELS = {
     "unfinished_gain": ("Responses without an end", "share, change against the base model’s"),
     "chosen_drop": ("Chosen responses became less likely", "nats, over training"),
 }
-_SHARES = {"relevance_win", "prompts_with_pairs", "sentences_ratio"}
+_SHARES = {"scorer_agreement", "relevance_win", "prompts_with_pairs", "sentences_ratio"}
 
 
 @dataclass(frozen=True)
