@@ -81,7 +81,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' num2words
-	# The registry's torchvision is a CUDA build: its Python part serves the tests of some processors, but beside
+	# torchvision as it is published is a CUDA build: its Python part serves the tests of some processors, but beside
 	# a CPU build of torch it must not be in the way of anything else. So it lies where only the tests look.
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
 		--target $(VENV)/only-for-tests torchvision

@@ -1,4 +1,4 @@
-"""Lets the registry's torchvision be imported beside a CPU build of torch."""
+"""Lets a CUDA build of torchvision be imported beside a CPU build of torch."""
 
 from __future__ import annotations
 

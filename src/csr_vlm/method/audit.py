@@ -69,7 +69,7 @@ SCORER_BOUND = Bound(
     0.55,
     False,
     "the scorer finds only {value:.2f} of the sentences to suit their own picture better than others, 0.5 is chance: "
-    "another one (docs/scorers.md) would serve better, and method.lambda=1 worse",
+    "either the model does not describe its pictures, or another scorer is needed (docs/scorers.md)",
 )
 """Of what is known of the scorer without any truth, ``scorer_agreement``; set with scorers of graded quality
 (docs/evidence): one whose AUC was 0.63 had 0.73 and cost recall, those from 0.82 up had 0.84."""
