@@ -14,7 +14,7 @@ from csr_vlm.report.formats import duration
 from csr_vlm.store import files
 from csr_vlm.store.run import Run, versions
 
-STAGES = ("generate", "train", "evaluate")
+STAGES = ("generate", "pairs", "train", "evaluate")
 """Those that take their time."""
 _SECRET = re.compile(r"(hub|auth|access|api)_?(token|key)|secret|password", re.IGNORECASE)
 
