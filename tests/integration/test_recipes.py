@@ -37,7 +37,8 @@ def _no_model_is_touched(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_passes_the_offline_check(recipe: Path, tmp_path: Path) -> None:
+def test_every_recipe_passes_the_offline_check(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no prompts lie, whatever was exported beside the recipes
     config = load_config(recipe)
     found = estimate(config, Silent(), offline=True)
     assert ("parameters" in found["estimate"]) == (recipe.stem not in WITHOUT_SIZE)
