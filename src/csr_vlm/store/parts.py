@@ -33,9 +33,11 @@ def existing(directory: Path) -> tuple[list[Path], list[Path]]:
     named = ((items_of(path), path) for path in directory.glob("part-*.parquet") if _NAME.fullmatch(path.name))
     parts: list[Path] = []
     packed: list[Path] = []
-    end = 0
+    last = range(0)
     for items, path in sorted(named, key=lambda entry: (entry[0].start, -len(entry[0]), entry[1].name)):
-        is_packed = bool(parts) and len(items_of(parts[-1])) > len(items) and items.stop <= end
-        (packed if is_packed else parts).append(path)
-        end = max(end, items.stop)
+        if len(last) > len(items) and items.stop <= last.stop:
+            packed.append(path)
+        else:
+            parts.append(path)
+            last = items
     return parts, packed
