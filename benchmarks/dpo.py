@@ -36,9 +36,9 @@ from models import SIZES, make_policy
 from trl import DPOTrainer
 
 from csr_vlm.cli.console import quiet_libraries
-from csr_vlm.config import ModelConfig, TrainingConfig
-from csr_vlm.generation.policy import Policy
-from csr_vlm.records import Pair, Prompt, Response
+from csr_vlm.config.schema import ModelConfig, TrainingConfig
+from csr_vlm.core.records import Pair, Prompt, Response
+from csr_vlm.models.policy import Policy
 from csr_vlm.store.files import write_json
 from csr_vlm.store.run import versions
 from csr_vlm.training.collator import PairCollator, training_row

@@ -32,14 +32,14 @@ from models import SIZES, make_policy, make_prompts
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from csr_vlm.cli.console import quiet_libraries
+from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
 from csr_vlm.generation.counters import Counters
 from csr_vlm.generation.decoding import Decoding, Row, Writer
-from csr_vlm.generation.policy import Policy
 from csr_vlm.generation.sampling import uniforms
 from csr_vlm.generation.scheduler import Scheduler
 from csr_vlm.generation.shared_model import SharedModel
 from csr_vlm.method.search import Proposer
-from csr_vlm.records import Candidate, Expansion, Finish, Prompt
+from csr_vlm.models.policy import Policy
 
 CANDIDATES, ROUNDS = 5, 6
 CASES = {"tiny": ("tiny", torch.float32), "mid-fp32": ("mid", torch.float32), "mid-bf16": ("mid", torch.bfloat16)}

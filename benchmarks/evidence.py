@@ -126,9 +126,9 @@ def models_of(job: Job, out: Path) -> Path | None:
 def do(job: Job, out: Path) -> None:
     """Run one job and write ``result.json`` last."""
     _one_thread()
-    from csr_vlm import stages, verdicts
-    from csr_vlm.progress import Silent
-    from csr_vlm.recipe import load_config
+    from csr_vlm.config.load import load_config
+    from csr_vlm.core.progress import Silent
+    from csr_vlm.pipeline import gates, stages
     from csr_vlm.store import files
     from csr_vlm.store.run import Run
     from csr_vlm.world.demo import demo_config
@@ -152,12 +152,12 @@ def do(job: Job, out: Path) -> None:
             if iteration:
                 stages.generate(run, iteration, Silent())
                 stages.make_pairs(run, iteration, Silent())
-                verdicts.audit(run, iteration, Silent())
+                gates.audit(run, iteration, Silent())
                 stages.train(run, iteration, Silent())
             seconds.append(time.process_time() - started)
             stages.evaluate(run, iteration, Silent())
             if iteration:
-                verdicts.gate(run, iteration, Silent())
+                gates.gate(run, iteration, Silent())
             wanted = [0.0] * (iteration in job.measured) + [1.0] * (iteration in job.sampled)
             for temperature in wanted:
                 path = run.evaluation_path(iteration, f"world-{temperature:g}")
@@ -187,13 +187,13 @@ def sweep_lambda(out: Path) -> None:
 def grade_scorers(out: Path) -> None:
     """Train on the first ledger of the main run as scorers from early in their training would have it."""
     _one_thread()
-    from csr_vlm import stages
-    from csr_vlm.progress import Silent
-    from csr_vlm.recipe import scorer_config
-    from csr_vlm.scoring.load import load_scorer
+    from csr_vlm.config.load import scorer_config
+    from csr_vlm.core.progress import Silent
+    from csr_vlm.pipeline import stages
+    from csr_vlm.scoring.registry import load_scorer
     from csr_vlm.store.run import Run
     from csr_vlm.world.build import BuildPlan, build_scorer
-    from csr_vlm.world.evaluate import evaluate_scorer
+    from csr_vlm.world.scene_evaluation import evaluate_scorer
     from csr_vlm.world.scenes import HARBOUR, Split
 
     run, path = Run.open(out / "main" / "calibrated-0"), out / "scorers.json"
@@ -217,8 +217,8 @@ def grade_scorers(out: Path) -> None:
 def grade_priors(out: Path) -> None:
     """Train one iteration on policies whose captions imagined companions less or more often than the shipped one's."""
     _one_thread()
-    from csr_vlm import stages
-    from csr_vlm.progress import Silent
+    from csr_vlm.core.progress import Silent
+    from csr_vlm.pipeline import stages
     from csr_vlm.store.run import Run
     from csr_vlm.world.build import PICK_UP_HABITS, BuildPlan, build
     from csr_vlm.world.demo import assets, demo_config
@@ -247,9 +247,9 @@ def grade_priors(out: Path) -> None:
 
 def _by_lambda(run: Run, out: Path, overrides: list[str], *, base: bool = False) -> Iterator[dict[str, Any]]:
     """Train on a run's first ledger for each of ``WEIGHTS``; yield signs of the pairs and what became of it."""
-    from csr_vlm import stages, verdicts
-    from csr_vlm.progress import Silent
-    from csr_vlm.recipe import load_config
+    from csr_vlm.config.load import load_config
+    from csr_vlm.core.progress import Silent
+    from csr_vlm.pipeline import gates, stages
     from csr_vlm.training.dpo import train
 
     measuring = load_config(None, [f"evaluation.world={json.dumps(SETTINGS_SCENES)}"], base=run.config.dump())
@@ -263,7 +263,7 @@ def _by_lambda(run: Run, out: Path, overrides: list[str], *, base: bool = False)
     for weight in WEIGHTS:
         config = load_config(None, [f"method.lambda={weight}", *overrides], base=run.config.dump())
         pairs, _ = stages.derive_pairs(run, 1, config)
-        signs = verdicts.pair_signs(run, 1, config)
+        signs = gates.pair_signs(run, 1, config)
         adapter = out / weight
         train(pairs, config.model, config.training, previous=None, adapter=adapter, work=out / "work", seed=1)
         known = {"agreement": signs["scorer_agreement"], "relevance_win": signs["relevance_win"]}

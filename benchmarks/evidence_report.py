@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from csr_vlm.config.load import scorer_config
 from csr_vlm.evaluation.statistics import Tally, holm, paired_difference, pooled
-from csr_vlm.recipe import scorer_config
-from csr_vlm.scoring.load import load_scorer
+from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets
-from csr_vlm.world.evaluate import Described, sentence_relevance, tallies
+from csr_vlm.world.scene_evaluation import Described, sentence_relevance, tallies
 from csr_vlm.world.scenes import World, parse_scene_id, world_named
 from csr_vlm.world.truth import judge
 

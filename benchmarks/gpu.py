@@ -24,11 +24,11 @@ from engine import CANDIDATES, ForcedWriter, Lengths, best, search_with
 from models import SIZES, Size, make_policy, make_prompts
 
 from csr_vlm.cli.console import quiet_libraries
+from csr_vlm.core.records import Prompt
 from csr_vlm.generation.counters import Counters
-from csr_vlm.generation.policy import Policy
 from csr_vlm.generation.scheduler import Scheduler
 from csr_vlm.generation.shared_model import SharedModel
-from csr_vlm.records import Prompt
+from csr_vlm.models.policy import Policy
 
 BEAM = 3
 

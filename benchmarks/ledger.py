@@ -24,10 +24,10 @@ import numpy as np
 from memory import megabytes
 from PIL import Image
 
-from csr_vlm import stages, verdicts
-from csr_vlm.progress import Silent
-from csr_vlm.recipe import resolve
-from csr_vlm.records import Fate, Finish, Node, Prompt
+from csr_vlm.config.load import resolve
+from csr_vlm.core.progress import Silent
+from csr_vlm.core.records import Fate, Finish, Node, Prompt
+from csr_vlm.pipeline import gates, stages
 from csr_vlm.report.html import render
 from csr_vlm.store import ledger, tables
 from csr_vlm.store.run import Run
@@ -131,7 +131,7 @@ def pair(run: Run) -> dict[str, Any]:
 
 
 def audit(run: Run) -> dict[str, Any]:
-    verdicts.pair_signs(run, 1, run.config)
+    gates.pair_signs(run, 1, run.config)
     return {}
 
 

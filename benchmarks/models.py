@@ -18,9 +18,9 @@ from transformers import (
     LlavaProcessor,
 )
 
-from csr_vlm.generation.policy import Policy
-from csr_vlm.records import Prompt
-from csr_vlm.world.models import CHAT_TEMPLATE, SPECIAL, fast_tokenizer, train_tokenizer
+from csr_vlm.core.records import Prompt
+from csr_vlm.models.policy import Policy
+from csr_vlm.world.base_models import CHAT_TEMPLATE, SPECIAL, fast_tokenizer, train_tokenizer
 from csr_vlm.world.scenes import HARBOUR
 
 PAD, BOS, _, EOS, IMAGE = range(5)

@@ -29,14 +29,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from csr_vlm.cli.crew import crew_of
-from csr_vlm.config import DataConfig
+from csr_vlm.cli.executors import crew_of
+from csr_vlm.config.load import resolve
+from csr_vlm.config.schema import DataConfig
+from csr_vlm.core.records import Fate, Finish, Node, Prompt
 from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.method.pairs import make_pairs
-from csr_vlm.recipe import resolve
-from csr_vlm.records import Fate, Finish, Node, Prompt
-from csr_vlm.scale import ranks
-from csr_vlm.scale.crew import Done, Job
+from csr_vlm.scale import torchrun
+from csr_vlm.scale.executor import Done, Job
 from csr_vlm.store import files, tables
 
 WORDS = (
@@ -70,10 +70,10 @@ def timed(found: dict[str, Any]) -> Iterator[None]:
 def time_items(number: int, actors: int | None) -> dict[str, Any]:
     """Spread items over whatever crew this was started with."""
     ranks_makers = (Writes,)
-    found: dict[str, Any] = {"items": number, "processes": ranks.num_launched(), "ray actors": actors}
+    found: dict[str, Any] = {"items": number, "processes": torchrun.num_launched(), "ray actors": actors}
     with TemporaryDirectory() as folder:
         job = Job(Writes, Path(folder), {}, number)
-        crew = ranks.launched(ranks_makers) if ranks.num_launched() > 1 else crew_of(actors)
+        crew = torchrun.launched(ranks_makers) if torchrun.num_launched() > 1 else crew_of(actors)
         with crew as one:
             if one is None:
                 return {}

@@ -28,10 +28,10 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 
 from csr_vlm.cli.console import print_json, print_table, quiet_libraries
-from csr_vlm.config import ScorerConfig
+from csr_vlm.config.schema import ScorerConfig
+from csr_vlm.core.records import Prompt
 from csr_vlm.data.images import load_image
-from csr_vlm.records import Prompt
-from csr_vlm.scoring.load import load_scorer
+from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.world.corpus import sentence
 from csr_vlm.world.demo import assets
 from csr_vlm.world.scenes import HARBOUR

@@ -13,8 +13,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from csr_vlm.cli.app import app
-from csr_vlm.config import RunConfig, presets
-from csr_vlm.recipe import fields_of, load_config, section_of
+from csr_vlm.config.load import fields_of, load_config, section_of
+from csr_vlm.config.schema import RunConfig, presets
 
 HERE = Path(__file__).parent
 _ABOUT_CONFIGURATION = """\

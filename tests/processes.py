@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from csr_vlm.config import RunConfig
+from csr_vlm.config.schema import RunConfig
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
 from tests.integration.conftest import small_config

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csr_vlm.config import DataConfig, RunConfig
+from csr_vlm.config.load import load_config, resolve, scorer_config
+from csr_vlm.config.schema import DataConfig, RunConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Reporter, Silent
+from csr_vlm.core.records import Pair, Prompt
 from csr_vlm.data.images import BadImage, load_image
-from csr_vlm.errors import CsrError
 from csr_vlm.method import pairs as method_pairs
 from csr_vlm.method.search import Tree
-from csr_vlm.progress import Reporter, Silent
-from csr_vlm.recipe import load_config, resolve, scorer_config
-from csr_vlm.records import Pair, Prompt
 from csr_vlm.store.run import Run
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Recipe:
         return Recipe(load_config(None, overrides, base=self.config.dump()))
 
     def run(self, out: str | Path, tell: Reporter | None = None) -> Run:
-        """Run the whole method in a directory, or go on with what is there; see :func:`csr_vlm.loop.align`.
+        """Run the whole method in a directory, or go on with what is there; see :func:`csr_vlm.pipeline.loop.align`.
 
         Args:
             tell: What hears of the progress; nobody by default.
@@ -88,7 +88,7 @@ class Recipe:
         Raises:
             CsrError: The directory holds a run with other settings, or something a user can mend went wrong.
         """
-        from csr_vlm.loop import align
+        from csr_vlm.pipeline.loop import align
 
         run = Run.create(Path(out), self.config)
         align(run, tell or Silent())
@@ -121,9 +121,9 @@ def score(
     Raises:
         CsrError: A picture cannot be read or the scorer cannot be loaded.
     """
-    from csr_vlm.generation.sentences import SentenceRule
-    from csr_vlm.loading import resolve_device
-    from csr_vlm.scoring.load import load_scorer
+    from csr_vlm.method.sentences import SentenceRule
+    from csr_vlm.models.devices import resolve_device
+    from csr_vlm.scoring.registry import load_scorer
     from csr_vlm.scoring.scorer import ScorerGroup
 
     asked = _prompts(captions, DataConfig.model_fields["max_image_pixels"].default)
@@ -161,7 +161,7 @@ def search(
     Raises:
         CsrError: A picture cannot be read, or a model cannot be loaded.
     """
-    from csr_vlm import work
+    from csr_vlm.pipeline import tasks
     from csr_vlm.scoring.scorer import ScorerGroup
 
     config = recipe.config
@@ -172,10 +172,10 @@ def search(
             f'recipe.changed("scorer.name={scorer.name}")',
         )
     own = config.model.adapter if adapter is None else adapter
-    engine, group = work.engine_and_scorer(config, None if own is None else Path(own), (tell or Silent()).say)
+    engine, group = tasks.engine_and_scorer(config, None if own is None else Path(own), (tell or Silent()).say)
     if scorer is not None:
         group = ScorerGroup([scorer])
-    return work.search_trees(asked, asked, engine, group, config, iteration=1)
+    return tasks.search_trees(asked, asked, engine, group, config, iteration=1)
 
 
 def make_pairs(
@@ -192,7 +192,7 @@ def make_pairs(
         CsrError: The run has no such ledger, or it lacks a score that the settings ask for.
     """
     if isinstance(source, Run):
-        from csr_vlm import stages
+        from csr_vlm.pipeline import stages
 
         number = iteration or max(source.iterations_done("generate"), default=1)
         return stages.derive_pairs(source, number, (recipe or Recipe(source.config)).config)[0]

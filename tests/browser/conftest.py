@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from csr_vlm.loop import align
-from csr_vlm.progress import Silent
-from csr_vlm.records import Prompt
+from csr_vlm.core.progress import Silent
+from csr_vlm.core.records import Prompt
+from csr_vlm.pipeline.loop import align
 from csr_vlm.report.html import write_report
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from csr_vlm.cli import console
 from csr_vlm.cli.app import app
-from csr_vlm.loop import align
-from csr_vlm.progress import Silent
+from csr_vlm.core.progress import Silent
+from csr_vlm.pipeline.loop import align
 from csr_vlm.store.run import Run
 from csr_vlm.world.corpus import yes_no_question
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes, render

@@ -24,7 +24,7 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer
 
-from csr_vlm.world.models import CHAT_TEMPLATE, SPECIAL, train_tokenizer
+from csr_vlm.world.base_models import CHAT_TEMPLATE, SPECIAL, train_tokenizer
 from csr_vlm.world.scenes import HARBOUR
 from tests.families.shim import without_compiled_torchvision
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoProcessor
 
-from csr_vlm.generation.families import family_of
+from csr_vlm.models.families import family_of
 from csr_vlm.store.files import write_text
 from csr_vlm.store.run import versions
 from tests.families import test_families, test_shared_families

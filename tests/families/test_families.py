@@ -21,21 +21,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from csr_vlm.config import MethodConfig, ModelConfig, ScorerConfig, TrainingConfig
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.families import FAMILIES as KNOWN
-from csr_vlm.generation.families import Family
-from csr_vlm.generation.policy import Policy, load_policy
-from csr_vlm.generation.selfcheck import plain_logprobs, self_check
+from csr_vlm.config.schema import MethodConfig, ModelConfig, ScorerConfig, TrainingConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Finish, Pair, Prompt
+from csr_vlm.generation.self_check import plain_logprobs, self_check
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import Tree, search
-from csr_vlm.records import Finish, Pair, Prompt
-from csr_vlm.scoring.load import load_scorer
+from csr_vlm.models.checkpoints import tensor_files
+from csr_vlm.models.families import FAMILIES as KNOWN
+from csr_vlm.models.families import Family
+from csr_vlm.models.policy import Policy, load_policy
+from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.training import dpo
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.packing import obstacle
-from csr_vlm.weights import tensor_files
 from csr_vlm.world.demo import assets
 from tests.families.checkpoints import FAMILIES, checkpoint
 
@@ -173,7 +173,7 @@ def test_an_unknown_family_is_tried_and_refused_where_that_goes_wrong(
     name: str, refused: str | None, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = load_policy(model_of(name), None)
-    monkeypatch.setattr("csr_vlm.generation.policy.family_of", lambda _: Family())
+    monkeypatch.setattr("csr_vlm.models.policy.family_of", lambda _: Family())
     prompt = prompts(directory)[1]
     if refused is None:
         assert self_check(policy, prompt) < TOLERANCE

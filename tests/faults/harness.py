@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.recipe import resolve
+from csr_vlm.config.load import resolve
 from csr_vlm.store.run import Run
 from csr_vlm.world.dataset import write_prompts
 from csr_vlm.world.demo import assets

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from csr_vlm.cli.plain import printable
-from csr_vlm.config import RunConfig
+from csr_vlm.cli.sanitize import printable
+from csr_vlm.config.load import load_config
+from csr_vlm.config.schema import RunConfig
+from csr_vlm.core.errors import CsrError
 from csr_vlm.data.formats import json_array, jsonl
 from csr_vlm.data.formats.rows import BadRow, entry_of
-from csr_vlm.errors import CsrError
 from csr_vlm.evaluation import pope
-from csr_vlm.generation.sentences import SentenceRule
-from csr_vlm.recipe import load_config
+from csr_vlm.method.sentences import SentenceRule
 
 ROOT = Path(__file__).parent.resolve()
 

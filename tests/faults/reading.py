@@ -25,17 +25,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from csr_vlm import stages
-from csr_vlm.config import DataConfig, ModelConfig
-from csr_vlm.data.pairs import count_pairs, read_text_pairs
+from csr_vlm.config.load import load_config
+from csr_vlm.config.schema import DataConfig, ModelConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
+from csr_vlm.data.external_pairs import count_pairs, read_text_pairs
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
-from csr_vlm.errors import CsrError
 from csr_vlm.method.audit import tree_signs
-from csr_vlm.progress import Silent
-from csr_vlm.recipe import load_config
+from csr_vlm.models.checkpoints import read_tensors, tensor_files, tensors_of
+from csr_vlm.pipeline import stages
 from csr_vlm.store import ledger, tables
 from csr_vlm.store.run import Run
-from csr_vlm.weights import read_tensors, tensor_files, tensors_of
 from tests.faults.badinput import Case, Made
 
 MOST_PIXELS = 1_000_000
@@ -129,14 +129,14 @@ def checkpoint(folder: Path, made: Made) -> Outcome:
 
 
 def model(folder: Path, made: Made) -> Outcome:
-    from csr_vlm.generation.policy import load_base
+    from csr_vlm.models.policy import load_base
 
     load_base(ModelConfig(path=str(folder), device="cpu"))
     return Outcome("", "accepted")
 
 
 def adapter(folder: Path, made: Made) -> Outcome:
-    from csr_vlm.generation.policy import load_adapter
+    from csr_vlm.models.policy import load_adapter
 
     load_adapter(deepcopy(_base_model()), folder)
     return Outcome("", "accepted")
@@ -173,7 +173,7 @@ READERS = {reader.__name__: reader for reader in (prompts, pairs, recipe, weight
 
 @cache
 def _base_model() -> Any:
-    from csr_vlm.generation.policy import load_base
+    from csr_vlm.models.policy import load_base
     from csr_vlm.world.demo import assets
 
     return load_base(ModelConfig(path=str(assets() / "llava"), device="cpu"))[0]

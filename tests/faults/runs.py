@@ -6,10 +6,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from csr_vlm import stages
-from csr_vlm.progress import Silent
-from csr_vlm.recipe import resolve
-from csr_vlm.records import Fate, Finish, Node
+from csr_vlm.config.load import resolve
+from csr_vlm.core.progress import Silent
+from csr_vlm.core.records import Fate, Finish, Node
+from csr_vlm.pipeline import stages
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
 

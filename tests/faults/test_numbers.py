@@ -9,7 +9,7 @@ import pytest
 import torch
 from trl import DPOTrainer
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.generation.decoding import Row, _refuse_nonsense
 from csr_vlm.training.dpo import CsrTrainer
 

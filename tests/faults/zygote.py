@@ -63,11 +63,11 @@ def install(plan: dict[str, Any], root: Path) -> None:
 
 def work(order: dict[str, Any]) -> None:
     """Run what a fork runs; it ends as the command line ends."""
-    from csr_vlm.cli.mistakes import tell as tell_error
-    from csr_vlm.cli.stopping import stoppable
-    from csr_vlm.errors import CsrError
-    from csr_vlm.loop import align
-    from csr_vlm.progress import Silent
+    from csr_vlm.cli.error_messages import tell as tell_error
+    from csr_vlm.cli.signals import stoppable
+    from csr_vlm.core.errors import CsrError
+    from csr_vlm.core.progress import Silent
+    from csr_vlm.pipeline.loop import align
     from csr_vlm.store.run import Run
 
     root = Path(order["root"])

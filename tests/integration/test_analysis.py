@@ -9,18 +9,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from csr_vlm.analysis import analyse
 from csr_vlm.cli import console
 from csr_vlm.cli.app import app
-from csr_vlm.config import ModelConfig
-from csr_vlm.errors import CsrError
+from csr_vlm.config.schema import ModelConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
 from csr_vlm.evaluation.attention import attention_rows, use_readable_attention
-from csr_vlm.generation.policy import Policy, load_policy
-from csr_vlm.loop import align
-from csr_vlm.progress import Silent
+from csr_vlm.evaluation.introspection import analyse
+from csr_vlm.models.policy import Policy, load_policy
+from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
-from csr_vlm.training.external import response_ids
+from csr_vlm.training.pair_encoding import response_ids
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 

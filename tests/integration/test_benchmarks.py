@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from csr_vlm.recipe import load_config
+from csr_vlm.config.load import load_config
 from tests.unit.builders import REQUIRED
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from csr_vlm.loop import align
-from csr_vlm.progress import Silent
-from csr_vlm.recipe import load_config
+from csr_vlm.config.load import load_config
+from csr_vlm.core.progress import Silent
+from csr_vlm.pipeline.loop import align
 from csr_vlm.store.run import Run
 from csr_vlm.world.demo import demo_config
 

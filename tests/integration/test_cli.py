@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from csr_vlm.config import RunConfig
+from csr_vlm.config.schema import RunConfig
 from tests.integration.conftest import small_config
 
 
@@ -62,7 +62,7 @@ def test_help_is_quick_and_names_every_verb() -> None:
         "push export convert compact env world"
     ).split()
     assert all(f"  {verb} " in shown for verb in verbs)
-    assert "More:" not in shown, "give the new verb its place in csr_vlm.cli.verbs.SECTIONS"
+    assert "More:" not in shown, "give the new verb its place in csr_vlm.cli.common.SECTIONS"
     assert min(times) < 0.5
 
 

@@ -6,9 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from csr_vlm import stages
-from csr_vlm.progress import Silent
-from csr_vlm.recipe import scorer_config
+from csr_vlm.config.load import scorer_config
+from csr_vlm.core.progress import Silent
+from csr_vlm.pipeline import stages
 from csr_vlm.store import ledger, tables
 from csr_vlm.store.run import Run
 from csr_vlm.world.demo import assets

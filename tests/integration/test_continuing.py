@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from csr_vlm.cli import push as push_module
 from csr_vlm.cli.app import app
-from csr_vlm.config import ModelConfig
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import load_base, load_policy
-from csr_vlm.generation.selfcheck import self_check
-from csr_vlm.loop import align
-from csr_vlm.progress import Silent
+from csr_vlm.config.schema import ModelConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
+from csr_vlm.generation.self_check import self_check
+from csr_vlm.models.policy import load_base, load_policy
+from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
 from csr_vlm.training.dpo import merge, train

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from csr_vlm.cli import main
-from csr_vlm.config import ModelConfig
-from csr_vlm.convert import llava
-from csr_vlm.convert.llava import convert
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import load_policy
-from csr_vlm.records import Prompt
+from csr_vlm.config.schema import ModelConfig
+from csr_vlm.convert import conversion
+from csr_vlm.convert.conversion import convert
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Prompt
+from csr_vlm.models.policy import load_policy
 from tests.integration.original_llava import (
     ANSWER,
     PROMPT,
@@ -365,7 +365,7 @@ def test_a_directory_in_use_is_left_alone(tmp_path: Path, parts: Parts) -> None:
 
 
 def test_the_check_notices_a_changed_bit(tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, write = write_full(tmp_path, parts), llava._write_weights
+    source, write = write_full(tmp_path, parts), conversion._write_weights
 
     def damaging(directory: Path, *others: Any) -> None:
         write(directory, *others)
@@ -373,7 +373,7 @@ def test_the_check_notices_a_changed_bit(tmp_path: Path, parts: Parts, monkeypat
         tensors["language_model.model.norm.weight"][3] += 1e-6
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(llava, "_write_weights", damaging)
+    monkeypatch.setattr(conversion, "_write_weights", damaging)
     with pytest.raises(CsrError, match=r"the check failed: language_model\.model\.norm\.weight"):
         convert(source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "original"]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from csr_vlm.config import SearchConfig
+from csr_vlm.config.schema import SearchConfig
+from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
 from csr_vlm.generation import decoding
-from csr_vlm.generation.policy import Policy
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.records import Candidate, Expansion, Finish, Prompt
+from csr_vlm.models.policy import Policy
 
 CONFIG = SearchConfig(max_sentence_tokens=20)
 

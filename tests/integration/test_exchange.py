@@ -12,18 +12,18 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from csr_vlm import stages
-from csr_vlm.config import RunConfig
-from csr_vlm.data.pairs import TextPair
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import Policy
-from csr_vlm.generation.sentences import SentenceRule
-from csr_vlm.loop import align
-from csr_vlm.progress import Silent
-from csr_vlm.records import Prompt
+from csr_vlm.config.schema import RunConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
+from csr_vlm.core.records import Prompt
+from csr_vlm.data.external_pairs import TextPair
+from csr_vlm.method.sentences import SentenceRule
+from csr_vlm.models.policy import Policy
+from csr_vlm.pipeline import stages
+from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
-from csr_vlm.training.external import count_sentences, response_ids, scored_pairs
+from csr_vlm.training.pair_encoding import count_sentences, response_ids, scored_pairs
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 from tests.integration.test_cli import csr

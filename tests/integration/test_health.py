@@ -11,15 +11,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from csr_vlm import stages, verdicts
 from csr_vlm.cli.app import app
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import load_base
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
 from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS
-from csr_vlm.progress import Silent
+from csr_vlm.models.policy import load_base
+from csr_vlm.pipeline import gates, stages
+from csr_vlm.pipeline.sweep import points, sweep
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
-from csr_vlm.sweep import points, sweep
 from tests.integration.conftest import small_config
 
 AXIS = "method.lambda=0.0,1.0"
@@ -120,7 +120,7 @@ def test_the_audit_prints_every_sign(run: Run) -> None:
     shown = invoke("audit", run.root, "--json")
     found = json.loads(shown.stdout)
     assert found["iteration"] == 1
-    assert found["signs"] == pytest.approx(verdicts.pair_signs(run, 1, run.config))
+    assert found["signs"] == pytest.approx(gates.pair_signs(run, 1, run.config))
     assert [finding["sign"] for finding in found["findings"]] == [
         sign for sign in PAIR_BOUNDS if sign in found["signs"]
     ]

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from csr_vlm.config import ModelConfig, ScorerConfig, TrainingConfig
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import Policy
-from csr_vlm.recipe import scorer_config
-from csr_vlm.records import Prompt
-from csr_vlm.scoring.judge import JudgeScorer
-from csr_vlm.scoring.load import load_scorer
+from csr_vlm.config.load import scorer_config
+from csr_vlm.config.schema import ModelConfig, ScorerConfig, TrainingConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Prompt
+from csr_vlm.models.policy import Policy
+from csr_vlm.scoring.registry import load_scorer
+from csr_vlm.scoring.self_judge import JudgeScorer
 from csr_vlm.training.dpo import save_adapter, trainable_policy
 from csr_vlm.world.demo import assets
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes

@@ -15,12 +15,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from csr_vlm.config import RunConfig
-from csr_vlm.loop import align
-from csr_vlm.progress import Silent
-from csr_vlm.recipe import resolve
+from csr_vlm.config.load import resolve
+from csr_vlm.config.schema import RunConfig
+from csr_vlm.core.progress import Silent
+from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
-from csr_vlm.store.live import read_progress
+from csr_vlm.store.progress_file import read_progress
 from csr_vlm.store.run import Run
 from tests.integration.conftest import small_config
 from tests.processes import CSR, results

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from csr_vlm import estimate as module
 from csr_vlm.cli.app import app
-from csr_vlm.errors import CsrError
-from csr_vlm.estimate import Shape, estimate, shape_from_name, shape_of
-from csr_vlm.progress import Silent
-from csr_vlm.recipe import load_config
+from csr_vlm.config.load import load_config
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
+from csr_vlm.pipeline import estimate as module
+from csr_vlm.pipeline.estimate import Shape, estimate, shape_from_name, shape_of
 from csr_vlm.training.dpo import trainer_arguments
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
@@ -114,7 +114,7 @@ def test_what_would_not_fit_is_said_beforehand(tmp_path: Path, monkeypatch: pyte
 
 
 def test_four_bits_need_a_gpu_and_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from csr_vlm.generation import policy
+    from csr_vlm.models import policy
 
     config = small_config(tmp_path, model={"path": str(assets() / "llava"), "device": "cpu", "quantization": "nf4"})
     with pytest.raises(CsrError, match="CUDA"):

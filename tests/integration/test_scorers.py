@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
-from csr_vlm import stages
-from csr_vlm.config import ModelConfig, ScorerConfig
-from csr_vlm.errors import CsrError
-from csr_vlm.progress import Silent
-from csr_vlm.records import Prompt, others_column
-from csr_vlm.scoring.load import load_scorer
+from csr_vlm.config.schema import ModelConfig, ScorerConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
+from csr_vlm.core.records import Prompt, others_column
+from csr_vlm.pipeline import stages
+from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
 from csr_vlm.world.demo import assets

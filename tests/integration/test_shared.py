@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from csr_vlm.config import MethodConfig, SearchConfig
-from csr_vlm.errors import CsrError
+from csr_vlm.config.schema import MethodConfig, SearchConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Node, Prompt
 from csr_vlm.generation.counters import Counters
 from csr_vlm.generation.decoding import Decoding, Writer
-from csr_vlm.generation.policy import Policy
 from csr_vlm.generation.scheduler import Scheduler
-from csr_vlm.generation.shared import Blocks, Shelf
+from csr_vlm.generation.shared_attention import Blocks, Shelf
 from csr_vlm.generation.shared_model import SharedModel
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.search import search
-from csr_vlm.records import Node, Prompt
+from csr_vlm.models.policy import Policy
 from csr_vlm.scoring.scorer import ScorerGroup
 from tests.integration.test_engine import expansions, tokens
 

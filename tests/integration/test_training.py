@@ -18,18 +18,18 @@ from transformers import AutoModelForImageTextToText
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from csr_vlm.config import TrainingConfig, presets
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import load_base, load_policy
+from csr_vlm.config.load import resolve
+from csr_vlm.config.schema import TrainingConfig, presets
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
+from csr_vlm.core.records import Pair, Prompt
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.loop import align
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import search
-from csr_vlm.progress import Silent
-from csr_vlm.recipe import resolve
-from csr_vlm.records import Pair, Prompt
-from csr_vlm.scoring.load import load_scorer
-from csr_vlm.stages import check_inputs
+from csr_vlm.models.policy import load_base, load_policy
+from csr_vlm.pipeline.loop import align
+from csr_vlm.pipeline.stages import check_inputs
+from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.store.run import Run
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.dpo import merge, reference_difference, train, trainable_policy, trainer_arguments

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from csr_vlm.config import ModelConfig
-from csr_vlm.progress import Silent
-from csr_vlm.recipe import merged, resolve
-from csr_vlm.trial import _weights_at_hand, try_out
+from csr_vlm.config.load import merged, resolve
+from csr_vlm.config.schema import ModelConfig
+from csr_vlm.core.progress import Silent
+from csr_vlm.pipeline.preflight import _weights_at_hand, try_out
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 

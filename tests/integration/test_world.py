@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from csr_vlm.config import ModelConfig, ScorerConfig
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import Policy, load_policy
+from csr_vlm.config.schema import ModelConfig, ScorerConfig
+from csr_vlm.core.errors import CsrError
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.scoring.load import load_scorer
+from csr_vlm.models.policy import Policy, load_policy
+from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.scoring.scorer import ScorerGroup
+from csr_vlm.world.base_models import EOS, SPECIAL, Sizes
 from csr_vlm.world.build import (
     LEARN_TO_SEE,
     PICK_UP_HABITS,
@@ -29,8 +30,7 @@ from csr_vlm.world.build import (
 )
 from csr_vlm.world.corpus import Turn, sentence
 from csr_vlm.world.demo import assets, policy_in, verify_assets
-from csr_vlm.world.evaluate import evaluate, evaluate_scorer
-from csr_vlm.world.models import EOS, SPECIAL, Sizes
+from csr_vlm.world.scene_evaluation import evaluate, evaluate_scorer
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
 
 SMALL = BuildPlan(

@@ -16,7 +16,7 @@ from transformers import (
     SiglipProcessor,
 )
 
-from csr_vlm.world.models import Sizes, fast_tokenizer, new_clip, train_tokenizer
+from csr_vlm.world.base_models import Sizes, fast_tokenizer, new_clip, train_tokenizer
 from csr_vlm.world.scenes import HARBOUR
 
 SMALL = Sizes(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from csr_vlm.scale.ranks import PATIENCE
+from csr_vlm.scale.torchrun import PATIENCE
 from csr_vlm.store.run import Run
 from tests.processes import (
     CSR,

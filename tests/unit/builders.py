@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from csr_vlm.config import MethodConfig, RunConfig
-from csr_vlm.recipe import resolve
-from csr_vlm.records import Fate, Finish, Node, Prompt
+from csr_vlm.config.load import resolve
+from csr_vlm.config.schema import MethodConfig, RunConfig
+from csr_vlm.core.records import Fate, Finish, Node, Prompt
 from csr_vlm.world.corpus import sentence
 from csr_vlm.world.scenes import HARBOUR, Scene
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from csr_vlm.analysis import analyse, relevance, spread
-from csr_vlm.errors import CsrError
+from csr_vlm.config.load import resolve
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
 from csr_vlm.evaluation.attention import Rows, compare_attention, sinks, tallies
+from csr_vlm.evaluation.introspection import analyse, relevance, spread
 from csr_vlm.evaluation.separability import LogProbs, auc_metric, implicit_reward, separability
-from csr_vlm.progress import Silent
-from csr_vlm.recipe import resolve
 from csr_vlm.report.html import render
 from csr_vlm.store import files
 from csr_vlm.store.run import Run

@@ -9,13 +9,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from csr_vlm.cli.app import app
-from csr_vlm.errors import CsrError
+from csr_vlm.config.load import load_config
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Finish, Prompt
 from csr_vlm.evaluation import answers
 from csr_vlm.evaluation.answers import Asked, Decoding, finished_part, image_id_of
 from csr_vlm.evaluation.compare import Measured, compare, read_documents
 from csr_vlm.evaluation.reproduction import numbers_of
-from csr_vlm.recipe import load_config
-from csr_vlm.records import Finish, Prompt
 from csr_vlm.store.run import Run
 from tests.unit.test_chair import write_annotations
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 import csr_vlm
 from csr_vlm import Recipe, make_pairs, score, search
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Pair, Prompt
 from csr_vlm.method.pairs import make_pairs as pairs_of
 from csr_vlm.method.search import search as grow
-from csr_vlm.records import Pair, Prompt
 from tests.unit.builders import REQUIRED, prompt
 from tests.unit.test_layout import loaded_by
 from tests.unit.test_search import RandomModel

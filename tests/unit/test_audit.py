@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Fate, Finish, Node, others_column
 from csr_vlm.method import audit
 from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS, Bound, Finding, TreeSigns, Verdict
 from csr_vlm.method.pairs import make_pairs
-from csr_vlm.records import Fate, Finish, Node, others_column
 from tests.unit.builders import method, node, prompt
 
 BOUNDS = PAIR_BOUNDS | RESPONSE_BOUNDS

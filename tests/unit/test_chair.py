@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.annotations import Annotations, read_annotations, truth_of
 from csr_vlm.evaluation.chair import Caption, Reader, by_length, counts, evaluate, judge, summarise
 from csr_vlm.evaluation.objects import ObjectTable, find_objects

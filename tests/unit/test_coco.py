@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from csr_vlm.cli.app import app
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.chair import tallies
 from csr_vlm.evaluation.pope import SETTINGS, read_questions
 from csr_vlm.evaluation.statistics import pooled

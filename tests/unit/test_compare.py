@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from csr_vlm import stages, verdicts
 from csr_vlm.cli import console
 from csr_vlm.cli.app import app
-from csr_vlm.errors import CsrError
+from csr_vlm.config.load import resolve
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
 from csr_vlm.evaluation.compare import Measured, broken_rules, compare, parse_rule
 from csr_vlm.evaluation.statistics import pooled
-from csr_vlm.progress import Silent
-from csr_vlm.recipe import resolve
+from csr_vlm.pipeline import gates, stages
 from csr_vlm.report.html import render
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
@@ -169,7 +169,7 @@ def test_a_rule_needs_something_to_judge():
 
 def test_the_gate_keeps_the_last_good_iteration(tmp_path):
     run = new_run(tmp_path, document(BASE), document(BETTER), document(SILENT), stop_if=["recall < -0.1"])
-    assert [verdicts.gate(run, number, Silent()) for number in (1, 2)] == [False, True]
+    assert [gates.gate(run, number, Silent()) for number in (1, 2)] == [False, True]
     assert (run.stopped_at, run.final) == (2, 1)
     stages.export(run, Silent())
     assert (tmp_path / "adapter" / "weights").read_text() == "iteration 1"
@@ -182,24 +182,24 @@ def test_the_gate_keeps_the_last_good_iteration(tmp_path):
 
 def test_the_gate_decides_once(tmp_path):
     run = new_run(tmp_path, document(BASE), document(SILENT), stop_if=["recall < -0.1"])
-    assert verdicts.gate(run, 1, Silent())
+    assert gates.gate(run, 1, Silent())
     files.write_json(run.evaluation_path(1, "world"), document(BETTER))
-    assert verdicts.gate(Run.open(tmp_path), 1, Silent()), "going on with a stopped run does not start it again"
+    assert gates.gate(Run.open(tmp_path), 1, Silent()), "going on with a stopped run does not start it again"
 
 
 def test_the_gate_can_look_at_the_iteration_before(tmp_path):
     measured = [document(SILENT), document(BETTER), document(BASE)]
     rules: dict[str, Any] = {"stop_if": ["chair_s > 0.4"]}
     against_base = new_run(tmp_path / "a", *measured, **rules)
-    assert verdicts.gate(against_base, 2, Silent()), "0 to 3/4"
+    assert gates.gate(against_base, 2, Silent()), "0 to 3/4"
     steps = new_run(tmp_path / "b", document(BASE), document(SILENT), document(BETTER), stop_against="last", **rules)
-    assert not verdicts.gate(steps, 2, Silent()), "0 to 1/4"
+    assert not gates.gate(steps, 2, Silent()), "0 to 1/4"
     assert steps.result(2, "gate")["against"] == 1
 
 
 def test_where_no_iteration_passes_the_base_stays(tmp_path):
     run = new_run(tmp_path, document(BASE), document(SILENT), stop_if=["recall < -0.1"])
-    assert verdicts.gate(run, 1, Silent())
+    assert gates.gate(run, 1, Silent())
     stages.export(run, Silent())
     assert run.final == 0
     assert not (tmp_path / "adapter").exists()
@@ -208,7 +208,7 @@ def test_where_no_iteration_passes_the_base_stays(tmp_path):
 
 def test_without_rules_nothing_is_judged(tmp_path):
     run = new_run(tmp_path, document(BASE), document(SILENT))
-    assert not verdicts.gate(run, 1, Silent())
+    assert not gates.gate(run, 1, Silent())
     assert run.result(1, "gate")["verdict"] == "go"
     assert run.final == 1
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from csr_vlm.config import RunConfig, presets
-from csr_vlm.errors import CsrError
-from csr_vlm.recipe import load_config, merged, resolve
+from csr_vlm.config.load import load_config, merged, resolve
+from csr_vlm.config.schema import RunConfig, presets
+from csr_vlm.core.errors import CsrError
 from tests.unit.builders import REQUIRED, config
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -14,8 +14,8 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from csr_vlm.cli.app import app
-from csr_vlm.errors import CsrError
-from csr_vlm.recipe import load_config, option_keys
+from csr_vlm.config.load import load_config, option_keys
+from csr_vlm.core.errors import CsrError
 from tests.docs_blocks import GENERATED, PAGES, ROOT, Block, blocks, invocations
 
 COMMANDS = [

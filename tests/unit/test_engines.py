@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from csr_vlm.config import GenerationConfig, ModelConfig, RunConfig, SearchConfig
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import Reader, load_reader
+from csr_vlm.config.load import resolve
+from csr_vlm.config.schema import GenerationConfig, ModelConfig, RunConfig, SearchConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Expansion, Finish, Prompt
 from csr_vlm.generation.sampling import stream_key
 from csr_vlm.generation.streaming import Asked, Piece, StreamingEngine
 from csr_vlm.generation.vllm import engine_arguments, running
 from csr_vlm.generation.vllm_server import connected
-from csr_vlm.recipe import resolve
-from csr_vlm.records import Expansion, Finish, Prompt
+from csr_vlm.models.policy import Reader, load_reader
 from csr_vlm.world.demo import assets
 
 LLAVA = ModelConfig(path=str(assets() / "llava"), device="cpu")

@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from csr_vlm.cli.app import app
-from csr_vlm.recipe import load_config
+from csr_vlm.config.load import load_config
 from csr_vlm.training.distribution import shared_batch
 
 ROOT = Path(__file__).parents[2]

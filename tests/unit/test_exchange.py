@@ -13,15 +13,15 @@ import pytest
 from PIL import Image
 
 from csr_vlm.cli.export import Format
-from csr_vlm.config import DataConfig
-from csr_vlm.data.formats import PAIR_FORMATS
+from csr_vlm.config.schema import DataConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
+from csr_vlm.core.records import Pair, Prompt, Response
+from csr_vlm.data.external_pairs import TextPair, count_pairs, read_text_pairs, write_pairs
 from csr_vlm.data.images import load_image
-from csr_vlm.data.pairs import TextPair, count_pairs, read_text_pairs, write_pairs
 from csr_vlm.data.prompts import InputReport, read_prompts
-from csr_vlm.errors import CsrError
-from csr_vlm.external import check_pairs, supplies
-from csr_vlm.progress import Silent
-from csr_vlm.records import Pair, Prompt, Response
+from csr_vlm.data.sources import PAIR_FORMATS
+from csr_vlm.pipeline.offline_pairs import check_pairs, supplies
 from tests.unit.builders import config
 
 FORMATS = sorted(PAIR_FORMATS)

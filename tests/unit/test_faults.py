@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from csr_vlm import stages
-from csr_vlm.cli import stopping
+from csr_vlm.cli import signals
 from csr_vlm.cli.console import printable
+from csr_vlm.config.load import load_config
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
+from csr_vlm.core.records import Candidate, Finish
 from csr_vlm.data.formats.webdataset import rows as tar_rows
-from csr_vlm.errors import CsrError
 from csr_vlm.method.search import search
-from csr_vlm.progress import Silent
-from csr_vlm.recipe import load_config
-from csr_vlm.records import Candidate, Finish
+from csr_vlm.pipeline import stages
 from csr_vlm.store import files, ledger, tables
 from csr_vlm.store.run import Run
 from tests.faults.badinput import bomb, tar_header
@@ -170,7 +170,7 @@ def test_a_signal_ends_the_work_at_the_next_finished_item(
     number, done, before = signal.Signals[name], [], signal.getsignal(signal.Signals[name])
 
     def work() -> None:
-        with stopping.stoppable(Silent(), tmp_path) as tell, tell.stage("work", 3) as advance:
+        with signals.stoppable(Silent(), tmp_path) as tell, tell.stage("work", 3) as advance:
             for item in range(3):
                 if item == 1:
                     os.kill(os.getpid(), number)
@@ -189,17 +189,17 @@ def test_a_signal_ends_the_work_at_the_next_finished_item(
 def test_a_second_signal_or_the_end_of_patience_stops_at_once(
     twice: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stopping, "PATIENCE", 30 if twice else 1)
+    monkeypatch.setattr(signals, "PATIENCE", 30 if twice else 1)
     started = time.monotonic()
 
     def work() -> None:
-        with stopping.stoppable(Silent(), tmp_path):
+        with signals.stoppable(Silent(), tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
             if twice:
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(20)
 
-    with pytest.raises(stopping.Stopped) as left:
+    with pytest.raises(signals.Stopped) as left:
         work()
     assert left.value.code == 143
     assert time.monotonic() - started < 15

@@ -19,14 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from csr_vlm.config import DataConfig
+from csr_vlm.config.schema import DataConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Prompt
 from csr_vlm.data import prompts as reading
-from csr_vlm.data.formats import PROMPT_FORMATS, json_array, open_source, recognise
+from csr_vlm.data.formats import json_array
 from csr_vlm.data.formats.rows import BadRow, text_of
 from csr_vlm.data.images import SUFFIXES, load_image, suffix_of
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
-from csr_vlm.errors import CsrError
-from csr_vlm.records import Prompt
+from csr_vlm.data.sources import PROMPT_FORMATS, open_source, recognise
 from csr_vlm.store import tables
 from tests.shared_data import SHARED
 

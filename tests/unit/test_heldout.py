@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csr_vlm.core.records import Candidate, Finish, Prompt
 from csr_vlm.data.prompts import hold_out
 from csr_vlm.evaluation.heldout import evaluate, sentences, tallies
-from csr_vlm.generation.sentences import SentenceRule
-from csr_vlm.records import Candidate, Finish, Prompt
+from csr_vlm.method.sentences import SentenceRule
 from csr_vlm.scoring.scorer import ScorerGroup
 from tests.unit.builders import prompt
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.store import ledger, parts, tables
 from csr_vlm.store.run import Run
 from tests.faults.runs import write_run

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation import lmms
 from csr_vlm.evaluation.lmms import BENCHMARKS, chosen, joined, protocol_of, read_results
 from csr_vlm.evaluation.reproduction import published

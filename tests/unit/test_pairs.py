@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csr_vlm.core.records import Fate, Finish, Node, Pair
 from csr_vlm.method.pairs import make_pairs, responses
 from csr_vlm.method.search import search
-from csr_vlm.records import Fate, Finish, Node, Pair
 from csr_vlm.store import tables
 from tests.unit.builders import method, node, prompt
 from tests.unit.test_search import RandomModel

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.pope import (
     PARSERS,
     SETTINGS,

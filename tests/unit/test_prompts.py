@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from csr_vlm.config import DataConfig
+from csr_vlm.config.schema import DataConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Prompt
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
-from csr_vlm.errors import CsrError
-from csr_vlm.records import Prompt
 
 
 @pytest.fixture

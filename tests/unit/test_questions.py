@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from csr_vlm.config import QuestionsConfig
-from csr_vlm.errors import CsrError
+from csr_vlm.config.schema import QuestionsConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Fate, Node, Pair, Response, others_column
 from csr_vlm.method.questions import Claims, claims, questions, strangers, worth_asking
-from csr_vlm.records import Fate, Node, Pair, Response, others_column
 from tests.unit.builders import config, node, prompt
 
 SETTINGS = QuestionsConfig(pattern=r"an? (\w+)\.", per_prompt=6)

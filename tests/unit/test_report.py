@@ -14,20 +14,20 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
+from csr_vlm.config.load import resolve
+from csr_vlm.core.formatting import compact, duration, fixed, indexed, relative_change, signed
+from csr_vlm.core.records import Fate, Finish, Node, Pair, Prompt, Response
 from csr_vlm.evaluation.statistics import ratio
 from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS
-from csr_vlm.recipe import resolve
-from csr_vlm.records import Fate, Finish, Node, Pair, Prompt, Response
-from csr_vlm.report import health
+from csr_vlm.report import audit_panel as health
+from csr_vlm.report.annotate import Scale, Sentence, marked
 from csr_vlm.report.before_after import CLEAN, IMPROVED, STILL, WORSENED, before_after, by_truth
 from csr_vlm.report.charts import Axes, Point, Series, chart, nice_ticks, smoothed
-from csr_vlm.report.formats import compact, duration, fixed, indexed, relative_change, signed
 from csr_vlm.report.gallery import pair_gallery
 from csr_vlm.report.html import write_report
+from csr_vlm.report.limits import Sample
 from csr_vlm.report.measures import paired_difference, read_evaluation, verdict
 from csr_vlm.report.provenance import without_secrets
-from csr_vlm.report.sample import Sample
-from csr_vlm.report.told import Scale, Sentence, marked
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
 

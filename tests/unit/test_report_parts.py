@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from csr_vlm.records import Fate, Finish, Prompt
+from csr_vlm.core.records import Fate, Finish, Prompt
 from csr_vlm.report.before_after import CLOSER, FARTHER, SAME, before_after, by_relevance
-from csr_vlm.report.benchmarks import benchmark_panel
+from csr_vlm.report.benchmark_panel import benchmark_panel
 from csr_vlm.report.html import render, write_report
 from csr_vlm.report.lambdas import lambda_panel
+from csr_vlm.report.limits import MOST_BYTES, Sample, cut
 from csr_vlm.report.measures import read_evaluation, verdict
 from csr_vlm.report.next_steps import next_steps
-from csr_vlm.report.sample import MOST_BYTES, Sample, cut
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
 from tests.unit.builders import node

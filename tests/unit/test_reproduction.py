@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from csr_vlm.cli.app import app
+from csr_vlm.config.load import resolve
 from csr_vlm.evaluation.reproduction import departures, numbers_of, protocol_fields, published, with_lambda
-from csr_vlm.recipe import resolve
 from csr_vlm.report.radar import HEIGHT, WIDTH, Shape, Spoke, radar, share
-from csr_vlm.report.reproduction import render
+from csr_vlm.report.reproduction_page import render
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 from tests.unit.builders import REQUIRED

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from csr_vlm.config import RewardConfig
-from csr_vlm.errors import CsrError
+from csr_vlm.config.schema import RewardConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Node
 from csr_vlm.method.reward import (
     bag_of_words,
     image_score,
@@ -22,7 +23,6 @@ from csr_vlm.method.reward import (
     sentence_rewards,
     text_score,
 )
-from csr_vlm.records import Node
 from tests.unit.builders import method, node
 
 HALF, QUARTER = math.log(0.5), math.log(0.25)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from csr_vlm.errors import CsrError
-from csr_vlm.records import SCHEMA_VERSION
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import SCHEMA_VERSION
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run, differences
 from tests.unit.builders import config, node, prompt
@@ -185,7 +185,8 @@ def test_the_lock_is_given_back_after_an_error(run):
 
 def test_the_lock_refuses_a_second_process(run):
     script = (
-        "import sys; from pathlib import Path; from csr_vlm.errors import CsrError; from csr_vlm.store.run import Run\n"
+        "import sys\nfrom pathlib import Path\nfrom csr_vlm.core.errors import CsrError\n"
+        "from csr_vlm.store.run import Run\n"
         "try:\n    with Run.open(Path(sys.argv[1])).locked(): print('held')\n"
         "except CsrError: print('refused')"
     )

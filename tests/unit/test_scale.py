@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from csr_vlm.errors import CsrError
-from csr_vlm.scale import ranks as module
-from csr_vlm.scale.crew import ALONE, Done, Job, add_up, leave_mark, require_mark
-from csr_vlm.scale.ranks import Contact, Ranks, num_launched
+from csr_vlm.core.errors import CsrError
+from csr_vlm.scale import torchrun as module
+from csr_vlm.scale.executor import ALONE, Done, Job, add_up, leave_mark, require_mark
+from csr_vlm.scale.torchrun import Contact, Ranks, num_launched
 from csr_vlm.training.distribution import asked_for, refuse_lazy_weights, require_distribution, shared_batch
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from csr_vlm.config import DataConfig
+from csr_vlm.config.schema import DataConfig
 from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.world.corpus import (
     DESCRIBE,

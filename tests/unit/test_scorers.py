@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from csr_vlm.config import RewardConfig, ScorerConfig
-from csr_vlm.errors import CsrError
+from csr_vlm.config.load import resolve, scorer_config
+from csr_vlm.config.schema import RewardConfig, ScorerConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Prompt
 from csr_vlm.method.reward import image_score
-from csr_vlm.recipe import resolve, scorer_config
-from csr_vlm.records import Prompt
-from csr_vlm.scoring.load import load_scorer
+from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.scoring.scorer import ScorerGroup
 from tests.unit.builders import REQUIRED, node, prompt
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csr_vlm.config import FilterConfig, MethodConfig
+from csr_vlm.config.schema import FilterConfig, MethodConfig
+from csr_vlm.core.records import Candidate, Expansion, Fate, Finish, Prompt
 from csr_vlm.method.search import Tree, refused, search
-from csr_vlm.records import Candidate, Expansion, Fate, Finish, Prompt
 from tests.unit.builders import config, method, prompt
 
 STOP = Candidate((0,), (-0.5,), "", Finish.EOS)

@@ -6,8 +6,8 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 
-from csr_vlm.records import Fate, Node, Pair, Response
-from csr_vlm.report.tree import search_tree
+from csr_vlm.core.records import Fate, Node, Pair, Response
+from csr_vlm.report.search_tree import search_tree
 from tests.unit.builders import config, node, prompt
 
 PAPER = config(preset="paper")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csr_vlm.generation import sentences
-from csr_vlm.generation.sentences import SentenceRule
+from csr_vlm.method import sentences
+from csr_vlm.method.sentences import SentenceRule
 
 ENDS = [
     ("There is a boat.", " There"),

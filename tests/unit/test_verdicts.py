@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from csr_vlm import stages, verdicts
-from csr_vlm.errors import CsrError
-from csr_vlm.loop import align
+from csr_vlm.config.load import resolve
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Reporter, Silent
+from csr_vlm.core.records import Fate, Finish, Node
 from csr_vlm.method.audit import RESPONSE_BOUNDS
-from csr_vlm.progress import Reporter, Silent
-from csr_vlm.recipe import resolve
-from csr_vlm.records import Fate, Finish, Node
-from csr_vlm.scale.crew import Crew
+from csr_vlm.pipeline import gates, stages
+from csr_vlm.pipeline.loop import align
+from csr_vlm.scale.executor import Crew
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
 from tests.unit.builders import REQUIRED, node, prompt
@@ -196,7 +196,7 @@ def test_rules_of_ones_own_stop_whatever_the_signs_do(tmp_path, setting):
         files.write_json(run.evaluation_path(number, "heldout"), {"protocol": {}, "metrics": {}, "rows": rows})
         metrics = {name: {"value": value, "low": value, "high": value, "n": 8} for name, value in WELL.items()}
         run.mark_done(number, "evaluate", heldout=metrics)
-    assert verdicts.gate(run, 1, Silent())
+    assert gates.gate(run, 1, Silent())
     assert run.result(1, "gate")["verdict"] == "go", "the signs are well"
     assert "words" in run.result(1, "gate")["reasons"][0]
 
@@ -221,7 +221,7 @@ def test_going_on_does_not_judge_again(tmp_path, monkeypatch):
 
 def test_pairs_from_outside_have_no_ledger_to_judge(tmp_path):
     run = new_run(tmp_path)
-    assert not verdicts.audit(run, 1, Silent())
+    assert not gates.audit(run, 1, Silent())
     assert not run.is_done(1, "audit")
 
 
@@ -229,7 +229,7 @@ def test_without_prompts_held_out_the_gate_has_nothing_to_say(tmp_path):
     run = new_run(tmp_path, heldout=0)
     run.mark_done(0, "evaluate")
     run.mark_done(1, "evaluate")
-    assert not verdicts.gate(run, 1, Silent())
+    assert not gates.gate(run, 1, Silent())
     assert run.result(1, "gate")["signs"] == {}
     assert run.result(1, "gate")["verdict"] == "go"
 
@@ -242,4 +242,4 @@ def test_the_chosen_drop_is_that_of_the_last_quarter_in_nats(tmp_path):
     rewards = [9.0, 9.0, 9.0, 9.0, 9.0, 9.0, -0.1, -0.3]
     run.mark_done(1, "train", log=[{"loss": 0.6, "rewards/chosen": value} for value in rewards])
     beta = run.config.training.trl["beta"]
-    assert verdicts.response_signs(run, 1)["chosen_drop"] == pytest.approx(0.2 / beta)
+    assert gates.response_signs(run, 1)["chosen_drop"] == pytest.approx(0.2 / beta)

@@ -13,14 +13,15 @@ import pytest
 from typer.testing import CliRunner
 
 from csr_vlm.cli.app import app
-from csr_vlm.cli.plain import one_line
-from csr_vlm.errors import CsrError
-from csr_vlm.progress import Silent
-from csr_vlm.records import Prompt
-from csr_vlm.store import files, live
-from csr_vlm.store.live import read_progress, recorded
+from csr_vlm.cli.sanitize import one_line
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
+from csr_vlm.core.records import Prompt
+from csr_vlm.pipeline.status import Watcher
+from csr_vlm.store import files
+from csr_vlm.store import progress_file as live
+from csr_vlm.store.progress_file import read_progress, recorded
 from csr_vlm.store.run import Run
-from csr_vlm.watch import Watcher
 from tests.unit.test_report import add_evaluation, add_pairs, add_training, metrics, new_run, row
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.objects import ObjectTable
 from csr_vlm.evaluation.singular import singularize
 from csr_vlm.evaluation.words import builtin_lemma, builtin_tags, letters, tokenize, word_rule

@@ -13,11 +13,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from csr_vlm.config import GenerationConfig, ModelConfig
-from csr_vlm.generation.policy import Policy, Reader, load_base, load_policy, load_reader
-from csr_vlm.records import Prompt
+from csr_vlm.config.schema import GenerationConfig, ModelConfig
+from csr_vlm.core.records import Prompt
+from csr_vlm.models.checkpoints import rename_as_published
+from csr_vlm.models.policy import Policy, Reader, load_base, load_policy, load_reader
 from csr_vlm.training.dpo import LINEARS, save_adapter
-from csr_vlm.weights import rename_as_published
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes

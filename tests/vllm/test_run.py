@@ -14,10 +14,10 @@ import psutil
 import pytest
 import yaml
 
-from csr_vlm.config import ModelConfig, RunConfig
-from csr_vlm.loop import align
-from csr_vlm.progress import Silent
-from csr_vlm.recipe import resolve
+from csr_vlm.config.load import resolve
+from csr_vlm.config.schema import ModelConfig, RunConfig
+from csr_vlm.core.progress import Silent
+from csr_vlm.pipeline.loop import align
 from csr_vlm.store.run import Run
 from csr_vlm.world.demo import demo_config
 from tests.vllm.conftest import ENGINE

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from csr_vlm.config import MethodConfig, ModelConfig, ScorerConfig, SearchConfig, presets
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import Policy, Reader, load_policy
+from csr_vlm.config.schema import MethodConfig, ModelConfig, ScorerConfig, SearchConfig, presets
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Candidate, Expansion, Prompt
 from csr_vlm.generation.streaming import StreamingEngine
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.search import Tree, search
-from csr_vlm.records import Candidate, Expansion, Prompt
-from csr_vlm.scoring.load import load_scorer
+from csr_vlm.models.policy import Policy, Reader, load_policy
+from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.world.demo import assets
 
 pytestmark = pytest.mark.vllm

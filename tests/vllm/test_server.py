@@ -14,13 +14,13 @@ from urllib.request import urlopen
 
 import pytest
 
-from csr_vlm.config import ModelConfig
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import Policy, Reader, load_policy
+from csr_vlm.config.schema import ModelConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Expansion, Prompt
 from csr_vlm.generation.streaming import StreamingEngine
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.generation.vllm_server import connected
-from csr_vlm.records import Expansion, Prompt
+from csr_vlm.models.policy import Policy, Reader, load_policy
 from tests.vllm.test_search import DEFAULT, TOLERANCE, VARIED, differences, propose, searched, tokens
 
 pytestmark = pytest.mark.vllm

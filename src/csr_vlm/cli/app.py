@@ -8,27 +8,27 @@ from typing import Annotated, Any
 
 import typer
 
-from csr_vlm.cli import console, mistakes, world
+from csr_vlm.cli import console, error_messages, world
 from csr_vlm.cli import evaluate as evaluate_cli
-from csr_vlm.cli.analyse import analyse
+from csr_vlm.cli.analyze import analyse
+from csr_vlm.cli.arguments import Iteration, Out, Overrides, RunArgument, Target, open_or_create
+from csr_vlm.cli.audit import audit, sweep
+from csr_vlm.cli.common import RunByDefault, Verbs
 from csr_vlm.cli.compact import compact
 from csr_vlm.cli.compare import compare, measure
 from csr_vlm.cli.convert import convert
-from csr_vlm.cli.crew import RayActors, crew_of
+from csr_vlm.cli.executors import RayActors, crew_of
 from csr_vlm.cli.export import export
-from csr_vlm.cli.health import audit, sweep
 from csr_vlm.cli.lmms import eval_lmms
-from csr_vlm.cli.opening import Iteration, Out, Overrides, RunArgument, Target, open_or_create
 from csr_vlm.cli.push import push
 from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.cli.run import check, demo, run
-from csr_vlm.cli.stopping import Stopped, stoppable
-from csr_vlm.cli.verbs import RunByDefault, Verbs
+from csr_vlm.cli.signals import Stopped, stoppable
 from csr_vlm.cli.watch import watch
-from csr_vlm.errors import CsrError
-from csr_vlm.recipe import load_config, scorer_config
-from csr_vlm.scale.crew import Crew
-from csr_vlm.store.live import recorded
+from csr_vlm.config.load import load_config, scorer_config
+from csr_vlm.core.errors import CsrError
+from csr_vlm.scale.executor import Crew
+from csr_vlm.store.progress_file import recorded
 from csr_vlm.store.run import Run
 
 INTERRUPTED = 130
@@ -101,7 +101,7 @@ def score(
     with crew_of(ray) as crew:
         if crew is None:
             return
-        from csr_vlm import stages
+        from csr_vlm.pipeline import stages
 
         opened = Run.open(target)
         number = iteration or max(opened.iterations_done("generate"), default=1)
@@ -141,7 +141,7 @@ def pairs(
 
 
 def _own_pairs(opened: Run, number: int, crew: Crew) -> dict[str, Any]:
-    from csr_vlm import stages
+    from csr_vlm.pipeline import stages
 
     with stoppable(console.reporter(), opened.root) as tell, opened.locked():
         stages.make_pairs(opened, number, tell, crew)
@@ -149,7 +149,7 @@ def _own_pairs(opened: Run, number: int, crew: Crew) -> dict[str, Any]:
 
 
 def _other_pairs(opened: Run, number: int, overrides: list[str], out: Path | None) -> dict[str, Any]:
-    from csr_vlm import stages
+    from csr_vlm.pipeline import stages
     from csr_vlm.store import tables
 
     config = load_config(None, overrides, base=opened.config.dump())
@@ -183,8 +183,8 @@ def eval_world(
     """
     opened = Run.open(target)
     console.quiet_libraries()
-    from csr_vlm import stages
     from csr_vlm.evaluation.compare import policy_name
+    from csr_vlm.pipeline import stages
 
     tell = console.reporter()
     changed = [f"evaluation.world.num_scenes={scenes}", f"evaluation.world.seed={world_seed}"]
@@ -301,8 +301,8 @@ def main() -> None:
     except Stopped:
         raise  # its parting words were said
     except Exception as error:
-        mistakes.tell(error)
-        sys.exit(mistakes.exit_code(error))
+        error_messages.tell(error)
+        sys.exit(error_messages.exit_code(error))
     if code == INTERRUPTED:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
     sys.exit(code or 0)
@@ -313,7 +313,7 @@ def _one_stage(
 ) -> None:
     opened = open_or_create(target, overrides, out)
     console.quiet_libraries()
-    from csr_vlm import stages
+    from csr_vlm.pipeline import stages
 
     numbers = range(1, opened.config.iterations + 1)
     number = iteration or next((n for n in numbers if not opened.is_done(n, stage)), opened.config.iterations)

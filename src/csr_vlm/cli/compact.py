@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from csr_vlm.cli import console
-from csr_vlm.cli.opening import RunArgument
+from csr_vlm.cli.arguments import RunArgument
 from csr_vlm.store.run import Run
 
 

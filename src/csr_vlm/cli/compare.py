@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from csr_vlm.cli import console
-from csr_vlm.cli.opening import RunArgument, complete_run
-from csr_vlm.errors import CsrError
+from csr_vlm.cli.arguments import RunArgument, complete_run
+from csr_vlm.core.errors import CsrError
 from csr_vlm.store.run import Run
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def measure(
     """
     opened = Run.open(target)
     console.quiet_libraries()
-    from csr_vlm import stages
     from csr_vlm.evaluation.compare import evaluated, read_documents
+    from csr_vlm.pipeline import stages
 
     with opened.locked():
         for number in range(opened.last_trained + 1):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csr_vlm.cli.plain import printable
-from csr_vlm.progress import Advance, Reporter, Silent
+from csr_vlm.cli.sanitize import printable
+from csr_vlm.core.progress import Advance, Reporter, Silent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ _LINE_EVERY = 30.0
 
 @dataclass
 class Mode:
-    """How the process speaks; :mod:`csr_vlm.cli.verbs` sets it from the options that every verb has."""
+    """How the process speaks; :mod:`csr_vlm.cli.common` sets it from the options that every verb has."""
 
     json: bool = False
     quiet: bool = False

@@ -36,7 +36,7 @@ def convert(
     Example: csr convert llava-v1.5-7b --vision openai/clip-vit-large-patch14-336 --out llava-hf
     """
     console.quiet_libraries()
-    from csr_vlm.convert.llava import convert as convert_checkpoint
+    from csr_vlm.convert.conversion import convert as convert_checkpoint
 
     with console.reporter().stage("converting", 0):
         found = convert_checkpoint(

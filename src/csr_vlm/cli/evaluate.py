@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from csr_vlm.cli import console
-from csr_vlm.cli.opening import RunArgument
-from csr_vlm.errors import CsrError
+from csr_vlm.cli.arguments import RunArgument
+from csr_vlm.core.errors import CsrError
 
 if TYPE_CHECKING:
+    from csr_vlm.core.progress import Advance
+    from csr_vlm.core.records import Finish, Prompt
     from csr_vlm.evaluation.answers import Decoding, Respond
-    from csr_vlm.progress import Advance
-    from csr_vlm.records import Finish, Prompt
     from csr_vlm.store.run import Run
 
 AnnotationsOption = Annotated[
@@ -282,9 +282,9 @@ def _store(root: Path, iteration: int | None, answers: Sequence[Path], document:
 
 def _respond(run: Run, iteration: int, decoding: Decoding, advance: Advance) -> Respond:
     """Return what answers prompts with the policy of an iteration."""
-    from csr_vlm.batches import batched
-    from csr_vlm.generation.policy import load_policy
+    from csr_vlm.core.batching import batched
     from csr_vlm.generation.transformers_engine import TransformersEngine
+    from csr_vlm.models.policy import load_policy
 
     policy = load_policy(run.config.model, run.adapter_path(iteration), run.config.data.max_image_pixels)
     generation = run.config.generation

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from csr_vlm.cli import console
-from csr_vlm.cli.opening import RunArgument
-from csr_vlm.errors import CsrError
+from csr_vlm.cli.arguments import RunArgument
+from csr_vlm.core.errors import CsrError
 from csr_vlm.store.run import Run
 
 
@@ -40,8 +40,8 @@ def export(
 
     Example: csr export runs/d0 --format trl --out pairs-trl --copy-images
     """
-    from csr_vlm import stages
-    from csr_vlm.data.pairs import write_pairs
+    from csr_vlm.data.external_pairs import write_pairs
+    from csr_vlm.pipeline import stages
 
     opened = Run.open(target)
     number = iteration or max(opened.iterations_done("pairs"), default=0)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from csr_vlm.cli import console
-from csr_vlm.cli.opening import RunArgument
+from csr_vlm.cli.arguments import RunArgument
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
@@ -32,8 +32,8 @@ def eval_lmms(
 
     benchmarks = lmms.chosen([name.strip() for name in tasks.split(",") if name.strip()], include)
     from csr_vlm.evaluation.lmms_model import PolicyModel
-    from csr_vlm.generation.policy import load_policy
     from csr_vlm.generation.transformers_engine import TransformersEngine
+    from csr_vlm.models.policy import load_policy
 
     tell = console.reporter()
     results = {}

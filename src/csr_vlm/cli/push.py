@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from csr_vlm.cli import console
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.store.run import Run
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

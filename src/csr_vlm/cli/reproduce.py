@@ -20,7 +20,7 @@ def reproduce(
     Several runs fill the tables of lambda and of the ablation.
     Example: csr reproduce runs/lambda-0.9 runs/lambda-0.5 runs/only-rt
     """
-    from csr_vlm.report.reproduction import write_reproduction
+    from csr_vlm.report.reproduction_page import write_reproduction
 
     runs = [Run.open(target) for target in targets]
     page = write_reproduction(runs, out or targets[0] / "reproduction.html")

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from csr_vlm.cli import console
-from csr_vlm.cli.crew import RayActors, crew_of
-from csr_vlm.cli.opening import Out, Overrides, Target, open_or_create, settings
-from csr_vlm.cli.stopping import stoppable
-from csr_vlm.scale.crew import ALONE, Crew
+from csr_vlm.cli.arguments import Out, Overrides, Target, open_or_create, settings
+from csr_vlm.cli.executors import RayActors, crew_of
+from csr_vlm.cli.signals import stoppable
+from csr_vlm.scale.executor import ALONE, Crew
 from csr_vlm.store.run import Run
 
 
@@ -70,8 +70,8 @@ def check(
 
     config = settings(target, overrides)
     console.quiet_libraries()
-    from csr_vlm.estimate import estimate
-    from csr_vlm.trial import try_out
+    from csr_vlm.pipeline.estimate import estimate
+    from csr_vlm.pipeline.preflight import try_out
 
     tell = console.reporter()
     found = estimate(config, tell, offline=offline)
@@ -95,15 +95,15 @@ def _print_estimate(found: dict[str, Any]) -> None:
 
 def _show_plan(opened: Run, words: str) -> None:
     """Print the steps of a run and what the whole would cost."""
-    from csr_vlm import plan
+    from csr_vlm.pipeline import schedule
 
     console.quiet_libraries()
-    from csr_vlm.estimate import estimate
+    from csr_vlm.pipeline.estimate import estimate
 
     config = opened.config
     found = estimate(config, console.reporter(), offline=not Path(config.model.path).is_dir())
-    steps = plan.steps(opened)
-    left = plan.seconds_left(steps)
+    steps = schedule.steps(opened)
+    left = schedule.seconds_left(steps)
     if console.mode.json:
         console.print_json(
             {"run": str(opened.root), "steps": [step.dump() for step in steps], "seconds_left": left, **found}
@@ -121,7 +121,7 @@ def _show_plan(opened: Run, words: str) -> None:
     console.print_table(f"{opened.root}: nothing is written", ["", "step", "state", "time"], rows)
     print()
     _print_estimate(found)
-    remaining = sum(step.state is not plan.State.DONE for step in steps)
+    remaining = sum(step.state is not schedule.State.DONE for step in steps)
     known = f", about {console.duration(left)}" if left and remaining else ""
     print(f"\n{remaining} of {len(steps)} steps remain{known}; results go to {opened.root}")
     console.say(f"next: csr run {words}" if remaining else f"next: csr show {opened.root}")
@@ -129,7 +129,7 @@ def _show_plan(opened: Run, words: str) -> None:
 
 def _align(opened: Run, crew: Crew = ALONE) -> None:
     console.quiet_libraries()
-    from csr_vlm.loop import align
+    from csr_vlm.pipeline.loop import align
 
     with stoppable(console.reporter(), opened.root) as tell:
         align(opened, tell, crew)

@@ -9,12 +9,12 @@ from rich.tree import Tree
 
 from csr_vlm.cli import console
 from csr_vlm.cli.console import print_metrics, print_table
-from csr_vlm.cli.plain import one_line
-from csr_vlm.errors import CsrError
+from csr_vlm.cli.sanitize import one_line
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Fate, Node, Pair, Prompt
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.reward import SentenceReward, path_ids, sentence_rewards
-from csr_vlm.records import Fate, Node, Pair, Prompt
 from csr_vlm.store import ledger
 from csr_vlm.store.run import Run
 

@@ -13,14 +13,14 @@ import typer
 
 from csr_vlm.cli import console
 from csr_vlm.cli.console import METRICS, metric_cell
-from csr_vlm.cli.plain import one_line
-from csr_vlm.report.formats import duration
+from csr_vlm.cli.sanitize import one_line
+from csr_vlm.core.formatting import duration
 from csr_vlm.store.run import Run
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from csr_vlm.watch import Current, View
+    from csr_vlm.pipeline.status import Current, View
 
 _LINE_EVERY = 30.0
 """Seconds between two lines about the same stage, where there is no terminal to draw on."""
@@ -44,7 +44,7 @@ def watch(
     Ends with the run: exit code 0 if it finished, 1 if it did not.
     Example: csr watch runs/mine
     """
-    from csr_vlm.watch import Watcher
+    from csr_vlm.pipeline.status import Watcher
 
     as_json = console.mode.json
     watcher = Watcher(Run.open(target))

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from csr_vlm.cli import console
-from csr_vlm.cli.verbs import Verbs
-from csr_vlm.errors import CsrError
+from csr_vlm.cli.common import Verbs
+from csr_vlm.core.errors import CsrError
 
 app = typer.Typer(
     cls=Verbs, no_args_is_help=True, rich_markup_mode=None, help="The embedded world: drawn scenes, tiny models."

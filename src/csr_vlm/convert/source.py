@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from csr_vlm.convert.layouts import ASPECTS, LANGUAGE_MODELS, PROJECTORS, STRATEGIES
-from csr_vlm.errors import CsrError
-from csr_vlm.weights import Stored, find_file, read_tensors, tensor_files, tensors_of
+from csr_vlm.core.errors import CsrError
+from csr_vlm.models.checkpoints import Stored, find_file, read_tensors, tensor_files, tensors_of
 
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _VISION = "model.vision_tower.vision_tower.vision_model."

@@ -20,7 +20,7 @@ from transformers import (
 
 from csr_vlm.convert.layouts import ACTIVATIONS, STRATEGIES, VICUNA_V1, disk_name
 from csr_vlm.convert.source import Original
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 
 IMAGE, PAD = "<image>", "<pad>"
 _MULTIPLE = 64

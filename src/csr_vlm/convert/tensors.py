@@ -10,8 +10,8 @@ import torch
 from csr_vlm.convert.layouts import DROPPED, disk_name, module_name
 from csr_vlm.convert.source import Lora, Original
 from csr_vlm.convert.target import Target
-from csr_vlm.errors import CsrError
-from csr_vlm.weights import read_tensors
+from csr_vlm.core.errors import CsrError
+from csr_vlm.models.checkpoints import read_tensors
 
 _EMBEDDINGS = (disk_name("model.language_model.embed_tokens.weight"), disk_name("lm_head.weight"))
 _SECOND_LAYER = disk_name("model.multi_modal_projector.linear_2.weight")

@@ -9,8 +9,8 @@ from typing import IO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from csr_vlm.errors import CsrError
-from csr_vlm.records import Prompt
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Prompt
 from csr_vlm.store.files import open_ordinary
 
 

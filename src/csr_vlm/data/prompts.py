@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.config import DataConfig
-from csr_vlm.data.formats import Source, open_source
+from csr_vlm.config.schema import DataConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Prompt
 from csr_vlm.data.formats.rows import BadRow, Entry, entry_of, plain
 from csr_vlm.data.images import BadImage, load_image, suffix_of
-from csr_vlm.errors import CsrError
-from csr_vlm.records import Prompt
+from csr_vlm.data.sources import Source, open_source
 from csr_vlm.store.files import keep_content
 
 _SHOWN = 20

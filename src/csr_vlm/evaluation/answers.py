@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.config import DataConfig
+from csr_vlm.config.schema import DataConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Finish, Prompt
 from csr_vlm.data.prompts import InputReport, read_prompts
-from csr_vlm.errors import CsrError
 from csr_vlm.evaluation.chair import Caption
 from csr_vlm.evaluation.pope import read_rows
-from csr_vlm.records import Finish, Prompt
 from csr_vlm.store import files
 
 _CHOSEN = {

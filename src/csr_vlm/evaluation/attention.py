@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Prompt
 from csr_vlm.evaluation.statistics import Difference, Tally, paired_difference
-from csr_vlm.generation.policy import Policy
-from csr_vlm.records import Prompt
+from csr_vlm.models.policy import Policy
 
 SINK_SHARE = 0.2
 """A token with at least so much of a layer's weight, on average over a response, is a sink."""

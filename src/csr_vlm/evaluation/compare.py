@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.config import RULE
-from csr_vlm.errors import CsrError
+from csr_vlm.config.schema import RULE
+from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.statistics import Difference, holm, paired_difference
 from csr_vlm.store import files
 from csr_vlm.store.run import Run, differences

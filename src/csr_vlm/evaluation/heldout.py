@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from csr_vlm.batches import batched
+from csr_vlm.core.batching import batched
+from csr_vlm.core.records import Finish, Prompt
 from csr_vlm.evaluation.statistics import Tally, pooled
-from csr_vlm.generation.sentences import SentenceRule
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.reward import bag_of_words
-from csr_vlm.records import Finish, Prompt
+from csr_vlm.method.sentences import SentenceRule
 from csr_vlm.scoring.scorer import ScorerGroup
 
 _BATCH = 64
@@ -81,7 +81,7 @@ def sentences(text: str, rule: SentenceRule) -> list[str]:
     """Cut a text where sentences end, and leave out what has no word.
 
     Example:
-        >>> from csr_vlm.generation.sentences import SentenceRule
+        >>> from csr_vlm.method.sentences import SentenceRule
         >>> sentences("It costs 3.5 euros. Ask Dr. Low. ...", SentenceRule("."))
         ['It costs 3.5 euros.', 'Ask Dr. Low.']
     """

@@ -19,7 +19,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.statistics import Metric, Tally, ratio
 
 _KEYS = {"openai": "OPENAI_API_KEY", "azure": "AZURE_API_KEY"}

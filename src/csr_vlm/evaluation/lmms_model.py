@@ -12,10 +12,10 @@ from typing import Any
 
 from lmms_eval.api.model import lmms
 
-from csr_vlm.batches import batched
-from csr_vlm.errors import CsrError
+from csr_vlm.core.batching import batched
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Prompt
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.records import Prompt
 
 DEFAULT_NEW_TOKENS = 256
 """Where a task sets no limit."""

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.statistics import Metric, Tally, bootstrap, pooled
 from csr_vlm.evaluation.words import letters
 from csr_vlm.store.files import digest

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.pope import SETTINGS, Question
 
 

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import yaml
 
-from csr_vlm.config import presets
+from csr_vlm.config.load import resolve
+from csr_vlm.config.schema import presets
 from csr_vlm.evaluation.compare import evaluated, read_documents
 from csr_vlm.evaluation.lmms import protocol_of
 from csr_vlm.evaluation.statistics import Metric
-from csr_vlm.recipe import resolve
 from csr_vlm.store.run import Run, differences
 
 LAMBDA_OF_ABLATION = {"only R_T": 0.0, "only R_I": 1.0}

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from csr_vlm.batches import batched
+from csr_vlm.core.batching import batched
+from csr_vlm.core.records import Prompt
 from csr_vlm.evaluation.statistics import Metric, auc, ratio
-from csr_vlm.generation.policy import Policy
-from csr_vlm.records import Prompt
+from csr_vlm.models.policy import Policy
 
 _BATCH = 16
 _RESAMPLES = 500

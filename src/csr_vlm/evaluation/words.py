@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.singular import singularize
 
 WordRuleName = Literal["pattern", "wordnet", "plain"]

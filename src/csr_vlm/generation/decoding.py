@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from csr_vlm.config import SearchConfig
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import Policy, Reader
+from csr_vlm.config.schema import SearchConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Candidate, Expansion, Finish
 from csr_vlm.generation.sampling import diverse, sample, uniforms
-from csr_vlm.generation.sentences import SentenceRule
-from csr_vlm.records import Candidate, Expansion, Finish
+from csr_vlm.method.sentences import SentenceRule
+from csr_vlm.models.policy import Policy, Reader
 
 
 @dataclass(frozen=True)

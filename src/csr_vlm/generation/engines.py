@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from csr_vlm.config import RunConfig, SearchConfig
-from csr_vlm.generation.policy import load_policy, load_reader
-from csr_vlm.generation.selfcheck import self_check
+from csr_vlm.config.schema import RunConfig, SearchConfig
+from csr_vlm.core.records import Prompt
+from csr_vlm.generation.self_check import self_check
 from csr_vlm.generation.streaming import StreamingEngine
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.search import Proposer
-from csr_vlm.records import Prompt
+from csr_vlm.models.policy import load_policy, load_reader
 
 
 class Engine(Protocol):

@@ -1,7 +1,7 @@
 """The plain way to run the model: keys and values copied to every candidate.
 
 It asks nothing of a model but a cache, so it is the reference for
-:mod:`csr_vlm.generation.shared` and what is left where that does not work.
+:mod:`csr_vlm.generation.shared_attention` and what is left where that does not work.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from csr_vlm.batches import batched
+from csr_vlm.core.batching import batched
+from csr_vlm.core.records import Candidate, Expansion, Prompt
 from csr_vlm.generation.counters import Counters
 from csr_vlm.generation.decoding import Row, Writer
-from csr_vlm.generation.policy import EncodedPrompt, Policy
-from csr_vlm.records import Candidate, Expansion, Prompt
+from csr_vlm.models.policy import EncodedPrompt, Policy
 
 
 class PlainDecoder:

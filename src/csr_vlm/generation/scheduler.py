@@ -18,12 +18,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from csr_vlm.batches import batched
+from csr_vlm.core.batching import batched
+from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
 from csr_vlm.generation.decoding import Row
-from csr_vlm.generation.policy import EncodedPrompt
-from csr_vlm.generation.shared import Blocks, Grid, Shelf, Step, View, hidden_padding
+from csr_vlm.generation.shared_attention import Blocks, Grid, Shelf, Step, View, hidden_padding
 from csr_vlm.generation.shared_model import SharedModel
-from csr_vlm.records import Candidate, Expansion, Finish, Prompt
+from csr_vlm.models.policy import EncodedPrompt
 
 READ_PROMPTS = 16
 READ_TOKENS = 8192

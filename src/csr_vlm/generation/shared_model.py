@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from csr_vlm.generation import shared
+from csr_vlm.generation import shared_attention
 from csr_vlm.generation.counters import Counters
-from csr_vlm.generation.policy import EncodedPrompt, Policy
+from csr_vlm.models.policy import EncodedPrompt, Policy
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SharedModel:
         self._head: Any = model.get_output_embeddings()
         # An attention mask of four dimensions is taken as it stands; ours is never looked at.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=policy.device)
-        shared.install(self._decoder)
+        shared_attention.install(self._decoder)
 
     def read(self, encoded: Sequence[EncodedPrompt], prefixes: Sequence[Sequence[int]]) -> list[Reading]:
         """Read prompts, each followed by the ids of a partial response."""
@@ -55,7 +55,7 @@ class SharedModel:
             for row, (length, item) in enumerate(zip(lengths, encoded, strict=True))
         ]
 
-    def step(self, tokens: torch.Tensor, positions: torch.Tensor, step: shared.Step) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor, step: shared_attention.Step) -> torch.Tensor:
         """Feed one token a row, (rows,), and return the final hidden states, (rows, width)."""
         self.counters.decode(len(tokens))
         output = self._decoder(

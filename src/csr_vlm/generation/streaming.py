@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, Protocol
 
-from csr_vlm.config import SearchConfig
-from csr_vlm.errors import CsrError
+from csr_vlm.config.schema import SearchConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Candidate, Expansion, Prompt
 from csr_vlm.generation.decoding import Decoding, Row, Sentences
-from csr_vlm.generation.policy import Reader
 from csr_vlm.generation.sampling import stream_key
 from csr_vlm.method.search import Proposer
-from csr_vlm.records import Candidate, Expansion, Prompt
+from csr_vlm.models.policy import Reader
 
 _BAR = -100.0
 """Added to a barred token's logit, the most that vLLM takes; log-probabilities are recorded without it."""

@@ -7,17 +7,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from csr_vlm.config import SearchConfig
-from csr_vlm.errors import CsrError
+from csr_vlm.config.schema import SearchConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Candidate, Expansion, Prompt
 from csr_vlm.generation.counters import Counters
 from csr_vlm.generation.decoding import Decoding, Writer
 from csr_vlm.generation.plain import PlainDecoder
-from csr_vlm.generation.policy import Policy
-from csr_vlm.generation.probe import sharing_trouble
 from csr_vlm.generation.scheduler import Scheduler
+from csr_vlm.generation.shared_attention_check import sharing_trouble
 from csr_vlm.generation.shared_model import SharedModel
 from csr_vlm.method.search import InRounds, Proposer
-from csr_vlm.records import Candidate, Expansion, Prompt
+from csr_vlm.models.policy import Policy
 
 Attention = Literal["auto", "shared", "plain"]
 

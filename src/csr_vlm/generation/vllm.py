@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.config import GenerationConfig, ModelConfig
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import Reader
+from csr_vlm.config.schema import GenerationConfig, ModelConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Prompt
 from csr_vlm.generation.streaming import Asked, Piece
-from csr_vlm.loading import resolve_device, resolve_dtype
-from csr_vlm.records import Prompt
+from csr_vlm.models.devices import resolve_device, resolve_dtype
+from csr_vlm.models.policy import Reader
 from csr_vlm.store.files import sha256_of
 
 _ENVIRONMENT = {

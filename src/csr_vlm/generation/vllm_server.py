@@ -22,10 +22,10 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from csr_vlm.errors import CsrError
-from csr_vlm.generation.policy import Reader
+from csr_vlm.core.errors import CsrError
 from csr_vlm.generation.streaming import Asked, Piece
 from csr_vlm.generation.vllm import Images, adapter_name
+from csr_vlm.models.policy import Reader
 
 _TIMEOUT = 600.0
 """Seconds without a word from the server."""

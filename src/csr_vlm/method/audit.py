@@ -16,7 +16,8 @@ from enum import StrEnum
 from statistics import correlation, fmean
 from typing import Any
 
-from csr_vlm.config import MethodConfig
+from csr_vlm.config.schema import MethodConfig
+from csr_vlm.core.records import Node, Pair, others_column
 from csr_vlm.method.pairs import responses
 from csr_vlm.method.reward import (
     OUT_OF_THE_RUNNING,
@@ -25,7 +26,6 @@ from csr_vlm.method.reward import (
     reward_scale,
     sentence_rewards,
 )
-from csr_vlm.records import Node, Pair, others_column
 
 
 class Verdict(StrEnum):

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from csr_vlm.batches import spread
-from csr_vlm.config import MethodConfig, PairsConfig
+from csr_vlm.config.schema import MethodConfig, PairsConfig
+from csr_vlm.core.batching import spread
+from csr_vlm.core.records import Fate, Finish, Node, Pair, Prompt, Response
 from csr_vlm.method.reward import (
     OUT_OF_THE_RUNNING,
     SentenceReward,
@@ -16,7 +17,6 @@ from csr_vlm.method.reward import (
     reward_scale,
     sentence_rewards,
 )
-from csr_vlm.records import Fate, Finish, Node, Pair, Prompt, Response
 
 _LEAVES = (Fate.FINISHED, Fate.TRUNCATED)
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeVar
 
-from csr_vlm.config import QuestionsConfig
+from csr_vlm.config.schema import QuestionsConfig
+from csr_vlm.core.records import Node, Pair
 from csr_vlm.method.reward import OUT_OF_THE_RUNNING, contrasts
-from csr_vlm.records import Node, Pair
 
 _Item = TypeVar("_Item")
 _SURE = (0.25, 0.5)

@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import fmean, pstdev
 
-from csr_vlm.config import MethodConfig, RewardConfig
-from csr_vlm.errors import CsrError
-from csr_vlm.records import Fate, Node, others_column
+from csr_vlm.config.schema import MethodConfig, RewardConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Fate, Node, others_column
 
 OUT_OF_THE_RUNNING = (Fate.DUPLICATE, Fate.FILTERED)
 """Nodes that are recorded and take no further part."""

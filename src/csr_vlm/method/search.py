@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Protocol
 
-from csr_vlm.config import FilterConfig, MethodConfig
-from csr_vlm.errors import CsrError
+from csr_vlm.config.schema import FilterConfig, MethodConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Candidate, Expansion, Fate, Finish, Node, Prompt
 from csr_vlm.method.reward import bag_of_words, path_ids, response_reward, sentence_rewards
-from csr_vlm.records import Candidate, Expansion, Fate, Finish, Node, Prompt
 
 Propose = Callable[[Sequence[Expansion]], Sequence[Sequence[Candidate]]]
 """Continue each partial response by one sentence, several times."""

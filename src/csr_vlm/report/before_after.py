@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from csr_vlm.batches import spread
+from csr_vlm.core.batching import spread
+from csr_vlm.report.annotate import Scale, Sentence, sentences
+from csr_vlm.report.limits import Sample
 from csr_vlm.report.measures import Evaluation, shared_rows
 from csr_vlm.report.pictures import Picture, picture
-from csr_vlm.report.sample import Sample
-from csr_vlm.report.told import Scale, Sentence, sentences
 from csr_vlm.store.run import Run
 from csr_vlm.world.dataset import scene_of
 from csr_vlm.world.truth import judge

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from csr_vlm.core.formatting import fixed
 from csr_vlm.evaluation.statistics import Metric
-from csr_vlm.report.formats import fixed
 from csr_vlm.report.measures import MEASURES, Evaluation, read_evaluation
 from csr_vlm.store import files
 from csr_vlm.store.run import Run

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.store.files import read_json
 from csr_vlm.store.run import Run
 from csr_vlm.world.dataset import scene_of

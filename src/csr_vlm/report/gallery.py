@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
-from csr_vlm.batches import spread
-from csr_vlm.errors import CsrError
+from csr_vlm.core.batching import spread
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Node, Pair, Response
 from csr_vlm.method.reward import image_score, path_ids
-from csr_vlm.records import Node, Pair, Response
+from csr_vlm.report.annotate import Scale, Sentence, sentences
+from csr_vlm.report.limits import Sample, cut
 from csr_vlm.report.pictures import Picture, absent_kinds, picture
-from csr_vlm.report.sample import Sample, cut
-from csr_vlm.report.told import Scale, Sentence, sentences
-from csr_vlm.report.tree import SearchTree, search_tree
+from csr_vlm.report.search_tree import SearchTree, search_tree
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
 from csr_vlm.world.dataset import scene_of

@@ -13,18 +13,19 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from csr_vlm.report import formats, panels, tree
-from csr_vlm.report.analysis import analysis_panel
+from csr_vlm.core import formatting
+from csr_vlm.report import panels, search_tree
+from csr_vlm.report.annotate import SCALE_STEPS
+from csr_vlm.report.audit_panel import health_panel
 from csr_vlm.report.before_after import before_after
-from csr_vlm.report.benchmarks import benchmark_panel
+from csr_vlm.report.benchmark_panel import benchmark_panel
 from csr_vlm.report.gallery import pair_gallery
-from csr_vlm.report.health import health_panel
+from csr_vlm.report.introspection_panel import analysis_panel
 from csr_vlm.report.lambdas import lambda_panel
+from csr_vlm.report.limits import MOST_BYTES, Sample, cut
 from csr_vlm.report.measures import Evaluation, evaluation_named, read_evaluation, verdict
 from csr_vlm.report.next_steps import next_steps
 from csr_vlm.report.provenance import STAGES, provenance
-from csr_vlm.report.sample import MOST_BYTES, Sample, cut
-from csr_vlm.report.told import SCALE_STEPS
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
@@ -72,7 +73,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     for name in ("fixed", "signed", "compact", "percent", "count", "plural", "indexed"):
-        environment.filters[name] = getattr(formats, name)
+        environment.filters[name] = getattr(formatting, name)
     environment.filters["reference"] = panels.reference_words
     environment.filters["cut"] = cut
     return environment
@@ -125,8 +126,8 @@ def _pictures(run: Run, evaluation: Evaluation | None, sample: Sample) -> dict[s
         "compared": before_after(run, evaluation, sample) if evaluation else None,
         "gallery": pair_gallery(run, sample),
         "scale_steps": SCALE_STEPS,
-        "shapes": tree.SHAPES,
-        "shape_names": tree.LEGEND,
+        "shapes": search_tree.SHAPES,
+        "shape_names": search_tree.LEGEND,
     }
 
 

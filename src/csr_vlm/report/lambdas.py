@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from csr_vlm.batches import spread
-from csr_vlm.config import MethodConfig
-from csr_vlm.errors import CsrError
+from csr_vlm.config.schema import MethodConfig
+from csr_vlm.core.batching import spread
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.formatting import fixed
+from csr_vlm.core.records import Node, Pair, Prompt
 from csr_vlm.method.audit import pair_signs, tree_signs
 from csr_vlm.method.pairs import make_pairs
-from csr_vlm.records import Node, Pair, Prompt
 from csr_vlm.report.charts import Axes, Point, Series, chart
-from csr_vlm.report.formats import fixed
 from csr_vlm.report.measures import MEASURES, Measure
 from csr_vlm.report.panels import Figure
 from csr_vlm.report.pictures import absent_kinds

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from csr_vlm.core.formatting import fixed, plural, relative_change, signed
 from csr_vlm.evaluation.statistics import Metric, ratio
 from csr_vlm.evaluation.statistics import paired_difference as tallied_difference
-from csr_vlm.report.formats import fixed, plural, relative_change, signed
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from csr_vlm.report.benchmarks import Benchmarks
+from csr_vlm.report.benchmark_panel import Benchmarks
 from csr_vlm.report.lambdas import Lambdas
 from csr_vlm.store.run import Run
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from csr_vlm.core.formatting import compact, count, fixed, percent, relative_change, scientific, signed
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.evaluation.statistics import Metric
 from csr_vlm.report.charts import Axes, Point, Series, chart, smoothed
-from csr_vlm.report.formats import compact, count, fixed, percent, relative_change, scientific, signed
 from csr_vlm.report.measures import MEASURES, Evaluation, Measure, overlap
 from csr_vlm.store.run import Run
 

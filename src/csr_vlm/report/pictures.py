@@ -10,7 +10,7 @@ from typing import Literal
 from PIL import Image
 
 from csr_vlm.data.images import BadImage, load_image
-from csr_vlm.report.sample import cut
+from csr_vlm.report.limits import cut
 from csr_vlm.world.dataset import scene_of
 from csr_vlm.world.scenes import Scene, render
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from csr_vlm.report.formats import duration
+from csr_vlm.core.formatting import duration
 from csr_vlm.store import files
 from csr_vlm.store.run import Run, versions
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from csr_vlm.report.formats import fixed
+from csr_vlm.core.formatting import fixed
 
 WIDTH, HEIGHT, _RADIUS = 560, 430, 150
 _INNER = 0.2

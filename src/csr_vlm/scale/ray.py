@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.errors import CsrError, reason_of
-from csr_vlm.progress import Advance
-from csr_vlm.scale.crew import Alone, Job, Tally, Work, add_up, leave_mark, require_mark
+from csr_vlm.core.errors import CsrError, reason_of
+from csr_vlm.core.progress import Advance
+from csr_vlm.scale.executor import Alone, Job, Tally, Work, add_up, leave_mark, require_mark
 
 _CPUS_BESIDE = 2
 """Ray Data's own tasks need room beside the actors; without any the two wait for each other."""

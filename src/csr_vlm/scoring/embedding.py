@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import normalize
 
-from csr_vlm.batches import batched
-from csr_vlm.config import OneScorerConfig
+from csr_vlm.config.schema import OneScorerConfig
+from csr_vlm.core.batching import batched
+from csr_vlm.core.records import Prompt
 from csr_vlm.data.images import image_of
-from csr_vlm.records import Prompt
 from csr_vlm.scoring.clauses import clauses
 
 _STRETCH = 1.3

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from csr_vlm.config import OneScorerConfig
-from csr_vlm.errors import CsrError
+from csr_vlm.config.schema import OneScorerConfig
+from csr_vlm.core.errors import CsrError
 
 
 class OpenClipEncoder:

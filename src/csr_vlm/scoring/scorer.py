@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Protocol, runtime_checkable
 
-from csr_vlm.errors import CsrError
-from csr_vlm.records import Prompt, others_column
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Prompt, others_column
 
 _SLACK = 1e-3
 """A cosine in half precision may leave -1..1 by so much."""
@@ -17,7 +17,7 @@ _SLACK = 1e-3
 class Scorer(Protocol):
     """Image-text relevance. A class of your own is called as ``MyScorer(config, device)``.
 
-    ``config`` is its :class:`csr_vlm.config.OneScorerConfig`; ``device`` a torch device's name.
+    ``config`` is its :class:`csr_vlm.config.schema.OneScorerConfig`; ``device`` a torch device's name.
     """
 
     name: str

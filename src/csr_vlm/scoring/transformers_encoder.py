@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from csr_vlm.config import ModelConfig, OneScorerConfig
-from csr_vlm.errors import CsrError
-from csr_vlm.loading import unloadable
-from csr_vlm.weights import read_tensors, tensor_files
+from csr_vlm.config.schema import ModelConfig, OneScorerConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.models.checkpoints import read_tensors, tensor_files
+from csr_vlm.models.devices import unloadable
 
 _SIGLIP = ("siglip", "siglip2")
 _KNOWN = ("clip", *_SIGLIP)

@@ -20,7 +20,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ERROR_NUMBER = re.compile(r"(?:errno |os error )(\d+)", re.IGNORECASE)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from csr_vlm.errors import CsrError
-from csr_vlm.records import Node, Prompt
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Node, Prompt
 from csr_vlm.store import parts, tables
 from csr_vlm.store.run import Run
 

@@ -32,11 +32,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
-from csr_vlm.config import RunConfig
-from csr_vlm.errors import CsrError
-from csr_vlm.plain_yaml import read_yaml
-from csr_vlm.recipe import resolve
-from csr_vlm.records import SCHEMA_VERSION, Prompt
+from csr_vlm.config.load import resolve
+from csr_vlm.config.schema import RunConfig
+from csr_vlm.config.yaml import read_yaml
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import SCHEMA_VERSION, Prompt
 from csr_vlm.store import files, parts
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Run:
         return (prompt for group in tables.prompt_groups(self.prompts_path) for prompt in group)
 
     def ledger_table(self, number: int) -> pa.Table:
-        """Return an iteration's ledger, one row a node (:class:`csr_vlm.records.Node`); ``.to_pandas()`` goes on.
+        """Return an iteration's ledger, one row a node (:class:`csr_vlm.core.records.Node`); ``.to_pandas()`` goes on.
 
         Raises:
             CsrError: The iteration was not generated completely.
@@ -170,7 +170,7 @@ class Run:
         return tables.read_whole(self.ledger_parts(number))
 
     def pairs_table(self, number: int) -> pa.Table:
-        """Return an iteration's pairs, one row a pair (:class:`csr_vlm.records.Pair`).
+        """Return an iteration's pairs, one row a pair (:class:`csr_vlm.core.records.Pair`).
 
         Raises:
             CsrError: The iteration has no pairs yet.

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from csr_vlm.batches import batched
-from csr_vlm.errors import CsrError, reason_of
-from csr_vlm.records import SCHEMA_VERSION, Fate, Finish, Node, Pair, Prompt, Response
+from csr_vlm.core.batching import batched
+from csr_vlm.core.errors import CsrError, reason_of
+from csr_vlm.core.records import SCHEMA_VERSION, Fate, Finish, Node, Pair, Prompt, Response
 from csr_vlm.store.files import open_ordinary, write_atomically
 
 _METADATA = {b"csr_vlm_schema": str(SCHEMA_VERSION).encode()}

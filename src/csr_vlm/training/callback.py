@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from csr_vlm.progress import Advance
+from csr_vlm.core.progress import Advance
 
 _SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 """What TRL logs, and what it is called in progress."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 
 _BATCH = "per_device_train_batch_size"
 _ACCUMULATION = "gradient_accumulation_steps"

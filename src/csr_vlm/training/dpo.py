@@ -23,11 +23,12 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer
 
-from csr_vlm.config import ModelConfig, TrainingConfig
-from csr_vlm.errors import CsrError, nearest
-from csr_vlm.generation.families import family_of
-from csr_vlm.generation.policy import Policy, load_adapter, load_base
-from csr_vlm.records import Pair
+from csr_vlm.config.schema import ModelConfig, TrainingConfig
+from csr_vlm.core.errors import CsrError, nearest
+from csr_vlm.core.records import Pair
+from csr_vlm.models.checkpoints import rename_as_published
+from csr_vlm.models.families import family_of
+from csr_vlm.models.policy import Policy, load_adapter, load_base
 from csr_vlm.store.files import replace_directory
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.distribution import (
@@ -40,7 +41,6 @@ from csr_vlm.training.distribution import (
 )
 from csr_vlm.training.packing import freeze_pictures, obstacle, read_packed_rows
 from csr_vlm.training.reporting import keep_reports, report_name
-from csr_vlm.weights import rename_as_published
 
 LINEARS = "(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """The linear maps of a language model's layers, by their usual names (regex)."""

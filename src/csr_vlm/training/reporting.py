@@ -14,7 +14,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 
 _PACKAGED = ("tensorboard", "wandb", "trackio")
 """Services whose package has the service's name."""

@@ -23,9 +23,9 @@ import transformers
 from PIL import Image
 from transformers import CLIPModel, LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
-from csr_vlm.errors import CsrError
-from csr_vlm.progress import Reporter
-from csr_vlm.world import models
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Reporter
+from csr_vlm.world import base_models
 from csr_vlm.world.corpus import Style, Turn, article, dialogue, sentence
 from csr_vlm.world.idefics import new_idefics3
 from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream, render
@@ -61,7 +61,7 @@ class BuildPlan:
     policy_phases: tuple[Phase, ...] = (LEARN_TO_SEE, PICK_UP_HABITS)
     policy_batch: int = 64
     warmup: int = 100
-    sizes: models.Sizes = field(default_factory=models.Sizes)
+    sizes: base_models.Sizes = field(default_factory=base_models.Sizes)
     start: Path | None = None
     """Directory of finished models: their scorer is kept, and their policy grown and trained on."""
     depth: int = 3
@@ -113,7 +113,7 @@ def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | N
         if number:
             policy = type(policy).from_pretrained(directory / plan.family, dtype=torch.float32)
         log["policy"].append(_train_policy(world, policy, processor, plan, number, progress))
-        models.save(policy, processor, directory / plan.family)
+        base_models.save(policy, processor, directory / plan.family)
     log["sha256"] = file_hashes(directory)
     (directory / "build.json").write_text(json.dumps(log, indent=1) + "\n")
     return log
@@ -126,16 +126,16 @@ def _new_policy(world: World, plan: BuildPlan, vision: CLIPModel) -> tuple[Any, 
         small = LlavaForConditionalGeneration.from_pretrained(plan.start / "llava", dtype=torch.float32)
     if plan.family == "idefics3":
         return new_idefics3(world, plan.sizes, vision, small)
-    model, processor = models.new_llava(world, plan.sizes, vision)
-    return (model if small is None else models.grow(small, plan.depth)), processor
+    model, processor = base_models.new_llava(world, plan.sizes, vision)
+    return (model if small is None else base_models.grow(small, plan.depth)), processor
 
 
 def build_scorer(world: World, directory: Path, plan: BuildPlan, progress: Progress | None = None) -> dict[str, Any]:
     """Train a scorer of ``plan.scorer_steps`` steps, write it, and return its loss curve."""
     torch.manual_seed(plan.seed)
-    clip, processor = models.new_clip(world, plan.sizes)
+    clip, processor = base_models.new_clip(world, plan.sizes)
     log = _train_scorer(world, clip, processor, plan, progress)
-    models.save(clip, processor, directory)
+    base_models.save(clip, processor, directory)
     return log
 
 
@@ -154,7 +154,7 @@ def file_hashes(directory: Path) -> dict[str, str]:
 
 def pixels(scenes: list[Scene]) -> torch.Tensor:
     """Render scenes as the image processor would, of shape (n, 3, side, side)."""
-    processor = models.image_processor()
+    processor = base_models.image_processor()
     values = np.stack([np.asarray(render(scene), dtype=np.float32) for scene in scenes]) / 255
     values = (values - np.float32(processor.image_mean)) / np.float32(processor.image_std)
     return torch.from_numpy(values).permute(0, 3, 1, 2).contiguous()
@@ -260,7 +260,7 @@ def _train_scorer(
 
 def picture_text(processor: Any) -> str:
     """Return what the processor puts in the place of a picture."""
-    blank = Image.new("RGB", (models.IMAGE_SIZE, models.IMAGE_SIZE))
+    blank = Image.new("RGB", (base_models.IMAGE_SIZE, base_models.IMAGE_SIZE))
     ids = processor(images=blank, text=processor.image_token, add_special_tokens=False)["input_ids"]
     text: str = processor.tokenizer.decode(ids[0])
     return text

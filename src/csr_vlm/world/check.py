@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.config import ModelConfig, ScorerConfig
-from csr_vlm.generation.policy import load_policy
+from csr_vlm.config.schema import ModelConfig, ScorerConfig
+from csr_vlm.core.progress import Reporter
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.progress import Reporter
-from csr_vlm.scoring.load import load_scorer
+from csr_vlm.models.policy import load_policy
+from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.world.demo import policy_in
-from csr_vlm.world.evaluate import evaluate, evaluate_scorer
+from csr_vlm.world.scene_evaluation import evaluate, evaluate_scorer
 from csr_vlm.world.scenes import Split, World
 
 _SEED = 1

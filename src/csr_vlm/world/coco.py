@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.pope import SETTINGS
 from csr_vlm.evaluation.pope_build import Scenery, build_questions, rows
 from csr_vlm.store.files import write_json, write_text

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from csr_vlm.records import Prompt
+from csr_vlm.core.records import Prompt
 from csr_vlm.store.files import write_text
 from csr_vlm.world.corpus import DESCRIBE
 from csr_vlm.world.scenes import WORLDS, Scene, Split, World, make_scenes, parse_scene_id, random_stream, render

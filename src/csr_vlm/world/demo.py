@@ -7,9 +7,9 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-from csr_vlm.config import EvaluationConfig, RunConfig
-from csr_vlm.errors import CsrError
-from csr_vlm.recipe import resolve
+from csr_vlm.config.load import resolve
+from csr_vlm.config.schema import EvaluationConfig, RunConfig
+from csr_vlm.core.errors import CsrError
 from csr_vlm.store.files import sha256_of
 from csr_vlm.world.dataset import write_prompts
 from csr_vlm.world.scenes import HARBOUR, Split, World

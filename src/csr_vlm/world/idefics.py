@@ -17,7 +17,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from csr_vlm.world import models
+from csr_vlm.world import base_models
 from csr_vlm.world.scenes import World
 
 _FOLD = 2
@@ -25,30 +25,30 @@ _MARKS = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 
 
 def new_idefics3(
-    world: World, sizes: models.Sizes, vision: CLIPModel, language: LlavaForConditionalGeneration | None
+    world: World, sizes: base_models.Sizes, vision: CLIPModel, language: LlavaForConditionalGeneration | None
 ) -> tuple[Idefics3ForConditionalGeneration, Idefics3Processor]:
     """Make a policy whose tower starts from the scorer's layers and whose language model from a LLaVA's, or untrained.
 
     What lies between them, and the tower's last normalisation, is new.
     """
-    words = models.fast_tokenizer(
-        models.train_tokenizer(world, lowercase=False),
-        extra_special_tokens={"image_token": models.IMAGE},
+    words = base_models.fast_tokenizer(
+        base_models.train_tokenizer(world, lowercase=False),
+        extra_special_tokens={"image_token": base_models.IMAGE},
         padding_side="left",
     )
     words.add_special_tokens({"additional_special_tokens": list(_MARKS)}, replace_extra_special_tokens=False)
-    tower = models.vision_config(sizes).to_dict() | {"model_type": "idefics3_vision"}
-    text = models.text_config(len(words), sizes)
+    tower = base_models.vision_config(sizes).to_dict() | {"model_type": "idefics3_vision"}
+    text = base_models.text_config(len(words), sizes)
     config = Idefics3Config(
         vision_config=tower,
         text_config=text.to_dict(),
-        image_token_id=words.convert_tokens_to_ids(models.IMAGE),
+        image_token_id=words.convert_tokens_to_ids(base_models.IMAGE),
         pad_token_id=text.pad_token_id,
         scale_factor=_FOLD,
         tie_word_embeddings=True,
     )
     model = Idefics3ForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(**models.special_ids())
+    model.generation_config = GenerationConfig(**base_models.special_ids())
     _take_vision(model, vision)
     if language is not None:
         _take_language(model, language)
@@ -56,8 +56,8 @@ def new_idefics3(
 
 
 def _processor(words: object) -> Idefics3Processor:
-    side = {"longest_edge": models.IMAGE_SIZE}
-    like = models.image_processor()
+    side = {"longest_edge": base_models.IMAGE_SIZE}
+    like = base_models.image_processor()
     pixels = Idefics3ImageProcessor(
         size=side,
         max_image_size=side,
@@ -65,8 +65,8 @@ def _processor(words: object) -> Idefics3Processor:
         image_mean=like.image_mean,
         image_std=like.image_std,
     )
-    number = (models.IMAGE_SIZE // models.PATCH_SIZE // _FOLD) ** 2
-    template = models.CHAT_TEMPLATE.replace(f"{models.IMAGE}\n", models.IMAGE)
+    number = (base_models.IMAGE_SIZE // base_models.PATCH_SIZE // _FOLD) ** 2
+    template = base_models.CHAT_TEMPLATE.replace(f"{base_models.IMAGE}\n", base_models.IMAGE)
     return Idefics3Processor(pixels, words, image_seq_len=number, chat_template=template)
 
 

@@ -17,7 +17,7 @@ from enum import StrEnum
 import numpy as np
 from PIL import Image
 
-from csr_vlm.errors import CsrError
+from csr_vlm.core.errors import CsrError
 from csr_vlm.world.shapes import sprite
 
 GRID = 3

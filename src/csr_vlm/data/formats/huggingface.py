@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from csr_vlm.core.errors import CsrError, reason_of
 from csr_vlm.data.formats.rows import FIELDS, BadRow, Rows
-from csr_vlm.errors import CsrError, reason_of
 
 MARKS = ("dataset_dict.json", "state.json")
 """Files by which a folder of save_to_disk is known."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from csr_vlm.data.formats import jsonl, parquet
-from csr_vlm.data.formats.images import files
+from csr_vlm.data.formats.folder import files
 from csr_vlm.data.formats.rows import BadRow, Row, Rows, image_of, open_file
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from csr_vlm.batches import batched
+from csr_vlm.core.batching import batched
 from csr_vlm.data.formats.rows import FIELDS, BadRow, Rows, open_file
 from csr_vlm.store.tables import write_row_groups
 

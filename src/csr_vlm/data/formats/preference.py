@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Pair
 from csr_vlm.data.formats.rows import Row, said
-from csr_vlm.errors import CsrError
-from csr_vlm.records import Pair
 from csr_vlm.store.files import read_json
 
 ASSISTANT = ("gpt", "assistant")

@@ -1,0 +1,52 @@
+"""Calibrated Self-Rewarding, algorithm 1 of arXiv 2405.14622.
+
+    Input: images and prompts D, base policy pi_0, iterations T
+    for t = 1 .. T:
+        for each (x_v, x_t) in D:                                    generate
+            until the responses end:
+                propose sentences from every live partial response with pi_{t-1}
+                R(s) = lambda R_I(s) + (1 - lambda) R_T(s)           (eq. 4)
+                keep the top-k and the bottom-k partial responses
+        y_w, y_l = responses of highest and lowest R(y)              make_pairs
+        pi_t = DPO on (x, y_w, y_l) from pi_{t-1}, reference pi_{t-1}    train
+    Output: pi_T
+
+Where this departs from the paper: each policy is also evaluated, the base included; pairs that
+would teach the wrong thing, and a policy that got worse, end the run with the policy before;
+the adapter of pi_{t-1} is trained on instead of a merged model; every stage is resumable.
+"""
+
+from __future__ import annotations
+
+from csr_vlm.core.progress import Reporter
+from csr_vlm.pipeline import gates, stages
+from csr_vlm.report.card import write_card
+from csr_vlm.report.html import write_report
+from csr_vlm.scale.executor import ALONE, Crew
+from csr_vlm.store.progress_file import recorded
+from csr_vlm.store.run import Run
+
+
+def align(run: Run, tell: Reporter, crew: Crew = ALONE) -> None:
+    """Run the whole method in a run directory, going on from whatever is there.
+
+    Args:
+        crew: Who generates and trains; what comes out does not depend on it.
+    """
+    with run.locked(), recorded(run.root, tell) as recorder:
+        tell = recorder
+        stages.check_inputs(run, tell)
+        stages.evaluate(run, 0, tell)
+        for iteration in range(1, run.config.iterations + 1):
+            stages.generate(run, iteration, tell, crew)
+            stages.make_pairs(run, iteration, tell, crew)
+            if gates.audit(run, iteration, tell):
+                break
+            stages.train(run, iteration, tell, crew)
+            stages.evaluate(run, iteration, tell)
+            if gates.gate(run, iteration, tell):
+                break
+        stages.export(run, tell)
+        if run.final:
+            write_card(run)
+        write_report(run)
