@@ -87,7 +87,7 @@ def make_mid(directory: Path) -> None:
 def make_pairs(policy: Policy, prompts: list[Prompt], length: int, shared: float) -> list[Pair]:
     """Draw pairs of responses that begin alike, with their log-probabilities under the policy."""
     generator = torch.Generator().manual_seed(0)
-    words = [token for token in range(5, len(policy.tokenizer)) if token not in policy.barred_ids]
+    words = [token for token in range(5, len(policy.tokenizer)) if token not in policy.image_token_ids]
     common = int(shared * length)
     pairs = []
     for prompt in prompts:

@@ -246,7 +246,7 @@ def grade_priors(out: Path) -> None:
 
 
 def _by_lambda(run: Run, out: Path, overrides: list[str], *, base: bool = False) -> Iterator[dict[str, Any]]:
-    """Train on a run's first ledger for each of ``WEIGHTS``; yield signs of the pairs and what became of it."""
+    """Train on a run's first ledger for each of ``WEIGHTS``; yield metrics of the pairs and what became of it."""
     from csr_vlm.config.load import load_config
     from csr_vlm.core.progress import Silent
     from csr_vlm.pipeline import gates, stages
@@ -263,10 +263,10 @@ def _by_lambda(run: Run, out: Path, overrides: list[str], *, base: bool = False)
     for weight in WEIGHTS:
         config = load_config(None, [f"method.lambda={weight}", *overrides], base=run.config.dump())
         pairs, _ = stages.derive_pairs(run, 1, config)
-        signs = gates.pair_signs(run, 1, config)
+        metrics = gates.pair_metrics(run, 1, config)
         adapter = out / weight
         train(pairs, config.model, config.training, previous=None, adapter=adapter, work=out / "work", seed=1)
-        known = {"agreement": signs["scorer_agreement"], "relevance_win": signs["relevance_win"]}
+        known = {"agreement": metrics["scorer_agreement"], "relevance_win": metrics["relevance_win"]}
         yield {"lambda": weight, **known, "metrics": measured(adapter)}
 
 
@@ -318,7 +318,7 @@ def run_all(out: Path, workers: int, only: str | None) -> None:
         grade_priors(out)
 
 
-def try_out(setting: str, seeds: list[int], out: Path) -> None:
+def run_preflight(setting: str, seeds: list[int], out: Path) -> None:
     """Run ``label: key=value ...`` and print a row an iteration."""
     from evidence_report import COLUMNS, Result, cells
 
@@ -356,7 +356,7 @@ def main() -> None:
     elif arguments.verb == "job":
         do(JOBS[arguments.number], arguments.out)
     elif arguments.verb == "try":
-        try_out(arguments.setting, arguments.seeds, arguments.out)
+        run_preflight(arguments.setting, arguments.seeds, arguments.out)
     else:
         from evidence_report import write
 

@@ -113,8 +113,8 @@ class Result:
             "seconds": [round(second, 1) for second in self.info["seconds"]],
             "greedy": {f"iteration {i}": self.values(i) for i in self.job.measured},
             "sampled": {f"iteration {i}": self.values(i, 1.0) for i in self.job.sampled},
-            "signs": {
-                f"iteration {i}": self.marker(i, "audit").get("signs", {}) | self.marker(i, "gate").get("signs", {})
+            "metrics": {
+                f"iteration {i}": self.marker(i, "audit").get("metrics", {}) | self.marker(i, "gate").get("metrics", {})
                 for i in range(1, self.job.iterations + 1)
             },
         }
@@ -276,9 +276,9 @@ def _audits(done: Sequence[Result]) -> str:
             "/".join(run.marker(i, stage).get("verdict", "-") for stage in ("audit", "gate"))
             for i in range(1, min(run.job.iterations, 3) + 1)
         ]
-        signs = run.marker(1, "audit").get("signs", {})
+        metrics = run.marker(1, "audit").get("metrics", {})
         shown = [
-            f"{signs.get(name, float('nan')):.2f}"
+            f"{metrics.get(name, float('nan')):.2f}"
             for name in ("relevance_win", "omission_gap", "repeat_gap", "length_correlation")
         ]
         rows.append(
@@ -291,7 +291,7 @@ def _audits(done: Sequence[Result]) -> str:
         )
     head = ["run", "relevance win", "omission gap", "repeat gap", "length correlation", "1: pairs/policy", "2", "3"]
     text = (
-        "## Do the signs of health, which see no truth, tell good runs from bad ones?\n\nSigns of "
+        "## Do the metrics of quality, which see no truth, tell good runs from bad ones?\n\nSigns of "
         "iteration 1's pairs, the verdicts before and after each training, and how it ended.\n\n"
     )
     return text + table([*head, "CHAIR_S", "recall", "repeats"], rows)

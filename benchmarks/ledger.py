@@ -4,7 +4,7 @@
 
 The nodes are made up, with the shape of a real search: 16 partial responses of up to five
 sentences a prompt, four candidates each, sentences of 10 to 30 tokens that hardly ever repeat.
-Everything else is the product: its writers, its readers, its pairs, its signs of health and its
+Everything else is the product: its writers, its readers, its pairs, its metrics of quality and its
 report. Each step runs in a process of its own, whose peak of memory is its own. A prompt's
 picture is one and the same small file, so that the file system is not what is measured.
 """
@@ -26,7 +26,7 @@ from PIL import Image
 
 from csr_vlm.config.load import resolve
 from csr_vlm.core.progress import Silent
-from csr_vlm.core.records import Fate, Finish, Node, Prompt
+from csr_vlm.core.records import Finish, Node, NodeStatus, Prompt
 from csr_vlm.pipeline import gates, stages
 from csr_vlm.report.html import render
 from csr_vlm.store import ledger, tables
@@ -70,7 +70,7 @@ def trees(group: list[Prompt], rng: np.random.Generator) -> Iterator[Node]:
                         token_logprobs=tuple(logprobs[place, : lengths[place]].tolist()),
                         text=f" {' '.join(words[token] for token in tokens)}.",
                         finish=Finish.EOS if last else Finish.DELIMITER,
-                        fate=Fate.FINISHED if last else Fate.TOP if goes_on else Fate.PRUNED,
+                        status=NodeStatus.FINISHED if last else NodeStatus.TOP if goes_on else NodeStatus.PRUNED,
                         cosines={"clip": float(cosines[place, 0]), "clip:others": float(cosines[place, 1])},
                     )
                     place += 1
@@ -103,7 +103,7 @@ def append(run: Run) -> dict[str, Any]:
         tables.write_nodes(run.iteration(1) / "ledger" / f"part-{index:06d}-0123456789abcdef.parquet", nodes)
         seconds += time.process_time() - started
         rows += len(nodes)
-    run.mark_done(1, "generate", nodes=rows, fates={}, seconds=round(seconds, 2))
+    run.mark_done(1, "generate", nodes=rows, statuses={}, seconds=round(seconds, 2))
     size = sum(part.stat().st_size for part in run.ledger_parts(1))
     return {"rows": rows, "seconds": seconds, "bytes a row": size / rows, "parts": len(run.ledger_parts(1))}
 
@@ -131,7 +131,7 @@ def pair(run: Run) -> dict[str, Any]:
 
 
 def audit(run: Run) -> dict[str, Any]:
-    gates.pair_signs(run, 1, run.config)
+    gates.pair_metrics(run, 1, run.config)
     return {}
 
 

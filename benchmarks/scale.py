@@ -29,14 +29,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from csr_vlm.cli.executors import crew_of
+from csr_vlm.cli.executors import executor_for
 from csr_vlm.config.load import resolve
 from csr_vlm.config.schema import DataConfig
-from csr_vlm.core.records import Fate, Finish, Node, Prompt
+from csr_vlm.core.progress import SilentProgress
+from csr_vlm.core.records import Finish, Node, NodeStatus, Prompt
 from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.scale import torchrun
-from csr_vlm.scale.executor import Done, Job
+from csr_vlm.scale.executor import ItemResult, Task
 from csr_vlm.store import files, tables
 
 WORDS = (
@@ -51,12 +52,12 @@ VOCABULARY = 32_000
 class Writes:
     """An item writes 4 kB."""
 
-    def __init__(self, root: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, log: Callable[[str], None]) -> None:
         self._root = root
 
-    def do(self, item: int) -> Done:
+    def run_item(self, item: int) -> ItemResult:
         files.write_atomically(self._root / f"{item}.bin", lambda path: path.write_bytes(bytes(4096)) and None)
-        return Done(1, {})
+        return ItemResult(1, {})
 
 
 @contextmanager
@@ -72,14 +73,12 @@ def time_items(number: int, actors: int | None) -> dict[str, Any]:
     ranks_makers = (Writes,)
     found: dict[str, Any] = {"items": number, "processes": torchrun.num_launched(), "ray actors": actors}
     with TemporaryDirectory() as folder:
-        job = Job(Writes, Path(folder), {}, number)
-        crew = torchrun.launched(ranks_makers) if torchrun.num_launched() > 1 else crew_of(actors)
-        with crew as one:
-            if one is None:
-                return {}
-            one.spread(Job(Writes, Path(folder), {}, 8), lambda _: None, print)  # whatever is slow once
+        task = Task(Writes, Path(folder), {}, number)
+        executor = torchrun.launched(ranks_makers) if torchrun.num_launched() > 1 else executor_for(actors)
+        with executor as one:
+            one.map(Task(Writes, Path(folder), {}, 8), SilentProgress(), print)  # whatever is slow once
             with timed(found):
-                one.spread(job, lambda _: None, print)
+                one.map(task, SilentProgress(), print)
         assert len(list(Path(folder).glob("*.bin"))) == number
     found["milliseconds an item"] = round(1000 * found["seconds"] / number, 3)
     return found
@@ -107,7 +106,7 @@ def make_nodes(prompt: str, random: np.random.Generator) -> list[Node]:
                     token_logprobs=tuple(map(float, logprobs)),
                     text=text,
                     finish=Finish.EOS if depth == 5 else Finish.DELIMITER,
-                    fate=Fate.FINISHED if depth == 5 else Fate.TOP,
+                    status=NodeStatus.FINISHED if depth == 5 else NodeStatus.TOP,
                     cosines=cosines,
                 )
             )

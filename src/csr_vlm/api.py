@@ -79,7 +79,7 @@ class Recipe:
         """Return another recipe with ``"dotted.key=value"`` on top of this one."""
         return Recipe(load_config(None, overrides, base=self.config.dump()))
 
-    def run(self, out: str | Path, tell: Reporter | None = None) -> Run:
+    def run(self, out: str | Path, reporter: Reporter | None = None) -> Run:
         """Run the whole method in a directory, or go on with what is there; see :func:`csr_vlm.pipeline.loop.align`.
 
         Args:
@@ -91,7 +91,7 @@ class Recipe:
         from csr_vlm.pipeline.loop import align
 
         run = Run.create(Path(out), self.config)
-        align(run, tell or Silent())
+        align(run, reporter or Silent())
         return run
 
 
@@ -144,7 +144,7 @@ def search(
     *,
     adapter: str | Path | None = None,
     scorer: Scorer | None = None,
-    tell: Reporter | None = None,
+    reporter: Reporter | None = None,
 ) -> list[Tree]:
     """Search the responses of a policy to prompts of your own, sentence by sentence (section 3.2.1).
 
@@ -172,7 +172,7 @@ def search(
             f'recipe.changed("scorer.name={scorer.name}")',
         )
     own = config.model.adapter if adapter is None else adapter
-    engine, group = tasks.engine_and_scorer(config, None if own is None else Path(own), (tell or Silent()).say)
+    engine, group = tasks.engine_and_scorer(config, None if own is None else Path(own), (reporter or Silent()).log)
     if scorer is not None:
         group = ScorerGroup([scorer])
     return tasks.search_trees(asked, asked, engine, group, config, iteration=1)

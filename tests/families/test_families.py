@@ -198,7 +198,7 @@ def test_search_goes_on_from_its_own_sentences_and_scores_them(family: Case) -> 
     scored = [node for node in nodes if node.sentence]
     assert scored
     assert all(-1.0 <= node.cosines["clip"] <= 1.0 for node in scored)
-    assert not {token for node in nodes for token in node.token_ids} & set(family.policy.barred_ids)
+    assert not {token for node in nodes for token in node.token_ids} & set(family.policy.image_token_ids)
     assert len(family.pairs) >= 2
 
 

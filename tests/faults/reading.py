@@ -31,7 +31,7 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.data.external_pairs import count_pairs, read_text_pairs
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
-from csr_vlm.method.audit import tree_signs
+from csr_vlm.method.audit import tree_metrics
 from csr_vlm.models.checkpoints import read_tensors, tensor_files, tensors_of
 from csr_vlm.pipeline import stages
 from csr_vlm.store import ledger, tables
@@ -158,7 +158,7 @@ def run(folder: Path, made: Made) -> Outcome:
     attempt(lambda: stages.check_inputs(opened, Silent()))
     attempt(lambda: list(opened.prompts()))
     attempt(opened.heldout)
-    attempt(lambda: [tree_signs(nodes, [], opened.config.method, "clip") for nodes in ledger.trees(opened, 1)])
+    attempt(lambda: [tree_metrics(nodes, [], opened.config.method, "clip") for nodes in ledger.trees(opened, 1)])
     attempt(lambda: list(stages.derive_pairs(opened, 1, opened.config)[0]))
     attempt(lambda: list(tables.read_pairs(opened.pairs_path(1))))
     attempt(opened.write_manifest)
@@ -168,7 +168,10 @@ def run(folder: Path, made: Made) -> Outcome:
     return Outcome("", "accepted")
 
 
-READERS = {reader.__name__: reader for reader in (prompts, pairs, recipe, weights, checkpoint, model, adapter, run)}
+READERS = {
+    prompt_encoder.__name__: prompt_encoder
+    for prompt_encoder in (prompts, pairs, recipe, weights, checkpoint, model, adapter, run)
+}
 
 
 @cache
@@ -207,7 +210,7 @@ def judged(case: Case, folder: Path) -> Outcome:
     _forget_peak()
     before, started = _megabytes("VmRSS"), time.process_time()
     try:
-        outcome = READERS[made.reader](folder, made)
+        outcome = READERS[made.prompt_encoder](folder, made)
     except CsrError as error:
         explained = error.message.strip() and len(error.message) < 2000
         outcome = Outcome("", "refused" if explained else "silent", error.message[:300])

@@ -63,7 +63,7 @@ def install(plan: dict[str, Any], root: Path) -> None:
 
 def work(order: dict[str, Any]) -> None:
     """Run what a fork runs; it ends as the command line ends."""
-    from csr_vlm.cli.error_messages import tell as tell_error
+    from csr_vlm.cli.error_messages import reporter as tell_error
     from csr_vlm.cli.signals import stoppable
     from csr_vlm.core.errors import CsrError
     from csr_vlm.core.progress import Silent
@@ -77,8 +77,8 @@ def work(order: dict[str, Any]) -> None:
         install(order["plan"], root)
     try:
         run = Run.open(root)
-        with stoppable(Silent(), root) as tell:
-            align(run, tell)
+        with stoppable(Silent(), root) as reporter:
+            align(run, reporter)
     except CsrError as error:
         tell_error(error)
         sys.exit(1)

@@ -15,7 +15,7 @@ from csr_vlm.config.schema import ModelConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.evaluation.attention import attention_rows, use_readable_attention
-from csr_vlm.evaluation.introspection import analyse
+from csr_vlm.evaluation.introspection import analyze
 from csr_vlm.models.policy import Policy, load_policy
 from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
@@ -93,7 +93,7 @@ def test_a_run_is_analysed_with_pairs_from_elsewhere(run: Run, monkeypatch: pyte
 def test_the_log_probabilities_before_training_are_the_ledgers(run: Run) -> None:
     """Under the policy that generated them, the ledger says what a forward pass says."""
     pairs = list(tables.read_pairs(run.pairs_path(1)))
-    found = analyse(run, Silent(), num_responses=2, num_pairs=len(pairs))["separability"][0]["before"]
+    found = analyze(run, Silent(), num_responses=2, num_pairs=len(pairs))["separability"][0]["before"]
     sides = [[r.logprob / len(r.token_ids) for r in (pair.chosen, pair.rejected)] for pair in pairs]
     stored = [chosen - rejected for chosen, rejected in sides]
     assert found["margin"]["value"] == pytest.approx(sum(stored) / len(stored), abs=1e-4)
@@ -104,4 +104,4 @@ def test_pairs_without_both_sides_are_refused(run: Run) -> None:
     path = Path(pairs[0].prompt.image).parent / "half.jsonl"
     path.write_text(json.dumps({"id": "a", "image": pairs[0].prompt.image, "text": "Look.", "chosen": "A boat."}))
     with pytest.raises(CsrError, match="no usable pair"):
-        analyse(run, Silent(), num_responses=2, num_pairs=2, external=path)
+        analyze(run, Silent(), num_responses=2, num_pairs=2, external=path)

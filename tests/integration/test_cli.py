@@ -239,7 +239,7 @@ def test_modes_stand_before_or_after_the_verb(finished: Path) -> None:
     assert json.loads(as_json.stdout)["last_trained"] == 1
     tree = json.loads(csr("show", finished, "harbour-prompts-0-000003", "--json").stdout)
     assert tree["pairs"]
-    assert {"sentence", "fate", "reward"} <= tree["nodes"][0].keys()
+    assert {"sentence", "status", "reward"} <= tree["nodes"][0].keys()
 
 
 def test_colour_can_be_done_without(finished: Path) -> None:

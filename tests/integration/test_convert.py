@@ -177,7 +177,7 @@ def test_it_serves_as_a_policy(plain: Path, prompts: list[Prompt]) -> None:
     policy = load_policy(ModelConfig(path=str(plain), device="cpu"), adapter=None)
     (logprobs,) = policy.teacher_forced([prompts[0]], [ANSWER])
     assert torch.isfinite(logprobs).all()
-    assert WORDS in policy.barred_ids
+    assert WORDS in policy.image_token_ids
     assert policy.eos_ids == {2}
 
 
@@ -272,8 +272,8 @@ def test_a_lora_becomes_one_that_peft_loads(tmp_path: Path, adapted: tuple[Path,
     adapted_modules = {name for name, _ in with_adapter.named_modules() if name.endswith("lora_A")}
     assert len(adapted_modules) == 6
     assert all("language_model" in name for name in adapted_modules)
-    recorded = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
-    assert recorded["base_model_name_or_path"] == str(tmp_path / "out")
+    record_progress = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert record_progress["base_model_name_or_path"] == str(tmp_path / "out")
     again = load_policy(ModelConfig(path=str(tmp_path / "out"), device="cpu"), tmp_path / "out" / "adapter")
     assert torch.allclose(logits_of(again.model), expected, atol=1e-5)
 

@@ -155,7 +155,7 @@ def test_a_sentence_without_end_stops_at_its_budget(
 
 
 def test_image_placeholders_are_never_chosen(policy: Policy, prompts: list[Prompt]) -> None:
-    (image_token,) = policy.barred_ids
+    (image_token,) = policy.image_token_ids
     head = policy.base_model.lm_head
 
     def prefer_image(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:

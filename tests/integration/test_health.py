@@ -120,12 +120,12 @@ def test_the_audit_prints_every_sign(run: Run) -> None:
     shown = invoke("audit", run.root, "--json")
     found = json.loads(shown.stdout)
     assert found["iteration"] == 1
-    assert found["signs"] == pytest.approx(gates.pair_signs(run, 1, run.config))
-    assert [finding["sign"] for finding in found["findings"]] == [
-        sign for sign in PAIR_BOUNDS if sign in found["signs"]
+    assert found["metrics"] == pytest.approx(gates.pair_metrics(run, 1, run.config))
+    assert [check["metric"] for check in found["checks"]] == [
+        metric for metric in PAIR_BOUNDS if metric in found["metrics"]
     ]
-    assert found["signs"]["relevance_win"] > 0.8, "the calibrated pairs prefer what suits the image"
-    assert found["signs"]["scorer_agreement"] > 0.5
+    assert found["metrics"]["relevance_win"] > 0.8, "the calibrated pairs prefer what suits the image"
+    assert found["metrics"]["scorer_agreement"] > 0.5
     assert shown.exit_code == (3 if found["verdict"] == "stop" else 0)
 
 
@@ -134,7 +134,7 @@ def test_the_audit_fails_where_pairs_are_not_worth_training_on(run: Run) -> None
     found = json.loads(bad.stdout)
     assert bad.exit_code == 3
     assert found["verdict"] == "stop"
-    assert found["signs"]["pairs"] == 0
+    assert found["metrics"]["pairs"] == 0
     table = invoke("audit", run.root, "method.pairs.min_margin=99")
     assert table.exit_code == 3
     assert "iteration 1: stop" in table.output
@@ -160,11 +160,11 @@ def test_the_audit_of_a_trained_iteration_has_its_responses_too(run: Run) -> Non
         shown = invoke("audit", run.root, "--json")
         assert shown.exit_code == 3
         found = json.loads(shown.stdout)
-        judged = {finding["sign"]: finding for finding in found["findings"]}
+        judged = {check["metric"]: check for check in found["checks"]}
         assert judged.keys() >= RESPONSE_BOUNDS.keys() - {"chosen_drop"}
         assert judged["sentences_ratio"]["verdict"] == "stop"
         other = json.loads(invoke("audit", run.root, "method.lambda=1.0", "--json").stdout)
-        assert "sentences_ratio" not in other["signs"], "other settings were not trained"
+        assert "sentences_ratio" not in other["metrics"], "other settings were not trained"
     finally:
         for number in (0, 1):
             (run.iteration(number) / "done" / "evaluate.json").unlink()

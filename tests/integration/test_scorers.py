@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoProcessor
 from csr_vlm.config.schema import ModelConfig, ScorerConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
-from csr_vlm.core.records import Prompt, others_column
+from csr_vlm.core.records import Prompt, negatives_column
 from csr_vlm.pipeline import stages
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.store import tables
@@ -211,7 +211,7 @@ def test_a_run_with_two_scorers_counts_long_sentences_over_its_restarts(tmp_path
     first = run.result(1, "generate")
     nodes = [node for part in run.ledger_parts(1) for node in tables.read_nodes(part) if node.sentence]
     columns = {"clip", "short"}
-    assert all(set(node.cosines) == columns | {others_column(name) for name in columns} for node in nodes)
+    assert all(set(node.cosines) == columns | {negatives_column(name) for name in columns} for node in nodes)
     assert first["sentences_over_length"]["clip"] == 0
     assert 0.9 * len(nodes) < first["sentences_over_length"]["short"] <= len(nodes)
     # As if killed after the first of two parts.

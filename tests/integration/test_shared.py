@@ -15,7 +15,7 @@ from csr_vlm.core.records import Node, Prompt
 from csr_vlm.generation.counters import Counters
 from csr_vlm.generation.decoding import Decoding, Writer
 from csr_vlm.generation.scheduler import Scheduler
-from csr_vlm.generation.shared_attention import Blocks, Shelf
+from csr_vlm.generation.shared_attention import Blocks, KVCache
 from csr_vlm.generation.shared_model import SharedModel
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.search import search
@@ -188,7 +188,7 @@ class Box:
 
 
 def test_a_shelf_closes_gaps_and_keeps_what_it_holds() -> None:
-    shelf: Shelf[Box] = Shelf(8)
+    shelf: KVCache[Box] = KVCache(8)
     boxes = [Box() for _ in range(5)]
     kept = [torch.full((2, 2, 3, length, 4), float(length)) for length in (3, 9, 5, 7, 2)]
     for box, kv in zip(boxes, kept, strict=True):

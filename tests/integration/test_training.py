@@ -51,7 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> object:
 def pairs(config, prompts: list[Prompt], policy) -> list[Pair]:
     engine = TransformersEngine(policy)
     scorer = load_scorer(config.scorer, "cpu")
-    scorer.compare_among(prompts, config.scorer.others)
+    scorer.set_negative_images(prompts, config.scorer.others)
     trees = search(
         prompts,
         lambda requests: engine.propose(requests, config.method.search),
@@ -266,6 +266,6 @@ def test_the_official_preset_runs_as_it_stands(tmp_path: Path, prompts) -> None:
     align(run, Silent())
     moved = load_file(run.root / "adapter" / "adapter_model.safetensors")
     assert any("multi_modal_projector" in name for name in moved)
-    fates = run.result(1, "generate")["fates"]
-    assert fates["bottom"] > 0
+    statuses = run.result(1, "generate")["statuses"]
+    assert statuses["bottom"] > 0
     assert run.result(1, "train")["reference"] == "ledger"

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel
 from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import ModelConfig
 from csr_vlm.core.progress import Silent
-from csr_vlm.pipeline.preflight import _weights_at_hand, try_out
+from csr_vlm.pipeline.preflight import _weights_at_hand, run_preflight
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 
@@ -21,7 +21,7 @@ AGREEMENT = "scorer's agreement, 16 pictures"
 
 def test_a_scorer_that_tells_pictures_apart_passes_and_one_that_does_not_is_warned_about(tmp_path: Path) -> None:
     config = small_config(tmp_path)
-    good = try_out(config, Silent())
+    good = run_preflight(config, Silent())
     assert good["estimate"][AGREEMENT] > 0.75
     assert good["estimate"]["generated against scored, nats a token"] < 1e-4
     assert good["warnings"] == []
@@ -30,7 +30,7 @@ def test_a_scorer_that_tells_pictures_apart_passes_and_one_that_does_not_is_warn
     shutil.copytree(assets() / "clip", blind)
     torch.manual_seed(0)
     CLIPModel(CLIPConfig.from_pretrained(blind)).save_pretrained(blind)
-    bad = try_out(resolve(merged(config.dump(), {"scorer": {"path": str(blind)}})), Silent())
+    bad = run_preflight(resolve(merged(config.dump(), {"scorer": {"path": str(blind)}})), Silent())
     assert 0.3 < bad["estimate"][AGREEMENT] < 0.65
     assert "suit their own picture better than others" in bad["warnings"][0]
 
@@ -53,6 +53,6 @@ def test_weights_in_the_hubs_cache_are_at_hand(tmp_path: Path, monkeypatch: pyte
 
 def test_without_weights_or_other_pictures_nothing_is_said(tmp_path: Path) -> None:
     config = small_config(tmp_path)
-    assert try_out(resolve(merged(config.dump(), {"model": {"path": "org/model"}})), Silent())["estimate"] == {}
+    assert run_preflight(resolve(merged(config.dump(), {"model": {"path": "org/model"}})), Silent())["estimate"] == {}
     alone = resolve(merged(config.dump(), {"data": {"limit": 1}}))
-    assert list(try_out(alone, Silent())["estimate"]) == ["generated against scored, nats a token"]
+    assert list(run_preflight(alone, Silent())["estimate"]) == ["generated against scored, nats a token"]

@@ -43,7 +43,7 @@ def test_a_whole_run_is_the_same_in_every_byte(alone: Run, tmp_path: Path) -> No
     # Training is this process's, so that it is the same as well.
     weights = "adapter/adapter_model.safetensors"
     assert (run.root / weights).read_bytes() == (alone.root / weights).read_bytes()
-    assert run.result(1, "generate")["fates"] == alone.result(1, "generate")["fates"]
+    assert run.result(1, "generate")["statuses"] == alone.result(1, "generate")["statuses"]
 
 
 def test_a_killed_actor_loses_nothing(alone: Run, tmp_path: Path) -> None:
@@ -104,4 +104,4 @@ def test_what_an_actor_cannot_do_is_said_in_one_line(alone: Run, tmp_path: Path)
     assert many.returncode == 1
     assert "error: the Ray cluster cannot be reached" in many.stderr
     both = finished(*launch(2), "generate", run.root, "--ray", 2, "--quiet")
-    assert "error: a launcher and --ray both spread the work" in both.stderr
+    assert "error: --ray cannot be combined with torchrun or accelerate launch" in both.stderr

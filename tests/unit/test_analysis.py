@@ -12,7 +12,7 @@ from csr_vlm.config.load import resolve
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.evaluation.attention import Rows, compare_attention, sinks, tallies
-from csr_vlm.evaluation.introspection import analyse, relevance, spread
+from csr_vlm.evaluation.introspection import analyze, evenly_spaced, relevance
 from csr_vlm.evaluation.separability import LogProbs, auc_metric, implicit_reward, separability
 from csr_vlm.report.html import render
 from csr_vlm.store import files
@@ -92,7 +92,7 @@ def test_the_implicit_reward_is_what_training_added():
     ("number", "taken"), [(2, [0, 5]), (3, [0, 3, 6]), (10, list(range(10))), (99, list(range(10)))]
 )
 def test_items_are_spread_evenly(number, taken):
-    assert spread(range(10), number) == taken
+    assert evenly_spaced(range(10), number) == taken
 
 
 def new_run(root: Any) -> Run:
@@ -115,7 +115,7 @@ def test_relevance_is_counted_in_the_same_bins(tmp_path):
 
 def test_a_run_that_is_not_trained_is_refused(tmp_path):
     with pytest.raises(CsrError, match="no finished iteration to analyse"):
-        analyse(Run.create(tmp_path, resolve(REQUIRED)), Silent())
+        analyze(Run.create(tmp_path, resolve(REQUIRED)), Silent())
 
 
 def analysis(iteration: int, change: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The signs of health on hand-worked trees, their bounds, and pairs that must fail them."""
+"""The metrics of quality on hand-worked trees, their bounds, and pairs that must fail them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Fate, Finish, Node, others_column
+from csr_vlm.core.records import Finish, Node, NodeStatus, negatives_column
 from csr_vlm.method import audit
-from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS, Bound, Finding, TreeSigns, Verdict
+from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS, Bound, Check, TreeMetrics, Verdict
 from csr_vlm.method.pairs import make_pairs
 from tests.unit.builders import method, node, prompt
 
@@ -22,24 +22,24 @@ BOUNDS = PAIR_BOUNDS | RESPONSE_BOUNDS
 # Lambda 1, so R(s) is 100 times the cosine: boat 40, car 10, fish 50. Their middle is 30, so
 # boat and fish are there to be seen; from worst to best it is 40. R(y) is the mean.
 TREE = [
-    node("0", "A boat.", cosine=0.40, ids=(1,), fate=Fate.TOP),
-    node("1", "A car.", cosine=0.10, ids=(2,), fate=Fate.TOP),
-    node("0.0", "", cosine=None, ids=(0,), fate=Fate.FINISHED, finish=Finish.EOS),  # 40
-    node("0.1", " A fish.", cosine=0.50, ids=(3, 0), fate=Fate.FINISHED, finish=Finish.EOS),  # 45
-    node("1.0", " A boat.", cosine=0.40, ids=(1, 0), fate=Fate.FINISHED, finish=Finish.EOS),  # 25
-    node("1.1", " A car.", cosine=0.10, ids=(2, 0), fate=Fate.FINISHED, finish=Finish.EOS),  # 10, a repeat
+    node("0", "A boat.", cosine=0.40, ids=(1,), status=NodeStatus.TOP),
+    node("1", "A car.", cosine=0.10, ids=(2,), status=NodeStatus.TOP),
+    node("0.0", "", cosine=None, ids=(0,), status=NodeStatus.FINISHED, finish=Finish.EOS),  # 40
+    node("0.1", " A fish.", cosine=0.50, ids=(3, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),  # 45
+    node("1.0", " A boat.", cosine=0.40, ids=(1, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),  # 25
+    node("1.1", " A car.", cosine=0.10, ids=(2, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),  # 10, a repeat
 ]
 
 
-def signs_of(nodes: list[Node], weight: float = 1.0, seed: int = 0, **sections: object) -> TreeSigns:
+def signs_of(nodes: list[Node], weight: float = 1.0, seed: int = 0, **sections: object) -> TreeMetrics:
     how = method(weight, **sections)
     pairs = make_pairs(prompt(nodes[0].prompt_id), nodes, how, "clip", seed)
-    return audit.tree_signs(nodes, [] if isinstance(pairs, str) else pairs, how, "clip")
+    return audit.tree_metrics(nodes, [] if isinstance(pairs, str) else pairs, how, "clip")
 
 
-def verdict_of(trees: list[TreeSigns], sign: str) -> Verdict:
-    found = {finding.sign: finding for finding in audit.findings(audit.pair_signs(trees), PAIR_BOUNDS)}
-    return found[sign].verdict
+def verdict_of(trees: list[TreeMetrics], metric: str) -> Verdict:
+    found = {check.metric: check for check in audit.checks(audit.pair_metrics(trees), PAIR_BOUNDS)}
+    return found[metric].verdict
 
 
 def test_one_pair_of_whole_responses():
@@ -79,19 +79,19 @@ def test_pairs_of_siblings_are_judged_where_they_differ():
 def test_equal_relevance_is_neither_won_nor_lost():
     # Rewards differ by R_T alone; both sentences have the same R_I.
     nodes = [
-        node("0", "A boat.", cosine=0.3, logprobs=(-0.1,), ids=(1,), fate=Fate.FINISHED, finish=Finish.EOS),
-        node("1", "A fish.", cosine=0.3, logprobs=(-2.0,), ids=(2,), fate=Fate.FINISHED, finish=Finish.EOS),
+        node("0", "A boat.", cosine=0.3, logprobs=(-0.1,), ids=(1,), status=NodeStatus.FINISHED, finish=Finish.EOS),
+        node("1", "A fish.", cosine=0.3, logprobs=(-2.0,), ids=(2,), status=NodeStatus.FINISHED, finish=Finish.EOS),
     ]
     for between in ("responses", "siblings"):
         found = signs_of(nodes, 0.5, pairs={"between": between})
         assert (found.pairs, found.wins, found.losses) == (1, 0, 0)
-        assert "relevance_win" not in audit.pair_signs([found])
+        assert "relevance_win" not in audit.pair_metrics([found])
 
 
 def test_length_correlation_is_pearsons_r_over_complete_responses():
     # Lengths 1, 2, 2, 2 against rewards 40, 45, 25, 10: covariance -10, variances 3/4 and 750.
     assert signs_of(TREE).correlation == pytest.approx(-10 / math.sqrt(0.75 * 750))
-    cut = [*TREE, node("1.2", " A tree", cosine=0.9, ids=(4,), fate=Fate.TRUNCATED, finish=Finish.LENGTH)]
+    cut = [*TREE, node("1.2", " A tree", cosine=0.9, ids=(4,), status=NodeStatus.TRUNCATED, finish=Finish.LENGTH)]
     assert signs_of(cut).correlation == pytest.approx(-10 / math.sqrt(0.75 * 750)), "what is cut off does not count"
 
 
@@ -100,13 +100,16 @@ def test_length_does_not_decide_between_siblings():
 
 
 def test_what_is_out_of_the_running_shows_nothing():
-    bright = [replace(node("2", "A sun.", cosine=0.99), fate=fate) for fate in (Fate.DUPLICATE, Fate.FILTERED)]
+    bright = [
+        replace(node("2", "A sun.", cosine=0.99), status=status)
+        for status in (NodeStatus.DUPLICATE, NodeStatus.FILTERED)
+    ]
     assert signs_of([*TREE, *bright]) == signs_of(TREE)
 
 
 def test_no_length_correlation_without_variety():
     assert signs_of(TREE[:4]).correlation is None, "two responses always lie on a line"
-    flat = [node(str(i), f"Thing {i}.", cosine=i / 10, ids=(i, 0), fate=Fate.FINISHED) for i in range(4)]
+    flat = [node(str(i), f"Thing {i}.", cosine=i / 10, ids=(i, 0), status=NodeStatus.FINISHED) for i in range(4)]
     assert signs_of(flat).correlation is None, "all are of one length"
     same = [replace(n, cosines={"clip": 0.25}) if n.sentence else n for n in TREE]
     assert signs_of(same).correlation is None, "all earn the same"
@@ -114,11 +117,11 @@ def test_no_length_correlation_without_variety():
 
 def test_pooling_counts_pairs_and_prompts():
     trees = [
-        TreeSigns(3, 2, 1, 1.5, 3, -3, 0, 0.5, 0.75),
-        TreeSigns(1, 1, 0, 0.5, -1, 1, 1, None, None),
-        TreeSigns(0, 0, 0, 0.0, 0, 0, 0, -0.1, 0.25),
+        TreeMetrics(3, 2, 1, 1.5, 3, -3, 0, 0.5, 0.75),
+        TreeMetrics(1, 1, 0, 0.5, -1, 1, 1, None, None),
+        TreeMetrics(0, 0, 0, 0.0, 0, 0, 0, -0.1, 0.25),
     ]
-    assert audit.pair_signs(trees) == pytest.approx(
+    assert audit.pair_metrics(trees) == pytest.approx(
         {
             "prompts_with_pairs": 2 / 3,
             "pairs": 4.0,
@@ -133,18 +136,19 @@ def test_pooling_counts_pairs_and_prompts():
     )
 
 
-@pytest.mark.parametrize("trees", [[], [TreeSigns(0, 0, 0, 0.0, 0, 0, 0, None, None)]])
+@pytest.mark.parametrize("trees", [[], [TreeMetrics(0, 0, 0, 0.0, 0, 0, 0, None, None)]])
 def test_an_iteration_without_pairs_says_so_and_no_more(trees):
-    signs = audit.pair_signs(trees)
-    assert signs == {"prompts_with_pairs": 0.0, "pairs": 0.0}
-    (finding,) = audit.findings(signs, PAIR_BOUNDS)
-    assert finding.verdict is Verdict.STOP
-    assert "there is nothing more to learn" in finding.reason
+    metrics = audit.pair_metrics(trees)
+    assert metrics == {"prompts_with_pairs": 0.0, "pairs": 0.0}
+    (check,) = audit.checks(metrics, PAIR_BOUNDS)
+    assert check.verdict is Verdict.STOP
+    assert "there is nothing more to learn" in check.reason
 
 
 def with_others(nodes: list[Node], others: dict[str, float]) -> list[Node]:
     return [
-        replace(n, cosines={**n.cosines, others_column("clip"): others[n.sentence]}) if n.sentence else n for n in nodes
+        replace(n, cosines={**n.cosines, negatives_column("clip"): others[n.sentence]}) if n.sentence else n
+        for n in nodes
     ]
 
 
@@ -161,21 +165,21 @@ def test_scorer_agreement_of_several_scorers_is_of_their_sum():
     both = [
         replace(
             n,
-            cosines={**n.cosines, "two": second[n.sentence][0], others_column("two"): second[n.sentence][1]},
+            cosines={**n.cosines, "two": second[n.sentence][0], negatives_column("two"): second[n.sentence][1]},
         )
         if n.sentence
         else n
         for n in nodes[:4]
     ]
-    assert audit.tree_signs(both, [], method(), "clip").own_above_others == pytest.approx(2 / 3)
-    assert audit.tree_signs(both, [], method(), "clip+two").own_above_others == pytest.approx(2 / 3)
-    assert audit.tree_signs(both[1:2], [], method(), "clip").own_above_others == 0.0
-    assert audit.tree_signs(both[1:2], [], method(), "clip+two").own_above_others == 1.0
+    assert audit.tree_metrics(both, [], method(), "clip").own_above_others == pytest.approx(2 / 3)
+    assert audit.tree_metrics(both, [], method(), "clip+two").own_above_others == pytest.approx(2 / 3)
+    assert audit.tree_metrics(both[1:2], [], method(), "clip").own_above_others == 0.0
+    assert audit.tree_metrics(both[1:2], [], method(), "clip+two").own_above_others == 1.0
 
 
 def test_a_ledger_without_other_images():
     assert signs_of(TREE).own_above_others is None
-    assert "scorer_agreement" not in audit.pair_signs([signs_of(TREE)])
+    assert "scorer_agreement" not in audit.pair_metrics([signs_of(TREE)])
     with pytest.raises(CsrError, match="has no score by 'clip:others'"):
         signs_of(TREE, reward={"image_score": "contrast"})
 
@@ -209,16 +213,16 @@ def test_on_which_side_of_a_bound(bound, value, expected):
     assert bound.judge(value) is expected
 
 
-@pytest.mark.parametrize("sign", BOUNDS)
-def test_every_bound_warns_before_it_stops(sign):
-    bound = BOUNDS[sign]
+@pytest.mark.parametrize("metric", BOUNDS)
+def test_every_bound_warns_before_it_stops(metric):
+    bound = BOUNDS[metric]
     worse = 1 if bound.high else -1
     assert worse * bound.stop >= worse * bound.warn
     inside, beyond, at_stop = (
-        audit.findings({sign: value}, BOUNDS)[0]
+        audit.checks({metric: value}, BOUNDS)[0]
         for value in (bound.warn - worse * 1e-6, bound.warn + worse * 1e-6, bound.stop)
     )
-    assert inside == Finding(sign, inside.value, Verdict.GO, "")
+    assert inside == Check(metric, inside.value, Verdict.GO, "")
     assert beyond.verdict is not Verdict.GO
     assert beyond.reason
     assert "{" not in beyond.reason
@@ -227,30 +231,30 @@ def test_every_bound_warns_before_it_stops(sign):
 
 
 def test_no_gap_at_all_is_well():
-    assert {f.verdict for f in audit.findings({"omission_gap": 0.0, "repeat_gap": 0.0}, PAIR_BOUNDS)} == {Verdict.GO}
+    assert {f.verdict for f in audit.checks({"omission_gap": 0.0, "repeat_gap": 0.0}, PAIR_BOUNDS)} == {Verdict.GO}
 
 
 def test_rewards_that_fall_with_length_are_judged_as_those_that_rise():
-    rise, fall = (audit.findings({"length_correlation": r}, PAIR_BOUNDS)[0] for r in (1.0, -1.0))
+    rise, fall = (audit.checks({"length_correlation": r}, PAIR_BOUNDS)[0] for r in (1.0, -1.0))
     assert rise.verdict is fall.verdict is PAIR_BOUNDS["length_correlation"].judge(1.0)
     assert rise.verdict is not Verdict.GO
     assert "-1.00" in fall.reason
 
 
 def test_signs_without_a_bound_are_not_judged():
-    assert audit.findings({"pairs": 0.0, "margin": -9.0, "length_gap": 7.0}, PAIR_BOUNDS) == []
+    assert audit.checks({"pairs": 0.0, "margin": -9.0, "length_gap": 7.0}, PAIR_BOUNDS) == []
 
 
 @given(st.lists(st.sampled_from(list(Verdict))))
 def test_the_worst_finding_decides(verdicts):
-    found = [Finding("sign", 0.0, verdict, "") for verdict in verdicts]
+    found = [Check("metric", 0.0, verdict, "") for verdict in verdicts]
     expected = Verdict.STOP if Verdict.STOP in verdicts else Verdict.WARN if Verdict.WARN in verdicts else Verdict.GO
     assert audit.worst(found) is expected
 
 
 def test_findings_are_kept_as_plain_data():
-    kept = audit.dump([Finding("unfinished_gain", 0.5, Verdict.STOP, "why")])
-    assert kept == [{"sign": "unfinished_gain", "value": 0.5, "verdict": "stop", "reason": "why"}]
+    kept = audit.dump([Check("unfinished_gain", 0.5, Verdict.STOP, "why")])
+    assert kept == [{"metric": "unfinished_gain", "value": 0.5, "verdict": "stop", "reason": "why"}]
     assert type(kept[0]["verdict"]) is str
 
 
@@ -259,7 +263,7 @@ BASE = {"sentences": 5.0, "relevance": 30.0, "repeats": 0.2, "complete": 0.75}
 
 def test_responses_against_the_bases():
     now = {"sentences": 4.0, "relevance": 31.5, "repeats": 0.5, "complete": 0.5}
-    assert audit.response_signs(BASE, now, -2.0) == pytest.approx(
+    assert audit.response_metrics(BASE, now, -2.0) == pytest.approx(
         {
             "sentences_ratio": 0.8,
             "relevance_gain": 1.5,
@@ -273,18 +277,18 @@ def test_responses_against_the_bases():
 def test_a_policy_like_the_base_is_well_whatever_the_base_is_like():
     rambling = BASE | {"complete": 0.0, "repeats": 3.0, "relevance": 0.0}
     for base in (BASE, rambling):
-        assert {f.verdict for f in audit.findings(audit.response_signs(base, base, 0.0), RESPONSE_BOUNDS)} == {
+        assert {f.verdict for f in audit.checks(audit.response_metrics(base, base, 0.0), RESPONSE_BOUNDS)} == {
             Verdict.GO
         }
 
 
 def test_a_silent_policy_is_stopped_and_a_silent_base_is_no_measure():
     silent = {"sentences": 0.0, "relevance": 0.0, "repeats": 0.0, "complete": 1.0}
-    found = audit.findings(audit.response_signs(BASE, silent, None), RESPONSE_BOUNDS)
-    assert {f.sign for f in found if f.verdict is Verdict.STOP} >= {"sentences_ratio", "relevance_gain"}
-    assert "chosen_drop" not in {f.sign for f in found}
-    assert "sentences_ratio" not in audit.response_signs(silent, BASE, None)
-    assert audit.worst(audit.findings(audit.response_signs(silent, silent, None), RESPONSE_BOUNDS)) is Verdict.GO
+    found = audit.checks(audit.response_metrics(BASE, silent, None), RESPONSE_BOUNDS)
+    assert {f.metric for f in found if f.verdict is Verdict.STOP} >= {"sentences_ratio", "relevance_gain"}
+    assert "chosen_drop" not in {f.metric for f in found}
+    assert "sentences_ratio" not in audit.response_metrics(silent, BASE, None)
+    assert audit.worst(audit.checks(audit.response_metrics(silent, silent, None), RESPONSE_BOUNDS)) is Verdict.GO
 
 
 # What must fail, and what must not.
@@ -301,7 +305,7 @@ def random_trees(number: int = 200) -> list[list[Node]]:
                 cosine=rng.uniform(0, 0.5),
                 logprobs=(-3 * rng.random(),),
                 ids=(i, 0),
-                fate=Fate.FINISHED,
+                status=NodeStatus.FINISHED,
                 finish=Finish.EOS,
                 prompt_id=f"prompt-{tree}",
             )
@@ -316,44 +320,44 @@ def test_pairs_at_random_are_found_out(between):
     pairs = {"between": between, "per_prompt": 2}
     at_random = [signs_of(tree, 1.0, pairs=pairs | {"selection": "random"}) for tree in random_trees()]
     by_reward = [signs_of(tree, 1.0, pairs=pairs) for tree in random_trees()]
-    assert audit.pair_signs(at_random)["pairs"] == 400
+    assert audit.pair_metrics(at_random)["pairs"] == 400
     # 400 pairs, two a prompt: a standard error of at most 0.036.
-    assert audit.pair_signs(at_random)["relevance_win"] == pytest.approx(0.5, abs=0.1)
+    assert audit.pair_metrics(at_random)["relevance_win"] == pytest.approx(0.5, abs=0.1)
     assert verdict_of(at_random, "relevance_win") is Verdict.STOP
-    assert audit.pair_signs(by_reward)["relevance_win"] == 1.0
+    assert audit.pair_metrics(by_reward)["relevance_win"] == 1.0
     assert verdict_of(by_reward, "relevance_win") is Verdict.GO
 
 
 @pytest.mark.parametrize("between", ["responses", "siblings"])
 def test_a_prior_that_likes_what_is_false_is_found_out(between):
     nodes = [
-        node("0", "A boat.", cosine=0.1, logprobs=(-0.1,), ids=(1,), fate=Fate.FINISHED, finish=Finish.EOS),
-        node("1", "A fish.", cosine=0.4, logprobs=(-3.0,), ids=(2,), fate=Fate.FINISHED, finish=Finish.EOS),
+        node("0", "A boat.", cosine=0.1, logprobs=(-0.1,), ids=(1,), status=NodeStatus.FINISHED, finish=Finish.EOS),
+        node("1", "A fish.", cosine=0.4, logprobs=(-3.0,), ids=(2,), status=NodeStatus.FINISHED, finish=Finish.EOS),
     ]
     by_prior, by_image = ([signs_of(nodes, weight, pairs={"between": between})] for weight in (0.0, 1.0))
-    assert audit.pair_signs(by_prior)["relevance_win"] == 0.0
+    assert audit.pair_metrics(by_prior)["relevance_win"] == 0.0
     assert verdict_of(by_prior, "relevance_win") is Verdict.STOP
-    assert audit.pair_signs(by_image)["relevance_win"] == 1.0
+    assert audit.pair_metrics(by_image)["relevance_win"] == 1.0
     assert verdict_of(by_image, "relevance_win") is Verdict.GO
 
 
 SHORT_OR_LONG = [
-    node("0", "A boat.", cosine=0.50, ids=(1,), fate=Fate.TOP),
+    node("0", "A boat.", cosine=0.50, ids=(1,), status=NodeStatus.TOP),
     node("1", "A car.", cosine=0.10, ids=(2,)),
-    node("0.0", "", cosine=None, ids=(0,), fate=Fate.FINISHED, finish=Finish.EOS),
-    node("0.1", " A fish.", cosine=0.40, ids=(3, 0), fate=Fate.FINISHED, finish=Finish.EOS),
+    node("0.0", "", cosine=None, ids=(0,), status=NodeStatus.FINISHED, finish=Finish.EOS),
+    node("0.1", " A fish.", cosine=0.40, ids=(3, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),
 ]
 """The boat alone, or boat and fish, both of them there."""
 
 
 def test_a_reward_that_prefers_silence_is_found_out():
     by_mean = [signs_of(SHORT_OR_LONG)]  # 50 against 45
-    found = audit.pair_signs(by_mean)
+    found = audit.pair_metrics(by_mean)
     assert found["omission_gap"] == 1.0
     assert found["length_gap"] == -1.0
     assert verdict_of(by_mean, "omission_gap") is not Verdict.GO
     by_sum = [signs_of(SHORT_OR_LONG, reward={"response": "sum"})]  # 50 against 90
-    assert audit.pair_signs(by_sum)["omission_gap"] == -1.0
+    assert audit.pair_metrics(by_sum)["omission_gap"] == -1.0
     assert verdict_of(by_sum, "omission_gap") is Verdict.GO
 
 
@@ -362,31 +366,39 @@ def chain(num_sentences: int) -> list[Node]:
     nodes, path = [], ""
     for i in range(num_sentences):
         before, path = path, f"{path}.0".lstrip(".")
-        nodes.append(node(path, f" Thing {i}.", cosine=0.3 + 0.01 * (i % 2), ids=(i + 1,), fate=Fate.TOP))
+        nodes.append(node(path, f" Thing {i}.", cosine=0.3 + 0.01 * (i % 2), ids=(i + 1,), status=NodeStatus.TOP))
         if before:
             nodes.append(
-                node(f"{before}.1", "", cosine=None, ids=(0,), fate=Fate.FINISHED, finish=Finish.EOS, logprobs=(-1.0,))
+                node(
+                    f"{before}.1",
+                    "",
+                    cosine=None,
+                    ids=(0,),
+                    status=NodeStatus.FINISHED,
+                    finish=Finish.EOS,
+                    logprobs=(-1.0,),
+                )
             )
     return nodes
 
 
 def test_a_sum_is_found_to_count_sentences():
     by_sum = [signs_of(chain(6), reward={"response": "sum"})]
-    assert audit.pair_signs(by_sum)["length_correlation"] == pytest.approx(1.0, abs=0.01)
+    assert audit.pair_metrics(by_sum)["length_correlation"] == pytest.approx(1.0, abs=0.01)
     assert verdict_of(by_sum, "length_correlation") is PAIR_BOUNDS["length_correlation"].judge(1.0)
     by_mean = [signs_of(chain(6), reward={"response": "mean"})]
-    assert abs(audit.pair_signs(by_mean)["length_correlation"]) < 0.75
+    assert abs(audit.pair_metrics(by_mean)["length_correlation"]) < 0.75
 
 
 def test_a_reward_for_saying_it_again_is_found_out():
     # The boat is the best sentence, so by sum the response that says it twice wins.
     nodes = [
-        node("0", "A boat.", cosine=0.50, ids=(1,), fate=Fate.TOP),
-        node("0.0", " A boat.", cosine=0.50, ids=(1, 0), fate=Fate.FINISHED, finish=Finish.EOS),
-        node("0.1", " A fish.", cosine=0.40, ids=(3, 0), fate=Fate.FINISHED, finish=Finish.EOS),
+        node("0", "A boat.", cosine=0.50, ids=(1,), status=NodeStatus.TOP),
+        node("0.0", " A boat.", cosine=0.50, ids=(1, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),
+        node("0.1", " A fish.", cosine=0.40, ids=(3, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),
     ]
     by_sum = [signs_of(nodes, reward={"response": "sum"})]
-    assert audit.pair_signs(by_sum)["repeat_gap"] == 1.0
+    assert audit.pair_metrics(by_sum)["repeat_gap"] == 1.0
     assert verdict_of(by_sum, "repeat_gap") is not Verdict.GO
     at_a_cost = [signs_of(nodes, reward={"response": "sum", "repeat_penalty": 2.0})]  # 100 - 20 against 90
-    assert audit.pair_signs(at_a_cost)["repeat_gap"] == -1.0
+    assert audit.pair_metrics(at_a_cost)["repeat_gap"] == -1.0

@@ -17,7 +17,7 @@ from csr_vlm.generation.sampling import stream_key
 from csr_vlm.generation.streaming import Asked, Piece, StreamingEngine
 from csr_vlm.generation.vllm import engine_arguments, running
 from csr_vlm.generation.vllm_server import connected
-from csr_vlm.models.policy import Reader, load_reader
+from csr_vlm.models.policy import PromptEncoder, load_prompt_encoder
 from csr_vlm.world.demo import assets
 
 LLAVA = ModelConfig(path=str(assets() / "llava"), device="cpu")
@@ -96,21 +96,21 @@ def test_a_missing_vllm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     assert "csr-vlm[vllm]" in caught.value.hint
 
 
-def test_a_server_that_is_not_there_is_named(reader: Reader) -> None:
-    with pytest.raises(CsrError, match="nothing answers"), connected("http://127.0.0.1:9", reader, None, 2):
+def test_a_server_that_is_not_there_is_named(prompt_encoder: PromptEncoder) -> None:
+    with pytest.raises(CsrError, match="nothing answers"), connected("http://127.0.0.1:9", prompt_encoder, None, 2):
         pass
 
 
 @pytest.fixture(scope="module")
-def reader() -> Reader:
-    return load_reader(LLAVA)
+def prompt_encoder() -> PromptEncoder:
+    return load_prompt_encoder(LLAVA)
 
 
 class Scripted:
     """A stream that writes given texts, a token a piece, and goes on until it is stopped."""
 
-    def __init__(self, reader: Reader, *texts: str, broken_after: int | None = None) -> None:
-        self._scripts = [reader.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    def __init__(self, prompt_encoder: PromptEncoder, *texts: str, broken_after: int | None = None) -> None:
+        self._scripts = [prompt_encoder.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
         self._broken_after = broken_after
         self._running: dict[str, tuple[list[int], int]] = {}
         self.asked: list[Asked] = []
@@ -138,18 +138,18 @@ class Scripted:
         self.forgotten.append(prompt_id)
 
 
-def answered(stream: Scripted, reader: Reader, config: SearchConfig, num_candidates: int = 1) -> list:
-    proposer = StreamingEngine(stream, reader).proposer(config, PROMPT)
+def answered(stream: Scripted, prompt_encoder: PromptEncoder, config: SearchConfig, num_candidates: int = 1) -> list:
+    proposer = StreamingEngine(stream, prompt_encoder).proposer(config, PROMPT)
     proposer.submit([Expansion(PROMPT, "", (), num_candidates, (0, "p", 1, ""))])
     ((_, candidates),) = proposer.collect()
     proposer.release("p")
     return list(candidates)
 
 
-def test_a_sentence_is_cut_where_it_ends_and_its_engine_called_off(reader: Reader) -> None:
-    stream = Scripted(reader, " There is a red boat. There is a cup.")
-    (candidate,) = answered(stream, reader, SearchConfig())
-    ids = reader.tokenizer(" There is a red boat.", add_special_tokens=False).input_ids
+def test_a_sentence_is_cut_where_it_ends_and_its_engine_called_off(prompt_encoder: PromptEncoder) -> None:
+    stream = Scripted(prompt_encoder, " There is a red boat. There is a cup.")
+    (candidate,) = answered(stream, prompt_encoder, SearchConfig())
+    ids = prompt_encoder.tokenizer(" There is a red boat.", add_special_tokens=False).input_ids
     assert (candidate.text, candidate.finish) == (" There is a red boat.", Finish.DELIMITER)
     assert candidate.token_ids == tuple(ids)
     assert candidate.token_logprobs == tuple(-0.5 * (place + 1) for place in range(len(ids)))
@@ -157,32 +157,32 @@ def test_a_sentence_is_cut_where_it_ends_and_its_engine_called_off(reader: Reade
     assert stream.forgotten == ["p"]
 
 
-def test_a_delimiter_that_ends_nothing_does_not_stop_the_engine(reader: Reader) -> None:
-    stream = Scripted(reader, " Ask Dr. Low. There")
-    (candidate,) = answered(stream, reader, SearchConfig())
+def test_a_delimiter_that_ends_nothing_does_not_stop_the_engine(prompt_encoder: PromptEncoder) -> None:
+    stream = Scripted(prompt_encoder, " Ask Dr. Low. There")
+    (candidate,) = answered(stream, prompt_encoder, SearchConfig())
     assert candidate.text == " Ask Dr. Low."
 
 
-def test_the_end_of_a_response_and_the_budget_end_a_candidate_by_themselves(reader: Reader) -> None:
-    stream = Scripted(reader, " a red boat</s>", " a red boat and a red cup")
+def test_the_end_of_a_response_and_the_budget_end_a_candidate_by_themselves(prompt_encoder: PromptEncoder) -> None:
+    stream = Scripted(prompt_encoder, " a red boat</s>", " a red boat and a red cup")
     config = SearchConfig(max_sentence_tokens=5)
-    first, second = answered(stream, reader, config, num_candidates=2)
-    assert (first.finish, first.token_ids[-1]) == (Finish.EOS, min(reader.eos_ids))
+    first, second = answered(stream, prompt_encoder, config, num_candidates=2)
+    assert (first.finish, first.token_ids[-1]) == (Finish.EOS, min(prompt_encoder.eos_ids))
     assert (second.finish, len(second.token_ids)) == (Finish.LENGTH, 5)
 
 
-def test_an_engine_that_breaks_off_is_an_error(reader: Reader) -> None:
+def test_an_engine_that_breaks_off_is_an_error(prompt_encoder: PromptEncoder) -> None:
     with pytest.raises(CsrError, match="broke off a sentence of prompt p after 3 tokens"):
-        answered(Scripted(reader, " There is a red boat.", broken_after=3), reader, SearchConfig())
+        answered(Scripted(prompt_encoder, " There is a red boat.", broken_after=3), prompt_encoder, SearchConfig())
 
 
-def test_what_an_engine_is_asked_for(reader: Reader) -> None:
-    stream = Scripted(reader, " There is a red boat. There")
-    answered(stream, reader, SearchConfig(greedy_first=True, temperature=0.7, top_p=0.9), num_candidates=3)
+def test_what_an_engine_is_asked_for(prompt_encoder: PromptEncoder) -> None:
+    stream = Scripted(prompt_encoder, " There is a red boat. There")
+    answered(stream, prompt_encoder, SearchConfig(greedy_first=True, temperature=0.7, top_p=0.9), num_candidates=3)
     sampling = [asked.sampling for asked in stream.asked]
     assert [(s["temperature"], s["top_p"]) for s in sampling] == [(0.0, 1.0), (0.7, 0.9), (0.7, 0.9)]
     assert [s["seed"] for s in sampling] == [stream_key((0, "p", 1, "", place)) % 2**63 for place in range(3)]
-    assert all(s["logit_bias"] == {reader.barred_ids[0]: -100.0} for s in sampling)
-    assert all(s["stop_token_ids"] == sorted(reader.eos_ids) for s in sampling)
+    assert all(s["logit_bias"] == {prompt_encoder.image_token_ids[0]: -100.0} for s in sampling)
+    assert all(s["stop_token_ids"] == sorted(prompt_encoder.eos_ids) for s in sampling)
     for asked in stream.asked:
-        assert asked.token_ids.count(reader.barred_ids[0]) == 1
+        assert asked.token_ids.count(prompt_encoder.image_token_ids[0]) == 1

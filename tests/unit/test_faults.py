@@ -170,12 +170,12 @@ def test_a_signal_ends_the_work_at_the_next_finished_item(
     number, done, before = signal.Signals[name], [], signal.getsignal(signal.Signals[name])
 
     def work() -> None:
-        with signals.stoppable(Silent(), tmp_path) as tell, tell.stage("work", 3) as advance:
+        with signals.stoppable(Silent(), tmp_path) as reporter, reporter.stage("work", 3) as progress:
             for item in range(3):
                 if item == 1:
                     os.kill(os.getpid(), number)
                 done.append(item)
-                advance(1)
+                progress.advance(1)
 
     with pytest.raises(SystemExit) as left:
         work()

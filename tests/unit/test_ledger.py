@@ -10,6 +10,7 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.store import ledger, parts, tables
 from csr_vlm.store.run import Run
 from tests.faults.runs import write_run
+from tests.unit.builders import CountedProgress
 
 MUCH = 1_000_000
 
@@ -29,7 +30,7 @@ def names(run: Run) -> list[str]:
 
 def pack(run: Run, most_bytes: int) -> int:
     done: list[int] = []
-    ledger.pack(run, 1, most_bytes, done.append)
+    ledger.pack(run, 1, most_bytes, CountedProgress(done))
     return sum(done)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csr_vlm.core.records import Fate, Finish, Node, Pair
+from csr_vlm.core.records import Finish, Node, NodeStatus, Pair
 from csr_vlm.method.pairs import make_pairs, responses
 from csr_vlm.method.search import search
 from csr_vlm.store import tables
@@ -19,12 +19,12 @@ from tests.unit.test_search import RandomModel
 
 # Lambda 1, so R(s) is 100 times the cosine; R(y) is the mean over sentences.
 TREE = [
-    node("0", "A boat.", cosine=0.30, ids=(1, 2), logprobs=(-1.0, -2.0), fate=Fate.TOP),
-    node("1", "A car", cosine=0.05, ids=(8,), logprobs=(-3.0,), fate=Fate.TRUNCATED, finish=Finish.LENGTH),
-    node("2", "A tree.", cosine=0.60, ids=(9,), logprobs=(-1.5,), fate=Fate.PRUNED),
-    node("0.0", " A fish.", cosine=0.10, ids=(3, 4, 0), logprobs=(-0.5, -0.25, -0.125), fate=Fate.FINISHED),
-    node("0.1", "", cosine=None, ids=(0,), logprobs=(-0.75,), fate=Fate.FINISHED, finish=Finish.EOS),
-    node("0.2", " A bird.", cosine=0.24, ids=(5, 0), logprobs=(-4.0, -0.5), fate=Fate.FINISHED),
+    node("0", "A boat.", cosine=0.30, ids=(1, 2), logprobs=(-1.0, -2.0), status=NodeStatus.TOP),
+    node("1", "A car", cosine=0.05, ids=(8,), logprobs=(-3.0,), status=NodeStatus.TRUNCATED, finish=Finish.LENGTH),
+    node("2", "A tree.", cosine=0.60, ids=(9,), logprobs=(-1.5,), status=NodeStatus.PRUNED),
+    node("0.0", " A fish.", cosine=0.10, ids=(3, 4, 0), logprobs=(-0.5, -0.25, -0.125), status=NodeStatus.FINISHED),
+    node("0.1", "", cosine=None, ids=(0,), logprobs=(-0.75,), status=NodeStatus.FINISHED, finish=Finish.EOS),
+    node("0.2", " A bird.", cosine=0.24, ids=(5, 0), logprobs=(-4.0, -0.5), status=NodeStatus.FINISHED),
 ]
 
 
@@ -93,8 +93,8 @@ def test_fewer_than_two_complete_responses():
 @pytest.mark.parametrize("selection", ["extremes", "random"])
 def test_responses_that_say_the_same(selection):
     same = [
-        node("0", "A boat.", cosine=0.3, ids=(1,), fate=Fate.FINISHED),
-        node("1", " A boat. ", cosine=0.1, ids=(2,), fate=Fate.FINISHED),
+        node("0", "A boat.", cosine=0.3, ids=(1,), status=NodeStatus.FINISHED),
+        node("1", " A boat. ", cosine=0.1, ids=(2,), status=NodeStatus.FINISHED),
     ]
     assert pair_of(same, pairs={"selection": selection}) == "identical"
 
@@ -106,7 +106,7 @@ def test_min_margin_is_a_share_of_the_spread(min_margin, dropped):
 
 
 def test_equal_rewards_teach_nothing_even_without_a_margin():
-    equal = [node(str(i), f"Sentence {i}.", fate=Fate.FINISHED) for i in range(3)]
+    equal = [node(str(i), f"Sentence {i}.", status=NodeStatus.FINISHED) for i in range(3)]
     assert pair_of(equal) == "margin"
 
 
@@ -122,7 +122,7 @@ def random_tree(salt: int, prompt_id: str = "p", num_leaves: int = 6) -> list[No
             f"Sentence {i}.",
             cosine=rng.uniform(0, 0.5),
             logprobs=(-3 * rng.random(), -rng.random()),
-            fate=rng.choice([Fate.FINISHED, Fate.FINISHED, Fate.TRUNCATED, Fate.PRUNED]),
+            status=rng.choice([NodeStatus.FINISHED, NodeStatus.FINISHED, NodeStatus.TRUNCATED, NodeStatus.PRUNED]),
             prompt_id=prompt_id,
         )
         for i in range(num_leaves)
@@ -221,7 +221,7 @@ def test_the_best_meets_others_spread_over_the_ranking():
 @given(st.integers(1, 12), st.integers(1, 6))
 def test_spreading_takes_the_first_and_never_the_same_twice(length, number):
     leaves = [
-        node(str(i), f"Thing {i}.", cosine=i / 20, ids=(i, 0), fate=Fate.FINISHED, finish=Finish.EOS)
+        node(str(i), f"Thing {i}.", cosine=i / 20, ids=(i, 0), status=NodeStatus.FINISHED, finish=Finish.EOS)
         for i in range(length + 1)
     ]
     found = make_pairs(prompt(), leaves, method(1.0, pairs={"per_prompt": number}), "clip", 0)
@@ -283,7 +283,7 @@ def test_a_sentence_that_was_cut_off_takes_part_only_if_asked():
 def test_siblings_that_say_the_same():
     same = [node("0", "A boat.", ids=(1,)), node("1", " A boat. ", cosine=0.1, ids=(2,))]
     assert siblings_of(same) == "identical"
-    goes_on_or_not = [node("0", "A boat.", ids=(1,)), node("1", "A boat.", ids=(1, 0), fate=Fate.FINISHED)]
+    goes_on_or_not = [node("0", "A boat.", ids=(1,)), node("1", "A boat.", ids=(1, 0), status=NodeStatus.FINISHED)]
     assert siblings_of(goes_on_or_not) == "margin", "they differ in ending; the sentence earns the same"
 
 
@@ -310,12 +310,12 @@ def test_sibling_pairs_differ_in_the_last_sentence_only(salt, selection, per_nod
 # A boat (30) and a car (28); who speaks of the boat goes on to the car (28) and ends, who
 # starts with the car finds nothing but a fish (-20) or the end.
 ORDERED = [
-    node("0", "A boat.", cosine=0.30, ids=(1,), fate=Fate.TOP),
-    node("1", "A car.", cosine=0.28, ids=(2,), fate=Fate.TOP),
-    node("2", "A bird.", cosine=0.29, ids=(3,), fate=Fate.PRUNED),
-    node("0.0", "A car.", cosine=0.28, ids=(2, 0), fate=Fate.FINISHED),
-    node("1.0", "", cosine=None, ids=(0,), fate=Fate.FINISHED, finish=Finish.EOS),
-    node("1.1", "A fish.", cosine=0.01, ids=(4, 0), fate=Fate.FINISHED),
+    node("0", "A boat.", cosine=0.30, ids=(1,), status=NodeStatus.TOP),
+    node("1", "A car.", cosine=0.28, ids=(2,), status=NodeStatus.TOP),
+    node("2", "A bird.", cosine=0.29, ids=(3,), status=NodeStatus.PRUNED),
+    node("0.0", "A car.", cosine=0.28, ids=(2, 0), status=NodeStatus.FINISHED),
+    node("1.0", "", cosine=None, ids=(0,), status=NodeStatus.FINISHED, finish=Finish.EOS),
+    node("1.1", "A fish.", cosine=0.01, ids=(4, 0), status=NodeStatus.FINISHED),
 ]
 
 
@@ -337,9 +337,9 @@ def test_what_was_not_followed_is_compared_by_its_own_reward():
 
 def test_ending_with_the_last_true_sentence_beats_going_on_to_a_false_one():
     nodes = [
-        node("0", "A boat.", cosine=0.30, ids=(1,), fate=Fate.TOP),
-        node("1", "A boat.", cosine=0.30, ids=(1, 0), fate=Fate.FINISHED, finish=Finish.EOS),
-        node("0.0", "A fish.", cosine=0.05, ids=(4, 0), fate=Fate.FINISHED),
+        node("0", "A boat.", cosine=0.30, ids=(1,), status=NodeStatus.TOP),
+        node("1", "A boat.", cosine=0.30, ids=(1, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),
+        node("0.0", "A fish.", cosine=0.05, ids=(4, 0), status=NodeStatus.FINISHED),
     ]
     how = method(
         1.0,

@@ -9,15 +9,15 @@ import pytest
 
 from csr_vlm.config.schema import QuestionsConfig
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Fate, Node, Pair, Response, others_column
-from csr_vlm.method.questions import Claims, claims, questions, strangers, worth_asking
+from csr_vlm.core.records import Node, NodeStatus, Pair, Response, negatives_column
+from csr_vlm.method.questions import Claims, claims, negatives, questions, worth_asking
 from tests.unit.builders import config, node, prompt
 
 SETTINGS = QuestionsConfig(pattern=r"an? (\w+)\.", per_prompt=6)
 
 
 def said(node_id: str, text: str, contrast: float) -> Node:
-    return replace(node(node_id, text), cosines={"clip": contrast, others_column("clip"): 0.0})
+    return replace(node(node_id, text), cosines={"clip": contrast, negatives_column("clip"): 0.0})
 
 
 def asked(kind: str) -> str:
@@ -62,7 +62,7 @@ def test_claims_of_other_trees_are_denied_if_they_fail_and_never_affirmed() -> N
 
 
 def test_what_takes_no_part_claims_nothing() -> None:
-    out = [replace(n, fate=Fate.FILTERED) for n in TREE]
+    out = [replace(n, status=NodeStatus.FILTERED) for n in TREE]
     assert claims(out, SETTINGS, "clip") == Claims({}, {}, 0.0)
     assert claims([], SETTINGS, "clip") == Claims({}, {}, 0.0)
 
@@ -70,11 +70,11 @@ def test_what_takes_no_part_claims_nothing() -> None:
 def test_strangers_are_chosen_by_words_and_key_alone() -> None:
     own = claims(TREE, SETTINGS, "clip")
     pool = [asked(kind) for kind in ("boat", "tree", "cat", "bus", "bird", "house")]
-    chosen = strangers(own, pool, 3, "0:p")
+    chosen = negatives(own, pool, 3, "0:p")
     assert len(set(chosen)) == 3
     assert asked("boat") not in chosen
-    assert chosen == strangers(own, pool[::-1], 3, "0:p")
-    assert len({tuple(strangers(own, pool, 3, f"0:{name}")) for name in range(20)}) > 5
+    assert chosen == negatives(own, pool[::-1], 3, "0:p")
+    assert len({tuple(negatives(own, pool, 3, f"0:{name}")) for name in range(20)}) > 5
 
 
 def answered(*nats: float) -> list[Pair]:

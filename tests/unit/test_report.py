@@ -16,7 +16,7 @@ from PIL import Image
 
 from csr_vlm.config.load import resolve
 from csr_vlm.core.formatting import compact, duration, fixed, indexed, relative_change, signed
-from csr_vlm.core.records import Fate, Finish, Node, Pair, Prompt, Response
+from csr_vlm.core.records import Finish, Node, NodeStatus, Pair, Prompt, Response
 from csr_vlm.evaluation.statistics import ratio
 from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS
 from csr_vlm.report import audit_panel as health
@@ -89,7 +89,7 @@ def node(prompt_id: str, node_id: str, text: str, cosine: float | None = 0.3) ->
         token_logprobs=(-0.1, -0.2),
         text=text,
         finish=Finish.DELIMITER,
-        fate=Fate.FINISHED,
+        status=NodeStatus.FINISHED,
         cosines={} if cosine is None else {"clip": cosine, "clip:others": 0.1, "siglip": cosine / 2},
     )
 
@@ -115,7 +115,7 @@ def add_pairs(run: Run, iteration: int, prompts: list[Prompt], chosen: str, reje
     ]
     if ledger:
         tables.write_nodes(run.iteration(iteration) / "ledger" / "part-000000-x.parquet", nodes)
-        run.mark_done(iteration, "generate", nodes=len(nodes), fates={"finished": len(nodes)}, seconds=2.0)
+        run.mark_done(iteration, "generate", nodes=len(nodes), statuses={"finished": len(nodes)}, seconds=2.0)
     tables.write_pairs(run.pairs_path(iteration), pairs)
     run.mark_done(
         iteration,

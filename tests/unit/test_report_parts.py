@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from csr_vlm.core.records import Fate, Finish, Prompt
+from csr_vlm.core.records import Finish, NodeStatus, Prompt
 from csr_vlm.report.before_after import CLOSER, FARTHER, SAME, before_after, by_relevance
 from csr_vlm.report.benchmark_panel import benchmark_panel
 from csr_vlm.report.html import render, write_report
@@ -26,7 +26,7 @@ from tests.unit.test_report import SCRIPT, Page, add_pairs, add_training, new_ru
 def ledger(run: Run, prompts: list[Prompt]) -> None:
     """Two whole responses a prompt: the first suits the image, the second is the likelier one."""
     tables.write_prompts(run.prompts_path, prompts, 64)
-    ended: dict[str, Any] = {"fate": Fate.FINISHED, "finish": Finish.EOS}
+    ended: dict[str, Any] = {"status": NodeStatus.FINISHED, "finish": Finish.EOS}
     nodes = [
         made
         for p in prompts
@@ -36,7 +36,7 @@ def ledger(run: Run, prompts: list[Prompt]) -> None:
         )
     ]
     tables.write_nodes(run.iteration(1) / "ledger" / "part-000000-x.parquet", nodes)
-    run.mark_done(1, "generate", nodes=len(nodes), fates={})
+    run.mark_done(1, "generate", nodes=len(nodes), statuses={})
 
 
 PROMPTS = [Prompt(f"p{number}", "none.png", "What?") for number in range(3)]

@@ -15,34 +15,36 @@ import pytest
 from torch.distributed import HashStore
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Progress, SilentProgress
 from csr_vlm.scale import torchrun as module
-from csr_vlm.scale.executor import ALONE, Done, Job, add_up, leave_mark, require_mark
-from csr_vlm.scale.torchrun import Contact, Ranks, num_launched
+from csr_vlm.scale.executor import LOCAL, ItemResult, Task, add_counts, require_marker, write_marker
+from csr_vlm.scale.torchrun import Contact, TorchrunExecutor, num_launched
 from csr_vlm.training.distribution import asked_for, refuse_lazy_weights, require_distribution, shared_batch
+from tests.unit.builders import CountedProgress
 
 
 class Letters:
     """Each item writes a file and says which letter it was."""
 
-    def __init__(self, root: Path, text: str, say: Callable[[str], None], slow: float = 0.0) -> None:
+    def __init__(self, root: Path, text: str, log: Callable[[str], None], slow: float = 0.0) -> None:
         self.root, self.text, self.slow = root, text, slow
 
-    def do(self, item: int) -> Done:
+    def run_item(self, item: int) -> ItemResult:
         if self.text[item] == "!":
             raise CsrError("an exclamation mark", "write without")
         time.sleep(self.slow)
         with (self.root / f"{item}.txt").open("a") as file:
             file.write(self.text[item])
-        return Done(10, {"letters": Counter(self.text[item])})
+        return ItemResult(10, {"letters": Counter(self.text[item])})
 
     def close(self) -> None:
         (self.root / f"closed-{os.getpid()}-{threading.get_ident()}").touch()
 
 
-def meet(root: Path, processes: int, advance: Callable[[int], None], word: str) -> str:
+def meet(root: Path, processes: int, progress: Progress, word: str) -> str:
     """All come here together."""
     (root / f"{word}-{processes}-{threading.get_ident()}").touch()
-    advance(1)
+    progress.advance(1)
     return word.upper()
 
 
@@ -56,17 +58,17 @@ class Crowd:
         self.store = HashStore()
         self.errors: dict[int, CsrError] = {}
         self.contacts = [Contact(self.store, rank, size) for rank in range(size)]
-        self.ranks = Ranks(self.contacts[0])
+        self.ranks = TorchrunExecutor(self.contacts[0])
         self.threads = [threading.Thread(target=self.follow, args=(c,), daemon=True) for c in self.contacts[1:]]
 
     def follow(self, contact: Contact) -> None:
         try:
             module._follow(contact, MAKERS)
         except CsrError as error:
-            contact.tell_failure(error)
+            contact.report_failure(error)
             self.errors[contact.rank] = error
 
-    def start(self) -> Ranks:
+    def start(self) -> TorchrunExecutor:
         for thread in self.threads:
             thread.start()
         return self.ranks
@@ -95,11 +97,11 @@ def written(root: Path) -> dict[str, str]:
 def test_every_item_is_done_once_however_many_there_are(tmp_path: Path, size: int) -> None:
     text = "abracadabra"
     shown: list[int] = []
-    job = Job(Letters, tmp_path, {"text": text, "slow": 0.003}, len(text))
+    task = Task(Letters, tmp_path, {"text": text, "slow": 0.003}, len(text))
     crowd = Crowd(size)
     ranks = crowd.start()
-    tally = ranks.spread(job, shown.append, quiet)
-    again = ranks.spread(Job(Letters, tmp_path, {"text": "xy"}, 2), shown.append, quiet)
+    tally = ranks.map(task, CountedProgress(shown), quiet)
+    again = ranks.map(Task(Letters, tmp_path, {"text": "xy"}, 2), CountedProgress(shown), quiet)
     ranks.end()
     crowd.join()
     # a five times, b and r twice, c and d once.
@@ -113,16 +115,16 @@ def test_every_item_is_done_once_however_many_there_are(tmp_path: Path, size: in
 
 def test_one_process_does_the_same_alone(tmp_path: Path) -> None:
     shown: list[int] = []
-    tally = ALONE.spread(Job(Letters, tmp_path, {"text": "abba"}, 4), shown.append, quiet)
+    tally = LOCAL.map(Task(Letters, tmp_path, {"text": "abba"}, 4), CountedProgress(shown), quiet)
     assert tally == {"letters": Counter(a=2, b=2)}
     assert shown == [10, 10, 10, 10]
-    assert ALONE.together(Job(meet, tmp_path, {"word": "here"}), shown.append) == "HERE"
+    assert LOCAL.run_all(Task(meet, tmp_path, {"word": "here"}), CountedProgress(shown)) == "HERE"
 
 
 def test_all_meet_and_the_leader_hears_what_came_of_it(tmp_path: Path) -> None:
     crowd = Crowd(3)
     ranks = crowd.start()
-    assert ranks.together(Job(meet, tmp_path, {"word": "now"}), lambda _: None) == "NOW"
+    assert ranks.run_all(Task(meet, tmp_path, {"word": "now"}), SilentProgress()) == "NOW"
     ranks.end()
     crowd.join()
     assert len(list(tmp_path.glob("now-3-*"))) == 3
@@ -132,8 +134,8 @@ def test_a_failure_of_one_ends_all_with_its_words(tmp_path: Path) -> None:
     crowd = Crowd(3)
     # The leader takes long over its item, so one of the others meets the mark.
     with pytest.raises(CsrError) as found:
-        crowd.start().spread(Job(Letters, tmp_path, {"text": "ab!cdefgh", "slow": 0.05}, 9), lambda _: None, quiet)
-    crowd.contacts[0].tell_failure(found.value)
+        crowd.start().map(Task(Letters, tmp_path, {"text": "ab!cdefgh", "slow": 0.05}, 9), SilentProgress(), quiet)
+    crowd.contacts[0].report_failure(found.value)
     crowd.join()
     texts = [str(error) for error in (found.value, *crowd.errors.values())]
     assert all("an exclamation mark" in text for text in texts)
@@ -146,7 +148,7 @@ def test_a_silent_process_is_not_waited_for_forever(tmp_path: Path) -> None:
     crowd.contacts[1].close()  # it beats no more and takes no order
     started = time.monotonic()
     with pytest.raises(CsrError, match=r"rank 1 of 2 has given no sign of life for 1\.5 s"):
-        crowd.ranks.spread(Job(Letters, tmp_path, {"text": "abc"}, 3), lambda _: None, quiet)
+        crowd.ranks.map(Task(Letters, tmp_path, {"text": "abc"}, 3), SilentProgress(), quiet)
     assert time.monotonic() - started < 8
     # What was done is there, for the next start.
     assert written(tmp_path) == {"0.txt": "a", "1.txt": "b", "2.txt": "c"}
@@ -154,7 +156,7 @@ def test_a_silent_process_is_not_waited_for_forever(tmp_path: Path) -> None:
 
 def test_a_slow_process_is_waited_for(tmp_path: Path) -> None:
     crowd = Crowd(2)
-    tally = crowd.start().spread(Job(Letters, tmp_path, {"text": "abc", "slow": 2.0}, 3), lambda _: None, quiet)
+    tally = crowd.start().map(Task(Letters, tmp_path, {"text": "abc", "slow": 2.0}, 3), SilentProgress(), quiet)
     assert tally["letters"].total() == 3
 
 
@@ -167,20 +169,20 @@ def test_a_leader_that_is_gone_is_not_waited_for() -> None:
 
 
 def test_another_directory_of_the_same_name_is_refused(tmp_path: Path) -> None:
-    mark = leave_mark(tmp_path)
-    require_mark(tmp_path, mark, "rank 1", patience=0)
-    later = leave_mark(tmp_path)
+    mark = write_marker(tmp_path)
+    require_marker(tmp_path, mark, "rank 1", patience=0)
+    later = write_marker(tmp_path)
     with pytest.raises(CsrError, match="rank 1 sees another"):
-        require_mark(tmp_path, mark, "rank 1", patience=0)
+        require_marker(tmp_path, mark, "rank 1", patience=0)
     with pytest.raises(CsrError, match="rank 2 sees another"):
-        require_mark(tmp_path / "nowhere", later, "rank 2", patience=0)
+        require_marker(tmp_path / "nowhere", later, "rank 2", patience=0)
 
 
 def test_tallies_add_up_and_keep_what_is_zero() -> None:
     tally: dict[str, Counter[str]] = {}
-    add_up(tally, {"fates": {"top": 2}, "long": {"clip": 0}})
-    add_up(tally, {"fates": {"top": 1, "bottom": 4}, "long": {"clip": 0}})
-    assert tally == {"fates": {"top": 3, "bottom": 4}, "long": {"clip": 0}}
+    add_counts(tally, {"statuses": {"top": 2}, "long": {"clip": 0}})
+    add_counts(tally, {"statuses": {"top": 1, "bottom": 4}, "long": {"clip": 0}})
+    assert tally == {"statuses": {"top": 3, "bottom": 4}, "long": {"clip": 0}}
     assert "clip" in tally["long"]
 
 

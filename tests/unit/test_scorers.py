@@ -165,16 +165,16 @@ def test_every_sentence_meets_the_next_images_too():
     prompts = [Prompt(f"p{i}", f"/images/{i}.png", "?") for i in range(4)]
     again = Prompt("p0b", "/images/0.png", "Another question about the first image?")
     group = ScorerGroup([Numbered("a")])
-    group.compare_among([prompts[0], again, *prompts[1:]], 2)
+    group.set_negative_images([prompts[0], again, *prompts[1:]], 2)
     rows = group.score([(prompts[0], "one"), (again, "one"), (prompts[3], "one")])
     # Image 0 meets 1 and 2, image 3 meets 0 and 1; the sentence costs 0.003 everywhere.
     assert [row["a"] for row in rows] == pytest.approx([-0.003, -0.003, 0.027])
     assert [row["a:others"] for row in rows] == pytest.approx([0.012, 0.012, 0.002])
     assert group.score([(prompts[3], "one"), (prompts[0], "one")]) == [rows[2], rows[0]], "whatever else is scored"
-    group.compare_among(prompts[:2], 16)
+    group.set_negative_images(prompts[:2], 16)
     assert group.score([(prompts[0], "one")])[0]["a:others"] == pytest.approx(0.007), "no more than there are"
-    group.compare_among(prompts[:1], 16)
+    group.set_negative_images(prompts[:1], 16)
     assert set(group.score([(prompts[0], "one")])[0]) == {"a"}, "a single image has no others"
-    group.compare_among(prompts, 2)
+    group.set_negative_images(prompts, 2)
     group.forget()
     assert set(group.score([(prompts[0], "one")])[0]) == {"a"}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csr_vlm.config.schema import FilterConfig, MethodConfig
-from csr_vlm.core.records import Candidate, Expansion, Fate, Finish, Prompt
+from csr_vlm.core.records import Candidate, Expansion, Finish, NodeStatus, Prompt
 from csr_vlm.method.search import Tree, refused, search
 from tests.unit.builders import config, method, prompt
 
@@ -57,8 +57,8 @@ def grow(lines: dict[str, list[Candidate]], cosines: dict[str, float], how: Meth
     return tree
 
 
-def fates(tree: Tree) -> dict[str, Fate]:
-    return {node.node_id: node.fate for node in tree.nodes}
+def statuses(tree: Tree) -> dict[str, NodeStatus]:
+    return {node.node_id: node.status for node in tree.nodes}
 
 
 # Two rounds. With lambda 1 a sentence's reward is 100 times its cosine.
@@ -88,13 +88,13 @@ COSINES = {
     "Jjjj.": 0.40,
 }
 FIRST_ROUND = {
-    "0": Fate.TOP,  # 30, the best that can go on
-    "1": Fate.PRUNED,  # 20
-    "2": Fate.BOTTOM,  # 10, the worst that can go on
-    "3": Fate.DUPLICATE,
-    "4": Fate.FILTERED,  # three characters
-    "5": Fate.FINISHED,  # kept although its 5 is the worst
-    "6": Fate.TRUNCATED,  # kept out of the beam although its 98 is the best
+    "0": NodeStatus.TOP,  # 30, the best that can go on
+    "1": NodeStatus.PRUNED,  # 20
+    "2": NodeStatus.BOTTOM,  # 10, the worst that can go on
+    "3": NodeStatus.DUPLICATE,
+    "4": NodeStatus.FILTERED,  # three characters
+    "5": NodeStatus.FINISHED,  # kept although its 5 is the worst
+    "6": NodeStatus.TRUNCATED,  # kept out of the beam although its 98 is the best
 }
 
 
@@ -110,14 +110,14 @@ def steered(steer_by: str, max_sentences: int) -> MethodConfig:
     return method(1.0, search=search_settings, reward={"response": "sum"})
 
 
-def test_every_fate_of_a_hand_worked_tree():
+def test_every_status_of_a_hand_worked_tree():
     tree = grow(LINES, COSINES, steered("sentence", max_sentences=2))
-    assert fates(tree) == FIRST_ROUND | {
-        "0.0": Fate.FINISHED,  # only ends "Aaaa."
-        "0.1": Fate.PRUNED,  # 25
-        "0.2": Fate.PRUNED,  # 15
-        "2.0": Fate.TRUNCATED,  # 5, the worst, at the sentence limit
-        "2.1": Fate.TRUNCATED,  # 40, the best, at the sentence limit
+    assert statuses(tree) == FIRST_ROUND | {
+        "0.0": NodeStatus.FINISHED,  # only ends "Aaaa."
+        "0.1": NodeStatus.PRUNED,  # 25
+        "0.2": NodeStatus.PRUNED,  # 15
+        "2.0": NodeStatus.TRUNCATED,  # 5, the worst, at the sentence limit
+        "2.1": NodeStatus.TRUNCATED,  # 40, the best, at the sentence limit
     }
     assert tree.frontier == []
 
@@ -131,17 +131,17 @@ def test_every_fate_of_a_hand_worked_tree():
     ],
 )
 def test_steering(steer_by, best, worst):
-    found = fates(grow(LINES, COSINES, steered(steer_by, max_sentences=3)))
+    found = statuses(grow(LINES, COSINES, steered(steer_by, max_sentences=3)))
     assert {key: found[key] for key in FIRST_ROUND} == FIRST_ROUND
-    second = {key: fate for key, fate in found.items() if key in {"0.1", "0.2", "2.0", "2.1"}}
-    assert second == dict.fromkeys(second, Fate.PRUNED) | {best: Fate.TOP, worst: Fate.BOTTOM}
+    second = {key: status for key, status in found.items() if key in {"0.1", "0.2", "2.0", "2.1"}}
+    assert second == dict.fromkeys(second, NodeStatus.PRUNED) | {best: NodeStatus.TOP, worst: NodeStatus.BOTTOM}
 
 
 def test_steering_by_logprob_counts_tokens():
     # -1 for one token against -2 for four: the longer sentence is the likelier a token.
     lines = {"": [say("Aaaa.", -1.0), say("Bbbb.", -0.5, -0.5, -0.5, -0.5)]}
-    found = fates(grow(lines, COSINES, steered("logprob", max_sentences=2)))
-    assert (found["0"], found["1"]) == (Fate.BOTTOM, Fate.TOP)
+    found = statuses(grow(lines, COSINES, steered("logprob", max_sentences=2)))
+    assert (found["0"], found["1"]) == (NodeStatus.BOTTOM, NodeStatus.TOP)
 
 
 def test_only_the_kept_are_continued_from_their_own_tokens():
@@ -173,13 +173,13 @@ def test_measurements_are_kept_with_every_node():
 @pytest.mark.parametrize("finish", [Finish.EOS, Finish.DELIMITER, Finish.LENGTH])
 def test_an_empty_first_sentence_is_refused(finish):
     tree = grow({"": [Candidate((0,), (-0.1,), " ", finish)]}, {}, method())
-    assert fates(tree) == {"0": Fate.FILTERED}
+    assert statuses(tree) == {"0": NodeStatus.FILTERED}
     assert tree.frontier == []
 
 
 def test_an_empty_sentence_that_does_not_end_the_response_is_refused():
     lines = {"": [say("Aaaa.")], "0": [Candidate((7,), (-0.1,), " ", Finish.LENGTH)]}
-    assert fates(grow(lines, COSINES, method())) == {"0": Fate.TOP, "0.0": Fate.FILTERED}
+    assert statuses(grow(lines, COSINES, method())) == {"0": NodeStatus.TOP, "0.0": NodeStatus.FILTERED}
 
 
 @pytest.mark.parametrize("max_sentences", [1, 2, 5])
@@ -187,34 +187,41 @@ def test_max_sentences(max_sentences):
     lines = {".".join("0" * depth): [say(" Aaaa.")] for depth in range(10)}
     tree = grow(lines, COSINES, method(search={"max_sentences": max_sentences}))
     assert [node.depth for node in tree.nodes] == list(range(1, max_sentences + 1))
-    assert [node.fate for node in tree.nodes] == [Fate.TOP] * (max_sentences - 1) + [Fate.TRUNCATED]
+    assert [node.status for node in tree.nodes] == [NodeStatus.TOP] * (max_sentences - 1) + [NodeStatus.TRUNCATED]
 
 
-@pytest.mark.parametrize(("limit", "fate"), [(11, Fate.TOP), (10, Fate.TRUNCATED), (None, Fate.TOP)])
-def test_max_response_chars_counts_the_white_space(limit, fate):
+@pytest.mark.parametrize(
+    ("limit", "status"), [(11, NodeStatus.TOP), (10, NodeStatus.TRUNCATED), (None, NodeStatus.TOP)]
+)
+def test_max_response_chars_counts_the_white_space(limit, status):
     lines = {"": [say("Aaaa.")], "0": [say(" Bbbb.")]}  # 5 + 6 characters
-    found = fates(grow(lines, COSINES, method(search={"max_response_chars": limit})))
-    assert found["0"] is Fate.TOP
-    assert found["0.0"] is fate
+    found = statuses(grow(lines, COSINES, method(search={"max_response_chars": limit})))
+    assert found["0"] is NodeStatus.TOP
+    assert found["0.0"] is status
 
 
 def test_a_finished_response_may_be_longer_than_the_character_limit():
     lines = {"": [say("Aaaa.", finish=Finish.EOS)]}
-    assert fates(grow(lines, COSINES, method(search={"max_response_chars": 2}))) == {"0": Fate.FINISHED}
+    assert statuses(grow(lines, COSINES, method(search={"max_response_chars": 2}))) == {"0": NodeStatus.FINISHED}
 
 
 def test_few_candidates_are_kept_once():
     # Two candidates, three places: the second is not both among the best and the worst.
     lines = {"": [say("Aaaa."), say("Bbbb.")]}
-    found = fates(grow(lines, COSINES, method(search={"keep_top": 1, "keep_bottom": 2})))
-    assert found == {"0": Fate.TOP, "1": Fate.BOTTOM, "0.0": Fate.FINISHED, "1.0": Fate.FINISHED}
+    found = statuses(grow(lines, COSINES, method(search={"keep_top": 1, "keep_bottom": 2})))
+    assert found == {
+        "0": NodeStatus.TOP,
+        "1": NodeStatus.BOTTOM,
+        "0.0": NodeStatus.FINISHED,
+        "1.0": NodeStatus.FINISHED,
+    }
 
 
 def test_ties_go_to_the_earlier_node():
     cosines = dict.fromkeys(COSINES, 0.2)
     lines = {"": [say("Aaaa."), say("Bbbb."), say("Cccc.")]}
-    found = fates(grow(lines, cosines, method(1.0, search={"keep_top": 1, "keep_bottom": 1})))
-    assert (found["0"], found["1"], found["2"]) == (Fate.TOP, Fate.BOTTOM, Fate.PRUNED)
+    found = statuses(grow(lines, cosines, method(1.0, search={"keep_top": 1, "keep_bottom": 1})))
+    assert (found["0"], found["1"], found["2"]) == (NodeStatus.TOP, NodeStatus.BOTTOM, NodeStatus.PRUNED)
 
 
 def test_official_filters():
@@ -239,9 +246,9 @@ def test_default_filters_refuse_nothing_that_official_does():
 def test_a_repeat_is_looked_for_on_the_path_only():
     how = method(search={"filters": {"repeats": True}, "keep_top": 2})
     lines = {"": [say("Aaaa."), say("Bbbb.")], "0": [say(" Aaaa."), say(" Bbbb.")], "1": [STOP]}
-    found = fates(grow(lines, COSINES, how))
-    assert found["0.0"] is Fate.FILTERED
-    assert found["0.1"] is Fate.TOP
+    found = statuses(grow(lines, COSINES, how))
+    assert found["0.0"] is NodeStatus.FILTERED
+    assert found["0.1"] is NodeStatus.TOP
 
 
 WORDS = ("Boat.", "Fish.", "Tree.", "A bird sings.", "Лодка.", "ok")
@@ -288,7 +295,7 @@ methods = st.builds(
     max_sentences=st.integers(1, 4),
     max_response_chars=st.none() | st.integers(5, 40),
 )
-EXPANDED = {Fate.TOP, Fate.BOTTOM}
+EXPANDED = {NodeStatus.TOP, NodeStatus.BOTTOM}
 PROMPTS = [prompt(name) for name in ("a", "b", "c")]
 
 
@@ -302,8 +309,8 @@ def test_a_tree_is_a_tree_of_expanded_nodes(salt, how):
         by_id = {node.node_id: node for node in tree.nodes}
         assert len(by_id) == len(tree.nodes)
         parents = {node.parent_id for node in tree.nodes} - {""}
-        assert all(by_id[parent].fate in EXPANDED for parent in parents)
-        assert {node.node_id for node in tree.nodes if node.fate in EXPANDED} == parents, "who is kept is continued"
+        assert all(by_id[parent].status in EXPANDED for parent in parents)
+        assert {node.node_id for node in tree.nodes if node.status in EXPANDED} == parents, "who is kept is continued"
         assert all(node.depth == node.node_id.count(".") + 1 <= how.search.max_sentences for node in tree.nodes)
 
 
@@ -312,8 +319,8 @@ def test_at_most_the_beam_is_expanded_a_round(salt, how):
     for tree in run(RandomModel(salt), PROMPTS, how):
         for depth in range(1, how.search.max_sentences + 1):
             level = [node for node in tree.nodes if node.depth == depth]
-            assert sum(node.fate is Fate.TOP for node in level) <= how.search.keep_top
-            assert sum(node.fate is Fate.BOTTOM for node in level) <= how.search.keep_bottom
+            assert sum(node.status is NodeStatus.TOP for node in level) <= how.search.keep_top
+            assert sum(node.status is NodeStatus.BOTTOM for node in level) <= how.search.keep_bottom
 
 
 @given(st.integers(0, 10**6), methods, st.permutations(PROMPTS))

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 
-from csr_vlm.core.records import Fate, Node, Pair, Response
+from csr_vlm.core.records import Node, NodeStatus, Pair, Response
 from csr_vlm.report.search_tree import search_tree
 from tests.unit.builders import config, node, prompt
 
@@ -16,13 +16,13 @@ PAPER = config(preset="paper")
 def tree() -> list[Node]:
     """R_I decides: the best response is 0.1 (40 + 30), the worst 1.0 (20 + 0)."""
     return [
-        node("0", "A boat.", cosine=0.4, ids=(1,), fate=Fate.TOP),
-        node("1", "A fish.", cosine=0.2, ids=(2,), fate=Fate.BOTTOM),
-        node("2", "A cup.", cosine=0.3, ids=(3,), fate=Fate.PRUNED),
-        node("3", "A boat.", cosine=0.4, ids=(1,), fate=Fate.DUPLICATE),
-        node("0.0", " A car.", cosine=0.1, ids=(4,), fate=Fate.FINISHED),
-        node("0.1", " A tree.", cosine=0.3, ids=(5,), fate=Fate.FINISHED),
-        node("1.0", "", cosine=None, ids=(6,), fate=Fate.FINISHED),
+        node("0", "A boat.", cosine=0.4, ids=(1,), status=NodeStatus.TOP),
+        node("1", "A fish.", cosine=0.2, ids=(2,), status=NodeStatus.BOTTOM),
+        node("2", "A cup.", cosine=0.3, ids=(3,), status=NodeStatus.PRUNED),
+        node("3", "A boat.", cosine=0.4, ids=(1,), status=NodeStatus.DUPLICATE),
+        node("0.0", " A car.", cosine=0.1, ids=(4,), status=NodeStatus.FINISHED),
+        node("0.1", " A tree.", cosine=0.3, ids=(5,), status=NodeStatus.FINISHED),
+        node("1.0", "", cosine=None, ids=(6,), status=NodeStatus.FINISHED),
     ]
 
 

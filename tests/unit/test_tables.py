@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csr_vlm.core.records import SCHEMA_VERSION, Fate, Finish, Node, Pair, Prompt, Response
+from csr_vlm.core.records import SCHEMA_VERSION, Finish, Node, NodeStatus, Pair, Prompt, Response
 from csr_vlm.store import tables
 from tests.unit.builders import node, prompt
 
@@ -28,7 +28,7 @@ nodes = st.builds(
     token_logprobs=st.lists(float32, max_size=5).map(tuple),
     text=st.text(),
     finish=st.sampled_from(Finish),
-    fate=st.sampled_from(Fate),
+    status=st.sampled_from(NodeStatus),
     cosines=st.dictionaries(st.text(min_size=1), float32, max_size=3),
 )
 replies = st.builds(
@@ -52,7 +52,7 @@ def test_nodes_round_trip(rows):
         tables.write_nodes(path, rows)
         read = list(tables.read_nodes(path))
         assert read == rows
-        assert all(isinstance(row.token_ids, tuple) and isinstance(row.fate, Fate) for row in read)
+        assert all(isinstance(row.token_ids, tuple) and isinstance(row.status, NodeStatus) for row in read)
 
 
 @given(st.lists(pairs, max_size=4))

@@ -10,11 +10,11 @@ import pytest
 from csr_vlm.config.load import resolve
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter, Silent
-from csr_vlm.core.records import Fate, Finish, Node
+from csr_vlm.core.records import Finish, Node, NodeStatus
 from csr_vlm.method.audit import RESPONSE_BOUNDS
 from csr_vlm.pipeline import gates, stages
 from csr_vlm.pipeline.loop import align
-from csr_vlm.scale.executor import Crew
+from csr_vlm.scale.executor import Executor
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
 from tests.unit.builders import REQUIRED, node, prompt
@@ -25,7 +25,12 @@ WELL = {"sentences": 4.0, "words": 20.0, "repeats": 0.1, "complete": 1.0, "relev
 
 def tree(prompt_id: str, iteration: int, cosines: tuple[float, float]) -> list[Node]:
     """Two responses. The first is the likelier one, and lambda is 0, so it is preferred."""
-    ends: dict[str, Any] = {"fate": Fate.FINISHED, "finish": Finish.EOS, "prompt_id": prompt_id, "iteration": iteration}
+    ends: dict[str, Any] = {
+        "status": NodeStatus.FINISHED,
+        "finish": Finish.EOS,
+        "prompt_id": prompt_id,
+        "iteration": iteration,
+    }
     return [
         node("0", "A boat.", cosine=cosines[0], logprobs=(-0.1, -0.1), ids=(1, 0), **ends),
         node("1", "A ghost.", cosine=cosines[1], logprobs=(-2.0, -1.0), ids=(2, 0), **ends),
@@ -51,7 +56,7 @@ class Stages:
         for name in ("generate", "train", "evaluate"):
             monkeypatch.setattr(stages, name, getattr(self, name))
 
-    def generate(self, run: Run, iteration: int, tell: Reporter, crew: Crew) -> None:
+    def generate(self, run: Run, iteration: int, reporter: Reporter, executor: Executor) -> None:
         if run.is_done(iteration, "generate"):
             return
         self.calls.append(f"generate {iteration}")
@@ -59,14 +64,14 @@ class Stages:
         tables.write_nodes(run.iteration(iteration) / "ledger" / "part-000000.parquet", nodes)
         run.mark_done(iteration, "generate", nodes=len(nodes))
 
-    def train(self, run: Run, iteration: int, tell: Reporter, crew: Crew) -> None:
+    def train(self, run: Run, iteration: int, reporter: Reporter, executor: Executor) -> None:
         if run.is_done(iteration, "train"):
             return
         self.calls.append(f"train {iteration}")
         files.write_text(run.iteration(iteration) / "adapter" / "weights", f"iteration {iteration}")
         run.mark_done(iteration, "train", log=[], num_pairs=3, reference="ledger", first_loss=0.6931)
 
-    def evaluate(self, run: Run, iteration: int, tell: Reporter) -> None:
+    def evaluate(self, run: Run, iteration: int, reporter: Reporter) -> None:
         if run.is_done(iteration, "evaluate"):
             return
         self.calls.append(f"evaluate {iteration}")
@@ -82,7 +87,7 @@ class Heard(Silent):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.lines.append(text)
 
 
@@ -151,7 +156,7 @@ def test_a_policy_that_falls_silent_ends_the_run(tmp_path, monkeypatch):
     assert work.calls == ALL
     assert (run.stopped_at, run.final) == (2, 1)
     assert (tmp_path / "adapter" / "weights").read_text() == "iteration 1"
-    assert run.result(2, "gate")["signs"]["sentences_ratio"] == pytest.approx(SHRUNK["sentences"] / 4)
+    assert run.result(2, "gate")["metrics"]["sentences_ratio"] == pytest.approx(SHRUNK["sentences"] / 4)
     assert "The run stopped after iteration 2 and kept iteration 1" in (tmp_path / "report.html").read_text()
 
 
@@ -197,7 +202,7 @@ def test_rules_of_ones_own_stop_whatever_the_signs_do(tmp_path, setting):
         metrics = {name: {"value": value, "low": value, "high": value, "n": 8} for name, value in WELL.items()}
         run.mark_done(number, "evaluate", heldout=metrics)
     assert gates.gate(run, 1, Silent())
-    assert run.result(1, "gate")["verdict"] == "go", "the signs are well"
+    assert run.result(1, "gate")["verdict"] == "go", "the metrics are well"
     assert "words" in run.result(1, "gate")["reasons"][0]
 
 
@@ -230,7 +235,7 @@ def test_without_prompts_held_out_the_gate_has_nothing_to_say(tmp_path):
     run.mark_done(0, "evaluate")
     run.mark_done(1, "evaluate")
     assert not gates.gate(run, 1, Silent())
-    assert run.result(1, "gate")["signs"] == {}
+    assert run.result(1, "gate")["metrics"] == {}
     assert run.result(1, "gate")["verdict"] == "go"
 
 
@@ -242,4 +247,4 @@ def test_the_chosen_drop_is_that_of_the_last_quarter_in_nats(tmp_path):
     rewards = [9.0, 9.0, 9.0, 9.0, 9.0, 9.0, -0.1, -0.3]
     run.mark_done(1, "train", log=[{"loss": 0.6, "rewards/chosen": value} for value in rewards])
     beta = run.config.training.trl["beta"]
-    assert gates.response_signs(run, 1)["chosen_drop"] == pytest.approx(0.2 / beta)
+    assert gates.response_metrics(run, 1)["chosen_drop"] == pytest.approx(0.2 / beta)

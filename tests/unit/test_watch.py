@@ -20,7 +20,7 @@ from csr_vlm.core.records import Prompt
 from csr_vlm.pipeline.status import Watcher
 from csr_vlm.store import files
 from csr_vlm.store import progress_file as live
-from csr_vlm.store.progress_file import read_progress, recorded
+from csr_vlm.store.progress_file import read_progress, record_progress
 from csr_vlm.store.run import Run
 from tests.unit.test_report import add_evaluation, add_pairs, add_training, metrics, new_run, row
 
@@ -50,12 +50,16 @@ def test_a_run_that_nobody_began(run: Run) -> None:
 
 def test_a_run_at_work(run: Run) -> None:
     finish(run, 0)
-    with run.locked(), recorded(run.root, Silent()) as tell, tell.stage("iteration 1: searching", 10) as advance:
-        tell.say("a notice")
+    with (
+        run.locked(),
+        record_progress(run.root, Silent()) as reporter,
+        reporter.stage("iteration 1: searching", 10) as progress,
+    ):
+        reporter.log("a notice")
         time.sleep(0.05)
-        advance(4)
-        advance.note({"loss": 0.5})
-        tell.write()
+        progress.advance(4)
+        progress.log_metrics({"loss": 0.5})
+        reporter.write()
         view = Watcher(run).look()
     assert view.state == "running"
     current = view.current
@@ -70,12 +74,12 @@ def test_a_run_at_work(run: Run) -> None:
 
 
 def test_the_rate_forgets_what_a_resumed_stage_had_already(run: Run) -> None:
-    with recorded(run.root, Silent()) as tell, tell.stage("searching", 1000) as advance:
-        advance(900)
+    with record_progress(run.root, Silent()) as reporter, reporter.stage("searching", 1000) as progress:
+        progress.advance(900)
         for _ in range(20):
             time.sleep(0.005)
-            advance(1)
-        tell.write()
+            progress.advance(1)
+        reporter.write()
         assert read_progress(run.root).stage.rate < 250, "20 at most 200 a second, not 900 at once"
 
 
@@ -88,7 +92,12 @@ def test_the_rate_forgets_what_a_resumed_stage_had_already(run: Run) -> None:
     ],
 )
 def test_how_the_work_ended_stays_on_record(run: Run, error: BaseException, state: str, why: str) -> None:
-    with pytest.raises(type(error)), run.locked(), recorded(run.root, Silent()) as tell, tell.stage("training", 5):
+    with (
+        pytest.raises(type(error)),
+        run.locked(),
+        record_progress(run.root, Silent()) as reporter,
+        reporter.stage("training", 5),
+    ):
         raise error
     view = Watcher(run).look()
     assert (view.state, view.why) == (state, why)
@@ -97,7 +106,7 @@ def test_how_the_work_ended_stays_on_record(run: Run, error: BaseException, stat
 
 
 def test_a_killed_process_is_gone(run: Run) -> None:
-    with recorded(run.root, Silent()) as tell, tell.stage("training", 5):
+    with record_progress(run.root, Silent()) as reporter, reporter.stage("training", 5):
         kept = files.read_json(run.root / "progress.json")
     files.write_json(run.root / "progress.json", kept)
     view = Watcher(run).look()
@@ -105,7 +114,7 @@ def test_a_killed_process_is_gone(run: Run) -> None:
 
 
 def test_an_old_account_is_not_taken_for_what_goes_on_now(run: Run) -> None:
-    with recorded(run.root, Silent()) as tell, tell.stage("training", 5):
+    with record_progress(run.root, Silent()) as reporter, reporter.stage("training", 5):
         kept = files.read_json(run.root / "progress.json")
     for changes in ({"pid": 2**22 + 1}, {"state": "failed"}):
         files.write_json(run.root / "progress.json", kept | changes)
@@ -120,14 +129,14 @@ def test_an_old_account_is_not_taken_for_what_goes_on_now(run: Run) -> None:
 def test_a_finished_run_whoever_worked_last(run: Run) -> None:
     finish(run, 0, 1, 2)
     assert Watcher(run).look().state == "finished"
-    with run.locked(), recorded(run.root, Silent()):
+    with run.locked(), record_progress(run.root, Silent()):
         assert Watcher(run).look().state == "running"
     assert Watcher(run).look().state == "finished"
 
 
 def test_the_time_left_adds_up_by_hand(run: Run) -> None:
     """Base evaluated in 1.5 s, iteration 1: search 2, pairs 1, training 61, evaluation 1.5; iteration 2 just began."""
-    with run.locked(), recorded(run.root, Silent()):
+    with run.locked(), record_progress(run.root, Silent()):
         finish(run, 0)
         assert Watcher(run).look().left is None, "no training was timed yet"
         prompts = [Prompt("p", "none.png", "What?")]
@@ -149,9 +158,9 @@ def test_samples_come_from_the_newest_search(run: Run) -> None:
 def test_progress_is_written_seldom(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[float] = []
     monkeypatch.setattr(live.files, "write_json", lambda path, value: written.append(time.monotonic()))
-    with recorded(run.root, Silent()) as tell, tell.stage("searching", 5000) as advance:
+    with record_progress(run.root, Silent()) as reporter, reporter.stage("searching", 5000) as progress:
         for _ in range(5000):
-            advance(1)
+            progress.advance(1)
     assert len(written) <= 5, "at the ends of the work and of the stage, and hardly between them"
 
 
@@ -163,8 +172,8 @@ def test_a_full_disk_does_not_stop_the_work(run: Run, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with recorded(run.root, Silent()) as tell, tell.stage("searching", 5) as advance:
-        advance(5)
+    with record_progress(run.root, Silent()) as reporter, reporter.stage("searching", 5) as progress:
+        progress.advance(5)
     assert tried, "it did try"
 
 
@@ -215,7 +224,7 @@ def test_without_a_terminal_it_prints_lines(run: Run) -> None:
 
 
 def test_it_ends_with_the_run_and_says_how(run: Run) -> None:
-    with pytest.raises(CsrError), run.locked(), recorded(run.root, Silent()):
+    with pytest.raises(CsrError), run.locked(), record_progress(run.root, Silent()):
         raise CsrError(f"broken {ESCAPE}")
     shown = invoke(run.root, "--interval", 0.2)
     assert shown.exit_code == 1

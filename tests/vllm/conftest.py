@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from csr_vlm.config.schema import GenerationConfig, ModelConfig
 from csr_vlm.core.records import Prompt
 from csr_vlm.models.checkpoints import rename_as_published
-from csr_vlm.models.policy import Policy, Reader, load_base, load_policy, load_reader
+from csr_vlm.models.policy import Policy, PromptEncoder, load_base, load_policy, load_prompt_encoder
 from csr_vlm.training.dpo import LINEARS, save_adapter
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets
@@ -52,8 +52,8 @@ def policy(llava: ModelConfig) -> Policy:
 
 
 @pytest.fixture(scope="session")
-def reader(llava: ModelConfig) -> Reader:
-    return load_reader(llava)
+def prompt_encoder(llava: ModelConfig) -> PromptEncoder:
+    return load_prompt_encoder(llava)
 
 
 @pytest.fixture(scope="session")

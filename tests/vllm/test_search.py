@@ -17,7 +17,7 @@ from csr_vlm.core.records import Candidate, Expansion, Prompt
 from csr_vlm.generation.streaming import StreamingEngine
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.search import Tree, search
-from csr_vlm.models.policy import Policy, Reader, load_policy
+from csr_vlm.models.policy import Policy, PromptEncoder, load_policy
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.world.demo import assets
 
@@ -29,19 +29,19 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture
-def engine(vllm: Any, reader: Reader) -> StreamingEngine:
-    return streaming(vllm, reader)
+def engine(vllm: Any, prompt_encoder: PromptEncoder) -> StreamingEngine:
+    return streaming(vllm, prompt_encoder)
 
 
-def streaming(vllm: Any, reader: Reader, adapter: Path | None = None) -> StreamingEngine:
+def streaming(vllm: Any, prompt_encoder: PromptEncoder, adapter: Path | None = None) -> StreamingEngine:
     from csr_vlm.generation.vllm import VllmStream
 
-    return StreamingEngine(VllmStream(vllm, reader, adapter), reader)
+    return StreamingEngine(VllmStream(vllm, prompt_encoder, adapter), prompt_encoder)
 
 
 def searched(engine: Any, prompts: Sequence[Prompt], method: MethodConfig) -> list[Tree]:
     scorer = load_scorer(ScorerConfig(path=str(assets() / "clip")), device="cpu")
-    scorer.compare_among(prompts, 4)
+    scorer.set_negative_images(prompts, 4)
     proposer = engine.proposer(method.search, prompts[0])
     return search(prompts, proposer, scorer.score, method, iteration=1, seed=0, scorer="clip")
 
@@ -97,8 +97,8 @@ def test_a_greedy_search_gives_the_tokens_of_the_transformers_engine(
     greedy = DEFAULT.model_copy(update={"search": one})
     ours = searched(engine, prompts, greedy)
     theirs = searched(TransformersEngine(policy), prompts, greedy)
-    kept = [[(n.node_id, n.token_ids, n.text, n.finish, n.fate) for n in tree.nodes] for tree in ours]
-    assert kept == [[(n.node_id, n.token_ids, n.text, n.finish, n.fate) for n in tree.nodes] for tree in theirs]
+    kept = [[(n.node_id, n.token_ids, n.text, n.finish, n.status) for n in tree.nodes] for tree in ours]
+    assert kept == [[(n.node_id, n.token_ids, n.text, n.finish, n.status) for n in tree.nodes] for tree in theirs]
     assert max(len(nodes) for nodes in kept) > 2
 
 
@@ -173,9 +173,9 @@ def test_an_image_is_encoded_once_for_all_candidates_of_all_rounds(
 
 
 def test_image_placeholders_are_never_chosen_and_the_log_probabilities_stay_raw(
-    vllm: Any, engine: StreamingEngine, reader: Reader, prompts: list[Prompt]
+    vllm: Any, engine: StreamingEngine, prompt_encoder: PromptEncoder, prompts: list[Prompt]
 ) -> None:
-    (image_token,) = reader.barred_ids
+    (image_token,) = prompt_encoder.image_token_ids
     originals: list[Any] = []
 
     def prefer_image(model: Any) -> None:
@@ -198,12 +198,12 @@ def test_image_placeholders_are_never_chosen_and_the_log_probabilities_stay_raw(
 
 
 def test_an_adapter_is_swapped_and_nothing_stale_is_read(
-    vllm: Any, llava: ModelConfig, reader: Reader, adapters: dict[str, Path], prompts: list[Prompt]
+    vllm: Any, llava: ModelConfig, prompt_encoder: PromptEncoder, adapters: dict[str, Path], prompts: list[Prompt]
 ) -> None:
     said = {}
     for turn, name in enumerate((None, "one", "other", "one", None)):
         adapter = None if name is None else adapters[name]
-        trees = searched(streaming(vllm, reader, adapter), prompts[:4], DEFAULT)
+        trees = searched(streaming(vllm, prompt_encoder, adapter), prompts[:4], DEFAULT)
         found = differences(load_policy(llava, adapter), trees, prompts[:4])
         print(f"\nadapter {name}: {len(found)} tokens, largest difference {found.max():.2g}")
         assert found.max() < TOLERANCE
@@ -213,9 +213,11 @@ def test_an_adapter_is_swapped_and_nothing_stale_is_read(
     assert said[0] != said[1] != said[2]
 
 
-def test_an_adapter_with_a_projector_is_refused(vllm: Any, reader: Reader, adapters: dict[str, Path]) -> None:
+def test_an_adapter_with_a_projector_is_refused(
+    vllm: Any, prompt_encoder: PromptEncoder, adapters: dict[str, Path]
+) -> None:
     with pytest.raises(CsrError, match="modules_to_save"):
-        streaming(vllm, reader, adapters["projector"])
+        streaming(vllm, prompt_encoder, adapters["projector"])
 
 
 def test_a_response_that_does_not_fit_is_an_error(engine: StreamingEngine, prompts: list[Prompt]) -> None:

@@ -20,7 +20,7 @@ from csr_vlm.core.records import Expansion, Prompt
 from csr_vlm.generation.streaming import StreamingEngine
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.generation.vllm_server import connected
-from csr_vlm.models.policy import Policy, Reader, load_policy
+from csr_vlm.models.policy import Policy, PromptEncoder, load_policy
 from tests.vllm.test_search import DEFAULT, TOLERANCE, VARIED, differences, propose, searched, tokens
 
 pytestmark = pytest.mark.vllm
@@ -64,12 +64,12 @@ def answers(url: str) -> bool:
 
 
 def test_a_search_over_the_server_is_exact_with_each_adapter(
-    server: str, llava: ModelConfig, reader: Reader, prompts: list[Prompt], adapters: dict[str, Path]
+    server: str, llava: ModelConfig, prompt_encoder: PromptEncoder, prompts: list[Prompt], adapters: dict[str, Path]
 ) -> None:
     for name in (None, "one", "other", None):
         adapter = None if name is None else adapters[name]
-        with connected(server, reader, adapter, max_rows=32) as stream:
-            engine = StreamingEngine(stream, reader)
+        with connected(server, prompt_encoder, adapter, max_rows=32) as stream:
+            engine = StreamingEngine(stream, prompt_encoder)
             engine.check(prompts[0])
             trees = searched(engine, prompts[:4], DEFAULT)
         found = differences(load_policy(llava, adapter), trees, prompts[:4])
@@ -78,25 +78,27 @@ def test_a_search_over_the_server_is_exact_with_each_adapter(
 
 
 def test_tokens_do_not_depend_on_how_many_are_in_flight(
-    server: str, reader: Reader, policy: Policy, prompts: list[Prompt]
+    server: str, prompt_encoder: PromptEncoder, policy: Policy, prompts: list[Prompt]
 ) -> None:
     config = VARIED.model_copy(update={"greedy_first": True})
     found = []
     for max_rows in (1, 32):
-        with connected(server, reader, None, max_rows) as stream:
-            found.append(propose(StreamingEngine(stream, reader), prompts, config))
+        with connected(server, prompt_encoder, None, max_rows) as stream:
+            found.append(propose(StreamingEngine(stream, prompt_encoder), prompts, config))
     assert tokens(found[0]) == tokens(found[1])
     greedy = propose(TransformersEngine(policy), prompts, config)
     assert [family[0].token_ids for family in found[0]] == [family[0].token_ids for family in greedy]
 
 
-def test_what_the_server_refuses_is_told(server: str, reader: Reader, prompts: list[Prompt], tmp_path: Path) -> None:
-    with connected(server, reader, None, max_rows=2) as stream:
-        proposer = StreamingEngine(stream, reader).proposer(VARIED, prompts[0])
+def test_what_the_server_refuses_is_told(
+    server: str, prompt_encoder: PromptEncoder, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    with connected(server, prompt_encoder, None, max_rows=2) as stream:
+        proposer = StreamingEngine(stream, prompt_encoder).proposer(VARIED, prompts[0])
         proposer.submit([Expansion(prompts[0], "0", (5,) * 600, 1, (0,))])
         with pytest.raises(CsrError, match="/inference/v1/generate answers 400"):
             proposer.collect()
-    with pytest.raises(CsrError, match="no adapter in"), connected(server, reader, tmp_path, 2):
+    with pytest.raises(CsrError, match="no adapter in"), connected(server, prompt_encoder, tmp_path, 2):
         pass
-    with pytest.raises(CsrError, match="nothing answers"), connected("http://127.0.0.1:9", reader, None, 2):
+    with pytest.raises(CsrError, match="nothing answers"), connected("http://127.0.0.1:9", prompt_encoder, None, 2):
         pass

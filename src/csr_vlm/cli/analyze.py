@@ -12,7 +12,7 @@ from csr_vlm.cli.arguments import RunArgument
 from csr_vlm.store.run import Run
 
 
-def analyse(
+def analyze(
     target: RunArgument,
     responses: Annotated[int, typer.Option(min=2, help="Responses whose attention is read.")] = 64,
     pairs: Annotated[int, typer.Option(min=2, help="Pairs of each iteration that policies are asked about.")] = 256,
@@ -26,11 +26,11 @@ def analyse(
     """
     opened = Run.open(target)
     console.quiet_libraries()
-    from csr_vlm.evaluation.introspection import analyse as analyse_run
+    from csr_vlm.evaluation.introspection import analyze as analyze_run
     from csr_vlm.report.html import write_report
 
     with opened.locked():
-        found = analyse_run(opened, console.reporter(), num_responses=responses, num_pairs=pairs, external=external)
+        found = analyze_run(opened, console.reporter(), num_responses=responses, num_pairs=pairs, external=external)
         report = write_report(opened)
     if console.mode.json:
         console.print_json(found)

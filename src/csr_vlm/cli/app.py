@@ -10,14 +10,14 @@ import typer
 
 from csr_vlm.cli import console, error_messages, world
 from csr_vlm.cli import evaluate as evaluate_cli
-from csr_vlm.cli.analyze import analyse
+from csr_vlm.cli.analyze import analyze
 from csr_vlm.cli.arguments import Iteration, Out, Overrides, RunArgument, Target, open_or_create
 from csr_vlm.cli.audit import audit, sweep
 from csr_vlm.cli.common import RunByDefault, Verbs
 from csr_vlm.cli.compact import compact
 from csr_vlm.cli.compare import compare, measure
 from csr_vlm.cli.convert import convert
-from csr_vlm.cli.executors import RayActors, crew_of
+from csr_vlm.cli.executors import RayActors, executor_for
 from csr_vlm.cli.export import export
 from csr_vlm.cli.lmms import eval_lmms
 from csr_vlm.cli.push import push
@@ -27,8 +27,8 @@ from csr_vlm.cli.signals import Stopped, stoppable
 from csr_vlm.cli.watch import watch
 from csr_vlm.config.load import load_config, scorer_config
 from csr_vlm.core.errors import CsrError
-from csr_vlm.scale.executor import Crew
-from csr_vlm.store.progress_file import recorded
+from csr_vlm.scale.executor import Executor
+from csr_vlm.store.progress_file import record_progress
 from csr_vlm.store.run import Run
 
 INTERRUPTED = 130
@@ -79,9 +79,8 @@ def generate(
 
     Example: csr generate recipes/quickstart.yaml --out runs/q
     """
-    with crew_of(ray) as crew:
-        if crew is not None:
-            _one_stage("generate", target, overrides, out, iteration, crew)
+    with executor_for(ray) as executor:
+        _one_stage("generate", target, overrides, out, iteration, executor)
 
 
 @app.command()
@@ -98,16 +97,14 @@ def score(
     Example: csr score runs/q --scorer ./siglip --name siglip
     """
     config = scorer_config(path=scorer, name=name, trust_import=trust_import)
-    with crew_of(ray) as crew:
-        if crew is None:
-            return
+    with executor_for(ray) as executor:
         from csr_vlm.pipeline import stages
 
         opened = Run.open(target)
         number = iteration or max(opened.iterations_done("generate"), default=1)
-        with stoppable(console.reporter(), opened.root) as tell, opened.locked():
-            stages.score(opened, number, config, tell, crew)
-    console.say(f"iteration {number} is scored by {name}")
+        with stoppable(console.reporter(), opened.root) as reporter, opened.locked():
+            stages.score(opened, number, config, reporter, executor)
+    console.log(f"iteration {number} is scored by {name}")
     console.done(then=f"csr pairs {target} scorer.use={name}", run=str(target), iteration=number, scorer=name)
 
 
@@ -123,28 +120,26 @@ def pairs(
 
     Example: csr pairs runs/q method.lambda=0.9 --out /tmp/pairs.parquet
     """
-    with crew_of(ray) as crew:
-        if crew is None:
-            return
+    with executor_for(ray) as executor:
         opened = Run.open(target)
         number = iteration or max(opened.iterations_done("generate"), default=1)
-        summary = _other_pairs(opened, number, overrides, out) if overrides else _own_pairs(opened, number, crew)
+        summary = _other_pairs(opened, number, overrides, out) if overrides else _own_pairs(opened, number, executor)
     if console.mode.json:
         console.print_json(summary)
     else:
         console.print_table(f"iteration {number}", ["", ""], [[key, str(value)] for key, value in summary.items()])
     changed = " ".join(overrides or ())
-    console.say(
+    console.log(
         f"next: csr audit {target} {changed}; then csr "
         + (f"sweep {target} {changed}" if changed else f"train {target}")
     )
 
 
-def _own_pairs(opened: Run, number: int, crew: Crew) -> dict[str, Any]:
+def _own_pairs(opened: Run, number: int, executor: Executor) -> dict[str, Any]:
     from csr_vlm.pipeline import stages
 
-    with stoppable(console.reporter(), opened.root) as tell, opened.locked():
-        stages.make_pairs(opened, number, tell, crew)
+    with stoppable(console.reporter(), opened.root) as reporter, opened.locked():
+        stages.make_pairs(opened, number, reporter, executor)
     return opened.result(number, "pairs")
 
 
@@ -165,9 +160,8 @@ def train(target: RunArgument, iteration: Iteration = None) -> None:
 
     Example: csr train runs/q --iteration 1
     """
-    with crew_of() as crew:
-        if crew is not None:
-            _one_stage("train", str(target), None, None, iteration, crew)
+    with executor_for() as executor:
+        _one_stage("train", str(target), None, None, iteration, executor)
 
 
 @eval_app.command("world")
@@ -186,13 +180,13 @@ def eval_world(
     from csr_vlm.evaluation.compare import policy_name
     from csr_vlm.pipeline import stages
 
-    tell = console.reporter()
+    reporter = console.reporter()
     changed = [f"evaluation.world.num_scenes={scenes}", f"evaluation.world.seed={world_seed}"]
     config = load_config(None, changed, base=opened.config.dump())
     results: dict[int, Any] = {}
     for number in range(opened.last_trained + 1):
         adapter = opened.adapter_path(number)
-        results[number] = stages.evaluate_world(config, adapter, policy_name(number), tell, temperature)
+        results[number] = stages.evaluate_world(config, adapter, policy_name(number), reporter, temperature)
     if console.mode.json:
         found = [{"iteration": n, "metrics": r["metrics"], "protocol": r["protocol"]} for n, r in results.items()]
         console.print_json({"run": str(target), "iterations": found})
@@ -287,7 +281,7 @@ app.command("sweep")(sweep)
 app.command("compare")(compare)
 app.command("compact")(compact)
 app.command("watch")(watch)
-app.command("analyse")(analyse)
+app.command("analyse")(analyze)
 app.command("reproduce")(reproduce)
 app.command("export")(export)
 app.command()(convert)
@@ -301,7 +295,7 @@ def main() -> None:
     except Stopped:
         raise  # its parting words were said
     except Exception as error:
-        error_messages.tell(error)
+        error_messages.reporter(error)
         sys.exit(error_messages.exit_code(error))
     if code == INTERRUPTED:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
@@ -309,7 +303,7 @@ def main() -> None:
 
 
 def _one_stage(
-    stage: str, target: str, overrides: list[str] | None, out: Path | None, iteration: int | None, crew: Crew
+    stage: str, target: str, overrides: list[str] | None, out: Path | None, iteration: int | None, executor: Executor
 ) -> None:
     opened = open_or_create(target, overrides, out)
     console.quiet_libraries()
@@ -320,12 +314,12 @@ def _one_stage(
     with (
         stoppable(console.reporter(), opened.root) as shown,
         opened.locked(),
-        recorded(opened.root, shown) as tell,
+        record_progress(opened.root, shown) as reporter,
     ):
         if stage == "generate":
-            stages.check_inputs(opened, tell)
+            stages.check_inputs(opened, reporter)
         stages.require_before(opened, number, stage)
-        getattr(stages, stage)(opened, number, tell, crew)
-    console.say(f"iteration {number} of {opened.root}: {stage} is done")
+        getattr(stages, stage)(opened, number, reporter, executor)
+    console.log(f"iteration {number} of {opened.root}: {stage} is done")
     after = {"generate": f"csr pairs {opened.root}", "train": f"csr eval {opened.root}"}[stage]
     console.done(opened.iteration(number), then=after, run=str(opened.root), iteration=number, stage=stage)

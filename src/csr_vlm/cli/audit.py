@@ -22,42 +22,42 @@ def audit(
     ] = None,
     iteration: Iteration = None,
 ) -> None:
-    """Judge an iteration by signs that need no truth: go, warn or stop. Exit code 3 for stop.
+    """Judge an iteration by metrics that need no truth: go, warn or stop. Exit code 3 for stop.
 
     Example: csr audit runs/q method.lambda=0
     """
-    from csr_vlm.method import audit as health
+    from csr_vlm.method import audit as quality
     from csr_vlm.pipeline import gates
 
     run = Run.open(target)
     number = iteration or max(run.iterations_done("generate"), default=1)
     config = load_config(None, overrides or (), base=run.config.dump())
-    signs = gates.pair_signs(run, number, config, console.reporter())
-    found = health.findings(signs, health.PAIR_BOUNDS)
+    metrics = gates.pair_metrics(run, number, config, console.reporter())
+    found = quality.checks(metrics, quality.PAIR_BOUNDS)
     if not overrides and run.is_done(number, "evaluate"):
-        trained = gates.response_signs(run, number)
-        signs |= trained
-        found += health.findings(trained, health.RESPONSE_BOUNDS)
-    verdict = health.worst(found)
+        trained = gates.response_metrics(run, number)
+        metrics |= trained
+        found += quality.checks(trained, quality.RESPONSE_BOUNDS)
+    verdict = quality.worst(found)
     if console.mode.json:
         console.print_json(
-            {"iteration": number, "verdict": verdict.value, "signs": signs, "findings": health.dump(found)}
+            {"iteration": number, "verdict": verdict.value, "metrics": metrics, "checks": quality.dump(found)}
         )
     else:
-        verdicts_by_sign = {finding.sign: finding.verdict.value for finding in found}
-        rows = [[sign, f"{value:.3f}", verdicts_by_sign.get(sign, "")] for sign, value in signs.items()]
-        console.print_table(f"iteration {number}: {verdict.value}", ["sign", "value", "verdict"], rows)
-        for finding in found:
-            if finding.reason:
-                print(f"{finding.verdict.value}: {finding.reason}")
-        stops = verdict is health.Verdict.STOP
+        verdicts_by_sign = {check.metric: check.verdict.value for check in found}
+        rows = [[metric, f"{value:.3f}", verdicts_by_sign.get(metric, "")] for metric, value in metrics.items()]
+        console.print_table(f"iteration {number}: {verdict.value}", ["metric", "value", "verdict"], rows)
+        for check in found:
+            if check.reason:
+                print(f"{check.verdict.value}: {check.reason}")
+        stops = verdict is quality.Verdict.STOP
         after = (
             f"csr sweep {target}, or csr audit {target} KEY=VALUE for other settings"
             if stops
             else f"csr train {target}"
         )
-        console.say(f"next: {after}")
-    if verdict is health.Verdict.STOP:
+        console.log(f"next: {after}")
+    if verdict is quality.Verdict.STOP:
         raise typer.Exit(3)
 
 
@@ -85,7 +85,7 @@ def sweep(
             [" ".join(row["overrides"]), *(_shown(row["metrics"][name][metric]) for metric in names)] for row in rows
         ]
         console.print_table(f"{name}, after one training from the ledger of iteration {iteration}", ["", *names], table)
-    console.say(
+    console.log(
         f"the points are kept in {out or target / 'sweeps'}; next: csr run with the best value, on another seed"
     )
 

@@ -26,9 +26,9 @@ def compact(
     opened = Run.open(target)
     numbers = opened.iterations_done("generate")
     before = sum(len(opened.ledger_parts(number)) for number in numbers)
-    with opened.locked(), console.reporter().stage("packing the ledgers", before) as advance:
+    with opened.locked(), console.reporter().stage("packing the ledgers", before) as progress:
         for number in numbers:
-            ledger.pack(opened, number, megabytes * 1_000_000, advance)
+            ledger.pack(opened, number, megabytes * 1_000_000, progress)
     after = sum(len(opened.ledger_parts(number)) for number in numbers)
-    console.say(f"{before} files became {after}")
+    console.log(f"{before} files became {after}")
     console.done(then=f"csr show {target}", run=str(target), before=before, after=after)

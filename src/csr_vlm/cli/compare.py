@@ -52,8 +52,8 @@ def measure(
             f"{name}, with 95 % intervals", {number: document["metrics"] for number, document in documents.items()}
         )
         for protocol in _distinct([document["protocol"] for document in documents.values()]):
-            console.say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
-    console.say(f"next: csr compare {target} tests the differences prompt by prompt")
+            console.log(f"{name}: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
+    console.log(f"next: csr compare {target} tests the differences prompt by prompt")
 
 
 def compare(
@@ -98,7 +98,7 @@ def compare(
         )
     else:
         _print(before, after, found)
-        console.say(f"next: csr reproduce {second.root} sets the numbers beside the paper's")
+        console.log(f"next: csr reproduce {second.root} sets the numbers beside the paper's")
     for reason in reasons:
         print(f"failed: {reason}", file=sys.stderr)
     if reasons:
@@ -117,7 +117,7 @@ def _print(before: Measured, after: Measured, found: Sequence[Comparison]) -> No
         columns = ["", "before", "after", "change", "95 % interval", "p", "Holm"]
         console.print_table(f"{comparison.evaluation}\n{before.name}\n-> {after.name}", columns, rows)
         counts = sorted({found.n for found in comparison.metrics.values()}, reverse=True)
-        console.say(
+        console.log(
             f"{counts[0]} prompts, fewer where a metric does not apply to all. p: McNemar's exact test where a prompt "
             "is right or wrong, else a paired permutation test; Holm: adjusted for the number of metrics"
         )

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csr_vlm.cli.sanitize import printable
-from csr_vlm.core.progress import Advance, Reporter, Silent
+from csr_vlm.core.progress import Progress, Reporter, Silent
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 _LINE_EVERY = 30.0
 """Seconds between two lines of progress where stderr is no terminal."""
@@ -71,45 +72,51 @@ def quiet_libraries() -> None:
 class _Bar:
     """Advances one task of a progress display."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
+    def __init__(self, progress: RichProgress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
         self._done = 0
         self._started = time.monotonic()
 
-    def __call__(self, done: int) -> None:
-        self._done += done
+    def advance(self, number: int = 1) -> None:
+        self._done += number
         rate = self._done / max(time.monotonic() - self._started, 1e-3)
-        self._progress.update(self._task, advance=done, rate=f"{rate:.1f}/s")
+        self._progress.update(self._task, advance=number, rate=f"{rate:.1f}/s")
 
     def set_total(self, total: int) -> None:
         self._progress.update(self._task, total=total)
 
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        pass
+
 
 class _Lines:
-    """Tells progress line by line, for a log: every half minute, and at the end."""
+    """Prints progress line by line, for a log: every half minute, and at the end."""
 
     def __init__(self, title: str, total: int) -> None:
         self._title = title
         self._total = total
         self._done = 0
-        self._started = self._told = time.monotonic()
+        self._started = self._printed = time.monotonic()
 
-    def __call__(self, done: int) -> None:
-        self._done += done
-        if time.monotonic() - self._told >= _LINE_EVERY:
-            self.tell()
+    def advance(self, number: int = 1) -> None:
+        self._done += number
+        if time.monotonic() - self._printed >= _LINE_EVERY:
+            self.print_line()
 
     def set_total(self, total: int) -> None:
         self._total = total
 
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        pass
+
     def end(self) -> None:
         if self._done:
-            self.tell()
+            self.print_line()
 
-    def tell(self) -> None:
-        self._told = time.monotonic()
-        seconds = self._told - self._started
+    def print_line(self) -> None:
+        self._printed = time.monotonic()
+        seconds = self._printed - self._started
         rate = self._done / seconds if seconds else 0.0
         left = f", {duration((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
         of_total = f" of {self._total}" if self._total else ""
@@ -120,7 +127,7 @@ class Terminal:
     """Draws each stage as a bar with its rate and the time left, on stderr; into a log it writes lines."""
 
     @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Advance]:
+    def stage(self, title: str, total: int) -> Iterator[Progress]:
         console = terminal(stderr=True)
         if not console.is_terminal:
             lines = _Lines(title, total)
@@ -130,11 +137,11 @@ class Terminal:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
-            Progress,
             TextColumn,
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
+        from rich.progress import Progress as RichProgress
 
         columns = (
             TextColumn("{task.description:<28}"),
@@ -145,13 +152,13 @@ class Terminal:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console, transient=not total) as progress:
+        with RichProgress(*columns, console=console, transient=not total) as progress:
             task = progress.add_task(title, total=total or None, rate="")
             yield _Bar(progress, task)
             final = progress.tasks[0]
             progress.update(task, total=final.completed or 1, completed=final.completed or 1)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         print(printable(text), file=sys.stderr)
 
 
@@ -178,7 +185,7 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Tell people one line, unless they want quiet."""
     if not mode.quiet:
         print(text, file=sys.stderr)
@@ -198,7 +205,7 @@ def done(*written: Path | str, then: str = "", **facts: Any) -> None:
         for path in written:
             print(path)
     if then:
-        say(f"next: {then}")
+        log(f"next: {then}")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

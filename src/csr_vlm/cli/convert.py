@@ -53,4 +53,4 @@ def convert(
         console.print_json({"out": str(out), **found})
     else:
         console.print_table(str(out), ["", ""], [[name, str(value)] for name, value in found.items()])
-        console.say(f"next: csr check RECIPE model.path={out}")
+        console.log(f"next: csr check RECIPE model.path={out}")

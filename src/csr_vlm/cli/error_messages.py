@@ -72,7 +72,7 @@ def explain(error: BaseException) -> Explained:
     return Explained(f"{type(error).__name__}, which should not happen", said[0], ours=True)
 
 
-def tell(error: BaseException) -> None:
+def reporter(error: BaseException) -> None:
     """Print an error to stderr; what should not happen leaves its traceback in a file."""
     if console.mode.debug:
         traceback.print_exception(error)

@@ -14,7 +14,7 @@ from csr_vlm.cli.arguments import RunArgument
 from csr_vlm.core.errors import CsrError
 
 if TYPE_CHECKING:
-    from csr_vlm.core.progress import Advance
+    from csr_vlm.core.progress import Progress
     from csr_vlm.core.records import Finish, Prompt
     from csr_vlm.evaluation.answers import Decoding, Respond
     from csr_vlm.store.run import Run
@@ -236,16 +236,16 @@ def answer(
 
     asked = answers.read_asked(prompts, images, limit)
     decoding = answers.Decoding(max_new_tokens, temperature, seed, drop_unfinished=not keep_unfinished)
-    with console.reporter().stage(f"{policy_name(number)}: answering", len(asked)) as advance:
+    with console.reporter().stage(f"{policy_name(number)}: answering", len(asked)) as progress:
         rows, protocol = answers.answer(
             asked,
-            _respond(opened, number, decoding, advance),
+            _respond(opened, number, decoding, progress),
             decoding,
             {"model": opened.config.model.path, "run": str(target), "iteration": number},
         )
     answers.write_answers(out, rows, protocol)
     if protocol["unfinished"]:
-        console.say(f"{protocol['unfinished']} of {len(rows)} ran into {max_new_tokens} tokens")
+        console.log(f"{protocol['unfinished']} of {len(rows)} ran into {max_new_tokens} tokens")
     then = f"csr eval chair --captions {out} --annotations COCO, or csr eval pope --questions {prompts} --answers {out}"
     console.done(out, then=then, rows=len(rows), protocol=protocol)
 
@@ -277,10 +277,10 @@ def _store(root: Path, iteration: int | None, answers: Sequence[Path], document:
     path = run.evaluation_path(number, str(document["protocol"]["metric"]).lower())
     with run.locked():
         files.write_json(path, stored)
-    console.say(f"stored in {path}; next: csr eval {root} and csr compare {root} show it")
+    console.log(f"stored in {path}; next: csr eval {root} and csr compare {root} show it")
 
 
-def _respond(run: Run, iteration: int, decoding: Decoding, advance: Advance) -> Respond:
+def _respond(run: Run, iteration: int, decoding: Decoding, progress: Progress) -> Respond:
     """Return what answers prompts with the policy of an iteration."""
     from csr_vlm.core.batching import batched
     from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -295,7 +295,7 @@ def _respond(run: Run, iteration: int, decoding: Decoding, advance: Advance) -> 
             found = engine.respond(chunk, decoding.max_new_tokens, decoding.temperature, decoding.seed)
             yield from ((candidate.text, candidate.finish) for candidate in found)
             engine.forget()
-            advance(len(chunk))
+            progress.advance(len(chunk))
 
     return respond
 
@@ -355,7 +355,7 @@ def _print_notes(result: Mapping[str, Any]) -> None:
     shown = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result["counts"].items())
     print(f"\n{shown}")
     if result["protocol"]["generation"] is None:
-        console.say("how the captions were generated is not known: no protocol stands beside them")
+        console.log("how the captions were generated is not known: no protocol stands beside them")
 
 
 def _print_undefined(settings: Mapping[str, Mapping[str, Any]]) -> None:

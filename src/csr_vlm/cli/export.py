@@ -50,6 +50,6 @@ def export(
     with console.reporter().stage("writing pairs", 0):
         pairs = stages.whole_response_pairs(opened, number)
         written = write_pairs(pairs, form.value, out, copy_images=copy_images, origin=opened.config.model.path)
-    console.say(f"{len(pairs)} pairs of iteration {number}")
+    console.log(f"{len(pairs)} pairs of iteration {number}")
     then = "docs/data.md shows how the other program reads them"
     console.done(written, then=then, pairs=len(pairs), iteration=number)

@@ -35,14 +35,14 @@ def eval_lmms(
     from csr_vlm.generation.transformers_engine import TransformersEngine
     from csr_vlm.models.policy import load_policy
 
-    tell = console.reporter()
+    reporter = console.reporter()
     results = {}
     with opened.locked():
         for number in iteration if iteration is not None else sorted({0, opened.final}):
             policy = load_policy(opened.config.model, opened.adapter_path(number), opened.config.data.max_image_pixels)
             generation = opened.config.generation
-            model = PolicyModel(TransformersEngine(policy, generation.max_rows, generation.attention, tell.say))
-            tell.say(f"{'base model' if number == 0 else f'iteration {number}'}: {', '.join(benchmarks)}")
+            model = PolicyModel(TransformersEngine(policy, generation.max_rows, generation.attention, reporter.log))
+            reporter.log(f"{'base model' if number == 0 else f'iteration {number}'}: {', '.join(benchmarks)}")
             path = opened.evaluation_path(number, "lmms")
             new = lmms.run(model, benchmarks, include=include, limit=limit)
             results[number] = lmms.joined(files.read_json(path) if path.is_file() else None, new)
@@ -53,4 +53,4 @@ def eval_lmms(
         )
     else:
         console.print_metrics("lmms-eval", {number: result["metrics"] for number, result in results.items()})
-        console.say(f"next: csr reproduce {target} sets them beside the paper's")
+        console.log(f"next: csr reproduce {target} sets them beside the paper's")

@@ -44,7 +44,7 @@ def push(
         rows = [[name, f"{size:,}"] for name, size in files.items()]
         console.print_table(f"to {repository}", ["file", "bytes"], rows)
         print(f"\n{card.read_text(encoding='utf-8')}")
-        console.say("nothing was sent")
+        console.log("nothing was sent")
         return
     with console.reporter().stage("sending", 0):
         address = _upload(folder, repository, private)

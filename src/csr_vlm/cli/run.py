@@ -10,9 +10,9 @@ import typer
 
 from csr_vlm.cli import console
 from csr_vlm.cli.arguments import Out, Overrides, Target, open_or_create, settings
-from csr_vlm.cli.executors import RayActors, crew_of
+from csr_vlm.cli.executors import RayActors, executor_for
 from csr_vlm.cli.signals import stoppable
-from csr_vlm.scale.executor import ALONE, Crew
+from csr_vlm.scale.executor import LOCAL, Executor
 from csr_vlm.store.run import Run
 
 
@@ -34,9 +34,8 @@ def run(
         planned = open_or_create(target, overrides, out, plan_only=True)
         _show_plan(planned, " ".join([target, *(overrides or ()), *(["--out", str(out)] if out else [])]))
         return
-    with crew_of(ray) as crew:
-        if crew is not None:
-            _align(open_or_create(target, overrides, out), crew)
+    with executor_for(ray) as executor:
+        _align(open_or_create(target, overrides, out), executor)
 
 
 def demo(
@@ -71,12 +70,12 @@ def check(
     config = settings(target, overrides)
     console.quiet_libraries()
     from csr_vlm.pipeline.estimate import estimate
-    from csr_vlm.pipeline.preflight import try_out
+    from csr_vlm.pipeline.preflight import run_preflight
 
-    tell = console.reporter()
-    found = estimate(config, tell, offline=offline)
+    reporter = console.reporter()
+    found = estimate(config, reporter, offline=offline)
     if not offline:
-        tried = try_out(config, tell)
+        tried = run_preflight(config, reporter)
         found["estimate"] |= tried["estimate"]
         found["warnings"] += tried["warnings"]
     if console.mode.json:
@@ -84,7 +83,7 @@ def check(
         return
     print(yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
     _print_estimate(found)
-    console.say("next: csr run with the same words; --dry-run first shows the steps")
+    console.log("next: csr run with the same words; --dry-run first shows the steps")
 
 
 def _print_estimate(found: dict[str, Any]) -> None:
@@ -124,15 +123,15 @@ def _show_plan(opened: Run, words: str) -> None:
     remaining = sum(step.state is not schedule.State.DONE for step in steps)
     known = f", about {console.duration(left)}" if left and remaining else ""
     print(f"\n{remaining} of {len(steps)} steps remain{known}; results go to {opened.root}")
-    console.say(f"next: csr run {words}" if remaining else f"next: csr show {opened.root}")
+    console.log(f"next: csr run {words}" if remaining else f"next: csr show {opened.root}")
 
 
-def _align(opened: Run, crew: Crew = ALONE) -> None:
+def _align(opened: Run, executor: Executor = LOCAL) -> None:
     console.quiet_libraries()
     from csr_vlm.pipeline.loop import align
 
-    with stoppable(console.reporter(), opened.root) as tell:
-        align(opened, tell, crew)
+    with stoppable(console.reporter(), opened.root) as reporter:
+        align(opened, reporter, executor)
     results = {number: opened.metrics(number) for number in opened.iterations_done("evaluate")}
     report_path = opened.root / "report.html"
     adapter = opened.root / "adapter" if opened.final else None
@@ -150,4 +149,4 @@ def _align(opened: Run, crew: Crew = ALONE) -> None:
     if results:
         console.print_metrics("Hallucination before and after, with 95 % intervals", results)
     print(f"\nadapter  {adapter or 'none'}\nreport   {report_path}")
-    console.say(f"next: open the report; csr show {opened.root}; csr compare {opened.root}")
+    console.log(f"next: open the report; csr show {opened.root}; csr compare {opened.root}")

@@ -11,14 +11,19 @@ from csr_vlm.cli import console
 from csr_vlm.cli.console import print_metrics, print_table
 from csr_vlm.cli.sanitize import one_line
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Fate, Node, Pair, Prompt
+from csr_vlm.core.records import Node, NodeStatus, Pair, Prompt
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.reward import SentenceReward, path_ids, sentence_rewards
 from csr_vlm.store import ledger
 from csr_vlm.store.run import Run
 
-_STYLES = {Fate.TOP: "green", Fate.BOTTOM: "yellow", Fate.FINISHED: "bold", Fate.TRUNCATED: "magenta"}
+_STYLES = {
+    NodeStatus.TOP: "green",
+    NodeStatus.BOTTOM: "yellow",
+    NodeStatus.FINISHED: "bold",
+    NodeStatus.TRUNCATED: "magenta",
+}
 
 
 def summary(run: Run) -> None:
@@ -63,7 +68,7 @@ def summary(run: Run) -> None:
         print_metrics("", {n: run.metrics(n) for n in evaluated})
     if run.iterations_done("generate"):
         first = next(run.prompts()).prompt_id
-        console.say(f"next: csr show {run.root} {first} draws one prompt's tree; csr compare {run.root}")
+        console.log(f"next: csr show {run.root} {first} draws one prompt's tree; csr compare {run.root}")
 
 
 def tree(run: Run, prompt_id: str, iteration: int | None) -> None:
@@ -88,7 +93,7 @@ def tree(run: Run, prompt_id: str, iteration: int | None) -> None:
         marks |= dict.fromkeys(path_ids(pair.chosen.node_id), " ✓")
     children: dict[str, list[Node]] = defaultdict(list)
     for node in nodes:
-        if node.fate is not Fate.DUPLICATE:
+        if node.status is not NodeStatus.DUPLICATE:
             children[node.parent_id].append(node)
     root = Tree(Text(one_line(f"{prompt.text}  ({prompt.image})")))
     _grow(root, "", children, rewards, marks)
@@ -109,7 +114,7 @@ def _print_tree_json(
             "node_id": node.node_id,
             "sentence": node.sentence,
             "finish": node.finish.value,
-            "fate": node.fate.value,
+            "status": node.status.value,
             "cosines": dict(node.cosines),
             "reward": vars(rewards[node.node_id]) if node.node_id in rewards else None,
         }
@@ -129,9 +134,9 @@ def _grow(
     marks: dict[str, str],
 ) -> None:
     for node in children[parent]:
-        label = Text(one_line(node.sentence) or "(end)", style=_STYLES.get(node.fate, "dim"))
+        label = Text(one_line(node.sentence) or "(end)", style=_STYLES.get(node.status, "dim"))
         reward = rewards.get(node.node_id)
         if reward is not None:
             label.append(f"  R {reward.total:.2f}  R_I {reward.image:.1f}  R_T {reward.text:.3g}", style="cyan")
-        label.append(f"  {node.fate.value}{marks.get(node.node_id, '')}", style="dim")
+        label.append(f"  {node.status.value}{marks.get(node.node_id, '')}", style="dim")
         _grow(branch.add(label), node.node_id, children, rewards, marks)

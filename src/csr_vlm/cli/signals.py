@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from csr_vlm.core.progress import Advance, Reporter
+from csr_vlm.core.progress import Progress, Reporter
 
 PATIENCE = 20
 """Seconds that the part in hand may still take; schedulers kill after thirty."""
@@ -43,40 +42,43 @@ class _Stop:
             raise Stopped(128 + self.asked)
 
 
-class _Advance:
-    """Counts what is finished, which is the good moment."""
+class _StoppableProgress:
+    """Counts finished items, and stops after one if a signal came."""
 
-    def __init__(self, advance: Advance, stop: _Stop) -> None:
-        self._advance = advance
+    def __init__(self, progress: Progress, stop: _Stop) -> None:
+        self._progress = progress
         self._stop = stop
 
-    def __call__(self, done: int) -> None:
-        self._advance(done)
+    def advance(self, number: int = 1) -> None:
+        self._progress.advance(number)
         self._stop.leave_if_asked()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._advance, name)
+    def set_total(self, total: int) -> None:
+        self._progress.set_total(total)
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        self._progress.log_metrics(metrics)
 
 
 class _Reporter:
     """Shows the progress of another, and ends the work between two of its items."""
 
-    def __init__(self, tell: Reporter, stop: _Stop) -> None:
-        self._tell = tell
+    def __init__(self, reporter: Reporter, stop: _Stop) -> None:
+        self._reporter = reporter
         self._stop = stop
 
     @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Advance]:
+    def stage(self, title: str, total: int) -> Iterator[Progress]:
         self._stop.leave_if_asked()
-        with self._tell.stage(title, total) as advance:
-            yield _Advance(advance, self._stop)
+        with self._reporter.stage(title, total) as progress:
+            yield _StoppableProgress(progress, self._stop)
 
-    def say(self, text: str) -> None:
-        self._tell.say(text)
+    def log(self, text: str) -> None:
+        self._reporter.log(text)
 
 
 @contextmanager
-def stoppable(tell: Reporter, run: Path) -> Iterator[Reporter]:
+def stoppable(reporter: Reporter, run: Path) -> Iterator[Reporter]:
     """Give a reporter through which signals end the work at the next finished item.
 
     An item is a part of the ledger, a row of input, or a training step: what a stage that
@@ -91,7 +93,7 @@ def stoppable(tell: Reporter, run: Path) -> Iterator[Reporter]:
     stop = _Stop()
     before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     try:
-        yield _Reporter(tell, stop)
+        yield _Reporter(reporter, stop)
     except Stopped:
         assert stop.asked is not None
         print(f"stopped by {stop.asked.name}; what was finished is kept. Go on with: csr run {run}", file=sys.stderr)

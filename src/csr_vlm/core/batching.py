@@ -16,11 +16,11 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def spread(items: Sequence[Item], most: int) -> list[Item]:
+def evenly_spaced(items: Sequence[Item], most: int) -> list[Item]:
     """Take at most so many items, the first among them and the rest at even distances.
 
     Example:
-        >>> spread("abcdef", 3)
+        >>> evenly_spaced("abcdef", 3)
         ['a', 'c', 'e']
     """
     number = min(most, len(items))

@@ -24,7 +24,7 @@ class Prompt:
     text: str
 
 
-def others_column(scorer: str) -> str:
+def negatives_column(scorer: str) -> str:
     """Name the ledger's column with a sentence's mean cosine over other prompts' images."""
     return f"{scorer}:others"
 
@@ -40,7 +40,7 @@ class Finish(StrEnum):
     """The token budget ran out in mid-sentence; the response cannot go on."""
 
 
-class Fate(StrEnum):
+class NodeStatus(StrEnum):
     """What the search did with a node."""
 
     TOP = "top"
@@ -123,7 +123,7 @@ class Node(_Said):
     text: str
     """What the ids add to the response's text, leading white space included."""
     finish: Finish
-    fate: Fate
+    status: NodeStatus
     cosines: Mapping[str, float] = field(default_factory=dict)
     """Scorer name to cos(F_I(image), F_T(text)), in -1..1, and :func:`others_column` to its
     mean over other images; empty where there is no sentence."""

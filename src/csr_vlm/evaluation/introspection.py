@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.core.batching import spread
+from csr_vlm.core.batching import evenly_spaced
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Pair
@@ -26,8 +26,8 @@ from csr_vlm.store.run import Run
 NUM_BINS = 24
 
 
-def analyse(
-    run: Run, tell: Reporter, *, num_responses: int = 64, num_pairs: int = 256, external: Path | None = None
+def analyze(
+    run: Run, reporter: Reporter, *, num_responses: int = 64, num_pairs: int = 256, external: Path | None = None
 ) -> dict[str, Any]:
     """Analyse the base model and the run's result, and write ``RUN/analysis.json``.
 
@@ -41,7 +41,7 @@ def analyse(
     """
     if run.final == 0 or not run.is_done(1, "pairs"):
         raise CsrError(f"{run.root} has no finished iteration to analyse", f"csr run {run.root}")
-    attention, separable = _with_models(run, tell, num_responses, num_pairs, external)
+    attention, separable = _with_models(run, reporter, num_responses, num_pairs, external)
     found = {
         "iteration": run.final,
         "attention": attention,
@@ -54,7 +54,7 @@ def analyse(
 
 
 def _with_models(
-    run: Run, tell: Reporter, num_responses: int, num_pairs: int, external: Path | None
+    run: Run, reporter: Reporter, num_responses: int, num_pairs: int, external: Path | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Load one policy after the other and ask each everything that it is needed for."""
     from csr_vlm.evaluation.attention import (
@@ -67,15 +67,15 @@ def _with_models(
     from csr_vlm.evaluation.separability import LogProbs, TokenPair, logprobs
     from csr_vlm.models.policy import load_policy
 
-    fixed = spread(_one_a_prompt(run, 1), num_responses)
+    fixed = evenly_spaced(_one_a_prompt(run, 1), num_responses)
     own = {
-        t: [_token_pair(pair) for pair in spread(list(tables.read_pairs(run.pairs_path(t))), num_pairs)]
+        t: [_token_pair(pair) for pair in evenly_spaced(list(tables.read_pairs(run.pairs_path(t))), num_pairs)]
         for t in range(1, run.final + 1)
     }
     foreign: list[TokenPair] = []
     rows: dict[int, list[Rows]] = {}
     under: dict[tuple[str, int], LogProbs] = {}
-    with tell.stage("reading the policies", run.final + 1) as advance:
+    with reporter.stage("reading the policies", run.final + 1) as progress:
         for t in range(run.final + 1):
             policy = load_policy(run.config.model, run.adapter_path(t), run.config.data.max_image_pixels)
             for number in own.keys() & {t, t + 1}:
@@ -86,7 +86,7 @@ def _with_models(
                     under["external", t] = logprobs(policy, foreign)
                 use_readable_attention(policy)
                 rows[t] = [attention_rows(policy, pair.prompt, pair.chosen.token_ids) for pair in fixed]
-            advance(1)
+            progress.advance(1)
     layers = compare_attention(rows[0], rows[run.final])
     attention = {
         "layers": [{view: found.dump() for view, found in layer.items()} for layer in layers],

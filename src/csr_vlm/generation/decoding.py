@@ -20,7 +20,7 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Candidate, Expansion, Finish
 from csr_vlm.generation.sampling import diverse, sample, uniforms
 from csr_vlm.method.sentences import SentenceRule
-from csr_vlm.models.policy import Policy, Reader
+from csr_vlm.models.policy import Policy, PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ class Row:
 class Sentences:
     """Notes rows' tokens as they come, sees where sentences end, and makes candidates of them."""
 
-    def __init__(self, reader: Reader, decoding: Decoding) -> None:
+    def __init__(self, prompt_encoder: PromptEncoder, decoding: Decoding) -> None:
         self.decoding = decoding
-        self._reader = reader
+        self._reader = prompt_encoder
         self._num_families = 0
         delimiters = decoding.rule.delimiters if decoding.rule is not None else ""
         self._delimiter_ids = frozenset(
             index
-            for token, index in (reader.tokenizer.get_vocab().items() if delimiters else ())
+            for token, index in (prompt_encoder.tokenizer.get_vocab().items() if delimiters else ())
             if any(char in token for char in delimiters)
         )
 
@@ -141,8 +141,8 @@ class Writer(Sentences):
     """Continues rows by a token each, chosen from the policy's logits."""
 
     def __init__(self, policy: Policy, decoding: Decoding) -> None:
-        super().__init__(policy.reader, decoding)
-        self._barred = torch.tensor(policy.barred_ids, dtype=torch.long, device=policy.device)
+        super().__init__(policy.prompt_encoder, decoding)
+        self._barred = torch.tensor(policy.image_token_ids, dtype=torch.long, device=policy.device)
 
     def choose(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         """Choose a token for each row and note it; rows that end with it get their ``finish``.

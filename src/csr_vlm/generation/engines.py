@@ -13,7 +13,7 @@ from csr_vlm.generation.self_check import self_check
 from csr_vlm.generation.streaming import StreamingEngine
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.search import Proposer
-from csr_vlm.models.policy import load_policy, load_reader
+from csr_vlm.models.policy import load_policy, load_prompt_encoder
 
 
 class Engine(Protocol):
@@ -47,19 +47,19 @@ def open_engine(
         self_check(policy, example)
         yield TransformersEngine(policy, generation.max_rows, generation.attention, notice)
         return
-    reader = load_reader(config.model, pixels)
+    prompt_encoder = load_prompt_encoder(config.model, pixels)
     if generation.engine == "vllm":
         from csr_vlm.generation.vllm import VllmStream, running
 
         with running(config.model, generation, adapter) as vllm:
-            engine = StreamingEngine(VllmStream(vllm, reader, adapter), reader)
+            engine = StreamingEngine(VllmStream(vllm, prompt_encoder, adapter), prompt_encoder)
             engine.check(example)
             yield engine
     else:
         from csr_vlm.generation.vllm_server import connected
 
         assert generation.server is not None
-        with connected(generation.server, reader, adapter, generation.max_rows) as stream:
-            engine = StreamingEngine(stream, reader)
+        with connected(generation.server, prompt_encoder, adapter, generation.max_rows) as stream:
+            engine = StreamingEngine(stream, prompt_encoder)
             engine.check(example)
             yield engine

@@ -21,7 +21,7 @@ import torch
 from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
 from csr_vlm.generation.decoding import Row
-from csr_vlm.generation.shared_attention import Blocks, Grid, Shelf, Step, View, hidden_padding
+from csr_vlm.generation.shared_attention import Blocks, CacheView, DecodeStep, KVCache, RowLayout, hidden_padding
 from csr_vlm.generation.shared_model import SharedModel
 from csr_vlm.models.policy import EncodedPrompt
 
@@ -78,7 +78,7 @@ class Held:
 
 
 @dataclass
-class Family:
+class SiblingGroup:
     """The rows of one request while they decode."""
 
     held: Held
@@ -126,11 +126,11 @@ class Scheduler:
         self._next: deque[tuple[Held, int]] = deque()
         """Requests of prompts that are held."""
         self._held: dict[str, Held] = {}
-        self._prompts: Shelf[Held] = Shelf(max_prompts)
-        self._families: Shelf[Family] = Shelf(max_rows)
+        self._prompts: KVCache[Held] = KVCache(max_prompts)
+        self._families: KVCache[SiblingGroup] = KVCache(max_rows)
         self._images: dict[str, tuple[torch.Tensor, ...] | None] = {}
         """Features of images that waiting prompts will need again."""
-        self._live: list[tuple[Family, Row]] = []
+        self._live: list[tuple[SiblingGroup, Row]] = []
         self._hidden: torch.Tensor | None = None
         """From which each live row's next token is chosen, of shape (rows, width)."""
 
@@ -194,7 +194,7 @@ class Scheduler:
         if branch is None:
             branch = self._read_again(held, request.prefix_ids)
         rows = self._writer.start(request)
-        family = Family(held, number, rows, path_length=len(branch.tokens))
+        family = SiblingGroup(held, number, rows, path_length=len(branch.tokens))
         self._families.put(family, branch.path())
         self._live += [(family, row) for row in rows]
         return branch.hidden.expand(len(rows), -1)
@@ -278,7 +278,7 @@ class Scheduler:
         positions, step = self._next_step()
         self._hidden = self._model.step(tokens, positions, step)
 
-    def _close(self, family: Family) -> None:
+    def _close(self, family: SiblingGroup) -> None:
         """Answer a request whose candidates are complete, and keep what their successors will read."""
         held = family.held
         block = self._families.of(family).clone() if family.ends else None
@@ -291,9 +291,9 @@ class Scheduler:
         self._families.take(family)
         held.answers[family.number] = [self._writer.candidate(row) for row in family.rows]
 
-    def _next_step(self) -> tuple[torch.Tensor, Step]:
+    def _next_step(self) -> tuple[torch.Tensor, DecodeStep]:
         """Lay out the live rows' next tokens; return their positions, (rows,), and the step."""
-        families: list[Family] = self._families.owners
+        families: list[SiblingGroup] = self._families.owners
         for family in families:
             family.num_steps += 1
         self._families.lengthen([family.num_tokens for family in families])
@@ -312,14 +312,14 @@ class Scheduler:
             width=self._families.width,
             device=self._policy.device,
         )
-        prompt_grid = Grid.of(prompt, _running_count(prompt), len(self._prompts.owners), blocks.device)
-        family_grid = Grid.of(slot, place, len(families), blocks.device)
+        prompt_grid = RowLayout.of(prompt, _running_count(prompt), len(self._prompts.owners), blocks.device)
+        family_grid = RowLayout.of(slot, place, len(families), blocks.device)
         padding = hidden_padding(self._prompts.lengths, self._prompts.width, blocks.device)
         write_at = self._families.flat(*self._tensors(slot, path + step * siblings + place))
         positions, index = self._tensors(position + path + step, prompt_length + path + step)
-        return positions, Step(
-            prompts=View(self._prompts, prompt_grid, padding),
-            families=View(self._families, family_grid, blocks.hidden(family_grid.shape[1]), blocks.token_index()),
+        return positions, DecodeStep(
+            prompts=CacheView(self._prompts, prompt_grid, padding),
+            families=CacheView(self._families, family_grid, blocks.hidden(family_grid.shape[1]), blocks.token_index()),
             write_at=write_at,
             index=index,
         )

@@ -39,7 +39,7 @@ class Placed(Protocol):
 Owner = TypeVar("Owner", bound=Placed)
 
 
-class Shelf(Generic[Owner]):
+class KVCache(Generic[Owner]):
     """Keys and values of several owners, in slots without gaps.
 
     Stored as one tensor of shape (layers, 2, slots, heads, tokens, head size) that grows
@@ -124,7 +124,7 @@ class Shelf(Generic[Owner]):
 
 
 @dataclass(frozen=True)
-class Grid:
+class RowLayout:
     """Rows laid out as (owners, width), so that owners' rows meet their keys as one matrix."""
 
     row_of: torch.Tensor
@@ -134,7 +134,7 @@ class Grid:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, owners: np.ndarray, columns: np.ndarray, num_owners: int, device: torch.device) -> Grid:
+    def of(cls, owners: np.ndarray, columns: np.ndarray, num_owners: int, device: torch.device) -> RowLayout:
         """Lay rows out by their owner and column, each of shape (rows,)."""
         width = int(columns.max()) + 1
         cell_of = owners * width + columns
@@ -157,11 +157,11 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class View:
+class CacheView:
     """What the rows see of one shelf in one step."""
 
-    shelf: Shelf[Any]
-    grid: Grid
+    shelf: KVCache[Any]
+    grid: RowLayout
     hidden: torch.Tensor | None
     """True where a cell may not look, of shape (owners, 1 or width, tokens); None if it may anywhere."""
     token_index: torch.Tensor | None = None
@@ -203,14 +203,14 @@ class View:
 
 
 @dataclass
-class Step:
+class DecodeStep:
     """One step of the live rows: where each row's token goes and what it may see.
 
     Passed through the model as the keyword ``shared``, which reaches the attention function.
     """
 
-    prompts: View
-    families: View
+    prompts: CacheView
+    families: CacheView
     write_at: torch.Tensor
     """Where each row's own keys go in a layer's flattened (slots * heads * tokens), of shape (rows * heads,)."""
     index: torch.Tensor
@@ -318,7 +318,7 @@ def shared_attention(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    shared: Step | None = None,
+    shared: DecodeStep | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as a step says; without one, as PyTorch's scaled_dot_product_attention.

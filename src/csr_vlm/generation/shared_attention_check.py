@@ -70,7 +70,7 @@ def sharing_trouble(policy: Policy, prompt: Prompt) -> str | None:
 @torch.inference_mode()
 def _difference(policy: Policy, prompt: Prompt) -> float:
     encoded = policy.with_features([policy.encode(prompt)])
-    barred = {*policy.barred_ids, *policy.eos_ids}
+    barred = {*policy.image_token_ids, *policy.eos_ids}
     words = [token for token in encoded[0].input_ids.tolist() if token not in barred]
     first, second = words[-6:-3], words[-3:]
     writer = _Forced([first, second], others=second)

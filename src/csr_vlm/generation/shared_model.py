@@ -15,7 +15,7 @@ from csr_vlm.models.policy import EncodedPrompt, Policy
 
 
 @dataclass(frozen=True)
-class Reading:
+class PromptRead:
     """What the model keeps of tokens it has read."""
 
     kv: torch.Tensor
@@ -41,7 +41,7 @@ class SharedModel:
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=policy.device)
         shared_attention.install(self._decoder)
 
-    def read(self, encoded: Sequence[EncodedPrompt], prefixes: Sequence[Sequence[int]]) -> list[Reading]:
+    def read(self, encoded: Sequence[EncodedPrompt], prefixes: Sequence[Sequence[int]]) -> list[PromptRead]:
         """Read prompts, each followed by the ids of a partial response."""
         inputs = self.policy.model_inputs(encoded, prefixes, "left")
         cache = DynamicCache()
@@ -51,11 +51,11 @@ class SharedModel:
         kv = torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers])
         last = output.last_hidden_state[:, -1].clone()
         return [
-            Reading(kv[:, :, row, :, kv.shape[4] - length :], last[row], length + item.shift)
+            PromptRead(kv[:, :, row, :, kv.shape[4] - length :], last[row], length + item.shift)
             for row, (length, item) in enumerate(zip(lengths, encoded, strict=True))
         ]
 
-    def step(self, tokens: torch.Tensor, positions: torch.Tensor, step: shared_attention.Step) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor, step: shared_attention.DecodeStep) -> torch.Tensor:
         """Feed one token a row, (rows,), and return the final hidden states, (rows, width)."""
         self.counters.decode(len(tokens))
         output = self._decoder(

@@ -20,7 +20,7 @@ from csr_vlm.core.records import Candidate, Expansion, Prompt
 from csr_vlm.generation.decoding import Decoding, Row, Sentences
 from csr_vlm.generation.sampling import stream_key
 from csr_vlm.method.search import Proposer
-from csr_vlm.models.policy import Reader
+from csr_vlm.models.policy import PromptEncoder
 
 _BAR = -100.0
 """Added to a barred token's logit, the most that vLLM takes; log-probabilities are recorded without it."""
@@ -75,13 +75,13 @@ class TokenStream(Protocol):
 class StreamingEngine:
     """Proposes sentences through a stream of tokens."""
 
-    def __init__(self, stream: TokenStream, reader: Reader) -> None:
-        self.reader = reader
+    def __init__(self, stream: TokenStream, prompt_encoder: PromptEncoder) -> None:
+        self.prompt_encoder = prompt_encoder
         self._stream = stream
 
     def proposer(self, config: SearchConfig, example: Prompt) -> Proposer:
         """Give what a search asks for sentences."""
-        return StreamProposer(self._stream, self.reader, Decoding.of(config))
+        return StreamProposer(self._stream, self.prompt_encoder, Decoding.of(config))
 
     def forget(self) -> None:
         """Nothing is kept between work items but what the engine keeps by itself."""
@@ -92,9 +92,13 @@ class StreamingEngine:
         Raises:
             CsrError: It does not, as with an image that is expanded otherwise, or twice.
         """
-        whole: list[int] = self.reader.processed(prompt)["input_ids"][0].tolist()
-        short = self.reader.short_ids(prompt)
-        said = [token for token in short if token not in {*self.reader.barred_ids, *self.reader.eos_ids}][-3:]
+        whole: list[int] = self.prompt_encoder.processed(prompt)["input_ids"][0].tolist()
+        short = self.prompt_encoder.short_ids(prompt)
+        said = [
+            token
+            for token in short
+            if token not in {*self.prompt_encoder.image_token_ids, *self.prompt_encoder.eos_ids}
+        ][-3:]
         for number, begun in enumerate(([], said)):
             sampling = {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "detokenize": False}
             self._stream.start(Asked(f"check-{number}", prompt, [*short, *begun], sampling))
@@ -112,11 +116,11 @@ class StreamingEngine:
 class StreamProposer:
     """Continues partial responses of many prompts, each prompt at its own pace."""
 
-    def __init__(self, stream: TokenStream, reader: Reader, decoding: Decoding) -> None:
+    def __init__(self, stream: TokenStream, prompt_encoder: PromptEncoder, decoding: Decoding) -> None:
         self._stream = stream
-        self._reader = reader
+        self._reader = prompt_encoder
         self._decoding = decoding
-        self._sentences = Sentences(reader, decoding)
+        self._sentences = Sentences(prompt_encoder, decoding)
         self._keys = map(str, count())
         self._short_ids: dict[str, list[int]] = {}
         self._live: dict[str, tuple[str, Row]] = {}
@@ -180,7 +184,7 @@ class StreamProposer:
             "top_p": 1.0 if greedy else decoding.top_p,
             "seed": stream_key((*request.seed, row.place)) % 2**63,
             "logprobs": 0,  # of the chosen token alone
-            "logit_bias": dict.fromkeys(self._reader.barred_ids, _BAR),
+            "logit_bias": dict.fromkeys(self._reader.image_token_ids, _BAR),
             "stop_token_ids": sorted(self._reader.eos_ids),
             "detokenize": False,
         }

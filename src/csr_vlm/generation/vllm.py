@@ -22,7 +22,7 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.generation.streaming import Asked, Piece
 from csr_vlm.models.devices import resolve_device, resolve_dtype
-from csr_vlm.models.policy import Reader
+from csr_vlm.models.policy import PromptEncoder
 from csr_vlm.store.files import sha256_of
 
 _ENVIRONMENT = {
@@ -46,9 +46,9 @@ _ON_CPU = {"enable_chunked_prefill": False}  # vLLM cannot rewind a CPU's random
 class VllmStream:
     """Requests to a running engine, with one adapter or none."""
 
-    def __init__(self, engine: Any, reader: Reader, adapter: Path | None = None) -> None:
+    def __init__(self, engine: Any, prompt_encoder: PromptEncoder, adapter: Path | None = None) -> None:
         self._engine = engine
-        self._images = Images(reader)
+        self._images = Images(prompt_encoder)
         self._lora = None if adapter is None else _lora_request(adapter)
         if self._lora is not None:
             try:
@@ -91,8 +91,8 @@ class VllmStream:
 class Images:
     """Loaded images of the prompts in the making, and names for them that follow their content."""
 
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+    def __init__(self, prompt_encoder: PromptEncoder) -> None:
+        self._reader = prompt_encoder
         self._loaded: dict[str, tuple[str, Any]] = {}
 
     def of(self, prompt: Prompt) -> tuple[str, Any]:

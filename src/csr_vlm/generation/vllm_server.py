@@ -25,7 +25,7 @@ from urllib.request import Request, urlopen
 from csr_vlm.core.errors import CsrError
 from csr_vlm.generation.streaming import Asked, Piece
 from csr_vlm.generation.vllm import Images, adapter_name
-from csr_vlm.models.policy import Reader
+from csr_vlm.models.policy import PromptEncoder
 
 _TIMEOUT = 600.0
 """Seconds without a word from the server."""
@@ -35,10 +35,10 @@ _HOW = "start it as docs/engines.md says: vllm serve MODEL --enable-scale-out --
 class ServerStream:
     """Requests to a server, each in a thread that listens to its answer."""
 
-    def __init__(self, server: str, model: str, reader: Reader, max_rows: int) -> None:
+    def __init__(self, server: str, model: str, prompt_encoder: PromptEncoder, max_rows: int) -> None:
         self._server = server
         self._model = model
-        self._images = Images(reader)
+        self._images = Images(prompt_encoder)
         self._urls: dict[str, str] = {}
         self._answers: SimpleQueue[Piece | CsrError] = SimpleQueue()
         self._given_up: set[str] = set()
@@ -100,7 +100,9 @@ class ServerStream:
 
 
 @contextmanager
-def connected(server: str, reader: Reader, adapter: Path | None, max_rows: int) -> Iterator[ServerStream]:
+def connected(
+    server: str, prompt_encoder: PromptEncoder, adapter: Path | None, max_rows: int
+) -> Iterator[ServerStream]:
     """Connect to a server; an adapter is loaded there for as long.
 
     Raises:
@@ -116,7 +118,7 @@ def connected(server: str, reader: Reader, adapter: Path | None, max_rows: int) 
             body = {"lora_name": name, "lora_path": str(adapter.resolve())}
             with _send(server, "/v1/load_lora_adapter", body):
                 pass
-    stream = ServerStream(server, name, reader, max_rows)
+    stream = ServerStream(server, name, prompt_encoder, max_rows)
     try:
         yield stream
     finally:

@@ -1,8 +1,8 @@
-"""Signs of health that need no truth, and what they say about a run.
+"""Signs of quality that need no truth, and what they say about a run.
 
 Before training, the iteration's ledger and pairs are looked at: do the pairs prefer what
 suits the image, or merely what is short, long or said twice? After training, the
-responses of base and new policy to prompts that nobody trained on are compared. Each sign
+responses of base and new policy to prompts that nobody trained on are compared. Each metric
 has a bound at which it warns and one at which it stops; docs/method.md has the settings
 that were used to find them, those that collapsed and those that worked.
 """
@@ -17,10 +17,10 @@ from statistics import correlation, fmean
 from typing import Any
 
 from csr_vlm.config.schema import MethodConfig
-from csr_vlm.core.records import Node, Pair, others_column
+from csr_vlm.core.records import Node, Pair, negatives_column
 from csr_vlm.method.pairs import responses
 from csr_vlm.method.reward import (
-    OUT_OF_THE_RUNNING,
+    NOT_CANDIDATES,
     bag_of_words,
     path_ids,
     reward_scale,
@@ -35,10 +35,10 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One sign, and what it means."""
+class Check:
+    """One metric, and what it means."""
 
-    sign: str
+    metric: str
     value: float
     verdict: Verdict
     reason: str
@@ -46,7 +46,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Bound:
-    """Beyond ``warn`` a sign warns, from ``stop`` on it stops; ``high`` signs are bad above.
+    """Beyond ``warn`` a metric warns, from ``stop`` on it stops; ``high`` metrics are bad above.
 
     So a gap of exactly nothing is well where ``warn`` is 0.
     """
@@ -103,7 +103,7 @@ RESPONSE_BOUNDS = {
 
 
 @dataclass(frozen=True)
-class TreeSigns:
+class TreeMetrics:
     """What one prompt's tree and pairs show; sums and counts, so that prompts can be pooled."""
 
     pairs: int
@@ -117,10 +117,10 @@ class TreeSigns:
     own_above_others: float | None
 
 
-def tree_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfig, scorer: str) -> TreeSigns:
+def tree_metrics(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfig, scorer: str) -> TreeMetrics:
     """Look at one prompt's tree and the pairs made of it."""
     by_id = {node.node_id: node for node in nodes}
-    sentences = [node for node in nodes if node.sentence and node.fate not in OUT_OF_THE_RUNNING]
+    sentences = [node for node in nodes if node.sentence and node.status not in NOT_CANDIDATES]
     seen = _seen(sentences, scorer)
     rewards = sentence_rewards(nodes, method, scorer)
     scale = reward_scale(rewards.values(), method)
@@ -139,7 +139,7 @@ def tree_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfi
         length += len(sides[0]) - len(sides[1])
         omission += len(seen - words[0]) - len(seen - words[1])
         repeats += (len(sides[0]) - len(words[0])) - (len(sides[1]) - len(words[1]))
-    return TreeSigns(
+    return TreeMetrics(
         pairs=len(pairs),
         wins=wins,
         losses=losses,
@@ -153,7 +153,7 @@ def tree_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfi
     )
 
 
-def pair_signs(trees: Iterable[TreeSigns]) -> dict[str, float]:
+def pair_metrics(trees: Iterable[TreeMetrics]) -> dict[str, float]:
     """Pool the prompts of an iteration.
 
     ``relevance_win``: of the pairs whose sides differ in it, the share whose chosen side says
@@ -168,9 +168,12 @@ def pair_signs(trees: Iterable[TreeSigns]) -> dict[str, float]:
     """
     found = list(trees)
     num_pairs = sum(tree.pairs for tree in found)
-    signs = {"prompts_with_pairs": fmean(tree.pairs > 0 for tree in found) if found else 0.0, "pairs": float(num_pairs)}
+    metrics = {
+        "prompts_with_pairs": fmean(tree.pairs > 0 for tree in found) if found else 0.0,
+        "pairs": float(num_pairs),
+    }
     if num_pairs:
-        signs |= {
+        metrics |= {
             "margin": sum(tree.margin for tree in found) / num_pairs,
             "length_gap": sum(tree.length_gap for tree in found) / num_pairs,
             "omission_gap": sum(tree.omission_gap for tree in found) / num_pairs,
@@ -178,17 +181,17 @@ def pair_signs(trees: Iterable[TreeSigns]) -> dict[str, float]:
         }
     wins, losses = (sum(getattr(tree, name) for tree in found) for name in ("wins", "losses"))
     if wins + losses:
-        signs["relevance_win"] = wins / (wins + losses)
+        metrics["relevance_win"] = wins / (wins + losses)
     for name, values in (
         ("length_correlation", [tree.correlation for tree in found if tree.correlation is not None]),
         ("scorer_agreement", [tree.own_above_others for tree in found if tree.own_above_others is not None]),
     ):
         if values:
-            signs[name] = fmean(values)
-    return signs
+            metrics[name] = fmean(values)
+    return metrics
 
 
-def response_signs(
+def response_metrics(
     base: Mapping[str, float], now: Mapping[str, float], chosen_change: float | None
 ) -> dict[str, float]:
     """Compare the policy's responses to held-out prompts with the base model's.
@@ -207,26 +210,26 @@ def response_signs(
     }
 
 
-def findings(signs: Mapping[str, float], bounds: Mapping[str, Bound]) -> list[Finding]:
-    """Judge every sign that has a bound."""
+def checks(metrics: Mapping[str, float], bounds: Mapping[str, Bound]) -> list[Check]:
+    """Judge every metric that has a bound."""
     found = []
-    for sign, bound in bounds.items():
-        if sign in signs:
-            value = abs(signs[sign]) if sign == "length_correlation" else signs[sign]
+    for metric, bound in bounds.items():
+        if metric in metrics:
+            value = abs(metrics[metric]) if metric == "length_correlation" else metrics[metric]
             verdict = bound.judge(value)
-            reason = "" if verdict is Verdict.GO else bound.reason.format(value=signs[sign])
-            found.append(Finding(sign, signs[sign], verdict, reason))
+            reason = "" if verdict is Verdict.GO else bound.reason.format(value=metrics[metric])
+            found.append(Check(metric, metrics[metric], verdict, reason))
     return found
 
 
-def worst(found: Iterable[Finding]) -> Verdict:
-    """Return the verdict of the gravest finding."""
+def worst(found: Iterable[Check]) -> Verdict:
+    """Return the verdict of the gravest check."""
     order = list(Verdict)
-    return max((finding.verdict for finding in found), key=order.index, default=Verdict.GO)
+    return max((check.verdict for check in found), key=order.index, default=Verdict.GO)
 
 
-def dump(found: Sequence[Finding]) -> list[dict[str, Any]]:
-    return [asdict(finding) | {"verdict": finding.verdict.value} for finding in found]
+def dump(found: Sequence[Check]) -> list[dict[str, Any]]:
+    return [asdict(check) | {"verdict": check.verdict.value} for check in found]
 
 
 def _said(by_id: Mapping[str, Node], node_id: str) -> list[Node]:
@@ -243,8 +246,8 @@ def _seen(sentences: Sequence[Node], scorer: str) -> set[tuple[str, ...]]:
     by_words = {bag_of_words(node.sentence): node.cosines for node in reversed(sentences)}
     if not by_words:
         return set()
-    if all(others_column(name) in cosines for cosines in by_words.values()):
-        values = {words: cosines[name] - cosines[others_column(name)] for words, cosines in by_words.items()}
+    if all(negatives_column(name) in cosines for cosines in by_words.values()):
+        values = {words: cosines[name] - cosines[negatives_column(name)] for words, cosines in by_words.items()}
         middle = max(values.values()) / 2
     else:
         values = {words: cosines[name] for words, cosines in by_words.items()}
@@ -264,8 +267,8 @@ def _length_correlation(nodes: Sequence[Node], method: MethodConfig, scorer: str
 def _own_above_others(sentences: Sequence[Node], scorer: str) -> float | None:
     names = scorer.split("+")
     gaps = [
-        sum(node.cosines[name] - node.cosines[others_column(name)] for name in names)
+        sum(node.cosines[name] - node.cosines[negatives_column(name)] for name in names)
         for node in {bag_of_words(node.sentence): node for node in sentences}.values()
-        if all(others_column(name) in node.cosines for name in names)
+        if all(negatives_column(name) in node.cosines for name in names)
     ]
     return fmean((gap > 0) + (gap == 0) / 2 for gap in gaps) if gaps else None

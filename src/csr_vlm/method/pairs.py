@@ -1,4 +1,4 @@
-"""Preference pairs (section 3.2.2): what the policy should rather say, and what not."""
+"""Preference pairs (section 3.2.2): what the policy should rather log, and what not."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from csr_vlm.config.schema import MethodConfig, PairsConfig
-from csr_vlm.core.batching import spread
-from csr_vlm.core.records import Fate, Finish, Node, Pair, Prompt, Response
+from csr_vlm.core.batching import evenly_spaced
+from csr_vlm.core.records import Finish, Node, NodeStatus, Pair, Prompt, Response
 from csr_vlm.method.reward import (
-    OUT_OF_THE_RUNNING,
+    NOT_CANDIDATES,
     SentenceReward,
     path_ids,
     response_reward,
@@ -18,7 +18,7 @@ from csr_vlm.method.reward import (
     sentence_rewards,
 )
 
-_LEAVES = (Fate.FINISHED, Fate.TRUNCATED)
+_LEAVES = (NodeStatus.FINISHED, NodeStatus.TRUNCATED)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def responses(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> list[
     rewards = sentence_rewards(nodes, method, scorer)
     found = []
     for leaf in nodes:
-        if leaf.fate in _LEAVES:
+        if leaf.status in _LEAVES:
             said = [part for part in path_ids(leaf.node_id) if part in rewards]
             reward = response_reward((rewards[part].total for part in said), method.reward)
             found.append(_response(leaf, by_id, reward))
@@ -73,14 +73,14 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
     key = f"{seed}:{nodes[0].iteration}:{prompt.prompt_id}"
     least = config.min_margin * reward_scale(rewards.values(), method)
     limit = config.per_node if config.between == "siblings" else config.per_prompt
-    ranked = [pair for contest in distinct for pair in spread(_ranking(contest, config, key, least), limit)]
+    ranked = [pair for contest in distinct for pair in evenly_spaced(_ranking(contest, config, key, least), limit)]
     if not ranked:
         return "margin"
     if config.selection == "extremes":  # at random, taking the widest margins first would be a preference
         ranked.sort(key=lambda pair: pair[1].reward - pair[0].reward)
     return [
         Pair(prompt=prompt, iteration=nodes[0].iteration, chosen=chosen, rejected=rejected)
-        for chosen, rejected in spread(ranked, config.per_prompt)
+        for chosen, rejected in evenly_spaced(ranked, config.per_prompt)
     ]
 
 
@@ -90,14 +90,14 @@ def _siblings(nodes: Sequence[Node], rewards: Mapping[str, SentenceReward], conf
     families: dict[str, list[Node]] = {}
     for node in nodes:
         ended = node.finish is not Finish.LENGTH
-        if node.fate not in OUT_OF_THE_RUNNING and (ended or not config.require_complete):
+        if node.status not in NOT_CANDIDATES and (ended or not config.require_complete):
             families.setdefault(node.parent_id, []).append(node)
 
     def worth(node: Node) -> float:
         return rewards[node.node_id].total if node.sentence else 0.0
 
     def after(node: Node) -> float | None:
-        if node.fate is Fate.FINISHED:
+        if node.status is NodeStatus.FINISHED:
             return 0.0
         children = families.get(node.node_id)
         return max(worth(child) + (after(child) or 0.0) for child in children) if children else None
@@ -117,7 +117,7 @@ def _response(last: Node, by_id: Mapping[str, Node], reward: float) -> Response:
         text="".join(node.text for node in path).strip(),
         num_sentences=sum(bool(node.sentence) for node in path),
         reward=reward,
-        complete=last.fate is Fate.FINISHED,
+        complete=last.status is NodeStatus.FINISHED,
     )
 
 

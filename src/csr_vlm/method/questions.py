@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from csr_vlm.config.schema import QuestionsConfig
 from csr_vlm.core.records import Node, Pair
-from csr_vlm.method.reward import OUT_OF_THE_RUNNING, contrasts
+from csr_vlm.method.reward import NOT_CANDIDATES, contrasts
 
 _Item = TypeVar("_Item")
 _SURE = (0.25, 0.5)
@@ -53,7 +53,7 @@ def claims(nodes: Sequence[Node], config: QuestionsConfig, scorer: str) -> Claim
         CsrError: The ledger has no cosines with other images.
     """
     pattern = re.compile(config.pattern)
-    sentences = [node for node in nodes if node.sentence and node.fate not in OUT_OF_THE_RUNNING]
+    sentences = [node for node in nodes if node.sentence and node.status not in NOT_CANDIDATES]
     values = contrasts(sentences, scorer)
     found = Claims({}, {}, max(values.values(), default=0.0))
     for node in sentences:
@@ -66,7 +66,7 @@ def claims(nodes: Sequence[Node], config: QuestionsConfig, scorer: str) -> Claim
     return found
 
 
-def strangers(own: Claims, pool: Iterable[str], number: int, key: str) -> list[str]:
+def negatives(own: Claims, pool: Iterable[str], number: int, key: str) -> list[str]:
     """Choose questions that other images gave rise to and this tree did not, by a keyed hash of their words."""
     strange = [question for question in pool if question not in own.sentences]
     return sorted(strange, key=lambda question: _digest(f"{key}:{question}"))[:number]

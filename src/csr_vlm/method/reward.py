@@ -22,9 +22,9 @@ from statistics import fmean, pstdev
 
 from csr_vlm.config.schema import MethodConfig, RewardConfig
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Fate, Node, others_column
+from csr_vlm.core.records import Node, NodeStatus, negatives_column
 
-OUT_OF_THE_RUNNING = (Fate.DUPLICATE, Fate.FILTERED)
+NOT_CANDIDATES = (NodeStatus.DUPLICATE, NodeStatus.FILTERED)
 """Nodes that are recorded and take no further part."""
 _WORD = re.compile(r"\w+")
 
@@ -87,7 +87,7 @@ def contrast(cosines: Mapping[str, float], scorer: str, place: str) -> float:
         place: What an error says it is of.
     """
     names = scorer.split("+")
-    return fmean(_cosine(cosines, name, place) - _cosine(cosines, others_column(name), place) for name in names)
+    return fmean(_cosine(cosines, name, place) - _cosine(cosines, negatives_column(name), place) for name in names)
 
 
 def _place(node: Node) -> str:
@@ -114,7 +114,7 @@ def sentence_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -
     ``standardised`` takes z-scores over all the nodes given, ``sibling_rank`` ranks among
     the children of one parent; both depend on which nodes are given.
     """
-    sentences = [node for node in nodes if node.sentence and node.fate not in OUT_OF_THE_RUNNING]
+    sentences = [node for node in nodes if node.sentence and node.status not in NOT_CANDIDATES]
     config = method.reward
     text = [text_score(node, config) for node in sentences]
     image = [image_score(node, scorer, config) for node in sentences]

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from csr_vlm.config.schema import FilterConfig, MethodConfig
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Candidate, Expansion, Fate, Finish, Node, Prompt
+from csr_vlm.core.records import Candidate, Expansion, Finish, Node, NodeStatus, Prompt
 from csr_vlm.method.reward import bag_of_words, path_ids, response_reward, sentence_rewards
 
 Propose = Callable[[Sequence[Expansion]], Sequence[Sequence[Candidate]]]
@@ -107,12 +107,12 @@ class Tree:
             for index, candidate in enumerate(siblings)
         ]
         self.nodes += fresh
-        undecided = [node for node in fresh if node.fate is Fate.PRUNED]
+        undecided = [node for node in fresh if node.status is NodeStatus.PRUNED]
         kept = choose(self.nodes, undecided, method, scorer)
         at_limit = all(node.depth >= method.search.max_sentences for node in undecided)
         if at_limit:
-            kept = dict.fromkeys(kept, Fate.TRUNCATED)
-        self.nodes = [replace(node, fate=kept[node.node_id]) if node.node_id in kept else node for node in self.nodes]
+            kept = dict.fromkeys(kept, NodeStatus.TRUNCATED)
+        self.nodes = [replace(node, status=kept[node.node_id]) if node.node_id in kept else node for node in self.nodes]
         self.frontier = [] if at_limit else list(kept)
 
     def _node(
@@ -132,18 +132,18 @@ class Tree:
                 f"look at {self.prompt.image} and at the weights; float16 overflows where bfloat16 and float32 do not",
             )
         if candidate.token_ids in [sibling.token_ids for sibling in siblings[:index]]:
-            fate = Fate.DUPLICATE
+            status = NodeStatus.DUPLICATE
         elif not candidate.sentence:
             # Nothing but an end: of the response so far, if there is one.
-            fate = Fate.FINISHED if candidate.finish is Finish.EOS and earlier else Fate.FILTERED
+            status = NodeStatus.FINISHED if candidate.finish is Finish.EOS and earlier else NodeStatus.FILTERED
         elif refused(candidate.sentence, [node.sentence for node in earlier], method.search.filters):
-            fate = Fate.FILTERED
+            status = NodeStatus.FILTERED
         elif candidate.finish is Finish.EOS:
-            fate = Fate.FINISHED
+            status = NodeStatus.FINISHED
         elif candidate.finish is Finish.LENGTH or self._too_long(earlier, candidate, method):
-            fate = Fate.TRUNCATED
+            status = NodeStatus.TRUNCATED
         else:
-            fate = Fate.PRUNED
+            status = NodeStatus.PRUNED
         return Node(
             prompt_id=self.prompt.prompt_id,
             iteration=self.iteration,
@@ -154,7 +154,7 @@ class Tree:
             token_logprobs=candidate.token_logprobs,
             text=candidate.text,
             finish=candidate.finish,
-            fate=fate,
+            status=status,
             cosines=dict(cosines.get(candidate.sentence, {})),
         )
 
@@ -214,7 +214,9 @@ def _score_once(
     return wanted
 
 
-def choose(nodes: Sequence[Node], candidates: Sequence[Node], method: MethodConfig, scorer: str) -> dict[str, Fate]:
+def choose(
+    nodes: Sequence[Node], candidates: Sequence[Node], method: MethodConfig, scorer: str
+) -> dict[str, NodeStatus]:
     """Pick the top-k and the bottom-k partial responses; ties go to the earlier node.
 
     Args:
@@ -222,7 +224,7 @@ def choose(nodes: Sequence[Node], candidates: Sequence[Node], method: MethodConf
         candidates: Nodes of this round that may be expanded.
 
     Returns:
-        The fate of those kept, best first, then worst first.
+        The status of those kept, best first, then worst first.
     """
     merit = steering_scores(nodes, candidates, method, scorer)
     best_first = sorted(candidates, key=lambda node: -merit[node.node_id])
@@ -230,7 +232,7 @@ def choose(nodes: Sequence[Node], candidates: Sequence[Node], method: MethodConf
     rest = best_first[method.search.keep_top :]
     worst_first = sorted(rest, key=lambda node: merit[node.node_id])
     bottom = worst_first[: method.search.keep_bottom]
-    return {node.node_id: Fate.TOP for node in top} | {node.node_id: Fate.BOTTOM for node in bottom}
+    return {node.node_id: NodeStatus.TOP for node in top} | {node.node_id: NodeStatus.BOTTOM for node in bottom}
 
 
 def steering_scores(

@@ -58,7 +58,7 @@ class EncodedPrompt:
 
 
 @dataclass
-class Reader:
+class PromptEncoder:
     """How a model is asked and its tokens are read, for which its weights are not needed."""
 
     config: Any
@@ -83,7 +83,7 @@ class Reader:
         return family_of(self.config)
 
     @property
-    def barred_ids(self) -> list[int]:
+    def image_token_ids(self) -> list[int]:
         """Ids that stand for pictures: a response that contained one could not be read back."""
         return picture_ids(self.config, self.processor)
 
@@ -122,11 +122,13 @@ class Policy:
     model: Any
     processor: Any
     max_image_pixels: int = 50_000_000
-    reader: Reader = field(init=False, repr=False)
+    prompt_encoder: PromptEncoder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         model = self.base_model
-        self.reader = Reader(model.config, model.generation_config, self.processor, self.max_image_pixels)
+        self.prompt_encoder = PromptEncoder(
+            model.config, model.generation_config, self.processor, self.max_image_pixels
+        )
 
     @property
     def base_model(self) -> Any:
@@ -145,7 +147,7 @@ class Policy:
     @property
     def eos_ids(self) -> frozenset[int]:
         """Ids that end a response."""
-        return self.reader.eos_ids
+        return self.prompt_encoder.eos_ids
 
     @property
     def pad_id(self) -> int:
@@ -154,16 +156,16 @@ class Policy:
 
     @property
     def family(self) -> Family:
-        return self.reader.family
+        return self.prompt_encoder.family
 
     @property
-    def barred_ids(self) -> list[int]:
+    def image_token_ids(self) -> list[int]:
         """Ids that stand for pictures: a response that contained one could not be read back."""
-        return self.reader.barred_ids
+        return self.prompt_encoder.image_token_ids
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Load the image, apply the chat template, and tokenise as the processor wants it."""
-        encoded = self.reader.processed(prompt)
+        encoded = self.prompt_encoder.processed(prompt)
         shape = encoded["input_ids"].shape
         extras = {key: value for key, value in encoded.items() if key not in NOT_INPUTS}
         return EncodedPrompt(
@@ -349,7 +351,7 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
     return model.eval(), processor
 
 
-def load_reader(config: ModelConfig, max_image_pixels: int = 50_000_000) -> Reader:
+def load_prompt_encoder(config: ModelConfig, max_image_pixels: int = 50_000_000) -> PromptEncoder:
     """Load what :func:`load_base` does, without the weights.
 
     Raises:
@@ -363,7 +365,7 @@ def load_reader(config: ModelConfig, max_image_pixels: int = 50_000_000) -> Read
         except OSError:  # it has none
             generation_config = GenerationConfig.from_model_config(model_config)
     _require_template(config, model_config, processor)
-    return Reader(model_config, generation_config, processor, max_image_pixels)
+    return PromptEncoder(model_config, generation_config, processor, max_image_pixels)
 
 
 @contextmanager

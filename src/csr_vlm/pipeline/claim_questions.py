@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.records import Node, Pair, Prompt
 from csr_vlm.data.external_pairs import TextPair
-from csr_vlm.method.questions import claims, questions, strangers, worth_asking
+from csr_vlm.method.questions import claims, negatives, questions, worth_asking
 from csr_vlm.method.reward import contrast
 from csr_vlm.method.sentences import SentenceRule
 
@@ -21,7 +21,7 @@ _WORDINGS = 8
 """Sentences that speak for a claim where it was not made."""
 
 
-class Asker:
+class ClaimQuestioner:
     """Asks a policy about the claims of its trees, a group of prompts at a time.
 
     Args:
@@ -31,13 +31,13 @@ class Asker:
     """
 
     def __init__(
-        self, config: RunConfig, policy: Policy, scorer: ScorerGroup, iteration: int, company: Sequence[Prompt]
+        self, config: RunConfig, policy: Policy, scorer: ScorerGroup, iteration: int, filler_prompts: Sequence[Prompt]
     ) -> None:
         self._config = config
         self._policy = policy
         self._scorer = scorer
         self._iteration = iteration
-        self._company = company
+        self._filler_prompts = filler_prompts
         self._rule = SentenceRule(config.method.search.delimiters)
 
     def pairs(self, prompts: Sequence[Prompt], trees: Sequence[Sequence[Node]]) -> list[Pair]:
@@ -45,7 +45,7 @@ class Asker:
         from csr_vlm.training.pair_encoding import scored_pairs
 
         config, pairs = self._config, []
-        self._scorer.compare_among([*prompts, *self._company], config.scorer.others)
+        self._scorer.set_negative_images([*prompts, *self._filler_prompts], config.scorer.others)
         asked = _text_pairs(prompts, trees, self._scorer, config)
         scored = scored_pairs(asked, self._policy, self._iteration, self._rule)
         found = (pair for pair in scored if isinstance(pair, Pair))
@@ -67,7 +67,7 @@ def _text_pairs(
             said = pool.setdefault(question, [])
             said += [sentence for sentence in sentences if sentence not in said][: _WORDINGS - len(said)]
     for prompt, mine in zip(prompts, found, strict=True):
-        chosen = strangers(mine, pool, settings.per_prompt, f"{config.seed}:{prompt.prompt_id}")
+        chosen = negatives(mine, pool, settings.per_prompt, f"{config.seed}:{prompt.prompt_id}")
         strange = _judged(prompt, {question: pool[question] for question in chosen}, scorer, config.scorer.used)
         for number, (question, holds) in enumerate(questions(mine, strange, settings)):
             answers = (settings.yes, settings.no) if holds else (settings.no, settings.yes)

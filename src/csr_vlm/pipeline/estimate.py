@@ -58,7 +58,7 @@ class Shape:
         return 19 * rank * self.width * self.layers
 
 
-def estimate(config: RunConfig, tell: Reporter, *, offline: bool = False) -> dict[str, Any]:
+def estimate(config: RunConfig, reporter: Reporter, *, offline: bool = False) -> dict[str, Any]:
     """Check the data completely and the model's configuration, and count what a run would do.
 
     Args:
@@ -83,7 +83,7 @@ def estimate(config: RunConfig, tell: Reporter, *, offline: bool = False) -> dic
         report.accepted = number
         found = report.dump()
     else:
-        found = _check_data(config, report, tell)
+        found = _check_data(config, report, reporter)
     if not report.accepted:
         raise nothing_usable(config.data, report)
     if report.dropped:
@@ -104,14 +104,14 @@ def estimate(config: RunConfig, tell: Reporter, *, offline: bool = False) -> dic
     }
 
 
-def _check_data(config: RunConfig, report: InputReport, tell: Reporter) -> dict[str, Any]:
+def _check_data(config: RunConfig, report: InputReport, reporter: Reporter) -> dict[str, Any]:
     """Read all prompts and pairs; the report is filled in passing."""
-    with tell.stage("checking prompts and images", count_rows(config.data)) as advance:
-        for _ in read_prompts(config.data, report, seed=config.seed, tick=lambda: advance(1)):
+    with reporter.stage("checking prompts and images", count_rows(config.data)) as progress:
+        for _ in read_prompts(config.data, report, seed=config.seed, tick=lambda: progress.advance(1)):
             pass
     found = report.dump()
     if config.data.pairs is not None:
-        found["pairs"] = check_pairs(config.data, tell).dump()
+        found["pairs"] = check_pairs(config.data, reporter).dump()
     return found
 
 

@@ -22,31 +22,31 @@ from csr_vlm.core.progress import Reporter
 from csr_vlm.pipeline import gates, stages
 from csr_vlm.report.card import write_card
 from csr_vlm.report.html import write_report
-from csr_vlm.scale.executor import ALONE, Crew
-from csr_vlm.store.progress_file import recorded
+from csr_vlm.scale.executor import LOCAL, Executor
+from csr_vlm.store.progress_file import record_progress
 from csr_vlm.store.run import Run
 
 
-def align(run: Run, tell: Reporter, crew: Crew = ALONE) -> None:
+def align(run: Run, reporter: Reporter, executor: Executor = LOCAL) -> None:
     """Run the whole method in a run directory, going on from whatever is there.
 
     Args:
         crew: Who generates and trains; what comes out does not depend on it.
     """
-    with run.locked(), recorded(run.root, tell) as recorder:
-        tell = recorder
-        stages.check_inputs(run, tell)
-        stages.evaluate(run, 0, tell)
+    with run.locked(), record_progress(run.root, reporter) as recorder:
+        reporter = recorder
+        stages.check_inputs(run, reporter)
+        stages.evaluate(run, 0, reporter)
         for iteration in range(1, run.config.iterations + 1):
-            stages.generate(run, iteration, tell, crew)
-            stages.make_pairs(run, iteration, tell, crew)
-            if gates.audit(run, iteration, tell):
+            stages.generate(run, iteration, reporter, executor)
+            stages.make_pairs(run, iteration, reporter, executor)
+            if gates.audit(run, iteration, reporter):
                 break
-            stages.train(run, iteration, tell, crew)
-            stages.evaluate(run, iteration, tell)
-            if gates.gate(run, iteration, tell):
+            stages.train(run, iteration, reporter, executor)
+            stages.evaluate(run, iteration, reporter)
+            if gates.gate(run, iteration, reporter):
                 break
-        stages.export(run, tell)
+        stages.export(run, reporter)
         if run.final:
             write_card(run)
         write_report(run)

@@ -19,7 +19,7 @@ def supplies(config: RunConfig, iteration: int) -> bool:
     return config.data.pairs is not None and iteration == 1
 
 
-def check_pairs(config: DataConfig, tell: Reporter, images: Path | None = None) -> InputReport:
+def check_pairs(config: DataConfig, reporter: Reporter, images: Path | None = None) -> InputReport:
     """Read all pairs from outside and decode every image, before any model is loaded.
 
     Args:
@@ -29,17 +29,17 @@ def check_pairs(config: DataConfig, tell: Reporter, images: Path | None = None) 
         CsrError: None of them can be used.
     """
     report = InputReport()
-    with tell.stage("checking pairs", count_pairs(config)) as advance:
-        for _ in read_text_pairs(config, report, images=images, tick=lambda: advance(1)):
+    with reporter.stage("checking pairs", count_pairs(config)) as progress:
+        for _ in read_text_pairs(config, report, images=images, tick=lambda: progress.advance(1)):
             pass
     if not report.accepted:
         raise CsrError(f"no usable pair in {config.pairs}", "; ".join(report.examples[:3]) or "it is empty")
     if report.dropped:
-        tell.say(f"dropped {report.dropped.total()} pairs: {report.reasons}; the manifest names them")
+        reporter.log(f"dropped {report.dropped.total()} pairs: {report.reasons}; the manifest names them")
     return report
 
 
-def take_pairs(run: Run, tell: Reporter) -> tuple[list[Pair], Counter[str]]:
+def take_pairs(run: Run, reporter: Reporter) -> tuple[list[Pair], Counter[str]]:
     """Tokenise the pairs from outside and compute their log-probabilities under the base model.
 
     Returns:
@@ -59,12 +59,12 @@ def take_pairs(run: Run, tell: Reporter) -> tuple[list[Pair], Counter[str]]:
     rule = SentenceRule(config.method.search.delimiters)
     pairs: list[Pair] = []
     reasons: Counter[str] = Counter()
-    with tell.stage("iteration 1: pairs from outside", run.result(0, "prompts")["pairs"]["accepted"]) as advance:
+    with reporter.stage("iteration 1: pairs from outside", run.result(0, "prompts")["pairs"]["accepted"]) as progress:
         texts = read_text_pairs(config.data, InputReport(), images=run.images_path)
         for found in scored_pairs(texts, policy, 1, rule):
             if isinstance(found, str):
                 reasons[found] += 1
             else:
                 pairs.append(found)
-            advance(1)
+            progress.advance(1)
     return pairs, reasons

@@ -12,14 +12,14 @@ from csr_vlm.config.schema import ModelConfig, RunConfig
 from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.prompts import InputReport, read_prompts
-from csr_vlm.method.audit import SCORER_BOUND, Verdict, pair_signs, tree_signs
+from csr_vlm.method.audit import SCORER_BOUND, Verdict, pair_metrics, tree_metrics
 
 _PROMPTS = 16
 _SHORT = {"method": {"search": {"max_sentences": 2}}}
 """Enough sentences to judge a scorer by."""
 
 
-def try_out(config: RunConfig, tell: Reporter) -> dict[str, Any]:
+def run_preflight(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     """Let a model whose weights are on disk write a few sentences; see whether it and the scorer do as they should.
 
     Returns:
@@ -39,12 +39,12 @@ def try_out(config: RunConfig, tell: Reporter) -> dict[str, Any]:
         prompts = list(islice(rows, _PROMPTS))
         if not prompts:
             return found
-        with tell.stage("trying the model", 1) as advance:
+        with reporter.stage("trying the model", 1) as progress:
             policy = _checked(config, prompts[0], found["estimate"])
-            advance(1)
-        with tell.stage("trying the scorer", 1) as advance:
+            progress.advance(1)
+        with reporter.stage("trying the scorer", 1) as progress:
             agreement = _agreement(config, policy, prompts)
-            advance(1)
+            progress.advance(1)
     if agreement is not None:
         found["estimate"][f"scorer's agreement, {len(prompts)} pictures"] = round(agreement, 3)
         if SCORER_BOUND.judge(agreement) is not Verdict.GO:
@@ -86,5 +86,5 @@ def _agreement(config: RunConfig, policy: Any, prompts: list[Prompt]) -> float |
     scorer = load_scorer_of(short, None)
     engine = TransformersEngine(policy, short.generation.max_rows, short.generation.attention)
     trees = search_trees(prompts, prompts, engine, scorer, short, 1)
-    signs = pair_signs(tree_signs(tree.nodes, [], short.method, short.scorer.used) for tree in trees)
-    return signs.get("scorer_agreement")
+    metrics = pair_metrics(tree_metrics(tree.nodes, [], short.method, short.scorer.used) for tree in trees)
+    return metrics.get("scorer_agreement")

@@ -25,9 +25,9 @@ from csr_vlm.data.prompts import InputReport, count_rows, hold_out, nothing_usab
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs as pairs_of
 from csr_vlm.pipeline import offline_pairs
-from csr_vlm.pipeline.claim_questions import Asker
-from csr_vlm.pipeline.tasks import Ask, Rescore, Search, engine_and_scorer, train_policy
-from csr_vlm.scale.executor import ALONE, Crew, Job
+from csr_vlm.pipeline.claim_questions import ClaimQuestioner
+from csr_vlm.pipeline.tasks import QuestionWorker, RescoreWorker, SearchWorker, engine_and_scorer, train_policy
+from csr_vlm.scale.executor import LOCAL, Executor, Task
 from csr_vlm.store import files, ledger, tables
 from csr_vlm.store.run import Run
 
@@ -39,7 +39,7 @@ _WHOLE_PER_PROMPT = 4
 """Pairs of whole responses that stand for a prompt's pairs of siblings."""
 
 
-def check_inputs(run: Run, tell: Reporter) -> None:
+def check_inputs(run: Run, reporter: Reporter) -> None:
     """Read all prompts, decode every image once, and keep those that passed; the same for pairs from outside."""
     if "report_to" in run.config.training.trl:
         from csr_vlm.training.reporting import require_services
@@ -53,18 +53,20 @@ def check_inputs(run: Run, tell: Reporter) -> None:
     config, report = run.config, InputReport()
     check_arguments(config.training)
     heldout: list[Prompt] = []
-    with tell.stage("checking prompts and images", count_rows(config.data)) as advance:
-        prompts = read_prompts(config.data, report, seed=config.seed, images=run.images_path, tick=lambda: advance(1))
+    with reporter.stage("checking prompts and images", count_rows(config.data)) as progress:
+        prompts = read_prompts(
+            config.data, report, seed=config.seed, images=run.images_path, tick=lambda: progress.advance(1)
+        )
         kept = hold_out(prompts, config.evaluation.heldout, heldout)
         tables.write_prompts(run.prompts_path, kept, config.generation.prompts_per_part)
         tables.write_prompts(run.heldout_path, heldout, config.generation.prompts_per_part)
     if not report.accepted:
         raise nothing_usable(config.data, report)
     if report.dropped:
-        tell.say(f"dropped {report.dropped.total()} prompts: {report.reasons}; the manifest names them")
+        reporter.log(f"dropped {report.dropped.total()} prompts: {report.reasons}; the manifest names them")
     found = {"sha256": files.sha256_of(run.prompts_path), "heldout": len(heldout), **report.dump()}
     if config.data.pairs is not None:
-        found["pairs"] = offline_pairs.check_pairs(config.data, tell, run.images_path).dump()
+        found["pairs"] = offline_pairs.check_pairs(config.data, reporter, run.images_path).dump()
     run.mark_done(0, "prompts", **found)
 
 
@@ -81,32 +83,34 @@ def _refuse_other_prompts(run: Run) -> None:
         )
 
 
-def generate(run: Run, iteration: int, tell: Reporter, crew: Crew = ALONE) -> None:
+def generate(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOCAL) -> None:
     """Search with the last iteration's policy and score every sentence, work item by work item."""
     if run.is_done(iteration, "generate") or offline_pairs.supplies(run.config, iteration):
         return
     started = time.perf_counter()
-    job = Job(Search, run.root, {"iteration": iteration}, tables.count_groups(run.prompts_path))
-    with tell.stage(f"iteration {iteration}: searching", run.num_prompts) as advance:
-        tally = crew.spread(job, advance, tell.say)
+    task = Task(SearchWorker, run.root, {"iteration": iteration}, tables.count_groups(run.prompts_path))
+    with reporter.stage(f"iteration {iteration}: searching", run.num_prompts) as progress:
+        tally = executor.map(task, progress, reporter.log)
     run.mark_done(
         iteration,
         "generate",
-        nodes=tally["fates"].total(),
-        fates=dict(tally["fates"]),
+        nodes=tally["statuses"].total(),
+        statuses=dict(tally["statuses"]),
         sentences_over_length=dict(tally["sentences_over_length"]),
         seconds=_since(started),
     )
 
 
-def score(run: Run, iteration: int, scorer_config: ScorerConfig, tell: Reporter, crew: Crew = ALONE) -> None:
+def score(
+    run: Run, iteration: int, scorer_config: ScorerConfig, reporter: Reporter, executor: Executor = LOCAL
+) -> None:
     """Add a scorer's cosines to every sentence of a ledger, part by part."""
     if not run.is_done(iteration, "generate"):
         raise CsrError(f"iteration {iteration} of {run.root} is not generated", f"csr generate {run.root}")
     settings = {"iteration": iteration, "scorer": scorer_config.model_dump(mode="json")}
-    job = Job(Rescore, run.root, settings, len(run.ledger_parts(iteration)))
-    with tell.stage(f"iteration {iteration}: scoring", job.num_items) as advance:
-        crew.spread(job, advance, tell.say)
+    task = Task(RescoreWorker, run.root, settings, len(run.ledger_parts(iteration)))
+    with reporter.stage(f"iteration {iteration}: scoring", task.num_items) as progress:
+        executor.map(task, progress, reporter.log)
 
 
 def require_before(run: Run, iteration: int, stage: str) -> None:
@@ -122,18 +126,22 @@ def require_before(run: Run, iteration: int, stage: str) -> None:
         )
 
 
-def make_pairs(run: Run, iteration: int, tell: Reporter, crew: Crew = ALONE) -> None:
+def make_pairs(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOCAL) -> None:
     """Derive the iteration's pairs from its ledger, or take those from outside; ask about its claims."""
     if run.is_done(iteration, "pairs"):
         return
     started = time.perf_counter()
     outside = offline_pairs.supplies(run.config, iteration)
     reasons: Counter[str] = Counter()
-    pairs = _pairs_from_outside(run, reasons, tell) if outside else _pairs(run, iteration, run.config, reasons, tell)
+    pairs = (
+        _pairs_from_outside(run, reasons, reporter)
+        if outside
+        else _pairs(run, iteration, run.config, reasons, reporter)
+    )
     number = tables.write_pairs(run.pairs_path(iteration), pairs)
     if not number and iteration == 1:
         raise CsrError(f"iteration {iteration} has no pairs: {dict(reasons)}", "loosen method.pairs or add prompts")
-    asked = 0 if outside else _ask_together(run, iteration, tell, crew)
+    asked = 0 if outside else _ask_questions(run, iteration, reporter, executor)
     run.mark_done(
         iteration,
         "pairs",
@@ -145,37 +153,37 @@ def make_pairs(run: Run, iteration: int, tell: Reporter, crew: Crew = ALONE) -> 
     )
 
 
-def _ask_together(run: Run, iteration: int, tell: Reporter, crew: Crew) -> int:
+def _ask_questions(run: Run, iteration: int, reporter: Reporter, executor: Executor) -> int:
     """Write the pairs of yes and no about the claims of a ledger, work item by work item; return how many."""
     path, folder = run.questions_path(iteration), run.question_parts(iteration)
     if not run.config.method.pairs.questions.pattern:
         return tables.write_pairs(path, [])
-    job = Job(Ask, run.root, {"iteration": iteration}, tables.count_groups(run.prompts_path))
-    with tell.stage(f"iteration {iteration}: asking about claims", run.num_prompts) as advance:
-        crew.spread(job, advance, tell.say)
+    task = Task(QuestionWorker, run.root, {"iteration": iteration}, tables.count_groups(run.prompts_path))
+    with reporter.stage(f"iteration {iteration}: asking about claims", run.num_prompts) as progress:
+        executor.map(task, progress, reporter.log)
     found = sorted(folder.glob("part-*.parquet"))
     number = tables.write_pairs(path, (pair for part in found for pair in tables.read_pairs(part)))
     shutil.rmtree(folder)
     return number
 
 
-def ask(run: Run, iteration: int, config: RunConfig, tell: Reporter) -> list[Pair]:
+def ask(run: Run, iteration: int, config: RunConfig, reporter: Reporter) -> list[Pair]:
     """Make pairs of yes and no about the claims of a ledger, under any settings; none, if they ask nothing."""
     if not config.method.pairs.questions.pattern:
         return []
-    engine, scorer = engine_and_scorer(config, run.adapter_path(iteration - 1), tell.say)
+    engine, scorer = engine_and_scorer(config, run.adapter_path(iteration - 1), reporter.log)
     groups, trees = tables.PromptGroups(run.prompts_path), ledger.trees(run, iteration)
-    asker = Asker(config, engine.policy, scorer, iteration, groups[0])
+    questioner = ClaimQuestioner(config, engine.policy, scorer, iteration, groups[0])
     pairs: list[Pair] = []
-    with tell.stage(f"iteration {iteration}: asking about claims", run.num_prompts) as advance:
+    with reporter.stage(f"iteration {iteration}: asking about claims", run.num_prompts) as progress:
         for prompts in tables.prompt_groups(run.prompts_path):
-            pairs += asker.pairs(prompts, list(islice(trees, len(prompts))))
-            advance(len(prompts))
+            pairs += questioner.pairs(prompts, list(islice(trees, len(prompts))))
+            progress.advance(len(prompts))
     return pairs
 
 
 def derive_pairs(
-    run: Run, iteration: int, config: RunConfig, tell: Reporter | None = None
+    run: Run, iteration: int, config: RunConfig, reporter: Reporter | None = None
 ) -> tuple[list[Pair], Counter[str]]:
     """Compute pairs under any settings; generation is not repeated.
 
@@ -183,24 +191,24 @@ def derive_pairs(
         The pairs, and why the other prompts have none.
     """
     reasons: Counter[str] = Counter()
-    return list(_pairs(run, iteration, config, reasons, tell or Silent())), reasons
+    return list(_pairs(run, iteration, config, reasons, reporter or Silent())), reasons
 
 
-def _pairs(run: Run, iteration: int, config: RunConfig, reasons: Counter[str], tell: Reporter) -> Iterator[Pair]:
+def _pairs(run: Run, iteration: int, config: RunConfig, reasons: Counter[str], reporter: Reporter) -> Iterator[Pair]:
     """Yield pairs prompt by prompt, and count in passing why others have none."""
     trees = ledger.trees(run, iteration)
-    with tell.stage(f"iteration {iteration}: pairs", run.num_prompts) as advance:
+    with reporter.stage(f"iteration {iteration}: pairs", run.num_prompts) as progress:
         for prompt, nodes in zip(run.prompts(), trees, strict=True):
             found = pairs_of(prompt, nodes, config.method, config.scorer.used, config.seed)
             if isinstance(found, str):
                 reasons[found] += 1
             else:
                 yield from found
-            advance(1)
+            progress.advance(1)
 
 
-def _pairs_from_outside(run: Run, reasons: Counter[str], tell: Reporter) -> Iterable[Pair]:
-    pairs, refused = offline_pairs.take_pairs(run, tell)
+def _pairs_from_outside(run: Run, reasons: Counter[str], reporter: Reporter) -> Iterable[Pair]:
+    pairs, refused = offline_pairs.take_pairs(run, reporter)
     reasons.update(refused)
     return pairs
 
@@ -236,29 +244,29 @@ _PAIR_TRAITS: dict[str, Callable[[Pair], float]] = {
 }
 
 
-def train(run: Run, iteration: int, tell: Reporter, crew: Crew = ALONE) -> None:
+def train(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOCAL) -> None:
     """Run DPO against the last iteration's policy and keep the adapter."""
     if run.is_done(iteration, "train"):
         return
     started = time.perf_counter()
-    with tell.stage(f"iteration {iteration}: training", 0) as advance:
-        result = crew.together(Job(train_policy, run.root, {"iteration": iteration}), advance)
+    with reporter.stage(f"iteration {iteration}: training", 0) as progress:
+        result = executor.run_all(Task(train_policy, run.root, {"iteration": iteration}), progress)
     if result["reference"] == "model" and run.config.training.reference == "ledger":
-        tell.say(
+        reporter.log(
             f"iteration {iteration}: the ledger's log-probabilities differ by {result['reference_difference']:.3g} "
             "nats from a teacher-forced pass; the reference was computed again"
         )
     if result["packing_obstacle"] is not None:
-        tell.say(f"iteration {iteration}: pairs are trained on in rows of their own: {result['packing_obstacle']}")
+        reporter.log(f"iteration {iteration}: pairs are trained on in rows of their own: {result['packing_obstacle']}")
     run.mark_done(iteration, "train", seconds=_since(started), **result)
 
 
-def evaluate(run: Run, iteration: int, tell: Reporter, again: bool = False) -> None:
+def evaluate(run: Run, iteration: int, reporter: Reporter, again: bool = False) -> None:
     """Measure the policy after an iteration: on held-out prompts, and whatever the configuration names."""
     if run.is_done(iteration, "evaluate") and not again:
         return
     started = time.perf_counter()
-    found = measure(run.config, run.adapter_path(iteration), run.heldout(), policy_name(iteration), tell)
+    found = measure(run.config, run.adapter_path(iteration), run.heldout(), policy_name(iteration), reporter)
     for name, document in found.items():
         files.write_json(run.evaluation_path(iteration, name), document)
     metrics = {name: document["metrics"] for name, document in found.items()}
@@ -266,7 +274,7 @@ def evaluate(run: Run, iteration: int, tell: Reporter, again: bool = False) -> N
 
 
 def measure(
-    config: RunConfig, adapter: Path | None, heldout: list[Prompt], title: str, tell: Reporter
+    config: RunConfig, adapter: Path | None, heldout: list[Prompt], title: str, reporter: Reporter
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a policy in every way that the configuration asks for.
 
@@ -281,21 +289,21 @@ def measure(
     world = config.evaluation.world
     if not heldout and world is None:
         return {}
-    loaded = engine_and_scorer(config, adapter, tell.say)
+    loaded = engine_and_scorer(config, adapter, reporter.log)
     found = {}
     if heldout:
-        found["heldout"] = _evaluate_heldout(config, *loaded, heldout, title, tell)
+        found["heldout"] = _evaluate_heldout(config, *loaded, heldout, title, reporter)
     if world is not None:
-        found["world"] = _evaluate_scenes(world, *loaded, title, tell)
+        found["world"] = _evaluate_scenes(world, *loaded, title, reporter)
     return found
 
 
 def evaluate_world(
-    config: RunConfig, adapter: Path | None, title: str, tell: Reporter, temperature: float = 0.0
+    config: RunConfig, adapter: Path | None, title: str, reporter: Reporter, temperature: float = 0.0
 ) -> dict[str, Any]:
     """Evaluate a policy on the scenes that the configuration names."""
     world = config.evaluation.world or WorldEvaluationConfig()
-    return _evaluate_scenes(world, *engine_and_scorer(config, adapter, tell.say), title, tell, temperature)
+    return _evaluate_scenes(world, *engine_and_scorer(config, adapter, reporter.log), title, reporter, temperature)
 
 
 def _evaluate_heldout(
@@ -304,15 +312,15 @@ def _evaluate_heldout(
     scorer: ScorerGroup,
     prompts: list[Prompt],
     title: str,
-    tell: Reporter,
+    reporter: Reporter,
 ) -> dict[str, Any]:
     from csr_vlm.evaluation.heldout import evaluate as evaluate_responses
 
     search_config = config.method.search
     limit = search_config.max_sentences * search_config.max_sentence_tokens
-    with tell.stage(f"{title}: answering held-out prompts", len(prompts)) as advance:
+    with reporter.stage(f"{title}: answering held-out prompts", len(prompts)) as progress:
         found = evaluate_responses(engine, scorer, prompts, limit, search_config.delimiters)
-        advance(len(prompts))
+        progress.advance(len(prompts))
     return found
 
 
@@ -321,13 +329,13 @@ def _evaluate_scenes(
     engine: TransformersEngine,
     scorer: ScorerGroup,
     title: str,
-    tell: Reporter,
+    reporter: Reporter,
     temperature: float = 0.0,
 ) -> dict[str, Any]:
     from csr_vlm.world.scene_evaluation import evaluate as evaluate_scenes
     from csr_vlm.world.scenes import Split, world_named
 
-    with tell.stage(f"{title}: evaluating", world.num_scenes) as advance:
+    with reporter.stage(f"{title}: evaluating", world.num_scenes) as progress:
         return evaluate_scenes(
             world_named(world.name),
             engine,
@@ -336,22 +344,22 @@ def _evaluate_scenes(
             seed=world.seed,
             num_scenes=world.num_scenes,
             temperature=temperature,
-            tick=advance,
+            tick=progress.advance,
         )
 
 
-def export(run: Run, tell: Reporter) -> None:
+def export(run: Run, reporter: Reporter) -> None:
     """Put the final adapter, and the merged model if asked for, where users look for them."""
     final = run.root / "adapter"
     if run.final == 0 and run.stopped_at is not None:
-        tell.say(f"no iteration of {run.root} passed; the base model stays as it is")
+        reporter.log(f"no iteration of {run.root} passed; the base model stays as it is")
         shutil.rmtree(final, ignore_errors=True)
         return
     files.replace_directory(final, partial(shutil.copytree, run.trained_adapter()))
     if run.config.training.merge and not (run.root / "model").exists():
         from csr_vlm.training.dpo import merge
 
-        tell.say("merging the adapter into the base model")
+        reporter.log("merging the adapter into the base model")
         merge(run.config.model, final, run.root / "model")
 
 

@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
-from csr_vlm.core.batching import spread
+from csr_vlm.core.batching import evenly_spaced
 from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import responses
 from csr_vlm.store import files, tables
-from csr_vlm.store.progress_file import Progress, read_progress
+from csr_vlm.store.progress_file import ProgressRecord, read_progress
 from csr_vlm.store.run import Run
 
 State = Literal["waiting", "running", "finished", "failed", "interrupted", "gone"]
@@ -121,7 +121,7 @@ class Watcher:
         return self._samples
 
 
-def _state(run: Run, in_use: bool, progress: Progress | None) -> State:
+def _state(run: Run, in_use: bool, progress: ProgressRecord | None) -> State:
     if in_use:
         return "running"
     if run.is_finished:
@@ -132,7 +132,7 @@ def _state(run: Run, in_use: bool, progress: Progress | None) -> State:
     return {"working": "gone", "done": "waiting", "failed": "failed", "interrupted": "interrupted"}[progress.state]  # type: ignore[return-value]
 
 
-def _is_at_work(progress: Progress) -> bool:
+def _is_at_work(progress: ProgressRecord) -> bool:
     """Whether who wrote the account may still be writing it; of another machine's processes nothing is known."""
     if progress.state != "working" or progress.host != platform.node():
         return progress.state == "working"
@@ -145,7 +145,7 @@ def _is_at_work(progress: Progress) -> bool:
     return True
 
 
-def _why(run: Run, state: State, progress: Progress | None) -> str:
+def _why(run: Run, state: State, progress: ProgressRecord | None) -> str:
     if state == "finished" and run.stopped_at is not None:
         return f"stopped at iteration {run.stopped_at}; the result is {policy_name(run.final)}"
     if state == "failed" and progress is not None:
@@ -153,7 +153,7 @@ def _why(run: Run, state: State, progress: Progress | None) -> str:
     return {"gone": "its process ended without a word", "waiting": "nobody works in it"}.get(state, "")
 
 
-def _current(progress: Progress) -> Current | None:
+def _current(progress: ProgressRecord) -> Current | None:
     stage = progress.stage
     if stage is None:
         return None
@@ -209,7 +209,7 @@ def _samples(run: Run, path: Path) -> list[Spoken]:
     if path.suffix == ".json":
         rows = files.read_json(path)["rows"]
         source = f"{policy_name(number)}, {path.stem}"
-        return [Spoken(str(row["id"]), _short(row["text"]), source) for row in spread(rows, _MOST_SAMPLES)]
+        return [Spoken(str(row["id"]), _short(row["text"]), source) for row in evenly_spaced(rows, _MOST_SAMPLES)]
     ids = dict.fromkeys(pq.read_table(path, columns=["prompt_id"]).column("prompt_id").to_pylist())
     found = []
     for prompt_id in list(ids)[-_MOST_SAMPLES:]:

@@ -44,7 +44,7 @@ def points(axes: Sequence[str]) -> Iterator[list[str]]:
     return (list(point) for point in itertools.product(*parsed))
 
 
-def sweep(run: Run, axes: Sequence[str], iteration: int, out: Path, tell: Reporter) -> list[dict[str, Any]]:
+def sweep(run: Run, axes: Sequence[str], iteration: int, out: Path, reporter: Reporter) -> list[dict[str, Any]]:
     """Train and measure every point on an iteration's ledger; points that are there already are kept.
 
     Args:
@@ -74,32 +74,32 @@ def sweep(run: Run, axes: Sequence[str], iteration: int, out: Path, tell: Report
             )
         root = out / files.digest({"overrides": overrides, "iteration": iteration})
         if not (root / "result.json").exists():
-            result = _point(run, config, iteration, root, " ".join(overrides), tell)
+            result = _point(run, config, iteration, root, " ".join(overrides), reporter)
             files.write_json(root / "result.json", {"overrides": overrides, "iteration": iteration, **result})
         rows.append(files.read_json(root / "result.json"))
     return rows
 
 
-def _point(run: Run, config: RunConfig, iteration: int, root: Path, title: str, tell: Reporter) -> dict[str, Any]:
+def _point(run: Run, config: RunConfig, iteration: int, root: Path, title: str, reporter: Reporter) -> dict[str, Any]:
     from csr_vlm.training.callback import count_steps
     from csr_vlm.training.dpo import train
 
-    pairs, reasons = stages.derive_pairs(run, iteration, config, tell)
+    pairs, reasons = stages.derive_pairs(run, iteration, config, reporter)
     if not pairs:
         raise CsrError(f"these settings leave no pairs: {dict(reasons)}", "loosen method.pairs")
     tables.write_pairs(root / "pairs.parquet", pairs)
-    with tell.stage(f"{title}: training", 0) as advance:
+    with reporter.stage(f"{title}: training", 0) as progress:
         train(
-            pairs + stages.ask(run, iteration, config, tell),
+            pairs + stages.ask(run, iteration, config, reporter),
             config.model,
             config.training,
             previous=run.adapter_path(iteration - 1),
             adapter=root / "adapter",
             work=root / "trainer",
             seed=config.seed * 1000 + iteration,
-            callbacks=[count_steps(advance)],
+            callbacks=[count_steps(progress)],
         )
-    found = stages.measure(config, root / "adapter", run.heldout(), title, tell)
+    found = stages.measure(config, root / "adapter", run.heldout(), title, reporter)
     return {
         "pairs": {"pairs": len(pairs), **stages.summarise_pairs(pairs)},
         "metrics": {name: document["metrics"] for name, document in found.items()},

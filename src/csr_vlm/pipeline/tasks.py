@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from csr_vlm.config.load import scorer_config
 from csr_vlm.config.schema import RunConfig
-from csr_vlm.core.progress import Advance
+from csr_vlm.core.progress import Progress
 from csr_vlm.core.records import Node, Prompt
 from csr_vlm.method.search import Tree, search
-from csr_vlm.pipeline.claim_questions import Asker
-from csr_vlm.scale.executor import Done
+from csr_vlm.pipeline.claim_questions import ClaimQuestioner
+from csr_vlm.scale.executor import ItemResult
 from csr_vlm.store import files, ledger, parts, tables
 from csr_vlm.store.run import Run
 
@@ -30,65 +30,65 @@ if TYPE_CHECKING:
     from csr_vlm.scoring.scorer import ScorerGroup
 
 
-class Search:
+class SearchWorker:
     """Search with the last iteration's policy; an item is a group of prompts and becomes a part of the ledger."""
 
-    def __init__(self, root: Path, iteration: int, say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, iteration: int, log: Callable[[str], None]) -> None:
         from csr_vlm.generation.engines import open_engine
 
         self._run = Run.open(root)
         self._iteration = iteration
         self._groups = tables.PromptGroups(self._run.prompts_path)
-        self._company = self._groups[0]
+        self._filler_prompts = self._groups[0]
         config, adapter = self._run.config, self._run.adapter_path(iteration - 1)
         self._scorer = load_scorer_of(config, adapter)
         self._open = ExitStack()
-        self._engine = self._open.enter_context(open_engine(config, adapter, self._company[0], say))
+        self._engine = self._open.enter_context(open_engine(config, adapter, self._filler_prompts[0], log))
 
-    def do(self, item: int) -> Done:
+    def run_item(self, item: int) -> ItemResult:
         prompts, config = self._groups[item], self._run.config
         part = self._run.iteration(self._iteration) / "ledger" / part_name(item, prompts, config, self._iteration)
         if part.exists():
             nodes = list(tables.read_nodes(part))
         else:
-            trees = search_trees(prompts, self._company, self._engine, self._scorer, config, self._iteration)
+            trees = search_trees(prompts, self._filler_prompts, self._engine, self._scorer, config, self._iteration)
             nodes = [node for tree in trees for node in tree.nodes]
             tables.write_nodes(part, nodes)
         sentences = [node.sentence for node in nodes if node.sentence]
         tally = {
-            "fates": Counter(node.fate.value for node in nodes),
+            "statuses": Counter(node.status.value for node in nodes),
             "sentences_over_length": Counter(self._scorer.num_over_length(sentences)),
         }
-        return Done(len(prompts), tally)
+        return ItemResult(len(prompts), tally)
 
     def close(self) -> None:
         self._open.close()
 
 
-class Rescore:
+class RescoreWorker:
     """Add a scorer's cosines to every sentence of a ledger; an item is a part."""
 
-    def __init__(self, root: Path, iteration: int, scorer: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, iteration: int, scorer: Mapping[str, Any], log: Callable[[str], None]) -> None:
         run = Run.open(root)
         self._config = scorer_config(**scorer)
         config = run.config.model_copy(update={"scorer": self._config})
         self._scorer = load_scorer_of(config, run.adapter_path(iteration - 1))
         groups = list(tables.prompt_groups(run.prompts_path))
         self._prompts = {prompt.prompt_id: (number, prompt) for number, group in enumerate(groups) for prompt in group}
-        self._company = groups[0]
+        self._filler_prompts = groups[0]
         self._parts = run.ledger_parts(iteration)
 
-    def do(self, item: int) -> Done:
+    def run_item(self, item: int) -> ItemResult:
         part = self._parts[item]
         by_work_item = groupby(tables.read_nodes(part), key=lambda node: self._prompts[node.prompt_id][0])
         tables.write_nodes(part, (node for _, nodes in by_work_item for node in self._scored(list(nodes))))
-        return Done(1, {})
+        return ItemResult(1, {})
 
     def _scored(self, nodes: Sequence[Node]) -> Iterator[Node]:
         """Score the nodes of one work item, whose pictures are compared among each other."""
         items = [(self._prompts[node.prompt_id][1], node.sentence) for node in nodes if node.sentence]
         own = [self._prompts[prompt_id][1] for prompt_id in dict.fromkeys(node.prompt_id for node in nodes)]
-        self._scorer.compare_among([*own, *self._company], self._config.others)
+        self._scorer.set_negative_images([*own, *self._filler_prompts], self._config.others)
         scores = iter(self._scorer.score(items))
         yield from (replace(n, cosines={**n.cosines, **next(scores)}) if n.sentence else n for n in nodes)
         self._scorer.forget()
@@ -97,22 +97,22 @@ class Rescore:
         self._scorer.forget()
 
 
-class Ask:
+class QuestionWorker:
     """Ask the last iteration's policy about its claims; an item is a group of prompts and becomes a file of pairs."""
 
-    def __init__(self, root: Path, iteration: int, say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, iteration: int, log: Callable[[str], None]) -> None:
         run = Run.open(root)
-        engine, scorer = engine_and_scorer(run.config, run.adapter_path(iteration - 1), say)
+        engine, scorer = engine_and_scorer(run.config, run.adapter_path(iteration - 1), log)
         self._groups = tables.PromptGroups(run.prompts_path)
-        self._asker = Asker(run.config, engine.policy, scorer, iteration, self._groups[0])
+        self._questioner = ClaimQuestioner(run.config, engine.policy, scorer, iteration, self._groups[0])
         self._ledger = {item: part for part in run.ledger_parts(iteration) for item in parts.items_of(part)}
         self._folder = run.question_parts(iteration)
 
-    def do(self, item: int) -> Done:
+    def run_item(self, item: int) -> ItemResult:
         prompts, path = self._groups[item], self._folder / f"part-{item:06d}.parquet"
         if not path.exists():
-            tables.write_pairs(path, self._asker.pairs(prompts, ledger.trees_of(self._ledger[item], prompts)))
-        return Done(len(prompts), {})
+            tables.write_pairs(path, self._questioner.pairs(prompts, ledger.trees_of(self._ledger[item], prompts)))
+        return ItemResult(len(prompts), {})
 
     def close(self) -> None:
         """Nothing outlives it."""
@@ -120,7 +120,7 @@ class Ask:
 
 def search_trees(
     prompts: Sequence[Prompt],
-    company: Sequence[Prompt],
+    filler_prompts: Sequence[Prompt],
     engine: Engine,
     scorer: ScorerGroup,
     config: RunConfig,
@@ -131,7 +131,7 @@ def search_trees(
     Args:
         company: Prompts whose images stand in where a work item is too small to have others.
     """
-    scorer.compare_among([*prompts, *company], config.scorer.others)
+    scorer.set_negative_images([*prompts, *filler_prompts], config.scorer.others)
     trees = search(
         prompts,
         engine.proposer(config.method.search, prompts[0]),
@@ -146,7 +146,7 @@ def search_trees(
     return trees
 
 
-def train_policy(root: Path, iteration: int, processes: int, advance: Advance) -> dict[str, Any]:
+def train_policy(root: Path, iteration: int, processes: int, progress: Progress) -> dict[str, Any]:
     """Run DPO against the last iteration's policy and keep the adapter; all processes of a run do this at once."""
     from csr_vlm.training.callback import count_steps
     from csr_vlm.training.dpo import train
@@ -162,24 +162,24 @@ def train_policy(root: Path, iteration: int, processes: int, advance: Advance) -
         adapter=adapter,
         work=run.iteration(iteration) / "trainer",
         seed=run.config.seed * 1000 + iteration,
-        callbacks=[count_steps(advance)],
+        callbacks=[count_steps(progress)],
         processes=processes,
     )
 
 
-SHARED = (Search, Rescore, Ask, train_policy)
+WORKERS = (SearchWorker, RescoreWorker, QuestionWorker, train_policy)
 """What a process may be told to do."""
 
 
 def engine_and_scorer(
-    config: RunConfig, adapter: Path | None, say: Callable[[str], None]
+    config: RunConfig, adapter: Path | None, log: Callable[[str], None]
 ) -> tuple[TransformersEngine, ScorerGroup]:
     """Load a policy and the scorer."""
     from csr_vlm.generation.transformers_engine import TransformersEngine
     from csr_vlm.models.policy import load_policy
 
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)
-    engine = TransformersEngine(policy, config.generation.max_rows, config.generation.attention, say)
+    engine = TransformersEngine(policy, config.generation.max_rows, config.generation.attention, log)
     return engine, load_scorer_of(config, adapter)
 
 

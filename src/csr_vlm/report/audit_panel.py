@@ -1,4 +1,4 @@
-"""The signs of health in the report: what was found before and after every training, and what it means."""
+"""The metrics of quality in the report: what was found before and after every training, and what it means."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHARES = {"scorer_agreement", "relevance_win", "prompts_with_pairs", "sentences
 
 @dataclass(frozen=True)
 class Judged:
-    """A sign of one iteration."""
+    """A metric of one iteration."""
 
     value: str
     verdict: str
@@ -47,7 +47,7 @@ class Sign:
 class Health:
     iterations: Sequence[int]
     groups: Sequence[tuple[str, Sequence[Sign]]]
-    """(when it was judged, signs)."""
+    """(when it was judged, metrics)."""
     reasons: Sequence[tuple[str, str, str]]
     """(whose, warn or stop, why) of everything that is not well."""
 
@@ -63,16 +63,16 @@ def health_panel(run: Run) -> Health | None:
     numbers = sorted({number for _, number in judged})
     groups = []
     for stage, title in _STAGES.items():
-        signs = _signs([judged.get((stage, number), {}) for number in numbers])
-        if signs:
-            groups.append((title, signs))
+        metrics = _signs([judged.get((stage, number), {}) for number in numbers])
+        if metrics:
+            groups.append((title, metrics))
     reasons = [reason for (stage, number), result in judged.items() for reason in _reasons(stage, number, result)]
     return Health(numbers, groups, reasons) if groups or reasons else None
 
 
 def _signs(results: Sequence[Mapping[str, Any]]) -> list[Sign]:
-    """Lay out the signs that any iteration has, one row each."""
-    found = [{finding["sign"]: finding for finding in result.get("findings", [])} for result in results]
+    """Lay out the metrics that any iteration has, one row each."""
+    found = [{check["metric"]: check for check in result.get("checks", [])} for result in results]
     names = dict.fromkeys(name for mine in found for name in mine)
     rows = []
     for name in names:
@@ -81,19 +81,19 @@ def _signs(results: Sequence[Mapping[str, Any]]) -> list[Sign]:
     return rows
 
 
-def _judged(name: str, finding: Mapping[str, Any] | None) -> Judged:
-    if finding is None:
+def _judged(name: str, check: Mapping[str, Any] | None) -> Judged:
+    if check is None:
         return Judged(fixed(None), "")
     write = fixed if name in _SHARES else signed
-    return Judged(write(finding["value"], 2), finding["verdict"])
+    return Judged(write(check["value"], 2), check["verdict"])
 
 
 def _reasons(stage: str, number: int, result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield what is not well; a rule of the user's own that was broken is among the reasons only."""
     whose = f"Iteration {number}, {'pairs' if stage == 'audit' else 'policy'}"
     told = set()
-    for finding in result["findings"]:
-        if finding["verdict"] != "go":
-            told.add(finding["reason"])
-            yield whose, finding["verdict"], finding["reason"]
+    for check in result["checks"]:
+        if check["verdict"] != "go":
+            told.add(check["reason"])
+            yield whose, check["verdict"], check["reason"]
     yield from ((whose, "stop", reason) for reason in result["reasons"] if reason not in told)

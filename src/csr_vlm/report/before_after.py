@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from csr_vlm.core.batching import spread
+from csr_vlm.core.batching import evenly_spaced
 from csr_vlm.report.annotate import Scale, Sentence, sentences
 from csr_vlm.report.limits import Sample
 from csr_vlm.report.measures import Evaluation, shared_rows
@@ -88,7 +88,7 @@ def before_after(run: Run, evaluation: Evaluation, sample: Sample) -> BeforeAfte
     asked = {prompt.prompt_id: prompt for prompt in run.heldout()} if run.heldout_path.is_file() else {}
     cards = []
     for kind, number in _shares(totals, sample.compared).items():
-        for before, after in spread(by_kind[kind], number):
+        for before, after in evenly_spaced(by_kind[kind], number):
             name = str(before["id"])
             prompt = asked.get(name)
             image = picture(name, prompt.image if prompt else None, run.config.data.max_image_pixels)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
-from csr_vlm.core.batching import spread
+from csr_vlm.core.batching import evenly_spaced
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Node, Pair, Response
 from csr_vlm.method.reward import image_score, path_ids
@@ -83,8 +83,8 @@ def pair_gallery(run: Run, sample: Sample) -> PairGallery | None:
     if not ids:
         return None
     # The last iteration is the one that people look for.
-    iterations = sorted(spread(done[::-1], sample.iterations))
-    shown = spread(list(ids), sample.prompts)
+    iterations = sorted(evenly_spaced(done[::-1], sample.iterations))
+    shown = evenly_spaced(list(ids), sample.prompts)
     rounds: dict[str, list[Round]] = {prompt_id: [] for prompt_id in shown}
     prompts = {}
     for number in iterations:

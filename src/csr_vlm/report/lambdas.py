@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from csr_vlm.config.schema import MethodConfig
-from csr_vlm.core.batching import spread
+from csr_vlm.core.batching import evenly_spaced
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.formatting import fixed
 from csr_vlm.core.records import Node, Pair, Prompt
-from csr_vlm.method.audit import pair_signs, tree_signs
+from csr_vlm.method.audit import pair_metrics, tree_metrics
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.report.charts import Axes, Point, Series, chart
 from csr_vlm.report.measures import MEASURES, Measure
@@ -77,7 +77,7 @@ def lambda_panel(run: Run) -> Lambdas | None:
 
 def _trees(run: Run, iteration: int) -> list[tuple[Prompt, list[Node]]]:
     """Read some prompts' trees."""
-    prompts = spread(list(run.prompts()), _MOST_PROMPTS)
+    prompts = evenly_spaced(list(run.prompts()), _MOST_PROMPTS)
     nodes: dict[str, list[Node]] = defaultdict(list)
     for part in run.ledger_parts(iteration):
         for node in tables.read_nodes_of(part, [prompt.prompt_id for prompt in prompts]):
@@ -94,8 +94,8 @@ def _at(run: Run, trees: Sequence[tuple[Prompt, list[Node]]], weight: float) -> 
         made = make_pairs(prompt, nodes, method, scorer, seed)
         mine = [] if isinstance(made, str) else made
         pairs += mine
-        signs.append(tree_signs(nodes, mine, method, scorer))
-    return _At(pairs, pair_signs(signs))
+        signs.append(tree_metrics(nodes, mine, method, scorer))
+    return _At(pairs, pair_metrics(signs))
 
 
 def _figure(label: str, meaning: str, series: Sequence[Series], own: float, hint: str = "", **axes: Any) -> Figure:

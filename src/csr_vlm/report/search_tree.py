@@ -16,7 +16,7 @@ from markupsafe import Markup
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.formatting import compact, fixed, plural, signed
-from csr_vlm.core.records import Fate, Node, Pair
+from csr_vlm.core.records import Node, NodeStatus, Pair
 from csr_vlm.method.pairs import responses
 from csr_vlm.method.reward import SentenceReward, path_ids, sentence_rewards
 from csr_vlm.report.limits import cut
@@ -41,12 +41,12 @@ LEGEND = (
     ("dropped", "dropped"),
 )
 _FATES = {
-    Fate.TOP: ("top", "kept among the best"),
-    Fate.BOTTOM: ("bottom", "kept among the worst"),
-    Fate.FINISHED: ("finished", "ends a response"),
-    Fate.TRUNCATED: ("truncated", "ran into a limit"),
-    Fate.PRUNED: ("dropped", "dropped: neither among the best nor among the worst"),
-    Fate.FILTERED: ("dropped", "dropped: refused by a candidate filter"),
+    NodeStatus.TOP: ("top", "kept among the best"),
+    NodeStatus.BOTTOM: ("bottom", "kept among the worst"),
+    NodeStatus.FINISHED: ("finished", "ends a response"),
+    NodeStatus.TRUNCATED: ("truncated", "ran into a limit"),
+    NodeStatus.PRUNED: ("dropped", "dropped: neither among the best nor among the worst"),
+    NodeStatus.FILTERED: ("dropped", "dropped: refused by a candidate filter"),
 }
 
 
@@ -58,7 +58,7 @@ class SearchTree:
 
 @dataclass(frozen=True)
 class _Marks:
-    """What is known of nodes beside their fate."""
+    """What is known of nodes beside their status."""
 
     rewards: Mapping[str, SentenceReward]
     best: Collection[str]
@@ -86,12 +86,12 @@ def search_tree(nodes: Sequence[Node], pairs: Iterable[Pair], config: RunConfig)
     ids = {node.node_id for node in nodes}
     # A ledger with a hole still shows what hangs on the root.
     nodes = [node for node in nodes if ids.issuperset(path_ids(node.node_id))]
-    shown = [node for node in nodes if node.fate is not Fate.DUPLICATE]
+    shown = [node for node in nodes if node.status is not NodeStatus.DUPLICATE]
     marks = _marks(nodes, list(pairs), config)
     places = _places(shown)
     width = max((x for x, _ in places.values()), default=0.0) + _WIDE / 2 + _EDGE
     height = max((y for _, y in places.values()), default=0.0) + _EDGE
-    dropped = sum(_FATES[node.fate][0] == "dropped" for node in shown)
+    dropped = sum(_FATES[node.status][0] == "dropped" for node in shown)
     summary = f"{plural(len(shown), 'sentence')}, {dropped} of them dropped"
     parts = [
         *_edges(shown, places, marks),
@@ -146,7 +146,7 @@ def _places(nodes: Sequence[Node]) -> dict[str, tuple[float, float]]:
 
 
 def _leaf_width(node: Node) -> int:
-    return _NARROW if _FATES[node.fate][0] == "dropped" else _WIDE
+    return _NARROW if _FATES[node.status][0] == "dropped" else _WIDE
 
 
 def _edges(nodes: Sequence[Node], places: Mapping[str, tuple[float, float]], marks: _Marks) -> list[Markup]:
@@ -156,7 +156,7 @@ def _edges(nodes: Sequence[Node], places: Mapping[str, tuple[float, float]], mar
         (x1, y1), (x2, y2) = places[node.parent_id], places[node.node_id]
         middle = (y1 + y2) / 2
         curve = f"M{x1:.1f} {y1:.0f}C{x1:.1f} {middle:.0f} {x2:.1f} {middle:.0f} {x2:.1f} {y2:.0f}"
-        lines["lost" if _FATES[node.fate][0] == "dropped" else "kept"].append(curve)
+        lines["lost" if _FATES[node.status][0] == "dropped" else "kept"].append(curve)
         for path in ("worst", "best"):
             if path in marks.of(node.node_id):
                 lines[path].append(curve)
@@ -168,20 +168,20 @@ def _edges(nodes: Sequence[Node], places: Mapping[str, tuple[float, float]], mar
 
 
 def _node(node: Node, place: tuple[float, float], marks: _Marks) -> Markup:
-    kind, fate = _FATES[node.fate]
+    kind, status = _FATES[node.status]
     own = marks.of(node.node_id)
     classes = " ".join(["node", kind, *own])
     ring = Markup('<circle class="ring" r="10.5"/>') if {"chosen", "rejected"} & set(own) else ""
     return Markup(
         '<g class="{}" data-id="{}" transform="translate({:.1f} {:.0f})" role="treeitem" aria-level="{}" tabindex="-1">'
         '<title>{}</title><circle class="target" r="8"/>{}<path d="{}"/></g>'
-    ).format(classes, node.node_id, *place, node.depth, _title(node, fate, marks), ring, SHAPES[kind])
+    ).format(classes, node.node_id, *place, node.depth, _title(node, status, marks), ring, SHAPES[kind])
 
 
-def _title(node: Node, fate: str, marks: _Marks) -> str:
+def _title(node: Node, status: str, marks: _Marks) -> str:
     """The sentence on the first line, what is known of it on the second."""
     reward = marks.rewards.get(node.node_id)
-    known = [fate]
+    known = [status]
     if reward is not None:
         known += [f"R {signed(reward.total, 2)}", f"R_I {fixed(reward.image, 1)}", f"R_T {compact(reward.text)}"]
         known += ["said before"] if reward.repeated else []

@@ -1,8 +1,8 @@
-"""Who does the work items of a stage: this process alone, or several together.
+"""Run the work items of a stage, in this process or on several.
 
-Items are cut before anyone takes them, and are named by what they depend on; an item that
-is done leaves one file, written atomically, whose bytes depend on the item alone. So it
-makes no difference who does an item, in which order, or how often.
+Items are fixed before any process claims one and are named by everything they depend on. A
+finished item leaves one file, written atomically, whose bytes depend on the item alone. So
+the result does not depend on which process runs an item, in which order, or how often.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.progress import Advance
+from csr_vlm.core.progress import Progress
 from csr_vlm.store import files
 
 Tally = dict[str, Counter[str]]
@@ -28,7 +28,7 @@ _SETTLES = 30.0
 """Seconds until a file that one machine wrote is seen by all others of a network file system."""
 
 
-class Done(NamedTuple):
+class ItemResult(NamedTuple):
     """What one work item comes to."""
 
     amount: int
@@ -36,10 +36,10 @@ class Done(NamedTuple):
     tally: Tally
 
 
-class Work(Protocol):
+class Worker(Protocol):
     """The items of a stage, by their numbers. Doing one that is done already changes nothing."""
 
-    def do(self, item: int) -> Done: ...
+    def run_item(self, item: int) -> ItemResult: ...
 
     def close(self) -> None:
         """Let go of what it holds: models, processes."""
@@ -47,7 +47,7 @@ class Work(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """Names some work in plain data, so that other processes and machines can be told of it.
 
     ``make`` is a class or function at the top of a module. It is called with the run's
@@ -60,62 +60,62 @@ class Job:
     root: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_items: int = 0
-    """How many to spread."""
+    """Number of work items; 0 for :meth:`Executor.run_all`."""
 
 
-class Crew(Protocol):
-    """One process or several that do a job."""
+class Executor(Protocol):
+    """Runs tasks on one process or several."""
 
-    def spread(self, job: Job, advance: Advance, say: Callable[[str], None]) -> Tally:
-        """Do every item of ``job.make(root, say=..., **settings)`` once; return the sum of the tallies."""
+    def map(self, task: Task, progress: Progress, log: Callable[[str], None]) -> Tally:
+        """Run every item of ``task.make(root, log=..., **settings)`` once; return the sum of the tallies."""
         ...
 
-    def together(self, job: Job, advance: Advance) -> Any:
-        """Call ``job.make(root, processes=..., advance=..., **settings)`` in all processes at the same time.
+    def run_all(self, task: Task, progress: Progress) -> Any:
+        """Call ``task.make(root, processes=..., progress=..., **settings)`` in all processes at the same time.
 
         Returns:
-            What it returned here.
+            The result in this process.
         """
         ...
 
 
-class Alone:
-    """One process does everything."""
+class LocalExecutor:
+    """Runs everything in this process."""
 
-    def spread(self, job: Job, advance: Advance, say: Callable[[str], None]) -> Tally:
+    def map(self, task: Task, progress: Progress, log: Callable[[str], None]) -> Tally:
         tally: Tally = {}
-        with closing(job.make(job.root, say=say, **job.settings)) as work:
-            for item in range(job.num_items):
-                done = work.do(item)
-                add_up(tally, done.tally)
-                advance(done.amount)
+        with closing(task.make(task.root, log=log, **task.settings)) as work:
+            for item in range(task.num_items):
+                done = work.run_item(item)
+                add_counts(tally, done.tally)
+                progress.advance(done.amount)
         return tally
 
-    def together(self, job: Job, advance: Advance) -> Any:
-        return job.make(job.root, processes=1, advance=advance, **job.settings)
+    def run_all(self, task: Task, progress: Progress) -> Any:
+        return task.make(task.root, processes=1, progress=progress, **task.settings)
 
 
-ALONE = Alone()
+LOCAL = LocalExecutor()
 
 
-def add_up(tally: Tally, more: Mapping[str, Mapping[str, int]]) -> None:
+def add_counts(tally: Tally, more: Mapping[str, Mapping[str, int]]) -> None:
     """Add counts to a tally."""
     for about, counts in more.items():
         tally.setdefault(about, Counter()).update(counts)
 
 
-def leave_mark(root: Path) -> str:
-    """Leave a word in a directory by which other processes recognise it; return the word."""
+def write_marker(root: Path) -> str:
+    """Write a random token into a directory, by which other processes recognize it; return the token."""
     token = secrets.token_hex(8)
     files.write_text(root / _MARK, token)
     return token
 
 
-def require_mark(root: Path, token: str, who: str, patience: float = _SETTLES) -> None:
-    """Refuse a directory that is another one than that of the process which leads.
+def require_marker(root: Path, token: str, who: str, patience: float = _SETTLES) -> None:
+    """Verify that this process sees the same directory as the leading process.
 
     Raises:
-        CsrError: The word is not there after ``patience`` seconds.
+        CsrError: The token is not there after ``patience`` seconds.
     """
     deadline = time.monotonic() + patience
     while not _holds(root / _MARK, token):

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from csr_vlm.core.errors import CsrError, reason_of
-from csr_vlm.core.progress import Advance
-from csr_vlm.scale.executor import Alone, Job, Tally, Work, add_up, leave_mark, require_mark
+from csr_vlm.core.progress import Progress
+from csr_vlm.scale.executor import LocalExecutor, Tally, Task, Worker, add_counts, require_marker, write_marker
 
 _CPUS_BESIDE = 2
 """Ray Data's own tasks need room beside the actors; without any the two wait for each other."""
@@ -42,7 +42,7 @@ def _require_somebody_there(address: str) -> None:
 
 
 @contextmanager
-def ray_crew(actors: int) -> Iterator[RayActors]:
+def ray_executor(actors: int) -> Iterator[RayActors]:
     """Join the cluster that ``RAY_ADDRESS`` names, or start one on this machine for as long as this lasts.
 
     Raises:
@@ -72,7 +72,7 @@ def ray_crew(actors: int) -> Iterator[RayActors]:
         ray.shutdown()
 
 
-class RayActors(Alone):
+class RayActors(LocalExecutor):
     """Actors of a cluster spread the work; what is done together is done in this process.
 
     Args:
@@ -84,18 +84,18 @@ class RayActors(Alone):
         self._number = number
         self._gpus = gpus
 
-    def spread(self, job: Job, advance: Advance, say: Callable[[str], None]) -> Tally:
+    def map(self, task: Task, progress: Progress, log: Callable[[str], None]) -> Tally:
         import ray
         from ray.data import ActorPoolStrategy
 
-        root = job.root.resolve()
+        root = task.root.resolve()
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        num_blocks = min(job.num_items, _BLOCKS_AN_ACTOR * self._number)
-        items = ray.data.range(job.num_items, override_num_blocks=num_blocks)
+        num_blocks = min(task.num_items, _BLOCKS_AN_ACTOR * self._number)
+        items = ray.data.range(task.num_items, override_num_blocks=num_blocks)
         done = items.map(
             _Actor,
-            fn_constructor_args=(job.make, str(root), leave_mark(root), dict(job.settings)),
+            fn_constructor_args=(task.make, str(root), write_marker(root), dict(task.settings)),
             compute=ActorPoolStrategy(size=self._number),
             num_cpus=0 if self._gpus else 1,
             num_gpus=1 if self._gpus else 0,
@@ -103,8 +103,8 @@ class RayActors(Alone):
         tally: Tally = {}
         try:
             for row in done.iter_rows():
-                add_up(tally, json.loads(row["tally"]))
-                advance(int(row["amount"]))
+                add_counts(tally, json.loads(row["tally"]))
+                progress.advance(int(row["amount"]))
         except ray.exceptions.RayError as error:
             raise _in_our_words(error) from error
         return tally
@@ -113,12 +113,12 @@ class RayActors(Alone):
 class _Actor:
     """Does items in a process of its own, somewhere in the cluster."""
 
-    def __init__(self, make: Callable[..., Work], root: str, mark: str, settings: Mapping[str, Any]) -> None:
-        require_mark(Path(root), mark, f"the actor on {socket.gethostname()}")
-        self._work = make(Path(root), say=_unheard, **settings)
+    def __init__(self, make: Callable[..., Worker], root: str, mark: str, settings: Mapping[str, Any]) -> None:
+        require_marker(Path(root), mark, f"the actor on {socket.gethostname()}")
+        self._work = make(Path(root), log=_discard, **settings)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        done = self._work.do(int(row["id"]))
+        done = self._work.run_item(int(row["id"]))
         return {"amount": done.amount, "tally": json.dumps(done.tally)}
 
 
@@ -140,5 +140,5 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _unheard(text: str) -> None:
+def _discard(text: str) -> None:
     pass

@@ -1,20 +1,20 @@
-"""The processes that torchrun or accelerate launched, as one crew.
+"""Run tasks on the processes that torchrun or accelerate launched.
 
-The first process leads: it runs the command as it would alone, and tells the others when
-there is work for them. They own nothing, draw nothing on the terminal, and decide nothing, so
-no two processes can come to different conclusions. All they share besides the run
-directory is the launcher's key-value store:
+Rank 0 leads: it runs the command as a single process would and sends the other ranks orders
+when there is work for them. They own no state, print nothing and decide nothing, so no two
+processes can disagree. Besides the run directory they share only the launcher's key-value
+store:
 
-    order/N         what to do as number N: spread a job's items, work together, or end
-    N/next          how many of its items are taken; whoever counts one up does that item
-    N/amount        how far the progress is, all processes together
-    N/tally/R       what rank R counted, once there is nothing left to take
-    beat/R          counted up every few seconds while rank R lives
-    failed          who failed first, and why
+    order/N         order number N: map a task over its items, run one in all processes, or end
+    N/next          number of items claimed; a process claims an item by incrementing it
+    N/amount        progress of all processes
+    N/tally/R       counts of rank R, once no item is left
+    beat/R          heartbeat of rank R, incremented every few seconds
+    failed          first process that failed, and its error
 
-An item is taken once, since counting is atomic. A process that dies ends the others: those
-that wait for it see its failure or miss its beats. What it had finished is on disk, and the
-same command goes on from there with any number of processes.
+The store's increment is atomic, so each item is claimed once. If a process dies, the others
+see its failure or miss its heartbeat and end. Its finished items are on disk, and the same
+command resumes from them with any number of processes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.progress import Advance
-from csr_vlm.scale.executor import Job, Tally, add_up, leave_mark, require_mark
+from csr_vlm.core.progress import Progress, SilentProgress
+from csr_vlm.scale.executor import Tally, Task, add_counts, require_marker, write_marker
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -51,24 +51,29 @@ def num_launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+class FollowerFinished(SystemExit):
+    """Ends a launched process that is not the leader, with exit code 0, after the leader ended the run."""
+
+
 @contextmanager
-def launched(makers: Sequence[Callable[..., Any]]) -> Iterator[Ranks | None]:
-    """Join the other processes: the first one gets the crew, the others work for it and then get None.
+def launched(workers: Sequence[Callable[..., Any]]) -> Iterator[TorchrunExecutor]:
+    """Join the launched processes and give the leader, rank 0, their executor.
 
     Args:
-        makers: What jobs may name.
+        workers: Classes and functions that a task may name.
 
     Raises:
-        CsrError: Another process failed or is gone.
+        FollowerFinished: In every other process, once the leader has ended the run.
+        CsrError: Another process failed or stopped responding.
     """
     with _contact() as contact:
-        if contact.rank != _LEADER:
-            _follow(contact, {make.__name__: make for make in makers})
-            yield None
+        if contact.rank == _LEADER:
+            executor = TorchrunExecutor(contact)
+            yield executor
+            executor.end()
             return
-        ranks = Ranks(contact)
-        yield ranks
-        ranks.end()
+        _follow(contact, {worker.__name__: worker for worker in workers})
+    raise FollowerFinished(0)
 
 
 @contextmanager
@@ -94,7 +99,7 @@ def _contact() -> Iterator[Contact]:
     try:
         yield contact
     except BaseException as error:
-        contact.tell_failure(error)
+        contact.report_failure(error)
         raise
     finally:
         contact.close()
@@ -137,11 +142,11 @@ class Contact:
 
     def add(self, key: str, amount: int) -> int:
         """Count up, atomically, and return the sum; adding 0 reads it."""
-        with _reaching_the_leader():
+        with _leader_errors():
             return int(self._store.add(key, amount))
 
     def put(self, key: str, value: Any) -> None:
-        with _reaching_the_leader():
+        with _leader_errors():
             self._store.set(key, json.dumps(value))
 
     def get(self, key: str, ranks: Sequence[int], meanwhile: Callable[[], None] = lambda: None) -> Any:
@@ -160,11 +165,11 @@ class Contact:
             meanwhile()
             time.sleep(pause)
             pause = min(2 * pause, _LOOK_EVERY)
-        with _reaching_the_leader():
+        with _leader_errors():
             return json.loads(self._store.get(key))
 
     def _has(self, key: str) -> bool:
-        with _reaching_the_leader():
+        with _leader_errors():
             return bool(self._store.check([key]))
 
     def look_at(self, ranks: Sequence[int]) -> None:
@@ -174,7 +179,7 @@ class Contact:
             CsrError: Some process failed, or one of ``ranks`` has not been heard of for too long.
         """
         if self._has("failed"):
-            with _reaching_the_leader():
+            with _leader_errors():
                 failure = json.loads(self._store.get("failed"))
             raise CsrError(f"{failure['who']} failed: {failure['message']}", failure["hint"] or _GO_ON)
         now = time.monotonic()
@@ -189,7 +194,7 @@ class Contact:
                     f"see what it wrote last; {_GO_ON}",
                 )
 
-    def tell_failure(self, error: BaseException) -> None:
+    def report_failure(self, error: BaseException) -> None:
         """Let the others know why this process ends."""
         message = error.message if isinstance(error, CsrError) else f"{type(error).__name__}: {error}".split("\n")[0]
         failure = {"who": self.name, "message": message, "hint": getattr(error, "hint", "")}
@@ -201,7 +206,7 @@ class Contact:
             pass  # nobody is left to be told
 
 
-class Ranks:
+class TorchrunExecutor:
     """The launched processes, as the leading one sees them."""
 
     def __init__(self, contact: Contact) -> None:
@@ -210,30 +215,30 @@ class Ranks:
         self._orders = count()
         self._tokens: dict[Path, str] = {}
 
-    def spread(self, job: Job, advance: Advance, say: Callable[[str], None]) -> Tally:
-        number = self._order("spread", job)
+    def map(self, task: Task, progress: Progress, log: Callable[[str], None]) -> Tally:
+        number = self._order("map", task)
         shown = 0
 
         def show() -> None:
             nonlocal shown
             amount = self._contact.add(f"{number}/amount", 0)
-            advance(amount - shown)
+            progress.advance(amount - shown)
             shown = amount
 
         def after_each() -> None:
             self._contact.look_at(self._others)
             show()
 
-        tally = _take_items(job, number, self._contact, say, after_each)
+        tally = _take_items(task, number, self._contact, log, after_each)
         for rank in self._others:
-            add_up(tally, self._contact.get(f"{number}/tally/{rank}", self._others, show))
+            add_counts(tally, self._contact.get(f"{number}/tally/{rank}", self._others, show))
         show()
         return tally
 
-    def together(self, job: Job, advance: Advance) -> Any:
-        number = self._order("together", job)
-        with _words_for_a_lost_process(self._contact, self._others):
-            result = job.make(job.root, processes=self._contact.size, advance=advance, **job.settings)
+    def run_all(self, task: Task, progress: Progress) -> Any:
+        number = self._order("run_all", task)
+        with _explain_lost_process(self._contact, self._others):
+            result = task.make(task.root, processes=self._contact.size, progress=progress, **task.settings)
         for rank in self._others:
             self._contact.get(f"{number}/tally/{rank}", self._others)
         return result
@@ -246,57 +251,57 @@ class Ranks:
         for rank in self._others:
             self._contact.get(f"{number}/tally/{rank}", self._others)
 
-    def _order(self, kind: str, job: Job) -> int:
+    def _order(self, kind: str, task: Task) -> int:
         number = next(self._orders)
-        root = job.root.resolve()
+        root = task.root.resolve()
         if root not in self._tokens:
-            self._tokens[root] = leave_mark(root)
+            self._tokens[root] = write_marker(root)
         order = {
             "kind": kind,
-            "make": job.make.__name__,
+            "make": task.make.__name__,
             "root": str(root),
             "token": self._tokens[root],
-            "settings": dict(job.settings),
-            "num_items": job.num_items,
+            "settings": dict(task.settings),
+            "num_items": task.num_items,
         }
         self._contact.put(f"order/{number}", order)
         return number
 
 
-def _follow(contact: Contact, makers: Mapping[str, Callable[..., Any]]) -> None:
+def _follow(contact: Contact, workers: Mapping[str, Callable[..., Any]]) -> None:
     """Do what the leader orders until it says that all is done."""
     for number in count():
         order = contact.get(f"order/{number}", [_LEADER])
         tally: Tally = {}
         if order["kind"] != "end":
-            job = Job(makers[order["make"]], Path(order["root"]), order["settings"], order["num_items"])
-            require_mark(job.root, order["token"], contact.name)
-            if order["kind"] == "spread":
-                tally = _take_items(job, number, contact, _unheard, lambda: contact.look_at([_LEADER]))
+            task = Task(workers[order["make"]], Path(order["root"]), order["settings"], order["num_items"])
+            require_marker(task.root, order["token"], contact.name)
+            if order["kind"] == "map":
+                tally = _take_items(task, number, contact, _discard, lambda: contact.look_at([_LEADER]))
             else:
-                with _words_for_a_lost_process(contact, [_LEADER]):
-                    job.make(job.root, processes=contact.size, advance=_unseen, **job.settings)
+                with _explain_lost_process(contact, [_LEADER]):
+                    task.make(task.root, processes=contact.size, progress=SilentProgress(), **task.settings)
         contact.put(f"{number}/tally/{contact.rank}", tally)
         if order["kind"] == "end":
             return
 
 
 def _take_items(
-    job: Job, number: int, contact: Contact, say: Callable[[str], None], after_each: Callable[[], None]
+    task: Task, number: int, contact: Contact, log: Callable[[str], None], after_each: Callable[[], None]
 ) -> Tally:
     """Do items that nobody has taken until there are none."""
     tally: Tally = {}
-    with closing(job.make(job.root, say=say, **job.settings)) as work:
-        while (item := contact.add(f"{number}/next", 1) - 1) < job.num_items:
-            done = work.do(item)
-            add_up(tally, done.tally)
+    with closing(task.make(task.root, log=log, **task.settings)) as work:
+        while (item := contact.add(f"{number}/next", 1) - 1) < task.num_items:
+            done = work.run_item(item)
+            add_counts(tally, done.tally)
             contact.add(f"{number}/amount", done.amount)
             after_each()
     return tally
 
 
 @contextmanager
-def _words_for_a_lost_process(contact: Contact, others: Sequence[int]) -> Iterator[None]:
+def _explain_lost_process(contact: Contact, others: Sequence[int]) -> Iterator[None]:
     """Say which process is gone where a collective operation only says that a connection is."""
     try:
         yield
@@ -310,7 +315,7 @@ def _words_for_a_lost_process(contact: Contact, others: Sequence[int]) -> Iterat
 
 
 @contextmanager
-def _reaching_the_leader() -> Iterator[None]:
+def _leader_errors() -> Iterator[None]:
     from torch.distributed import DistError
 
     try:
@@ -323,9 +328,5 @@ def _lost() -> NoReturn:
     raise CsrError("the process that keeps the others together is gone", _GO_ON) from None
 
 
-def _unheard(text: str) -> None:
-    pass
-
-
-def _unseen(done: int) -> None:
+def _discard(text: str) -> None:
     pass

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Protocol, runtime_checkable
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Prompt, others_column
+from csr_vlm.core.records import Prompt, negatives_column
 
 _SLACK = 1e-3
 """A cosine in half precision may leave -1..1 by so much."""
@@ -54,7 +54,7 @@ class ScorerGroup:
         """The first one's column."""
         self._others: dict[str, list[Prompt]] = {}
 
-    def compare_among(self, prompts: Sequence[Prompt], num_others: int) -> None:
+    def set_negative_images(self, prompts: Sequence[Prompt], num_others: int) -> None:
         """From now on also score every sentence against ``num_others`` other images of these prompts.
 
         A prompt's others are the next distinct images in the order given, so they depend on
@@ -81,7 +81,7 @@ class ScorerGroup:
                 row[scorer.name] = next(values)
             for row, mine in zip(rows, others, strict=True):
                 if mine:
-                    row[others_column(scorer.name)] = fmean(next(values) for _ in mine)
+                    row[negatives_column(scorer.name)] = fmean(next(values) for _ in mine)
         return rows
 
     def forget(self) -> None:

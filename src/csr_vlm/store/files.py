@@ -213,19 +213,19 @@ def read_document(path: Path) -> Document:
     return Document(path, found)
 
 
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
+def write_checksummed(path: Path, content: dict[str, Any]) -> None:
     """Write an object with a digest of its own, so that a change is noticed."""
-    write_json(path, {**content, "digest": _seal(content)})
+    write_json(path, {**content, "digest": _checksum(content)})
 
 
-def read_sealed(path: Path) -> Document:
+def read_checksummed(path: Path) -> Document:
     """Read an object that :func:`write_sealed` wrote; one without a digest is taken as it is.
 
     Raises:
         CsrError: It is not there, or not as it was written.
     """
     found = read_document(path)
-    if found.pop("digest", None) not in (None, _seal(found)):
+    if found.pop("digest", None) not in (None, _checksum(found)):
         raise CsrError(
             f"{path} was changed after it was written",
             "restore it; or delete it and run the same command again, which does that stage anew",
@@ -233,7 +233,7 @@ def read_sealed(path: Path) -> Document:
     return found
 
 
-def _seal(content: dict[str, Any]) -> str:
+def _checksum(content: dict[str, Any]) -> str:
     return digest(json.loads(json.dumps(content)))
 
 

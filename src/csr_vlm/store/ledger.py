@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Progress
 from csr_vlm.core.records import Node, Prompt
 from csr_vlm.store import parts, tables
 from csr_vlm.store.run import Run
@@ -69,7 +70,7 @@ def _foreign(part: Path) -> CsrError:
     return CsrError(f"{part} does not hold the trees of its prompts", "restore it, or generate again")
 
 
-def pack(run: Run, iteration: int, most_bytes: int, advance: Callable[[int], None]) -> None:
+def pack(run: Run, iteration: int, most_bytes: int, progress: Progress) -> None:
     """Join neighbouring parts of a complete ledger into files of at most so many bytes.
 
     Nothing is decoded, and whatever reads the ledger reads the same rows. A packed file is
@@ -83,7 +84,7 @@ def pack(run: Run, iteration: int, most_bytes: int, advance: Callable[[int], Non
         if len(neighbours) > 1:
             items = range(parts.items_of(neighbours[0]).start, parts.items_of(neighbours[-1]).stop)
             tables.join_nodes(neighbours[0].with_name(parts.packed_name(items)), neighbours)
-        advance(len(neighbours))
+        progress.advance(len(neighbours))
     _, packed = parts.existing(run.iteration(iteration) / "ledger")
     for part in packed:
         part.unlink()

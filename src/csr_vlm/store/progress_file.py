@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.progress import Advance, Reporter
+from csr_vlm.core.progress import Progress, Reporter
 from csr_vlm.store import files
 
 State = Literal["working", "done", "failed", "interrupted"]
@@ -45,7 +45,7 @@ class Stage:
 
 
 @dataclass
-class Progress:
+class ProgressRecord:
     """One process's account of its work; times are Unix seconds."""
 
     pid: int
@@ -63,20 +63,20 @@ def progress_path(root: Path) -> Path:
     return root / "progress.json"
 
 
-def read_progress(root: Path) -> Progress | None:
+def read_progress(root: Path) -> ProgressRecord | None:
     """Read the account of whoever worked here last; None where there is none that reads."""
     try:
         found = files.read_document(progress_path(root))
         stage = None if found["stage"] is None else Stage(**found["stage"])
-        return Progress(**found | {"stage": stage})
+        return ProgressRecord(**found | {"stage": stage})
     except (CsrError, TypeError):
         return None  # absent, damaged, or another version's
 
 
 @contextmanager
-def recorded(root: Path, tell: Reporter) -> Iterator[Reporter]:
+def record_progress(root: Path, reporter: Reporter) -> Iterator[Reporter]:
     """Pass everything on to ``tell`` and keep ``RUN/progress.json`` besides; the run must be locked."""
-    recorder = Recorder(root, tell)
+    recorder = ProgressRecorder(root, reporter)
     recorder.write()
     try:
         yield recorder
@@ -90,31 +90,31 @@ def _told(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-class Recorder:
+class ProgressRecorder:
     """A reporter that also writes down what it hears."""
 
-    def __init__(self, root: Path, tell: Reporter) -> None:
+    def __init__(self, root: Path, reporter: Reporter) -> None:
         now = time.time()
         self._path = progress_path(root)
-        self._tell = tell
+        self._reporter = reporter
         self._written = 0.0
-        self._progress = Progress(os.getpid(), platform.node(), now, now)
+        self._progress = ProgressRecord(os.getpid(), platform.node(), now, now)
 
     @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Advance]:
+    def stage(self, title: str, total: int) -> Iterator[Progress]:
         outer = self._progress.stage
         stage = Stage(title, total, time.time())
         self._progress.stage = stage
         self.write()
-        with self._tell.stage(title, total) as advance:
-            yield _Heard(self, stage, advance)
+        with self._reporter.stage(title, total) as progress:
+            yield _RecordedProgress(self, stage, progress)
         self._progress.stage = outer
         self.write()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self._progress.said = [*self._progress.said, text][-_REMEMBERED:]
         self.write_now_and_then()
-        self._tell.say(text)
+        self._reporter.log(text)
 
     def write_now_and_then(self) -> None:
         """Write unless it was done a moment ago."""
@@ -134,31 +134,30 @@ class Recorder:
         self.write()
 
 
-class _Heard:
+class _RecordedProgress:
     """Counts a stage's items, for the file and for whoever shows them."""
 
-    def __init__(self, recorder: Recorder, stage: Stage, advance: Advance) -> None:
+    def __init__(self, recorder: ProgressRecorder, stage: Stage, progress: Progress) -> None:
         self._recorder = recorder
         self._stage = stage
-        self._advance = advance
+        self._progress = progress
         self._steps: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=_WINDOW)
 
-    def __call__(self, done: int) -> None:
-        self._stage.done += done
+    def advance(self, number: int = 1) -> None:
+        self._stage.done += number
         now = time.monotonic()
         then, before = self._steps[0]
         if now > then:
             self._stage.rate = (self._stage.done - before) / (now - then)
         self._steps.append((now, self._stage.done))
         self._recorder.write_now_and_then()
-        self._advance(done)
+        self._progress.advance(number)
 
     def set_total(self, total: int) -> None:
         self._stage.total = total
-        if (passed_on := getattr(self._advance, "set_total", None)) is not None:
-            passed_on(total)
+        self._progress.set_total(total)
 
-    def note(self, numbers: Mapping[str, float]) -> None:
-        """Keep what the work reports beside its count."""
-        self._stage.numbers |= numbers
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        self._stage.numbers |= metrics
         self._recorder.write_now_and_then()
+        self._progress.log_metrics(metrics)

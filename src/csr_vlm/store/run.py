@@ -221,15 +221,16 @@ class Run:
         return [number for number in range(self.config.iterations + 1) if self.is_done(number, stage)]
 
     def result(self, number: int, stage: str) -> dict[str, Any]:
-        """Return what a finished stage had to say.
+        """Return the result that a finished stage recorded in its marker.
 
         Raises:
-            CsrError: It is damaged, or was changed.
+            CsrError: The marker is damaged, or was changed.
         """
-        return files.read_sealed(self._marker(number, stage))
+        recorded: dict[str, Any] = _with_current_keys(files.read_checksummed(self._marker(number, stage)))
+        return recorded
 
     def mark_done(self, number: int, stage: str, **result: Any) -> None:
-        files.write_sealed(self._marker(number, stage), result)
+        files.write_checksummed(self._marker(number, stage), result)
         self.write_manifest()
 
     def _marker(self, number: int, stage: str) -> Path:
@@ -278,7 +279,8 @@ class Run:
         """Gather provenance and the markers of all finished stages."""
         stages = {
             f"iteration-{number}": {
-                path.stem: files.read_sealed(path) for path in sorted((self.iteration(number) / "done").glob("*.json"))
+                path.stem: files.read_checksummed(path)
+                for path in sorted((self.iteration(number) / "done").glob("*.json"))
             }
             for number in range(self.config.iterations + 1)
         }
@@ -293,6 +295,16 @@ class Run:
             "stages": stages,
         }
         files.write_json(self.root / "manifest.json", manifest)
+
+
+_RENAMED_KEYS = {"fates": "statuses", "signs": "metrics", "findings": "checks", "sign": "metric"}
+"""Keys of the markers that version 0.1 wrote, to the names of today."""
+
+
+def _with_current_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_RENAMED_KEYS.get(key, key): _with_current_keys(item) for key, item in value.items()}
+    return [_with_current_keys(item) for item in value] if isinstance(value, list) else value
 
 
 def _run_hint(root: Path) -> str:

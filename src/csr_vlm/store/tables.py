@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 
 from csr_vlm.core.batching import batched
 from csr_vlm.core.errors import CsrError, reason_of
-from csr_vlm.core.records import SCHEMA_VERSION, Fate, Finish, Node, Pair, Prompt, Response
+from csr_vlm.core.records import SCHEMA_VERSION, Finish, Node, NodeStatus, Pair, Prompt, Response
 from csr_vlm.store.files import open_ordinary, write_atomically
 
+_STATUS = "fate"
+"""Column of a node's status; version 0.1 named it, and ledgers of 0.1 stay readable."""
 _METADATA = {b"csr_vlm_schema": str(SCHEMA_VERSION).encode()}
 
 PROMPTS = pa.schema([("prompt_id", pa.string()), ("image", pa.string()), ("text", pa.string())], metadata=_METADATA)
@@ -31,7 +33,7 @@ NODES = pa.schema(
         ("token_logprobs", pa.list_(pa.float32())),
         ("text", pa.string()),
         ("finish", pa.string()),
-        ("fate", pa.string()),
+        (_STATUS, pa.string()),
         ("cosines", pa.map_(pa.string(), pa.float32())),
     ],
     metadata=_METADATA,
@@ -148,7 +150,7 @@ class PromptGroups:
 def write_nodes(path: Path, nodes: Iterable[Node]) -> None:
     """Write one ledger part as its nodes come; a prompt's nodes must be neighbours."""
     rows = (
-        vars(node) | {"finish": node.finish.value, "fate": node.fate.value, "cosines": list(node.cosines.items())}
+        vars(node) | {"finish": node.finish.value, _STATUS: node.status.value, "cosines": list(node.cosines.items())}
         for node in nodes
     )
     write_row_groups(path, batched(rows, _GROUP), NODES)
@@ -186,12 +188,12 @@ def _nodes(table: pa.Table) -> list[Node]:
         raise pa.ArrowInvalid("it lacks values")
     columns = {field.name: _values(chunk) for field in NODES for chunk in [table.column(field.name).combine_chunks()]}
     columns["finish"] = map(_FINISHES.__getitem__, columns["finish"])
-    columns["fate"] = map(_FATES.__getitem__, columns["fate"])
+    columns[_STATUS] = map(_STATUSES.__getitem__, columns[_STATUS])
     return list(map(Node, *columns.values()))
 
 
 _FINISHES = {finish.value: finish for finish in Finish}
-_FATES = {fate.value: fate for fate in Fate}
+_STATUSES = {status.value: status for status in NodeStatus}
 
 
 def _values(array: pa.Array) -> Iterable[Any]:

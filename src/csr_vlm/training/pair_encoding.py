@@ -88,7 +88,7 @@ def count_sentences(text: str, rule: SentenceRule) -> int:
 
 
 def _refusal(policy: Policy, chosen: Sequence[int], rejected: Sequence[int]) -> str | None:
-    if set(policy.barred_ids).intersection((*chosen, *rejected)):
+    if set(policy.image_token_ids).intersection((*chosen, *rejected)):
         return "placeholder"
     return "identical" if chosen == rejected else None
 

@@ -139,11 +139,11 @@ def build_scorer(world: World, directory: Path, plan: BuildPlan, progress: Progr
     return log
 
 
-def build_with_progress(world: World, directory: Path, plan: BuildPlan, tell: Reporter) -> dict[str, Any]:
+def build_with_progress(world: World, directory: Path, plan: BuildPlan, reporter: Reporter) -> dict[str, Any]:
     """Build, and show how far each model's training is."""
     total = (0 if plan.start else plan.scorer_steps) + sum(phase.steps for phase in plan.policy_phases)
-    with tell.stage("training scorer and policy", total) as advance:
-        return build(world, directory, plan, lambda *_: advance(1))
+    with reporter.stage("training scorer and policy", total) as progress:
+        return build(world, directory, plan, lambda *_: progress.advance(1))
 
 
 def file_hashes(directory: Path) -> dict[str, str]:

@@ -26,8 +26,8 @@ def verify_assets() -> None:
     Raises:
         CsrError: A file is missing or differs.
     """
-    recorded: dict[str, str] = json.loads((assets() / "build.json").read_text(encoding="utf-8"))["sha256"]
-    for name, expected in recorded.items():
+    record_progress: dict[str, str] = json.loads((assets() / "build.json").read_text(encoding="utf-8"))["sha256"]
+    for name, expected in record_progress.items():
         path = assets() / name
         if not path.is_file() or sha256_of(path) != expected:
             raise CsrError(f"the shipped weights {name} are damaged", "install the package again")
