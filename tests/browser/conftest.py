@@ -14,7 +14,7 @@ import pytest
 from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import Prompt
 from csr_vlm.pipeline.loop import align
-from csr_vlm.report.html import write_report
+from csr_vlm.pipeline.stages import report as write_report
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
 from csr_vlm.world.demo import demo_config

@@ -19,17 +19,18 @@ from csr_vlm.core.formatting import compact, duration, fixed, indexed, relative_
 from csr_vlm.core.records import Finish, Node, NodeStatus, Pair, Prompt, Response
 from csr_vlm.evaluation.statistics import ratio
 from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS
+from csr_vlm.pipeline.stages import report as write_report
 from csr_vlm.report import audit_panel as health
 from csr_vlm.report.annotate import Scale, Sentence, marked
 from csr_vlm.report.before_after import CLEAN, IMPROVED, STILL, WORSENED, before_after, by_truth
 from csr_vlm.report.charts import Axes, Point, Series, chart, nice_ticks, smoothed
 from csr_vlm.report.gallery import pair_gallery
-from csr_vlm.report.html import write_report
 from csr_vlm.report.limits import Sample
 from csr_vlm.report.measures import paired_difference, read_evaluation, verdict
 from csr_vlm.report.provenance import without_secrets
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
+from csr_vlm.world.truth import known_scene
 
 SCRIPT = "<script>alert(1)</script>"
 HANDLER = '"><img onerror='
@@ -255,7 +256,7 @@ def test_the_gallery_shows_what_the_reward_uses(
 ) -> None:
     run = new_run(tmp_path / "run", world=False, **changes)
     add_pairs(run, 1, prompts[:1], "A.", "B.")
-    gallery = pair_gallery(run, Sample())
+    gallery = pair_gallery(run, Sample(), known_scene)
     assert gallery is not None
     shown = [sentence.relevance for sentence in gallery.cards[0].rounds[0].preferences[0].chosen.sentences]
     assert shown == [value if value is None else pytest.approx(value) for value in relevance]
@@ -460,7 +461,7 @@ def test_scene_gallery_divides_its_places(tmp_path: Path) -> None:
     add_evaluation(run, 2, metrics(0.2), after)
     evaluation = read_evaluation(run)
     assert evaluation is not None
-    gallery = before_after(run, evaluation, Sample(compared=24))
+    gallery = before_after(run, evaluation, Sample(compared=24), known_scene)
     assert gallery is not None
     assert gallery.totals == {IMPROVED: 40, WORSENED: 3, STILL: 10, CLEAN: 7}
     assert [card.kind for card in gallery.cards] == [IMPROVED] * 15 + [WORSENED] * 3 + [STILL] * 6

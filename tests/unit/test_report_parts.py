@@ -10,15 +10,17 @@ import pytest
 from PIL import Image
 
 from csr_vlm.core.records import Finish, NodeStatus, Prompt
+from csr_vlm.pipeline.stages import report as write_report
 from csr_vlm.report.before_after import CLOSER, FARTHER, SAME, before_after, by_relevance
 from csr_vlm.report.benchmark_panel import benchmark_panel
-from csr_vlm.report.html import render, write_report
+from csr_vlm.report.html import render
 from csr_vlm.report.lambdas import lambda_panel
 from csr_vlm.report.limits import MOST_BYTES, Sample, cut
 from csr_vlm.report.measures import read_evaluation, verdict
 from csr_vlm.report.next_steps import next_steps
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
+from csr_vlm.world.truth import known_scene
 from tests.unit.builders import node
 from tests.unit.test_report import SCRIPT, Page, add_pairs, add_training, new_run
 
@@ -46,7 +48,7 @@ def test_the_lambda_curve_by_hand(tmp_path: Path) -> None:
     """At 0 the likelier response is chosen, from 0.1 on the one that suits the image: R_I is 100 times larger."""
     run = new_run(tmp_path / "run", world=False, preset="paper")
     ledger(run, PROMPTS)
-    panel = lambda_panel(run)
+    panel = lambda_panel(run, known_scene)
     assert panel is not None
     assert (panel.iteration, panel.own, panel.num_prompts) == (1, 0.9, 3)
     stay, wins = (str(figure.svg) for figure in panel.figures[:2])
@@ -64,7 +66,7 @@ def test_the_lambda_curve_knows_the_truth_where_there_is_one(tmp_path: Path) -> 
     absent = [i for i in ids if not {"boat", "fish"} & scene_of(i)[1].kinds]
     fish = [i for i in ids if "fish" in scene_of(i)[1].kinds and "boat" not in scene_of(i)[1].kinds]
     ledger(run, [Prompt(i, "none.png", "What?") for i in [absent[0], fish[0]]])
-    panel = lambda_panel(run)
+    panel = lambda_panel(run, known_scene)
     assert panel is not None
     # The chosen boat is in neither picture; the fish, chosen at 0, is in one of the two.
     assert "λ = 0, chosen: 0.50; λ = 0.1, chosen: 1.00" in str(panel.figures[2].svg)
@@ -73,9 +75,9 @@ def test_the_lambda_curve_knows_the_truth_where_there_is_one(tmp_path: Path) -> 
 @pytest.mark.parametrize("changes", [{"preset": "random_pairs"}, {"scorer": {"path": "a", "name": "lost"}}])
 def test_no_lambda_curve_where_lambda_decides_nothing_or_cannot(tmp_path: Path, changes: dict[str, Any]) -> None:
     run = new_run(tmp_path / "run", world=False, **changes)
-    assert lambda_panel(run) is None, "there is no ledger yet"
+    assert lambda_panel(run, known_scene) is None, "there is no ledger yet"
     ledger(run, PROMPTS)
-    assert lambda_panel(run) is None
+    assert lambda_panel(run, known_scene) is None
 
 
 def test_sweeps_over_lambda_stand_beside_it(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_sweeps_over_lambda_stand_beside_it(tmp_path: Path) -> None:
         found = {"world": {"chair_s": metric | {"value": value}}}
         row = {"overrides": [override], "iteration": iteration, "pairs": {}, "metrics": found}
         files.write_json(run.root / "sweeps" / name / "result.json", row)
-    panel = lambda_panel(run)
+    panel = lambda_panel(run, known_scene)
     assert panel is not None
     assert [figure.label for figure in panel.trained] == ["CHAIR_S"]
     assert "λ = 0: 0.400; λ = 0.5: 0.200" in str(panel.trained[0].svg)
@@ -179,7 +181,7 @@ def test_without_truth_relevance_sorts_the_responses(tmp_path: Path) -> None:
     run = heldout_run(tmp_path, [20.0, 20.0, 20.0], [20.4, 25.0, 15.0])
     evaluation = read_evaluation(run)
     assert evaluation is not None
-    gallery = before_after(run, evaluation, Sample())
+    gallery = before_after(run, evaluation, Sample(), known_scene)
     assert gallery is not None
     assert gallery.totals == {CLOSER: 1, FARTHER: 1, SAME: 1}
     assert [card.kind for card in gallery.cards] == [CLOSER, FARTHER, SAME]

@@ -27,7 +27,7 @@ def analyze(
     opened = Run.open(target)
     console.quiet_libraries()
     from csr_vlm.evaluation.introspection import analyze as analyze_run
-    from csr_vlm.report.html import write_report
+    from csr_vlm.pipeline.stages import report as write_report
 
     with opened.locked():
         found = analyze_run(opened, console.reporter(), num_responses=responses, num_pairs=pairs, external=external)

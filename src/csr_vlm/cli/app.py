@@ -224,7 +224,7 @@ def report(
 
     Example: csr report runs/d0 --figure result.png
     """
-    from csr_vlm.report.html import write_report
+    from csr_vlm.pipeline.stages import report as write_report
 
     opened = Run.open(target)
     if figure is not None and figure.suffix.lower() not in {".png", ".svg", ".pdf"}:
@@ -233,8 +233,9 @@ def report(
         written = [write_report(opened)]
         if figure is not None:
             from csr_vlm.report.figure import write_figure
+            from csr_vlm.world.truth import known_scene
 
-            written.append(write_figure(opened, figure))
+            written.append(write_figure(opened, figure, known_scene))
     console.done(*written, then=f"open {written[0]} in a browser; it needs no network")
 
 

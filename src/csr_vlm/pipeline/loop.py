@@ -21,7 +21,6 @@ from __future__ import annotations
 from csr_vlm.core.progress import Reporter
 from csr_vlm.pipeline import gates, stages
 from csr_vlm.report.card import write_card
-from csr_vlm.report.html import write_report
 from csr_vlm.scale.executor import LOCAL, Executor
 from csr_vlm.store.progress_file import record_progress
 from csr_vlm.store.run import Run
@@ -49,4 +48,4 @@ def align(run: Run, reporter: Reporter, executor: Executor = LOCAL) -> None:
         stages.export(run, reporter)
         if run.final:
             write_card(run)
-        write_report(run)
+        stages.report(run)

@@ -348,6 +348,14 @@ def _evaluate_scenes(
         )
 
 
+def report(run: Run) -> Path:
+    """Write ``RUN/report.html``; scenes of the embedded worlds are shown with their truth."""
+    from csr_vlm.report.html import write_report
+    from csr_vlm.world.truth import known_scene
+
+    return write_report(run, known_scene)
+
+
 def export(run: Run, reporter: Reporter) -> None:
     """Put the final adapter, and the merged model if asked for, where users look for them."""
     final = run.root / "adapter"

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from csr_vlm.core.batching import evenly_spaced
+from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
 from csr_vlm.report.annotate import Scale, Sentence, sentences
 from csr_vlm.report.limits import Sample
 from csr_vlm.report.measures import Evaluation, shared_rows
 from csr_vlm.report.pictures import Picture, picture
 from csr_vlm.store.run import Run
-from csr_vlm.world.dataset import scene_of
-from csr_vlm.world.truth import judge
 
 Tone = Literal["better", "worse", "none"]
 NOTICEABLE_RELEVANCE = 0.5
@@ -74,7 +73,7 @@ class BeforeAfter:
     scale: Scale
 
 
-def before_after(run: Run, evaluation: Evaluation, sample: Sample) -> BeforeAfter | None:
+def before_after(run: Run, evaluation: Evaluation, sample: Sample, truth_of: TruthOf = no_truth) -> BeforeAfter | None:
     """Set the base policy's responses against the last one's; None where there are not both."""
     rows = shared_rows(evaluation)
     if not rows:
@@ -91,8 +90,9 @@ def before_after(run: Run, evaluation: Evaluation, sample: Sample) -> BeforeAfte
         for before, after in evenly_spaced(by_kind[kind], number):
             name = str(before["id"])
             prompt = asked.get(name)
-            image = picture(name, prompt.image if prompt else None, run.config.data.max_image_pixels)
-            cards.append(Card(name, prompt.text if prompt else "", image, kind, _described(before), _described(after)))
+            image = picture(name, prompt.image if prompt else None, run.config.data.max_image_pixels, truth_of)
+            sides = (_described(row, truth_of) for row in (before, after))
+            cards.append(Card(name, prompt.text if prompt else "", image, kind, *sides))
     scale = Scale.of(s for card in cards for side in (card.before, card.after) for s in side.sentences)
     return BeforeAfter(cards, totals, evaluation.first, evaluation.last, evaluation.truth_known, scale)
 
@@ -136,15 +136,12 @@ def _relevance(row: Mapping[str, Any]) -> float | None:
     return found
 
 
-def _described(row: Mapping[str, Any]) -> Described:
+def _described(row: Mapping[str, Any], truth_of: TruthOf) -> Described:
     hallucinated = row.get("hallucinated")
     absent = {str(word) for word in row.get("hallucinated_words") or hallucinated or ()}
     text = str(row["text"])
     said = [(str(part), score) for part, score in row.get("sentences") or [(text, None)]]
-    known = scene_of(str(row["id"])) if hallucinated is not None else None
-    unmentioned: list[str] = []
-    if known is not None:
-        world, scene = known
-        unmentioned = sorted(scene.kinds - judge(world, scene, text).recalled)
+    known = truth_of(str(row["id"])) if hallucinated is not None else None
+    unmentioned = known.unmentioned(text) if known is not None else ()
     number = None if hallucinated is None else len(hallucinated)
     return Described(sentences(said, absent), _relevance(row), unmentioned, number)

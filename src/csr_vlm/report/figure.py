@@ -8,16 +8,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.evaluation.known_pictures import TruthOf
 from csr_vlm.store.files import read_json
 from csr_vlm.store.run import Run
-from csr_vlm.world.dataset import scene_of
-from csr_vlm.world.scenes import render
 
 _LINES = (("chair_s", "CHAIR_S", "#c0392b"), ("chair_i", "CHAIR_I", "#e08e0b"), ("recall", "recall", "#1f77b4"))
 _EXAMPLES = 3
 
 
-def write_figure(run: Run, path: Path) -> Path:
+def write_figure(run: Run, path: Path, truth_of: TruthOf) -> Path:
     """Draw the metrics over iterations and some pictures described before and after.
 
     Raises:
@@ -30,7 +29,7 @@ def write_figure(run: Run, path: Path) -> Path:
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.6), squeeze=False)[0]
     _draw_metrics(left, {n: run.metrics(n) for n in numbers})
     before, after = (read_json(run.evaluation_path(n, "world"))["rows"] for n in (numbers[0], numbers[-1]))
-    _draw_examples(right, before, after)
+    _draw_examples(right, before, after, truth_of)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path
@@ -52,18 +51,18 @@ def _draw_metrics(figure: Any, metrics: dict[int, dict[str, Any]]) -> None:
     axes.set_title(f"{found[0]['n']} test scenes, 95 % intervals", fontsize=10, loc="left")
 
 
-def _draw_examples(figure: Any, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+def _draw_examples(figure: Any, before: list[dict[str, Any]], after: list[dict[str, Any]], truth_of: TruthOf) -> None:
     mended = [
         (old, new)
         for old, new in zip(before, after, strict=True)
-        if old["hallucinated"] and not new["hallucinated"] and scene_of(old["id"]) is not None
+        if old["hallucinated"] and not new["hallucinated"] and truth_of(old["id"]) is not None
     ]
     # The first mended scenes in test order, not the prettiest.
     all_axes = figure.subplots(_EXAMPLES, 3, width_ratios=(1, 1.7, 1.7), squeeze=False)
     for row, (old, new) in zip(all_axes, mended, strict=False):
-        found = scene_of(old["id"])
+        found = truth_of(old["id"])
         assert found is not None
-        row[0].imshow(render(found[1], scale=4))
+        row[0].imshow(found.draw(4))
         _write(row[1], old)
         _write(row[2], new)
     for axes, title in zip(all_axes[0], ("", "base model", "after CSR"), strict=True):

@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 from csr_vlm.core.batching import evenly_spaced
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Node, Pair, Response
+from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
 from csr_vlm.method.reward import image_score, path_ids
 from csr_vlm.report.annotate import Scale, Sentence, sentences
 from csr_vlm.report.limits import Sample, cut
-from csr_vlm.report.pictures import Picture, absent_kinds, picture
+from csr_vlm.report.pictures import Picture, picture
 from csr_vlm.report.search_tree import SearchTree, search_tree
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
-from csr_vlm.world.dataset import scene_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PairGallery:
     has_trees: bool
 
 
-def pair_gallery(run: Run, sample: Sample) -> PairGallery | None:
+def pair_gallery(run: Run, sample: Sample, truth_of: TruthOf = no_truth) -> PairGallery | None:
     """Gather the pairs of some prompts, the same prompts in every iteration; None without pairs."""
     done = [n for n in run.iterations_done("pairs") if n and run.pairs_path(n).is_file()]
     ids = dict.fromkeys(prompt_id for n in done for prompt_id in _prompt_ids(run, n))
@@ -91,15 +91,15 @@ def pair_gallery(run: Run, sample: Sample) -> PairGallery | None:
         trees = _trees(run, number, shown)
         for prompt_id, pairs in _pairs(run, number, shown).items():
             prompts[prompt_id] = pairs[0].prompt
-            rounds[prompt_id].append(_round(run, number, pairs, trees.get(prompt_id, [])))
+            rounds[prompt_id].append(_round(run, number, pairs, trees.get(prompt_id, []), truth_of))
     most = run.config.data.max_image_pixels
     cards = [
-        PairCard(prompt_id, cut(prompt.text), picture(prompt_id, prompt.image, most), rounds[prompt_id])
+        PairCard(prompt_id, cut(prompt.text), picture(prompt_id, prompt.image, most, truth_of), rounds[prompt_id])
         for prompt_id, prompt in sorted(prompts.items(), key=lambda item: shown.index(item[0]))
     ]
     every = [found for card in cards for found in card.rounds]
     said = [s for r in every for p in r.preferences for side in (p.chosen, p.rejected) for s in side.sentences]
-    known = any(scene_of(card.prompt_id) is not None for card in cards)
+    known = any(truth_of(card.prompt_id) is not None for card in cards)
     return PairGallery(cards, iterations, len(ids), Scale.of(said), known, any(r.tree is not None for r in every))
 
 
@@ -128,8 +128,9 @@ def _trees(run: Run, iteration: int, prompt_ids: Sequence[str]) -> dict[str, lis
     return found
 
 
-def _round(run: Run, iteration: int, pairs: Sequence[Pair], nodes: Sequence[Node]) -> Round:
-    absent = absent_kinds(pairs[0].prompt.prompt_id) or frozenset()
+def _round(run: Run, iteration: int, pairs: Sequence[Pair], nodes: Sequence[Node], truth_of: TruthOf) -> Round:
+    known = truth_of(pairs[0].prompt.prompt_id)
+    absent = known.absent if known is not None else frozenset()
     by_id = {node.node_id: node for node in nodes}
     preferences = []
     for pair in pairs:

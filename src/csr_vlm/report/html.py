@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from csr_vlm.core import formatting
+from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
 from csr_vlm.report import panels, search_tree
 from csr_vlm.report.annotate import SCALE_STEPS
 from csr_vlm.report.audit_panel import health_panel
@@ -30,23 +31,23 @@ from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
 
-def write_report(run: Run) -> Path:
+def write_report(run: Run, truth_of: TruthOf = no_truth) -> Path:
     """Write ``RUN/report.html`` from whatever stages of the run are done.
 
     Returns:
         The path of the report.
     """
     path = run.root / "report.html"
-    files.write_text(path, render(run))
+    files.write_text(path, render(run, truth_of))
     return path
 
 
-def render(run: Run, most_bytes: int = MOST_BYTES) -> str:
+def render(run: Run, truth_of: TruthOf = no_truth, most_bytes: int = MOST_BYTES) -> str:
     """Return the report of a run as HTML, sampled so that it takes no more than so many bytes."""
     evaluation = read_evaluation(run)
-    content, sample = _content(run, evaluation), Sample()
+    content, sample = _content(run, evaluation, truth_of), Sample()
     while True:
-        text = page("report.html.j2", **content, **_pictures(run, evaluation, sample))
+        text = page("report.html.j2", **content, **_pictures(run, evaluation, sample, truth_of))
         if len(text.encode()) <= most_bytes or sample == sample.halved():
             return text
         sample = sample.halved()
@@ -85,12 +86,12 @@ def _source(environment: Environment, name: str) -> str:
     return environment.loader.get_source(environment, name)[0]
 
 
-def _content(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
+def _content(run: Run, evaluation: Evaluation | None, truth_of: TruthOf) -> dict[str, Any]:
     prompts = run.result(0, "prompts") if run.is_done(0, "prompts") else {}
     pairs = panels.pair_results(run)
     training = panels.training_results(run)
     finished = run.is_finished
-    lambdas, benchmarks = lambda_panel(run), benchmark_panel(run)
+    lambdas, benchmarks = lambda_panel(run, truth_of), benchmark_panel(run)
     heldout = evaluation_named(run, "heldout") if evaluation and evaluation.truth_known else None
     return {
         "run": run,
@@ -120,11 +121,11 @@ def _content(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
     }
 
 
-def _pictures(run: Run, evaluation: Evaluation | None, sample: Sample) -> dict[str, Any]:
+def _pictures(run: Run, evaluation: Evaluation | None, sample: Sample, truth_of: TruthOf) -> dict[str, Any]:
     """What grows with a run, and so is sampled."""
     return {
-        "compared": before_after(run, evaluation, sample) if evaluation else None,
-        "gallery": pair_gallery(run, sample),
+        "compared": before_after(run, evaluation, sample, truth_of) if evaluation else None,
+        "gallery": pair_gallery(run, sample, truth_of),
         "scale_steps": SCALE_STEPS,
         "shapes": search_tree.SHAPES,
         "shape_names": search_tree.LEGEND,

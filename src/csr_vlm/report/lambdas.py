@@ -16,16 +16,14 @@ from csr_vlm.core.batching import evenly_spaced
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.formatting import fixed
 from csr_vlm.core.records import Node, Pair, Prompt
+from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
 from csr_vlm.method.audit import pair_metrics, tree_metrics
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.report.charts import Axes, Point, Series, chart
 from csr_vlm.report.measures import MEASURES, Measure
 from csr_vlm.report.panels import Figure
-from csr_vlm.report.pictures import absent_kinds
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
-from csr_vlm.world.dataset import scene_of
-from csr_vlm.world.truth import judge
 
 _WEIGHTS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 _MOST_PROMPTS = 48
@@ -58,7 +56,7 @@ class _At:
         return {(pair.prompt.prompt_id, pair.chosen.node_id, pair.rejected.node_id) for pair in self.pairs}
 
 
-def lambda_panel(run: Run) -> Lambdas | None:
+def lambda_panel(run: Run, truth_of: TruthOf = no_truth) -> Lambdas | None:
     """Derive the pairs of the first ledger under several lambdas.
 
     None without a ledger, and where pairs are drawn at random, so that lambda decides nothing.
@@ -71,7 +69,7 @@ def lambda_panel(run: Run) -> Lambdas | None:
         found = {weight: _at(run, trees, weight) for weight in sorted({*_WEIGHTS, own})}
     except CsrError:  # the ledger lacks a score that the reward needs; csr pairs says which
         return None
-    figures = [_same(found, own), _sign(found, own, *_WINS), _truth(found, own) or _sign(found, own, *_OMITS)]
+    figures = [_same(found, own), _sign(found, own, *_WINS), _truth(found, own, truth_of) or _sign(found, own, *_OMITS)]
     return Lambdas(done[0], own, len(trees), [f for f in figures if f.svg], _trained(run, done[0]))
 
 
@@ -125,26 +123,25 @@ def _sign(found: Mapping[float, _At], own: float, name: str, label: str, meaning
     return _figure(label, meaning, [Series(label, points)], own, from_zero=zero, at_most=1.0 if zero else None)
 
 
-def _truth(found: Mapping[float, _At], own: float) -> Figure | None:
+def _truth(found: Mapping[float, _At], own: float, truth_of: TruthOf) -> Figure | None:
     """How often either side names something absent, where the truth is known."""
-    if not any(absent_kinds(pair.prompt.prompt_id) is not None for at in found.values() for pair in at.pairs):
+    known = {pair.prompt.prompt_id: truth_of(pair.prompt.prompt_id) for at in found.values() for pair in at.pairs}
+    if not any(known.values()):
         return None
     series = []
     for style, side in enumerate(("chosen", "rejected")):
         points = []
         for weight, at in found.items():
-            told = [_hallucinates(pair.prompt.prompt_id, getattr(pair, side).text) for pair in at.pairs]
-            known = [value for value in told if value is not None]
-            if known:
-                share = sum(known) / len(known)
+            hallucinates = [
+                bool(picture.hallucinated(getattr(pair, side).text))
+                for pair in at.pairs
+                if (picture := known[pair.prompt.prompt_id]) is not None
+            ]
+            if hallucinates:
+                share = sum(hallucinates) / len(hallucinates)
                 points.append(Point(weight, share, title=f"λ = {weight:g}, {side}: {fixed(share, 2)}"))
         series.append(Series(side, points, style))
     return _figure("Names something absent", "share of pairs, by the truth", series, own, from_zero=True, at_most=1.0)
-
-
-def _hallucinates(prompt_id: str, text: str) -> bool | None:
-    known = scene_of(prompt_id)
-    return None if known is None else bool(judge(*known, text).hallucinated)
 
 
 def _trained(run: Run, iteration: int) -> list[Figure]:

@@ -10,9 +10,8 @@ from typing import Literal
 from PIL import Image
 
 from csr_vlm.data.images import BadImage, load_image
+from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
 from csr_vlm.report.limits import cut
-from csr_vlm.world.dataset import scene_of
-from csr_vlm.world.scenes import Scene, render
 
 _MOST_PIXELS = 336
 _SCENE_SCALE = 3
@@ -29,11 +28,11 @@ class Picture:
     missing: str = ""
 
 
-def picture(prompt_id: str, image: str | None, max_pixels: int) -> Picture:
-    """Draw the world's scene of this id, or else load and shrink the image file."""
-    known = scene_of(prompt_id)
+def picture(prompt_id: str, image: str | None, max_pixels: int, truth_of: TruthOf = no_truth) -> Picture:
+    """Draw the known picture of this id, or else load and shrink the image file."""
+    known = truth_of(prompt_id)
     if known is not None:
-        return _drawn(known[1])
+        return _embedded(known.draw(_SCENE_SCALE), "PNG", known.description)
     if image is None:
         return Picture(alt="", missing="no picture")
     try:
@@ -44,20 +43,6 @@ def picture(prompt_id: str, image: str | None, max_pixels: int) -> Picture:
         return Picture(alt="", missing="picture unreadable")
     loaded.thumbnail((_MOST_PIXELS, _MOST_PIXELS), Image.Resampling.LANCZOS)
     return _embedded(loaded, "JPEG", f"Image of prompt {cut(prompt_id, 200)}")
-
-
-def absent_kinds(prompt_id: str) -> frozenset[str] | None:
-    """Name the kinds of object that are not in a scene; None where the truth is not known."""
-    known = scene_of(prompt_id)
-    if known is None:
-        return None
-    world, scene = known
-    return frozenset(world.kinds) - scene.kinds
-
-
-def _drawn(scene: Scene) -> Picture:
-    objects = ", ".join(f"{item.color} {item.kind}" for item in scene.objects)
-    return _embedded(render(scene, scale=_SCENE_SCALE), "PNG", f"Drawn scene: {objects}")
 
 
 def _embedded(image: Image.Image, form: Literal["JPEG", "PNG"], alt: str) -> Picture:

@@ -226,8 +226,8 @@ class Run:
         Raises:
             CsrError: The marker is damaged, or was changed.
         """
-        recorded: dict[str, Any] = _with_current_keys(files.read_checksummed(self._marker(number, stage)))
-        return recorded
+        marker = self._marker(number, stage)
+        return files.Document(marker, _with_current_keys(files.read_checksummed(marker)))
 
     def mark_done(self, number: int, stage: str, **result: Any) -> None:
         files.write_checksummed(self._marker(number, stage), result)

@@ -7,11 +7,14 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
+from PIL import Image
+
 from csr_vlm.evaluation import chair
 from csr_vlm.evaluation.objects import ObjectTable, Reading, find_objects
 from csr_vlm.evaluation.words import word_rule
 from csr_vlm.method.reward import bag_of_words
-from csr_vlm.world.scenes import Scene, World
+from csr_vlm.world.dataset import scene_of
+from csr_vlm.world.scenes import Scene, World, render
 
 _SENTENCE = re.compile(r"[^.]*\.?")
 
@@ -33,6 +36,37 @@ class Judgement:
     repeats: int
     """Sentences that say again what an earlier one said."""
     words: int
+
+
+@dataclass(frozen=True)
+class KnownScene:
+    """A scene as reports see it: a :class:`csr_vlm.evaluation.known_pictures.KnownPicture`."""
+
+    world: World
+    scene: Scene
+
+    @property
+    def description(self) -> str:
+        return "Drawn scene: " + ", ".join(f"{item.color} {item.kind}" for item in self.scene.objects)
+
+    @property
+    def absent(self) -> frozenset[str]:
+        return frozenset(self.world.kinds) - self.scene.kinds
+
+    def draw(self, scale: int) -> Image.Image:
+        return render(self.scene, scale=scale)
+
+    def hallucinated(self, text: str) -> tuple[str, ...]:
+        return judge(self.world, self.scene, text).hallucinated
+
+    def unmentioned(self, text: str) -> list[str]:
+        return sorted(self.scene.kinds - judge(self.world, self.scene, text).recalled)
+
+
+def known_scene(prompt_id: str) -> KnownScene | None:
+    """Return the scene that a prompt id names; None if it names none."""
+    found = scene_of(prompt_id)
+    return None if found is None else KnownScene(*found)
 
 
 def reader_of(world: World) -> chair.Reader:
