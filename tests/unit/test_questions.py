@@ -122,13 +122,13 @@ def test_the_default_preset_finds_nouns(sentence: str, nouns: list[str]) -> None
 
 
 def test_a_question_must_fit_its_pattern() -> None:
-    with pytest.raises(ValueError, match="do not fit together"):
+    with pytest.raises(ValueError, match="do not match"):
         QuestionsConfig(pattern=r"an? (\w+)", question="Is there {a} {1}?")
 
 
 def test_questions_need_other_images_and_say_so_at_once() -> None:
     cosine = {"reward": {"image_score": "cosine", "baseline": "midrange"}}
     scorer = {"path": "scorer", "others": 0}
-    with pytest.raises(CsrError, match=r"scorer.others=0, but method.pairs.questions compares"):
+    with pytest.raises(CsrError, match=r"scorer.others=0, but method.pairs.questions requires"):
         config(scorer=scorer, method=cosine)
     config(scorer=scorer, method=cosine | {"pairs": {"questions": {"pattern": ""}}})
