@@ -142,7 +142,7 @@ def test_an_iteration_without_pairs_says_so_and_no_more(trees):
     assert metrics == {"prompts_with_pairs": 0.0, "pairs": 0.0}
     (check,) = audit.checks(metrics, PAIR_BOUNDS)
     assert check.verdict is Verdict.STOP
-    assert "there is nothing more to learn" in check.reason
+    assert "too few prompts yield pairs" in check.reason
 
 
 def with_others(nodes: list[Node], others: dict[str, float]) -> list[Node]:
@@ -155,7 +155,7 @@ def with_others(nodes: list[Node], others: dict[str, float]) -> list[Node]:
 def test_scorer_agreement_counts_each_sentence_once():
     # Boat above its others, fish level with them, car below: (1 + 1/2 + 0) / 3.
     nodes = with_others(TREE, {"A boat.": 0.2, "A fish.": 0.5, "A car.": 0.3})
-    assert signs_of(nodes).own_above_others == pytest.approx(0.5)
+    assert signs_of(nodes).scorer_agreement == pytest.approx(0.5)
 
 
 def test_scorer_agreement_of_several_scorers_is_of_their_sum():
@@ -171,14 +171,14 @@ def test_scorer_agreement_of_several_scorers_is_of_their_sum():
         else n
         for n in nodes[:4]
     ]
-    assert audit.tree_metrics(both, [], method(), "clip").own_above_others == pytest.approx(2 / 3)
-    assert audit.tree_metrics(both, [], method(), "clip+two").own_above_others == pytest.approx(2 / 3)
-    assert audit.tree_metrics(both[1:2], [], method(), "clip").own_above_others == 0.0
-    assert audit.tree_metrics(both[1:2], [], method(), "clip+two").own_above_others == 1.0
+    assert audit.tree_metrics(both, [], method(), "clip").scorer_agreement == pytest.approx(2 / 3)
+    assert audit.tree_metrics(both, [], method(), "clip+two").scorer_agreement == pytest.approx(2 / 3)
+    assert audit.tree_metrics(both[1:2], [], method(), "clip").scorer_agreement == 0.0
+    assert audit.tree_metrics(both[1:2], [], method(), "clip+two").scorer_agreement == 1.0
 
 
 def test_a_ledger_without_other_images():
-    assert signs_of(TREE).own_above_others is None
+    assert signs_of(TREE).scorer_agreement is None
     assert "scorer_agreement" not in audit.pair_metrics([signs_of(TREE)])
     with pytest.raises(CsrError, match="has no score by 'clip:others'"):
         signs_of(TREE, reward={"image_score": "contrast"})
@@ -216,7 +216,7 @@ def test_on_which_side_of_a_bound(bound, value, expected):
 @pytest.mark.parametrize("metric", BOUNDS)
 def test_every_bound_warns_before_it_stops(metric):
     bound = BOUNDS[metric]
-    worse = 1 if bound.high else -1
+    worse = 1 if bound.higher_is_worse else -1
     assert worse * bound.stop >= worse * bound.warn
     inside, beyond, at_stop = (
         audit.checks({metric: value}, BOUNDS)[0]
@@ -249,7 +249,7 @@ def test_signs_without_a_bound_are_not_judged():
 def test_the_worst_finding_decides(verdicts):
     found = [Check("metric", 0.0, verdict, "") for verdict in verdicts]
     expected = Verdict.STOP if Verdict.STOP in verdicts else Verdict.WARN if Verdict.WARN in verdicts else Verdict.GO
-    assert audit.worst(found) is expected
+    assert audit.worst_verdict(found) is expected
 
 
 def test_findings_are_kept_as_plain_data():
@@ -288,7 +288,9 @@ def test_a_silent_policy_is_stopped_and_a_silent_base_is_no_measure():
     assert {f.metric for f in found if f.verdict is Verdict.STOP} >= {"sentences_ratio", "relevance_gain"}
     assert "chosen_drop" not in {f.metric for f in found}
     assert "sentences_ratio" not in audit.response_metrics(silent, BASE, None)
-    assert audit.worst(audit.checks(audit.response_metrics(silent, silent, None), RESPONSE_BOUNDS)) is Verdict.GO
+    assert (
+        audit.worst_verdict(audit.checks(audit.response_metrics(silent, silent, None), RESPONSE_BOUNDS)) is Verdict.GO
+    )
 
 
 # What must fail, and what must not.

@@ -100,14 +100,14 @@ def test_other_errors_of_the_disk_are_named_and_others_left_alone(tmp_path: Path
         files.write_atomically(tmp_path / "a", fail(OSError(errno.EIO, "x")))
     with pytest.raises(ZeroDivisionError):
         files.write_atomically(tmp_path / "a", fail(ZeroDivisionError()))
-    with pytest.raises(FileNotFoundError), files.disk_troubles(tmp_path, of_disk_only=True):
+    with pytest.raises(FileNotFoundError), files.disk_errors(tmp_path, of_disk_only=True):
         raise FileNotFoundError(errno.ENOENT, "elsewhere")
 
 
 def test_a_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no ordinary file"):
-        files.open_ordinary(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        files.open_regular(tmp_path / "pipe")
 
 
 def test_a_changed_marker_is_noticed_and_an_old_one_without_a_digest_is_not_refused(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_changed_marker_is_noticed_and_an_old_one_without_a_digest_is_not_refu
     del content["digest"]
     marker.write_text(json.dumps(content))
     assert run.result(1, "generate")["nodes"] == 8 * PROMPTS
-    with pytest.raises(CsrError, match=r"generate.json lacks 'nothing'"):
+    with pytest.raises(CsrError, match=r"generate.json has no key 'nothing'"):
         run.result(1, "generate")["nothing"]
 
 
@@ -131,7 +131,7 @@ def test_a_ledger_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     contents = first.read_bytes(), second.read_bytes()
     assert len(list(ledger.trees(run, 1))) == PROMPTS - 1
     second.unlink()
-    with pytest.raises(CsrError, match="has 2 ledger parts where its prompts make 3"):
+    with pytest.raises(CsrError, match="has 2 ledger parts instead of 3"):
         list(ledger.trees(run, 1))
     second.write_bytes(contents[0])
     with pytest.raises(CsrError, match="does not hold the trees of its prompts"):

@@ -79,7 +79,7 @@ def test_a_ledger_that_is_not_whole_is_not_packed(run: Run) -> None:
     first, second, _ = run.ledger_parts(1)
     content = second.read_bytes()
     second.unlink()
-    with pytest.raises(CsrError, match="has 2 ledger parts where its prompts make 3"):
+    with pytest.raises(CsrError, match="has 2 ledger parts instead of 3"):
         pack(run, MUCH)
     second.write_bytes(content[:200])
     with pytest.raises(CsrError, match="cannot be read"):
@@ -91,5 +91,5 @@ def test_a_ledger_that_is_not_whole_is_not_packed(run: Run) -> None:
 def test_two_files_for_one_work_item_are_noticed(run: Run) -> None:
     first, *_ = run.ledger_parts(1)
     first.with_name("part-000000-fedcba9876543210.parquet").write_bytes(first.read_bytes())
-    with pytest.raises(CsrError, match="has 4 ledger parts where its prompts make 3"):
+    with pytest.raises(CsrError, match="has 4 ledger parts instead of 3"):
         ledger.trees(run, 1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csr_vlm.core.records import Finish, Node, NodeStatus, Pair
+from csr_vlm.core.records import Finish, Node, NodeStatus, Pair, negatives_column
 from csr_vlm.method.pairs import make_pairs, responses
 from csr_vlm.method.search import search
 from csr_vlm.store import tables
@@ -132,7 +133,7 @@ def random_tree(salt: int, prompt_id: str = "p", num_leaves: int = 6) -> list[No
 @given(
     st.integers(0, 10**6),
     st.floats(0, 1),
-    st.sampled_from(["weighted", "standardised", "sibling_rank"]),
+    st.sampled_from(["weighted", "sibling_rank"]),
     st.booleans(),
 )
 def test_chosen_is_the_best_and_rejected_the_worst(salt, weight, fusion, require_complete):
@@ -254,15 +255,18 @@ def test_siblings_share_what_comes_before():
     assert (bird.num_sentences, end.num_sentences) == (2, 1)
 
 
-def test_below_a_baseline_ending_is_better():
-    # Between the extremes, 5 and 60, lies 32.5: bird and fish are worth less than nothing.
-    found = make_pairs(
-        prompt(),
-        TREE,
-        method(1.0, reward={"baseline": "midrange"}, pairs={"between": "siblings", "per_prompt": 9}),
-        "clip",
-        0,
-    )
+def with_negatives(nodes: list[Node], negatives: float = 0.0) -> list[Node]:
+    """Give each sentence the same mean cosine over negative images."""
+    return [replace(n, cosines=n.cosines | {negatives_column("clip"): negatives}) if n.sentence else n for n in nodes]
+
+
+HALF_BEST = {"image_score": "contrast", "baseline": "half_best"}
+
+
+def test_ending_is_preferred_to_sentences_below_the_baseline():
+    # Half of the best contrast, 60, is 30: bird and fish have rewards of -6 and -20, ending 0.
+    settings = method(1.0, reward=HALF_BEST, pairs={"between": "siblings", "per_prompt": 9})
+    found = make_pairs(prompt(), with_negatives(TREE), settings, "clip", 0)
     ends = [(p.chosen.node_id, p.rejected.node_id) for p in found if p.chosen.node_id.startswith("0.")]
     assert ends == [("0.1", "0.0"), ("0.1", "0.2")]
 
@@ -341,12 +345,9 @@ def test_ending_with_the_last_true_sentence_beats_going_on_to_a_false_one():
         node("1", "A boat.", cosine=0.30, ids=(1, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),
         node("0.0", "A fish.", cosine=0.05, ids=(4, 0), status=NodeStatus.FINISHED),
     ]
-    how = method(
-        1.0,
-        reward={"baseline": "midrange"},  # 17.5: the boat earns 12.5, the fish -12.5
-        pairs={"between": "siblings", "per_prompt": 9},
-    )
-    found = make_pairs(prompt(), nodes, how, "clip", 0)
+    # Half of the best contrast is 15, so the boat's reward is 15 and the fish's -10.
+    settings = method(1.0, reward=HALF_BEST, pairs={"between": "siblings", "per_prompt": 9})
+    found = make_pairs(prompt(), with_negatives(nodes), settings, "clip", 0)
     assert [(p.chosen.node_id, p.rejected.node_id) for p in found] == [("1", "0")]
-    assert found[0].chosen.reward == pytest.approx(12.5)
-    assert found[0].rejected.reward == pytest.approx(0.0)
+    assert found[0].chosen.reward == pytest.approx(15.0)
+    assert found[0].rejected.reward == pytest.approx(15.0 - 10.0)

@@ -1,19 +1,20 @@
-"""The run directory: files that are whole or absent, resuming, locking, markers."""
+"""Test the run directory: complete or absent files, resuming, locking, markers."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import SCHEMA_VERSION
 from csr_vlm.store import files, tables
+from csr_vlm.store.progress_file import record_progress
 from csr_vlm.store.run import Run, differences
 from tests.unit.builders import config, node, prompt
 
@@ -200,13 +201,61 @@ def test_the_lock_refuses_a_second_process(run):
     assert second() == "held"
 
 
-def test_a_lock_file_left_by_a_killed_process_does_not_lock(run):
-    handle = os.open(run.root / ".lock", os.O_CREAT | os.O_WRONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    os.close(handle)
-    assert (run.root / ".lock").exists()
+def test_a_second_holder_is_told_who_holds_the_lock(run):
     with run.locked():
-        pass
+        holder = files.read_json(run.root / ".lock.json")
+        with pytest.raises(CsrError, match=rf"process {holder['pid']} on .+, since 20"), Run.open(run.root).locked():
+            pytest.fail("two hold the lock")
+        (run.root / ".lock.json").write_text("{")
+        with pytest.raises(CsrError, match=r"in use by another process \(wait"), Run.open(run.root).locked():
+            pytest.fail("two hold the lock")
+    assert not (run.root / ".lock.json").exists()
+
+
+def test_a_lock_file_left_by_a_killed_process_does_not_lock(run):
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom csr_vlm.store.run import Run\n"
+        "with Run.open(Path(sys.argv[1])).locked(): os._exit(9)"
+    )
+    command = [sys.executable, "-c", script, str(run.root)]
+    assert subprocess.run(command, check=False).returncode == 9
+    assert (run.root / ".lock").exists()
+    assert not run.in_use()
+    with run.locked():
+        assert run.in_use()
+    assert not run.in_use()
+
+
+@pytest.mark.parametrize("target_exists", [True, False])
+def test_a_symbolic_link_in_place_of_the_lock_is_not_followed(run, tmp_path, target_exists):
+    target = tmp_path / "precious"
+    if target_exists:
+        target.write_text("content")
+    (run.root / ".lock").symlink_to(target)
+    with pytest.raises(CsrError, match="is a symbolic link"), run.locked():
+        pytest.fail("the lock followed the link")
+    assert target.exists() is target_exists
+    assert not target_exists or target.read_text() == "content"
+
+
+def test_a_lock_can_be_released_by_another_thread(run):
+    lock = run.locked()
+    lock.__enter__()
+    thread = threading.Thread(target=lock.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert not run.in_use()
+
+
+def test_a_run_that_cannot_be_locked_is_in_use_as_far_as_its_progress_says(run, monkeypatch):
+    def denied(directory):
+        raise PermissionError
+
+    monkeypatch.setattr("csr_vlm.store.run.is_locked", denied)
+    assert not run.in_use()
+    with record_progress(run.root, Silent()):
+        assert run.in_use()
+    assert not run.in_use()
 
 
 def test_markers(run):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from csr_vlm.config.schema import FilterConfig, MethodConfig
 from csr_vlm.core.records import Candidate, Expansion, Finish, NodeStatus, Prompt
-from csr_vlm.method.search import Tree, refused, search
+from csr_vlm.method.search import Tree, is_filtered, search
 from tests.unit.builders import config, method, prompt
 
 STOP = Candidate((0,), (-0.5,), "", Finish.EOS)
@@ -226,21 +226,21 @@ def test_ties_go_to_the_earlier_node():
 
 def test_official_filters():
     filters = config(preset="official").method.search.filters
-    assert refused("Abc", [], filters)
-    assert not refused("Abcd", [], filters)
-    assert refused("a\nb\nc\nd\ne\nf\ng", [], filters)
-    assert not refused("a\nb\nc\nd\ne\nfg", [], filters)
-    assert refused("A boat is there.", ["There is a boat."], filters)
-    assert not refused("There are two boats.", ["There is a boat."], filters)
+    assert is_filtered("Abc", [], filters)
+    assert not is_filtered("Abcd", [], filters)
+    assert is_filtered("a\nb\nc\nd\ne\nf\ng", [], filters)
+    assert not is_filtered("a\nb\nc\nd\ne\nfg", [], filters)
+    assert is_filtered("A boat is there.", ["There is a boat."], filters)
+    assert not is_filtered("There are two boats.", ["There is a boat."], filters)
     for foreign in ("Это лодка.", "有一条船。", "ここに船。", "A boat λ."):
-        assert refused(foreign, [], filters), foreign
+        assert is_filtered(foreign, [], filters), foreign
     for latin in ("Ein Café, señor Łukasz!", "3 × 4 = 12 — “naïve” …", "A boat costs 5 €."):
-        assert not refused(latin, [], filters), latin
+        assert not is_filtered(latin, [], filters), latin
 
 
 def test_default_filters_refuse_nothing_that_official_does():
     for text in ("Abc", "a\nb\nc\nd\ne\nf\ng", "A boat is there.", "Это лодка."):
-        assert not refused(text, ["There is a boat."], FilterConfig())
+        assert not is_filtered(text, ["There is a boat."], FilterConfig())
 
 
 def test_a_repeat_is_looked_for_on_the_path_only():
@@ -285,7 +285,7 @@ methods = st.builds(
         reward={"fusion": fusion, "response": response, "repeat_penalty": repeat_penalty},
     ),
     weight=st.floats(0, 1),
-    fusion=st.sampled_from(["weighted", "standardised", "sibling_rank"]),
+    fusion=st.sampled_from(["weighted", "sibling_rank"]),
     response=st.sampled_from(["sum", "mean", "mean_plus_one"]),
     repeat_penalty=st.sampled_from([0.0, 1.0]),
     num_candidates=st.integers(1, 5),

@@ -42,8 +42,8 @@ class ModelConfig(_Section):
     trust_remote_code: bool = Field(default=False, description="Run Python code that ships with the model.")
     adapter: str | None = Field(
         default=None,
-        description="Directory of a LoRA adapter of this model to start from and continue training: one of your own, or "
-        "adapter/ of an earlier run.",
+        description="Directory of a LoRA adapter of this model to start from and continue training: your own, or adapter/ "
+        "of an earlier run.",
     )
     quantization: Literal["nf4"] | None = Field(
         default=None, description="Quantize the language model to 4 bits (QLoRA); requires a GPU and bitsandbytes."
@@ -62,7 +62,9 @@ class FilterConfig(_Section):
 class SearchConfig(_Section):
     """Configure the sentence-level search (section 3.2.1)."""
 
-    num_candidates: int = Field(default=4, ge=1, le=256, description="Candidate sentences sampled for each partial response.")
+    num_candidates: int = Field(
+        default=4, ge=1, le=256, description="Candidate sentences sampled for each partial response."
+    )
     keep_top: int = Field(default=2, ge=1, description="Best partial responses kept in each round (top-k).")
     keep_bottom: int = Field(default=2, ge=0, description="Worst partial responses kept in each round (bottom-k).")
     steer_by: Literal["sentence", "response", "logprob"] = Field(
@@ -79,7 +81,9 @@ class SearchConfig(_Section):
         "decoding are always among the candidates (decoding: sample).",
     )
     temperature: float = Field(default=1.0, gt=0, le=10, description="Sampling temperature (decoding: sample).")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Probability mass of nucleus sampling (decoding: sample).")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Probability mass of nucleus sampling (decoding: sample)."
+    )
     diversity_penalty: float = Field(
         default=3.0,
         ge=0,
@@ -89,7 +93,9 @@ class SearchConfig(_Section):
     delimiters: str = Field(default=".", min_length=1, description="Characters that end a sentence.")
     max_sentences: int = Field(default=8, ge=1, description="Maximum number of sentences of a response.")
     max_sentence_tokens: int = Field(default=70, ge=2, description="Maximum number of tokens of a sentence.")
-    max_response_chars: int | None = Field(default=None, ge=1, description="Maximum number of characters of a response.")
+    max_response_chars: int | None = Field(
+        default=None, ge=1, description="Maximum number of characters of a response."
+    )
     filters: FilterConfig = FilterConfig()
 
 
@@ -139,7 +145,8 @@ class QuestionsConfig(_Section):
 
     pattern: str = Field(
         default="",
-        description="Regular expression that finds claims in a sentence; its groups fill the question. Empty: no questions.",
+        description="Regular expression that finds claims in a sentence; its groups fill the question. Empty: no "
+        "questions.",
     )
     question: str = Field(
         default="Is there {a} {0} in the image?",
@@ -150,8 +157,8 @@ class QuestionsConfig(_Section):
     per_prompt: int = Field(default=4, ge=1, description="Maximum number of questions per prompt.")
     sure: float = Field(
         default=3.0,
-        description="Minimum log P(right answer) - log P(wrong answer) in nats from which the policy counts as sure. If "
-        "it is sure of every answer about an image, the questions are dropped.",
+        description="Minimum log P(right answer) - log P(wrong answer), in nats, of an answer that the policy is sure of. "
+        "Questions about an image are dropped if it is sure of all answers.",
     )
     rehearsed: float = Field(
         default=0.25, ge=0.0, le=1.0, description="Fraction of those images whose questions are kept anyway."
@@ -190,9 +197,14 @@ class PairsConfig(_Section):
     selection: Literal["extremes", "random"] = Field(
         default="extremes", description="Prefer higher rewards, or choose at random (a negative control)."
     )
-    per_prompt: int = Field(default=1, ge=1, description="Maximum number of pairs per prompt, spread evenly over the margins.")
+    per_prompt: int = Field(
+        default=1, ge=1, description="Maximum number of pairs per prompt, spread evenly over the margins."
+    )
     per_node: int = Field(
-        default=3, ge=1, description="Maximum number of pairs per partial response: its best sentence against so many others (between: siblings)."
+        default=3,
+        ge=1,
+        description="Maximum number of pairs per partial response: its best continuation against so many siblings "
+        "(between: siblings).",
     )
     look_ahead: bool = Field(
         default=True,
@@ -204,16 +216,16 @@ class PairsConfig(_Section):
         description="Reward difference that a pair must exceed, in units of the spread of the prompt's sentence "
         "rewards.",
     )
-    require_complete: bool = Field(default=True, description="Use only responses, or sentences, that were not cut off by a limit.")
+    require_complete: bool = Field(
+        default=True, description="Use only responses, or sentences, that were not cut off by a limit."
+    )
     questions: QuestionsConfig = QuestionsConfig()
 
 
 class MethodConfig(_Section):
     """Configure the method; the presets override these defaults."""
 
-    lambda_: float = Field(
-        default=0.5, ge=0, le=1, alias="lambda", description="Weight of R_I in R(s) (eq. 4)."
-    )
+    lambda_: float = Field(default=0.5, ge=0, le=1, alias="lambda", description="Weight of R_I in R(s) (eq. 4).")
     search: SearchConfig = SearchConfig()
     reward: RewardConfig = RewardConfig()
     pairs: PairsConfig = PairsConfig()
@@ -237,11 +249,16 @@ class DataConfig(_Section):
     questions: tuple[str, ...] = Field(
         default=(), description="Questions to ask about every image, in place of those of the rows."
     )
-    sample: int | None = Field(default=None, ge=1, description="Number of prompts to sample at random; they keep their order.")
-    sample_seed: int | None = Field(default=None, ge=0, description="Random seed of that sample; the run's seed by default.")
+    sample: int | None = Field(
+        default=None, ge=1, description="Number of prompts to sample at random; they keep their order."
+    )
+    sample_seed: int | None = Field(
+        default=None, ge=0, description="Random seed of that sample; the run's seed by default."
+    )
     limit: int | None = Field(default=None, ge=1, description="Number of prompts to use, from the first on.")
     pairs: str | None = Field(
-        default=None, description="File with external preference pairs; iteration 1 trains on them instead of searching."
+        default=None,
+        description="File with external preference pairs; iteration 1 trains on them instead of searching.",
     )
     pairs_format: Literal["auto", "trl", "llava", "llamafactory", "swift", "rlaifv"] = Field(
         default="auto", description="Format of data.pairs; auto detects it for each row."
@@ -250,7 +267,10 @@ class DataConfig(_Section):
         default="skip", description="Skip and count invalid rows, or refuse to start."
     )
     max_image_pixels: int = Field(
-        default=50_000_000, ge=1, le=170_000_000, description="Maximum number of pixels; larger images are rejected without decoding them."
+        default=50_000_000,
+        ge=1,
+        le=170_000_000,
+        description="Maximum number of pixels; larger images are rejected without decoding them.",
     )
 
     @field_validator("prompts")
@@ -309,7 +329,9 @@ class OneScorerConfig(_Section):
         "open_clip:DIRECTORY; python:MODULE:CLASS for your own class; judge:policy for the policy itself."
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub model.")
-    name: str = Field(default="clip", pattern=r"^[A-Za-z0-9_-]+$", description="Name of the scorer's column in the ledger.")
+    name: str = Field(
+        default="clip", pattern=r"^[A-Za-z0-9_-]+$", description="Name of the scorer's column in the ledger."
+    )
     batch_size: int = Field(default=256, ge=1, description="Number of sentences or images encoded at once.")
     long_sentences: Literal["split", "cut"] = Field(
         default="split",
@@ -385,12 +407,16 @@ class GenerationConfig(_Section):
         description="Store keys and values once for all candidates (shared) or copy them for each (plain); auto uses "
         "shared if it gives the same result as plain on the first prompt.",
     )
-    prompts_per_part: int = Field(default=64, ge=1, description="Number of prompts in a work item, which is one ledger part.")
+    prompts_per_part: int = Field(
+        default=64, ge=1, description="Number of prompts in a work item, which is one ledger part."
+    )
 
     @model_validator(mode="after")
     def _check_engine_settings(self) -> GenerationConfig:
         if (self.engine == "server") != (self.server is not None):
-            raise ValueError("engine server and the server's address must be set together: generation.server=http://HOST:8000")
+            raise ValueError(
+                "engine server and the server's address must be set together: generation.server=http://HOST:8000"
+            )
         if self.vllm and self.engine != "vllm":
             raise ValueError("the block vllm has no effect unless engine is vllm")
         return self
@@ -416,8 +442,8 @@ class TrainingConfig(_Section):
     )
     reference: Literal["ledger", "model"] = Field(
         default="ledger",
-        description="Source of the reference log-probabilities: the ledger (verified on a sample), or a forward pass of the "
-        "reference model.",
+        description="Source of the reference log-probabilities: the ledger (verified on a sample), or a forward pass of "
+        "the reference model.",
     )
     reference_tolerance: float = Field(
         default=0.05, gt=0, description="Largest accepted difference between the two, in nats per response."
@@ -454,7 +480,9 @@ class EvaluationConfig(_Section):
     audit: Literal["stop", "warn", "off"] = Field(
         default="stop", description="What a failed quality check does to the run; csr audit shows the checks."
     )
-    world: WorldEvaluationConfig | None = Field(default=None, description="Evaluation on the embedded world, only for policies trained on it.")
+    world: WorldEvaluationConfig | None = Field(
+        default=None, description="Evaluation on the embedded world, only for policies trained on it."
+    )
     stop_if: list[str] = Field(
         default_factory=list,
         description="Conditions on the change of a metric, such as 'recall < -0.02'. An iteration that meets one stops "
@@ -470,7 +498,9 @@ class EvaluationConfig(_Section):
     def _check_rules(cls, rules: list[str]) -> list[str]:
         for rule in rules:
             if not re.fullmatch(STOP_RULE, rule.strip()):
-                raise ValueError(f"{rule!r} is not a valid rule; write METRIC OPERATOR NUMBER, such as 'recall < -0.02'")
+                raise ValueError(
+                    f"{rule!r} is not a valid rule; write METRIC OPERATOR NUMBER, such as 'recall < -0.02'"
+                )
         return rules
 
     @model_validator(mode="after")

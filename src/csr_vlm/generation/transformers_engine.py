@@ -16,7 +16,7 @@ from csr_vlm.generation.plain import PlainDecoder
 from csr_vlm.generation.scheduler import Scheduler
 from csr_vlm.generation.shared_attention_check import sharing_trouble
 from csr_vlm.generation.shared_model import SharedModel
-from csr_vlm.method.search import RoundProposer, Proposer
+from csr_vlm.method.search import Proposer, RoundProposer
 from csr_vlm.models.policy import Policy
 
 Attention = Literal["auto", "shared", "plain"]

@@ -81,9 +81,7 @@ def negative_questions(claims: Claims, pool: Iterable[str], number: int, key: st
     return sorted(candidates, key=lambda question: _hash(f"{key}:{question}"))[:number]
 
 
-def choose_questions(
-    claims: Claims, negatives: Mapping[str, float], config: QuestionsConfig
-) -> list[tuple[str, bool]]:
+def choose_questions(claims: Claims, negatives: Mapping[str, float], config: QuestionsConfig) -> list[tuple[str, bool]]:
     """Return up to ``config.per_prompt`` (question, whether the answer is yes) about one prompt's image.
 
     The answer is yes for claims of the tree that the image supports, and no for claims of the
