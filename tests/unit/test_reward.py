@@ -114,26 +114,26 @@ def test_sibling_rank_fusion():
         node("2", cosine=0.10, logprobs=(-2.0,)),  # image 3/3, text 2/3
         node("1.0", cosine=0.90, logprobs=(-0.1,)),  # without siblings: 1 and 1
     ]
-    found = totals(nodes, 0.9, fusion="sibling_rank", text_score="mean_logprob")
-    assert found["0"] == pytest.approx(-(0.9 / 3 + 0.1))
-    assert found["1"] == pytest.approx(-(0.9 * 2 / 3 + 0.1 / 3))
-    assert found["2"] == pytest.approx(-(0.9 + 0.1 * 2 / 3))
-    assert found["1.0"] == pytest.approx(-1.0)
+    actual = totals(nodes, 0.9, fusion="sibling_rank", text_score="mean_logprob")
+    assert actual["0"] == pytest.approx(-(0.9 / 3 + 0.1))
+    assert actual["1"] == pytest.approx(-(0.9 * 2 / 3 + 0.1 / 3))
+    assert actual["2"] == pytest.approx(-(0.9 + 0.1 * 2 / 3))
+    assert actual["1.0"] == pytest.approx(-1.0)
 
 
 def test_sibling_rank_ties_go_to_the_earlier_sibling():
-    found = totals([node("0"), node("1")], 0.5, fusion="sibling_rank")
-    assert found == {"0": pytest.approx(-0.5), "1": pytest.approx(-1.0)}
+    actual = totals([node("0"), node("1")], 0.5, fusion="sibling_rank")
+    assert actual == {"0": pytest.approx(-0.5), "1": pytest.approx(-1.0)}
 
 
-@pytest.mark.parametrize(("how", "expected"), [("sum", 6.0), ("mean", 2.0), ("mean_plus_one", 1.5)])
-def test_response_reward(how, expected):
-    assert response_reward([1.0, 2.0, 3.0], RewardConfig(response=how)) == pytest.approx(expected)
+@pytest.mark.parametrize(("kind", "expected"), [("sum", 6.0), ("mean", 2.0), ("mean_plus_one", 1.5)])
+def test_response_reward(kind, expected):
+    assert response_reward([1.0, 2.0, 3.0], RewardConfig(response=kind)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("how", ["sum", "mean", "mean_plus_one"])
-def test_a_response_without_sentences_has_reward_0(how):
-    assert response_reward([], RewardConfig(response=how)) == 0.0
+@pytest.mark.parametrize("kind", ["sum", "mean", "mean_plus_one"])
+def test_a_response_without_sentences_has_reward_0(kind):
+    assert response_reward([], RewardConfig(response=kind)) == 0.0
 
 
 def test_a_sum_of_positive_rewards_prefers_length_and_a_mean_does_not():

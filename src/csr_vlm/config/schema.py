@@ -157,7 +157,7 @@ class QuestionsConfig(_Section):
     per_prompt: int = Field(default=4, ge=1, description="Maximum number of questions per prompt.")
     sure: float = Field(
         default=3.0,
-        description="Minimum log P(right answer) - log P(wrong answer), in nats, of an answer that the policy is sure of. "
+        description="Minimum log P(right answer) - log P(wrong answer), in nats, if the policy is sure of an answer. "
         "Questions about an image are dropped if it is sure of all answers.",
     )
     rehearsed: float = Field(
@@ -442,8 +442,8 @@ class TrainingConfig(_Section):
     )
     reference: Literal["ledger", "model"] = Field(
         default="ledger",
-        description="Source of the reference log-probabilities: the ledger (verified on a sample), or a forward pass of "
-        "the reference model.",
+        description="Source of the reference log-probabilities: the ledger (verified on a sample), or a forward pass "
+        "of the reference model.",
     )
     reference_tolerance: float = Field(
         default=0.05, gt=0, description="Largest accepted difference between the two, in nats per response."
