@@ -168,10 +168,7 @@ def run(folder: Path, made: Made) -> Outcome:
     return Outcome("", "accepted")
 
 
-READERS = {
-    prompt_encoder.__name__: prompt_encoder
-    for prompt_encoder in (prompts, pairs, recipe, weights, checkpoint, model, adapter, run)
-}
+READERS = {reader.__name__: reader for reader in (prompts, pairs, recipe, weights, checkpoint, model, adapter, run)}
 
 
 @cache
@@ -210,7 +207,7 @@ def judged(case: Case, folder: Path) -> Outcome:
     _forget_peak()
     before, started = _megabytes("VmRSS"), time.process_time()
     try:
-        outcome = READERS[made.prompt_encoder](folder, made)
+        outcome = READERS[made.reader](folder, made)
     except CsrError as error:
         explained = error.message.strip() and len(error.message) < 2000
         outcome = Outcome("", "refused" if explained else "silent", error.message[:300])

@@ -81,7 +81,7 @@ def test_a_run_that_others_work_in_is_refused(alone: Run, tmp_path: Path) -> Non
         wait_for(lambda: parts(run), process)
         second = finished(*CSR, "generate", run.root, "--quiet")
         assert second.returncode == 1
-        assert "another process works in" in second.stderr
+        assert "is in use by another process" in second.stderr
         assert process.wait(timeout=300) == 0
     assert ledger(run.root) == ledger(alone.root)
 

@@ -14,7 +14,7 @@ from csr_vlm.data.formats.rows import LONGEST_TEXT, BadRow, Row, entry_of
 from csr_vlm.data.images import BadImage, suffix_of
 from csr_vlm.data.prompts import InputReport, usable_image
 from csr_vlm.data.sources import PAIR_FORMATS, open_source
-from csr_vlm.store.files import keep_content
+from csr_vlm.store.files import store_content
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def write_pairs(pairs: Iterable[Pair], form: str, out: Path, *, copy_images: boo
         image = pair.prompt.image
         if copy_images and not module.EMBEDS:
             content = image_bytes(image)
-            kept = keep_content(out / "images", content, Path(image).suffix.lower() or suffix_of(content))
+            kept = store_content(out / "images", content, Path(image).suffix.lower() or suffix_of(content))
             image = kept.relative_to(out).as_posix()
         return Item(pair, image, copy_images, origin)
 

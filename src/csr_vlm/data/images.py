@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
-from csr_vlm.store.files import open_ordinary
+from csr_vlm.store.files import open_regular
 
 
 class BadImage(ValueError):
@@ -86,7 +86,7 @@ def image_of(prompt: Prompt, max_pixels: int) -> Image.Image:
 
 
 def _opened(source: str | Path | bytes) -> IO[bytes]:
-    return BytesIO(source) if isinstance(source, bytes) else open_ordinary(source)
+    return BytesIO(source) if isinstance(source, bytes) else open_regular(source)
 
 
 def suffix_of(content: bytes) -> str:

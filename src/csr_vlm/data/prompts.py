@@ -16,7 +16,7 @@ from csr_vlm.core.records import Prompt
 from csr_vlm.data.formats.rows import BadRow, Entry, entry_of, plain
 from csr_vlm.data.images import BadImage, load_image, suffix_of
 from csr_vlm.data.sources import Source, open_source
-from csr_vlm.store.files import keep_content
+from csr_vlm.store.files import store_content
 
 _SHOWN = 20
 
@@ -143,7 +143,7 @@ def usable_image(image: Path | bytes, config: DataConfig, images: Path | None) -
         return str(image)
     if images is None:
         return f"sha256:{hashlib.sha256(image).hexdigest()}"
-    return str(keep_content(images.resolve(), image, suffix_of(image)))
+    return str(store_content(images.resolve(), image, suffix_of(image)))
 
 
 def _prompts(

@@ -24,7 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer
 
 from csr_vlm.config.schema import ModelConfig, TrainingConfig
-from csr_vlm.core.errors import CsrError, nearest
+from csr_vlm.core.errors import CsrError, suggestion
 from csr_vlm.core.records import Pair
 from csr_vlm.models.checkpoints import rename_as_published
 from csr_vlm.models.families import family_of
@@ -344,7 +344,7 @@ def trainer_arguments(
     defaults_of_trl = {field.name: field.default for field in fields(DPOConfig)}
     for key, value in config.trl.items():
         if key not in defaults_of_trl:
-            hint = nearest(key, defaults_of_trl, say_all=False)
+            hint = suggestion(key, defaults_of_trl, list_options=False)
             raise CsrError(f"trl.DPOConfig has no option for training.trl.{key}", hint)
         default = defaults_of_trl[key]
         is_meant_as_truth = default is None and str(value).lower() in ("yes", "no", "on", "off")

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.store.files import open_ordinary
+from csr_vlm.store.files import open_regular
 
 Row = Mapping[str, Any]
 IDS = ("prompt_id", "id", "question_id", "idx", "__key__")
@@ -189,7 +189,7 @@ def open_file(path: Path) -> IO[bytes]:
         CsrError: It cannot be opened, or is a pipe or a device.
     """
     try:
-        return open_ordinary(path)
+        return open_regular(path)
     except (OSError, ValueError) as error:  # the latter for names that no file can have
         reason = error.strerror if isinstance(error, OSError) else "no file can have that name"
         raise CsrError(f"the file {str(path)[:300]} cannot be opened: {reason}", "set data.prompts") from None
