@@ -229,7 +229,7 @@ def test_data_sets_that_are_registered_already_stay(pairs: list[Pair], tmp_path:
 @pytest.mark.parametrize("content", ["{broken", "3"])
 def test_a_registry_of_another_form_is_left_alone(pairs: list[Pair], tmp_path: Path, form: str, content: str) -> None:
     (tmp_path / "dataset_info.json").write_text(content)
-    with pytest.raises(CsrError, match="no list of data sets"):
+    with pytest.raises(CsrError, match="not a valid list of datasets"):
         export(pairs, form, tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["dataset_info.json"]
 

@@ -22,12 +22,12 @@ from PIL import Image
 from csr_vlm.config.schema import DataConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
+from csr_vlm.data import json_array
 from csr_vlm.data import prompts as reading
-from csr_vlm.data.formats import json_array
-from csr_vlm.data.formats.rows import BadRow, text_of
 from csr_vlm.data.images import SUFFIXES, load_image, suffix_of
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
-from csr_vlm.data.sources import PROMPT_FORMATS, open_source, recognise
+from csr_vlm.data.rows import BadRow, row_text
+from csr_vlm.data.sources import PROMPT_FORMATS, detect_format, open_source
 from csr_vlm.store import tables
 from tests.shared_data import SHARED
 
@@ -170,7 +170,7 @@ WRITERS: dict[Callable[[Path], Path], str] = {
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
 def test_every_format_gives_the_same_prompts(folder: Path, tmp_path: Path, write: Callable[[Path], Path]) -> None:
     path = write(folder)
-    assert recognise(str(path)) == WRITERS[write]
+    assert detect_format(str(path)) == WRITERS[write]
     found, report = read(str(path), images=tmp_path / "kept")
     assert [(prompt.prompt_id, prompt.text) for prompt in found] == list(zip("abc", QUESTIONS, strict=True))
     assert [color_of(prompt) for prompt in found] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
@@ -229,7 +229,7 @@ def test_globs_and_ranges_of_shards(folder: Path, tmp_path: Path) -> None:
     for path in ("shard-*.tar", "shard-{000..002}.tar"):
         found, _ = read(str(tmp_path / path))
         assert [(prompt.prompt_id, prompt.text) for prompt in found] == [(f"p{n}", "What is it?") for n in range(3)]
-    with pytest.raises(CsrError, match="nothing matches"):
+    with pytest.raises(CsrError, match="no file matches"):
         read(str(tmp_path / "none-*.tar"))
     with pytest.raises(CsrError, match=r"shard-003\.tar cannot be opened"):
         read(str(tmp_path / "shard-{002..003}.tar"))
@@ -288,14 +288,14 @@ def test_the_suffix_of_an_encoded_image(form: str) -> None:
     ],
 )
 def test_where_a_text_may_stand(row: dict[str, Any]) -> None:
-    assert text_of(row) == "Hi  there"
+    assert row_text(row) == "Hi  there"
 
 
 @pytest.mark.parametrize(
     "row", [{}, {"text": ["Hi"]}, {"conversations": [{"from": "gpt", "value": "Hi"}]}, {"conversations": [None, 3]}]
 )
 def test_where_no_text_stands(row: dict[str, Any]) -> None:
-    assert text_of(row) == ""
+    assert row_text(row) == ""
 
 
 def test_several_images_are_refused_and_a_list_of_one_is_not(folder: Path) -> None:
@@ -451,7 +451,7 @@ def test_a_saved_data_set_has_splits(folder: Path, tmp_path: Path) -> None:
     assert [prompt.prompt_id for prompt in found] == ["a", "b", "c"]
     with pytest.raises(CsrError, match="no split 'train'") as caught:
         read(str(tmp_path / "splits"))
-    assert "it has test" in caught.value.hint
+    assert "expected one of: test" in caught.value.hint
 
 
 def test_a_streamed_data_set(folder: Path, tmp_path: Path) -> None:
@@ -488,7 +488,7 @@ def test_a_folder_of_shards(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     as_gz(folder).rename(tmp_path / "shards" / "0.tgz")
     (tmp_path / "shards" / "README.md").write_text("Shards.")
-    assert recognise(str(tmp_path / "shards")) == "webdataset"
+    assert detect_format(str(tmp_path / "shards")) == "webdataset"
     assert dropped(tmp_path / "shards") == (["a", "b", "c"], {})
 
 
@@ -508,12 +508,12 @@ def test_a_folder_of_shards(folder: Path, tmp_path: Path) -> None:
 )
 def test_content_tells_more_than_the_name(tmp_path: Path, name: str, content: bytes, form: str) -> None:
     (tmp_path / name).write_bytes(content)
-    assert recognise(str(tmp_path / name)) == form
+    assert detect_format(str(tmp_path / name)) == form
 
 
 def test_an_unknown_format_says_what_was_seen_and_what_is_known(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl.gz").write_bytes(b"\x1f\x8b")
-    with pytest.raises(CsrError, match="of no known format"):
+    with pytest.raises(CsrError, match="unknown format"):
         read(str(tmp_path / "prompts.jsonl.gz"))
     (tmp_path / "prompts.jsonl.gz").unlink()
     (tmp_path / "prompts.xml").write_text("<prompts/>")
@@ -528,19 +528,19 @@ def test_an_unknown_format_says_what_was_seen_and_what_is_known(tmp_path: Path) 
 
 def test_a_hub_id_is_one_that_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert recognise("openbmb/RLAIF-V-Dataset") == "huggingface"
+    assert detect_format("openbmb/RLAIF-V-Dataset") == "huggingface"
     (source,) = open_source("openbmb/RLAIF-V-Dataset", "auto", "train", None)
     assert source.root is None
     for missing in ("data/prompts.jsonl", "./data", "data", "a/b/c"):
         with pytest.raises(CsrError, match="cannot be opened"):
-            recognise(missing)
+            detect_format(missing)
     (tmp_path / "my" / "photos").mkdir(parents=True)
     (tmp_path / "my" / "photos" / "a.png").write_bytes(png("red"))
-    assert recognise("my/photos") == "images"
+    assert detect_format("my/photos") == "images"
 
 
 def test_a_named_format_that_does_not_fit(folder: Path) -> None:
-    with pytest.raises(CsrError, match="is no folder"):
+    with pytest.raises(CsrError, match="is not a folder"):
         read(str(as_jsonl(folder)), format="images")
 
 
