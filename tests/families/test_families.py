@@ -28,10 +28,11 @@ from csr_vlm.generation.self_check import plain_logprobs, self_check
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import Tree, search
-from csr_vlm.models.checkpoints import tensor_files
+from csr_vlm.models.checkpoints import checkpoint_tensors
 from csr_vlm.models.families import FAMILIES as KNOWN
 from csr_vlm.models.families import Family
-from csr_vlm.models.policy import Policy, load_policy
+from csr_vlm.models.loading import load_policy
+from csr_vlm.models.policy import Policy
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.training import dpo
 from csr_vlm.training.collator import PairCollator, training_row
@@ -173,7 +174,7 @@ def test_an_unknown_family_is_tried_and_refused_where_that_goes_wrong(
     name: str, refused: str | None, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = load_policy(model_of(name), None)
-    monkeypatch.setattr("csr_vlm.models.policy.family_of", lambda _: Family())
+    monkeypatch.setattr("csr_vlm.models.encoding.family_of", lambda _: Family())
     prompt = prompts(directory)[1]
     if refused is None:
         assert self_check(policy, prompt) < TOLERANCE
@@ -316,7 +317,7 @@ def test_the_merged_model_is_the_policy(family: Case) -> None:
     AutoModelForImageTextToText.from_pretrained(merged)
     tower = family.policy.base_model.config.vision_config.model_type
     if tower in ("clip_vision_model", "siglip_vision_model"):  # what other programs look for
-        assert {name.split(".")[1] for name in tensor_files(merged) if name.startswith("vision_tower.")} <= {
+        assert {name.split(".")[1] for name in checkpoint_tensors(merged) if name.startswith("vision_tower.")} <= {
             "vision_model"
         }
     plain = load_policy(ModelConfig(path=str(merged), device="cpu"), None)

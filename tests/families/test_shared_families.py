@@ -10,7 +10,7 @@ from PIL import Image
 from csr_vlm.config.schema import ModelConfig, SearchConfig
 from csr_vlm.core.records import Expansion, Prompt
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.models.policy import load_policy
+from csr_vlm.models.loading import load_policy
 from tests.families.checkpoints import FAMILIES, checkpoint
 
 TOLERANCE = 1e-4

@@ -21,7 +21,7 @@ from csr_vlm.convert import conversion
 from csr_vlm.convert.conversion import convert
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
-from csr_vlm.models.policy import load_policy
+from csr_vlm.models.loading import load_policy
 from tests.integration.original_llava import (
     ANSWER,
     PROMPT,

@@ -19,7 +19,7 @@ from csr_vlm.convert.source import Lora, Original, open_original
 from csr_vlm.convert.target import Target, gap_after_image, make_target
 from csr_vlm.convert.tensors import adapter_tensors, common_dtype, converted, name_map
 from csr_vlm.core.errors import CsrError
-from csr_vlm.models.checkpoints import read_tensors, tensor_files, tensors_of
+from csr_vlm.models.checkpoints import checkpoint_tensors, file_tensors, read_tensors
 from csr_vlm.store import files
 
 _ADAPTER_FILE = "adapter_model.safetensors"
@@ -136,14 +136,14 @@ def _compare(directory: Path, expected: Iterable[tuple[str, torch.Tensor]], targ
     Raises:
         CsrError: A tensor is absent, surplus or different, or the processor does not work.
     """
-    written = tensor_files(directory) or {}
+    written = checkpoint_tensors(directory) or {}
     different = sorted(written.keys() ^ target.shapes.keys())
     for name, tensor in expected:
         _, found = next(read_tensors({name: written[name]}))
         if not torch.equal(found, tensor):
             different.append(name)
     if lora is not None:
-        adapter = dict(read_tensors(tensors_of(directory / "adapter" / _ADAPTER_FILE)))
+        adapter = dict(read_tensors(file_tensors(directory / "adapter" / _ADAPTER_FILE)))
         wanted = adapter_tensors(lora)
         different += sorted(adapter.keys() ^ wanted.keys())
         different += [name for name in adapter.keys() & wanted if not torch.equal(adapter[name], wanted[name])]

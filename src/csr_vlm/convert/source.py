@@ -11,7 +11,7 @@ from typing import Any
 
 from csr_vlm.convert.layouts import ASPECTS, LANGUAGE_MODELS, PROJECTORS, STRATEGIES
 from csr_vlm.core.errors import CsrError
-from csr_vlm.models.checkpoints import Stored, find_file, read_tensors, tensor_files, tensors_of
+from csr_vlm.models.checkpoints import Stored, checkpoint_tensors, file_tensors, find_file, read_tensors
 
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _VISION = "model.vision_tower.vision_tower.vision_model."
@@ -78,7 +78,7 @@ def open_original(source: Path, base: str | None = None, vision: str | None = No
         found = _open_vila(source)
     elif (source / "adapter_config.json").is_file():
         found = _open_lora(source, _needed(base, source, "a LoRA"))
-    elif tensor_files(source) is None and (source / "mm_projector.bin").is_file():
+    elif checkpoint_tensors(source) is None and (source / "mm_projector.bin").is_file():
         found = _open_projector(source, _needed(base, source, "a projector"))
     else:
         found = _open_full(source)
@@ -139,7 +139,7 @@ def _with_vision(found: Original, vision: str | None) -> Original:
 
 def _vision_tensors(where: str) -> dict[str, Stored]:
     """The vision half of a CLIP checkpoint, or a vision model of its own."""
-    stored = tensor_files(where)
+    stored = checkpoint_tensors(where)
     if stored is None:
         raise CsrError(f"there are no weights of a vision tower in {where}", "name a CLIP checkpoint: --vision")
     inner = {name.removeprefix("vision_model."): at for name, at in stored.items() if name.startswith("vision_model.")}
@@ -148,7 +148,7 @@ def _vision_tensors(where: str) -> dict[str, Stored]:
 
 def _lora_of(source: Path) -> Lora:
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    stored = tensor_files(source, ADAPTER)
+    stored = checkpoint_tensors(source, ADAPTER)
     if stored is None:
         raise CsrError(f"there is no adapter in {source}", f"it needs one of {', '.join(ADAPTER)}")
     names = {name: _unwrapped(name).replace(".default.weight", ".weight") for name in stored}
@@ -164,7 +164,7 @@ def _lora_of(source: Path) -> Lora:
 
 def _extra_tensors(file: Path) -> dict[str, Stored]:
     """What was trained beside a LoRA, or a projector alone."""
-    return {_unwrapped(name): stored for name, stored in tensors_of(file).items()}
+    return {_unwrapped(name): stored for name, stored in file_tensors(file).items()}
 
 
 def _unwrapped(name: str) -> str:
@@ -175,7 +175,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _weights_of(where: str | Path) -> dict[str, Stored]:
-    stored = tensor_files(where)
+    stored = checkpoint_tensors(where)
     if stored is None:
         raise CsrError(f"there are no weights in {where}", "it needs model.safetensors or pytorch_model.bin, or shards")
     return stored

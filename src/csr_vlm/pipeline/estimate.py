@@ -20,7 +20,8 @@ from csr_vlm.config.schema import ModelConfig, RunConfig
 from csr_vlm.core.progress import Reporter
 from csr_vlm.data.prompts import InputReport, count_rows, no_usable_prompt, read_prompts
 from csr_vlm.data.sources import is_local
-from csr_vlm.models.devices import resolve_device, resolve_dtype, unloadable
+from csr_vlm.models.devices import resolve_device, resolve_dtype
+from csr_vlm.models.load_errors import load_error, require_image_text_to_text
 from csr_vlm.pipeline.offline_pairs import check_pairs
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
@@ -208,10 +209,11 @@ def shape_of(config: ModelConfig) -> Shape:
         loaded = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+        require_image_text_to_text(loaded, config.path)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(loaded, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise unloadable("model", config.path, error) from None
+        raise load_error("model", config.path, error) from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     text = loaded.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
