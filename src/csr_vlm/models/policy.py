@@ -102,7 +102,7 @@ class Policy:
 
     @torch.inference_mode()
     def with_features(self, encoded: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
-        """Run the vision encoder over the prompts' images and store the features; do nothing if the model takes none."""
+        """Return the prompts with image features, if the model accepts them; run the vision encoder once."""
         if not self.reuses_features:
             return list(encoded)
         images = {key: self._to_device(value) for key, value in image_tensors(encoded).items()}
