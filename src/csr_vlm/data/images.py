@@ -49,7 +49,7 @@ def load_image(source: str | Path | bytes, max_pixels: int) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
-                    # The size is left out: reasons are counted, and it would make each a reason of its own.
+                    # The message omits the size, since reasons are counted and must not differ between images.
                     raise BadImage(f"too large (over {max_pixels:,} pixels)")
                 if image.mode in ("I", "F"):
                     raise BadImage("32-bit grayscale without a known white level")

@@ -18,7 +18,7 @@ _WHITESPACE = " \t\r\n"
 def rows(path: Path) -> Rows:
     """Yield the objects of the array; a syntax error ends the file with a BadRow."""
     open_source_file(path).close()
-    # Invalid UTF-8 is found in the row that contains it, so it costs only that row.
+    # Decode invalid UTF-8 to surrogates, so that only the row that contains it is dropped.
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as handle:
         number = 0
         try:
