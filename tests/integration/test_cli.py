@@ -136,7 +136,7 @@ def test_another_scorer_joins_the_ledger(finished: Path) -> None:
         (["check", "RECIPE", "training.trl.learning_rate=fast"], "should be a number"),
         (["check", "RECIPE", "training.trl.bf16=no"], "should be a number or true or false"),
         (["check", "RECIPE", "data.questions=What"], "data.questions should be a list"),
-        (["check", "RECIPE", "model.device=gpu"], "none that torch knows"),
+        (["check", "RECIPE", "model.device=gpu"], "not a valid torch device"),
         (["check", "RECIPE", "data.image_root=/nonexistent"], "there is no folder /nonexistent"),
         (["check", "RECIPE", "preset=calibratd"], "did you mean calibrated?"),
         (

@@ -17,7 +17,8 @@ from csr_vlm.generation.sampling import stream_key
 from csr_vlm.generation.streaming import Asked, Piece, StreamingEngine
 from csr_vlm.generation.vllm import engine_arguments, running
 from csr_vlm.generation.vllm_server import connected
-from csr_vlm.models.policy import PromptEncoder, load_prompt_encoder
+from csr_vlm.models.encoding import PromptEncoder
+from csr_vlm.models.loading import load_prompt_encoder
 from csr_vlm.world.demo import assets
 
 LLAVA = ModelConfig(path=str(assets() / "llava"), device="cpu")

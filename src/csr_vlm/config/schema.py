@@ -42,8 +42,8 @@ class ModelConfig(_Section):
     trust_remote_code: bool = Field(default=False, description="Run Python code that ships with the model.")
     adapter: str | None = Field(
         default=None,
-        description="Directory of a LoRA adapter of this model to start from and continue training: your own, or adapter/ "
-        "of an earlier run.",
+        description="Directory of a LoRA adapter of this model to start from and continue training: your own, or "
+        "adapter/ of an earlier run.",
     )
     quantization: Literal["nf4"] | None = Field(
         default=None, description="Quantize the language model to 4 bits (QLoRA); requires a GPU and bitsandbytes."

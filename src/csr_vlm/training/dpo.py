@@ -28,7 +28,8 @@ from csr_vlm.core.errors import CsrError, suggestion
 from csr_vlm.core.records import Pair
 from csr_vlm.models.checkpoints import rename_as_published
 from csr_vlm.models.families import family_of
-from csr_vlm.models.policy import Policy, load_adapter, load_base
+from csr_vlm.models.loading import load_adapter, load_base
+from csr_vlm.models.policy import Policy
 from csr_vlm.store.files import replace_directory
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.distribution import (
