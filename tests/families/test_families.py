@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from csr_vlm.config.schema import MethodConfig, ModelConfig, ScorerConfig, TrainingConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Finish, Pair, Prompt
-from csr_vlm.generation.self_check import plain_logprobs, self_check
+from csr_vlm.generation.self_check import logprobs_from_pixels, self_check
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import Tree, search
@@ -167,7 +167,7 @@ def test_the_page_names_every_family() -> None:
 
 @pytest.mark.parametrize(
     ("name", "refused"),
-    [("llava_next", None), ("qwen2_vl", "other probabilities"), ("paligemma", "cannot be driven")],
+    [("llava_next", None), ("qwen2_vl", "teacher forcing differ"), ("paligemma", "cannot be used for generation")],
 )
 def test_an_unknown_family_is_tried_and_refused_where_that_goes_wrong(
     name: str, refused: str | None, directory: Path, monkeypatch: pytest.MonkeyPatch
@@ -209,7 +209,7 @@ def test_generated_logprobs_are_teacher_forced_ones(family: Case) -> None:
     together = family.policy.teacher_forced(asked, ids)
     for prompt, response, found in zip(asked, responses, together, strict=True):
         assert abs(float(found.sum()) - response.logprob) < TOLERANCE
-        alone = plain_logprobs(family.policy, prompt, response.token_ids)
+        alone = logprobs_from_pixels(family.policy, prompt, response.token_ids)
         assert abs(float(alone.sum()) - response.logprob) < TOLERANCE
     assert self_check(family.policy, asked[0]) < TOLERANCE
     pictures = [prompt.image for prompt in family.prompts]

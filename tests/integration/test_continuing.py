@@ -151,7 +151,7 @@ def test_the_self_check_passes_the_shipped_model_and_refuses_wrong_positions(
     prompt = next(finished.prompts())
     assert self_check(policy, prompt) < 1e-4
     monkeypatch.setattr(type(policy), "step_positions", lambda _, positions: (positions + 7)[:, None])
-    with pytest.raises(CsrError, match="other probabilities"):
+    with pytest.raises(CsrError, match="generation and teacher forcing differ"):
         self_check(policy, prompt)
 
 

@@ -184,7 +184,9 @@ class TokenSampler(SentenceTracker):
             drawn = np.array([candidate.uniforms[len(candidate.token_ids)] for candidate in candidates])
             tokens = sample(masked, torch.from_numpy(drawn), self.decoding.temperature, self.decoding.top_p)
             if self.decoding.greedy_first:
-                is_first = torch.tensor([candidate.sibling_index == 0 for candidate in candidates], device=logits.device)
+                is_first = torch.tensor(
+                    [candidate.sibling_index == 0 for candidate in candidates], device=logits.device
+                )
                 tokens = torch.where(is_first, masked.argmax(dim=-1), tokens)
         logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
         for candidate, token, logprob in zip(candidates, tokens.tolist(), logprobs.tolist(), strict=True):

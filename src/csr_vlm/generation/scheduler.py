@@ -178,7 +178,9 @@ class Scheduler:
             if not self._live or num_ready > READY_SHARE * len(self._live):
                 break
             self._advance()
-        answers = [(request, prompt.answers[index]) for prompt in ready for index, request in enumerate(prompt.requests)]
+        answers = [
+            (request, prompt.answers[index]) for prompt in ready for index, request in enumerate(prompt.requests)
+        ]
         for prompt in ready:
             prompt.requests, prompt.answers = [], {}
         return answers

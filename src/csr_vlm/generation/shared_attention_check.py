@@ -46,9 +46,7 @@ class _ForcedSampler:
 
     def start(self, request: Expansion) -> list[PartialCandidate]:
         self._current = list(next(self._sentences))
-        return [
-            PartialCandidate(0, index, request.prefix_ids, np.empty(0)) for index in range(request.num_candidates)
-        ]
+        return [PartialCandidate(0, index, request.prefix_ids, np.empty(0)) for index in range(request.num_candidates)]
 
     def choose(self, logits: torch.Tensor, candidates: Sequence[PartialCandidate]) -> torch.Tensor:
         """Continue the first sibling with the sentence, the others with other tokens."""
