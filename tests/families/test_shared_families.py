@@ -33,8 +33,8 @@ def test_shared_attention_writes_what_the_plain_path_writes(name: str, tmp_path:
     plain = TransformersEngine(policy, attention="plain").propose(requests, settings)
     engine = TransformersEngine(policy, attention="shared")
     shared = engine.propose(requests, settings)
-    for families in zip(plain, shared, strict=True):
-        for left, right in zip(*families, strict=True):
+    for siblings in zip(plain, shared, strict=True):
+        for left, right in zip(*siblings, strict=True):
             assert left.token_ids == right.token_ids
             assert abs(left.logprob - right.logprob) < TOLERANCE
     assert engine.counters.prefill_tokens == sum(len(policy.encode(prompt).input_ids) for prompt in prompts)
