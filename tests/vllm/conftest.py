@@ -26,7 +26,7 @@ from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 
 ENGINE = {"engine": "vllm", "vllm": {"enforce_eager": True, "block_size": 32}}
-"""Eager mode, since compiling takes longer than these tests; a small block, since the default is longer than a prompt."""
+"""Eager mode, since compiling takes longer than the tests; a small block, since the default is longer than a prompt."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
