@@ -43,7 +43,8 @@ class TransformersEncoder:
         model_type = self._model.config.model_type
         if model_type not in _SUPPORTED:
             raise CsrError(
-                f"{config.path}: {model_type!r} is not a supported scorer type; expected one of: {', '.join(_SUPPORTED)}",
+                f"{config.path}: {model_type!r} is not a supported scorer type; expected one of: "
+                f"{', '.join(_SUPPORTED)}",
                 "use another checkpoint, or a class of your own: scorer.path=python:MODULE:CLASS",
             )
         if config.vision == "policy":
@@ -97,7 +98,9 @@ def use_vision_of(policy: ModelConfig | None, scorer: torch.nn.Module, path: str
     if policy is None:
         raise CsrError("scorer.vision=policy needs a policy to take the vision tower from", "set scorer.vision=own")
     files = tensor_files(policy.path, revision=policy.revision) or {}
-    tensors = dict(read_tensors({tower_name: file for name, file in files.items() if (tower_name := tower_tensor(name))}))
+    tensors = dict(
+        read_tensors({tower_name: file for name, file in files.items() if (tower_name := tower_tensor(name))})
+    )
     tower: Any = scorer.vision_model
     expected = {name: tensor.shape for name, tensor in tower.state_dict().items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != expected:
