@@ -35,7 +35,7 @@ from csr_vlm.models.policy import Policy, load_policy
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.training import dpo
 from csr_vlm.training.collator import PairCollator, training_row
-from csr_vlm.training.packing import obstacle
+from csr_vlm.training.packing import packing_obstacle
 from csr_vlm.world.demo import assets
 from tests.families.checkpoints import FAMILIES, checkpoint
 
@@ -244,10 +244,10 @@ def test_dpo_moves_the_language_models_adapter_and_nothing_else(family: Case) ->
 
 def test_packed_pairs_have_the_loss_and_gradients_of_unpacked_ones(family: Case, tmp_path: Path) -> None:
     policy = dpo.trainable_policy(family.config, TRAINING, family.adapter)
-    hindered = obstacle(policy.base_model.config) is not None
+    hindered = packing_obstacle(policy.base_model.config) is not None
     assert hindered == (policy.base_model.config.model_type in {"gemma3", "paligemma"})
     if hindered:
-        assert "left to right" in family.result["packing_obstacle"]
+        assert "causal attention" in family.result["packing_obstacle"]
         return
     assert family.result["packing_obstacle"] is None
     pairs = [branching(pair, common) for pair, common in zip(family.pairs, (0, 1, 3), strict=False)]

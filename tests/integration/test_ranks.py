@@ -75,5 +75,5 @@ def test_what_cannot_be_shared_is_refused_in_one_line(runs: dict[int, Run], tmp_
                 (run.root / path.relative_to(runs[1].root)).write_bytes(path.read_bytes())
     done = finished(*launch(2), "train", run.root, "--quiet")
     assert done.returncode != 0
-    assert "error: a step of 1 pairs cannot be dealt out evenly to 2 processes" in done.stderr
+    assert "error: a step of 1 pairs cannot be split evenly among 2 processes" in done.stderr
     assert "csr_vlm/" not in done.stderr  # no traceback of ours; torchrun writes one of its own
