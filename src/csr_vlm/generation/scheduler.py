@@ -111,8 +111,8 @@ class SiblingGroup:
 
     def token_index(self, candidate: PartialCandidate) -> list[int]:
         """List the indices in the block of the path's and the candidate's tokens."""
-        own = range(self.path_length + candidate.sibling_index, self.num_tokens, len(self.candidates))
-        return [*range(self.path_length), *own[: len(candidate.token_ids)]]
+        tokens = range(self.path_length + candidate.sibling_index, self.num_tokens, len(self.candidates))
+        return [*range(self.path_length), *tokens[: len(candidate.token_ids)]]
 
     @property
     def is_done(self) -> bool:

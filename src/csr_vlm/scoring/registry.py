@@ -4,7 +4,7 @@ To add a scorer, there are three ways, from outside to inside:
 
 - Without a change here: write a class with the methods of
   :class:`csr_vlm.scoring.scorer.Scorer` and name it in the recipe,
-  ``scorer: {path: "python:my_module:MyScorer", name: mine, trust_import: true}``.
+  ``scorer: {path: "python:my_module:MyScorer", name: my-scorer, trust_import: true}``.
 - A model with an image and a text embedding: implement
   :class:`csr_vlm.scoring.embedding.Encoder` and return it from :func:`_load_encoder` for a new
   prefix of ``scorer.path``; :class:`csr_vlm.scoring.embedding.EmbeddingScorer` caches
