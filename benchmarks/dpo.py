@@ -43,7 +43,7 @@ from csr_vlm.store.files import write_json
 from csr_vlm.store.run import versions
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.dpo import CsrTrainer, trainable_policy, trainer_arguments
-from csr_vlm.training.packing import freeze_pictures
+from csr_vlm.training.packing import disable_vision_gradients
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
@@ -105,7 +105,7 @@ def make_side(kind: type, policy: Policy, pairs: list[Pair], work: Path, checkpo
     ours = kind is CsrTrainer
     rows = [training_row(pair) for pair in pairs]
     if ours:
-        freeze_pictures(policy.base_model)
+        disable_vision_gradients(policy.base_model)
     settings = {"per_device_train_batch_size": len(pairs), "gradient_checkpointing": checkpointing}
     training = TRAINING.model_copy(update={"trl": settings})
     trainer = kind(

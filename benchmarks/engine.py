@@ -34,7 +34,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from csr_vlm.cli.console import quiet_libraries
 from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
 from csr_vlm.generation.counters import Counters
-from csr_vlm.generation.decoding import Decoding, Row, Writer
+from csr_vlm.generation.decoding import DecodingSettings, PartialCandidate, TokenSampler
 from csr_vlm.generation.sampling import uniforms
 from csr_vlm.generation.scheduler import Scheduler
 from csr_vlm.generation.shared_model import SharedModel
@@ -69,25 +69,27 @@ class Lengths:
         return 5 + int(31 * uniforms((*seed, place, "length"), 1)[0]) if self.vary else 20
 
 
-class ForcedWriter(Writer):
+class ForcedSampler(TokenSampler):
     """Samples as ever, but ends sentences after a given number of tokens."""
 
     def __init__(self, policy: Policy, lengths: Lengths) -> None:
-        super().__init__(policy, Decoding(max_new_tokens=LONGEST + 1, rule=None, temperature=1.0))
+        super().__init__(policy, DecodingSettings(max_new_tokens=LONGEST + 1, rule=None, temperature=1.0))
         self._lengths = lengths
         self._wanted: dict[tuple[int, int], int] = {}
 
-    def start(self, request: Expansion) -> list[Row]:
-        rows = super().start(request)
-        self._wanted |= {(row.family, row.place): self._lengths.of(request.seed, row.place) for row in rows}
-        return rows
+    def start(self, request: Expansion) -> list[PartialCandidate]:
+        started = super().start(request)
+        self._wanted |= {
+            (c.group_id, c.sibling_index): self._lengths.of(request.seed, c.sibling_index) for c in started
+        }
+        return started
 
-    def note(self, row: Row, token: int, logprob: float) -> None:
-        if len(row.ids) == self._wanted[row.family, row.place]:
-            row.finish = Finish.DELIMITER
+    def append(self, candidate: PartialCandidate, token: int, logprob: float) -> None:
+        if len(candidate.token_ids) == self._wanted[candidate.group_id, candidate.sibling_index]:
+            candidate.finish = Finish.DELIMITER
             return
-        row.ids.append(token)
-        row.logprobs.append(logprob)
+        candidate.token_ids.append(token)
+        candidate.logprobs.append(logprob)
 
 
 def root(prompt: Prompt) -> Expansion:
@@ -269,7 +271,7 @@ def measure(case: str, vary: bool, repeats: int, scale: float) -> dict[str, Any]
             counters = Counters()
             model = SharedModel(policy, counters)
             scheduler = Scheduler(
-                model, ForcedWriter(policy, lengths), max_rows=num_prompts * 3 * CANDIDATES, max_prompts=num_prompts
+                model, ForcedSampler(policy, lengths), max_rows=num_prompts * 3 * CANDIDATES, max_prompts=num_prompts
             )
             seconds, said = timed(lambda s=scheduler: search_with(s, prompts))
             ours.append(seconds / num_prompts)
@@ -306,12 +308,12 @@ def peak_memory(num_prompts: int) -> float:
     size = SIZES["tiny"]
     policy = make_policy(size, torch.float32)
     model = SharedModel(policy, Counters())
-    decoding = Decoding(max_new_tokens=4, rule=None, temperature=1.0)
+    decoding = DecodingSettings(max_new_tokens=4, rule=None, temperature=1.0)
     with tempfile.TemporaryDirectory() as directory:
         for first in range(0, num_prompts, 64):
             number = min(64, num_prompts - first)
             prompts = make_prompts(Path(directory), number, size.image, first, pictures=64)
-            scheduler = Scheduler(model, Writer(policy, decoding), max_rows=160, max_prompts=16)
+            scheduler = Scheduler(model, TokenSampler(policy, decoding), max_rows=160, max_prompts=16)
             scheduler.submit([replace(root(prompt), num_candidates=2) for prompt in prompts])
             left = number
             while left:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import CANDIDATES, ForcedWriter, Lengths, best, search_with
+from engine import CANDIDATES, ForcedSampler, Lengths, best, search_with
 from models import SIZES, Size, make_policy, make_prompts
 
 from csr_vlm.cli.console import quiet_libraries
@@ -64,7 +64,7 @@ def measure(policy: Policy, prompts: list[Prompt], max_rows: int, peaks: dict[st
     for asked in (some[:in_flight], some):
         counters = Counters()
         scheduler = Scheduler(
-            SharedModel(policy, counters), ForcedWriter(policy, Lengths(vary=True)), max_rows=max_rows,
+            SharedModel(policy, counters), ForcedSampler(policy, Lengths(vary=True)), max_rows=max_rows,
             max_prompts=in_flight,
         )  # fmt: skip
         if device == "cuda":

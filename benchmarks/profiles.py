@@ -35,7 +35,7 @@ from csr_vlm.core.records import Node, Pair, Response
 from csr_vlm.evaluation.scorer_profile import Profile, read_profile
 from csr_vlm.method import audit as quality
 from csr_vlm.method.pairs import make_pairs
-from csr_vlm.method.questions import worth_asking
+from csr_vlm.method.questions import drop_if_sure
 from csr_vlm.method.reward import path_ids
 from csr_vlm.method.search import search
 from csr_vlm.pipeline.claim_questions import text_pairs
@@ -181,7 +181,7 @@ def _questions(
         ]
         asked.setdefault(name, []).append(Pair(pair.prompt, 1, *sides))
     for name, about_one in asked.items():
-        for pair in worth_asking(about_one, settings, f"{config.seed}:1:{name}"):
+        for pair in drop_if_sure(about_one, settings, f"{config.seed}:1:{name}"):
             yield _is_right(pair, world, settings.yes)
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from csr_vlm.config.schema import MethodConfig, ModelConfig, ScorerConfig, TrainingConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Finish, Pair, Prompt
-from csr_vlm.generation.self_check import plain_logprobs, self_check
+from csr_vlm.generation.self_check import logprobs_from_pixels, self_check
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import Tree, search
@@ -36,7 +36,7 @@ from csr_vlm.models.policy import Policy
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.training import dpo
 from csr_vlm.training.collator import PairCollator, training_row
-from csr_vlm.training.packing import obstacle
+from csr_vlm.training.packing import packing_obstacle
 from csr_vlm.world.demo import assets
 from tests.families.checkpoints import FAMILIES, checkpoint
 
@@ -168,7 +168,7 @@ def test_the_docs_page_lists_every_family() -> None:
 
 @pytest.mark.parametrize(
     ("name", "error"),
-    [("llava_next", None), ("qwen2_vl", "other probabilities"), ("paligemma", "cannot be driven")],
+    [("llava_next", None), ("qwen2_vl", "teacher forcing differ"), ("paligemma", "cannot be used for generation")],
 )
 def test_an_unknown_family_is_rejected_only_if_the_self_check_fails(
     name: str, error: str | None, directory: Path, monkeypatch: pytest.MonkeyPatch
@@ -210,7 +210,7 @@ def test_generated_logprobs_equal_teacher_forced_ones(family: Case) -> None:
     together = family.policy.teacher_forced(asked, ids)
     for prompt, response, forced in zip(asked, responses, together, strict=True):
         assert abs(float(forced.sum()) - response.logprob) < TOLERANCE
-        alone = plain_logprobs(family.policy, prompt, response.token_ids)
+        alone = logprobs_from_pixels(family.policy, prompt, response.token_ids)
         assert abs(float(alone.sum()) - response.logprob) < TOLERANCE
     assert self_check(family.policy, asked[0]) < TOLERANCE
     pictures = [prompt.image for prompt in family.prompts]
@@ -245,10 +245,10 @@ def test_dpo_moves_only_the_language_models_adapter(family: Case) -> None:
 
 def test_packed_pairs_have_the_loss_and_gradients_of_unpacked_pairs(family: Case, tmp_path: Path) -> None:
     policy = dpo.trainable_policy(family.config, TRAINING, family.adapter)
-    has_obstacle = obstacle(policy.base_model.config) is not None
+    has_obstacle = packing_obstacle(policy.base_model.config) is not None
     assert has_obstacle == (policy.base_model.config.model_type in {"gemma3", "paligemma"})
     if has_obstacle:
-        assert "left to right" in family.result["packing_obstacle"]
+        assert "causal attention" in family.result["packing_obstacle"]
         return
     assert family.result["packing_obstacle"] is None
     pairs = [branching(pair, common) for pair, common in zip(family.pairs, (0, 1, 3), strict=False)]

@@ -10,17 +10,17 @@ import torch
 from trl import DPOTrainer
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.generation.decoding import Row, _refuse_nonsense
+from csr_vlm.generation.decoding import PartialCandidate, _require_finite
 from csr_vlm.training.dpo import CsrTrainer
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_error_for_non_finite_logits_names_the_prompt(value: float) -> None:
-    rows = [Row(1, place, (), np.zeros(1), prompt_id=name) for place, name in enumerate(("good", "bad"))]
+    rows = [PartialCandidate(1, place, (), np.zeros(1), prompt_id=name) for place, name in enumerate(("good", "bad"))]
     logits = torch.tensor([[0.0, -torch.inf], [value, 1.0]])
     with pytest.raises(CsrError, match="prompt bad: the policy computes logits that are not finite"):
-        _refuse_nonsense(logits, rows)
-    _refuse_nonsense(logits[:1], rows[:1])
+        _require_finite(logits, rows)
+    _require_finite(logits[:1], rows[:1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -35,6 +35,6 @@ def test_a_non_finite_loss_stops_training_and_names_the_prompts(monkeypatch: pyt
 
 def test_a_non_finite_first_loss_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = object.__new__(CsrTrainer)
-    monkeypatch.setattr(CsrTrainer, "_plain_loss", lambda *args: float("nan"))
+    monkeypatch.setattr(CsrTrainer, "_sigmoid_loss", lambda *args: float("nan"))
     with pytest.raises(CsrError, match="the first DPO loss is nan"):
         trainer.compute_loss(None, {})

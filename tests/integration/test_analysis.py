@@ -21,7 +21,7 @@ from csr_vlm.models.policy import Policy
 from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
-from csr_vlm.training.pair_encoding import response_ids
+from csr_vlm.training.pair_encoding import tokenize_response
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 
@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_rows_are_distributions_over_what_they_may_see(eager: Policy, prompts) -> None:
-    ids = response_ids(eager, prompts[0], "There is a red boat.")
+    ids = tokenize_response(eager, prompts[0], "There is a red boat.")
     found = attention_rows(eager, prompts[0], ids)
     layers = eager.base_model.config.text_config.num_hidden_layers
     assert found.weights.shape == (layers, len(ids), found.start + len(ids))
@@ -56,7 +56,7 @@ def test_rows_are_distributions_over_what_they_may_see(eager: Policy, prompts) -
 
 def test_an_answer_is_encoded_as_the_policy_generates_it(eager: Policy, run: Run) -> None:
     for pair in list(tables.read_pairs(run.pairs_path(1)))[:5]:
-        ids = response_ids(eager, pair.prompt, pair.chosen.text)
+        ids = tokenize_response(eager, pair.prompt, pair.chosen.text)
         assert (ids if pair.chosen.complete else ids[:-1]) == pair.chosen.token_ids
 
 

@@ -23,7 +23,7 @@ from csr_vlm.pipeline import stages
 from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
-from csr_vlm.training.pair_encoding import count_sentences, response_ids, scored_pairs
+from csr_vlm.training.pair_encoding import count_sentences, encode_pairs, tokenize_response
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 from tests.integration.test_cli import csr
@@ -159,7 +159,7 @@ def test_unusable_pairs_are_rejected_before_a_model_is_loaded(searched: Run, tmp
 
 
 def test_a_tokenized_response_ends_with_an_end_of_sequence_token(policy: Policy, prompts: list[Prompt]) -> None:
-    ids = response_ids(policy, prompts[0], "There is a red boat.")
+    ids = tokenize_response(policy, prompts[0], "There is a red boat.")
     assert policy.tokenizer.decode(ids[:-1]).strip() == "There is a red boat."
     assert ids[-1] in policy.eos_ids
     assert not set(ids[:-1]) & policy.eos_ids
@@ -169,9 +169,9 @@ def test_an_end_of_sequence_token_is_added_if_the_template_has_none(policy: Poli
     template = policy.processor.chat_template
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy.processor, "chat_template", template.replace("</s>", " "))
-        assert response_ids(policy, prompts[0], "There is a boat.")[-1] == policy.tokenizer.eos_token_id
-        without = response_ids(policy, prompts[0], "There is a boat.")
-    assert without == response_ids(policy, prompts[0], "There is a boat.")
+        assert tokenize_response(policy, prompts[0], "There is a boat.")[-1] == policy.tokenizer.eos_token_id
+        without = tokenize_response(policy, prompts[0], "There is a boat.")
+    assert without == tokenize_response(policy, prompts[0], "There is a boat.")
 
 
 def test_a_response_with_an_image_placeholder_is_rejected(policy: Policy, prompts: list[Prompt]) -> None:
@@ -179,7 +179,7 @@ def test_a_response_with_an_image_placeholder_is_rejected(policy: Policy, prompt
         TextPair(prompts[0], "There is a boat. <image>", "There is a fish."),
         TextPair(prompts[1], "There is a boat.", "There is a fish."),
     ]
-    refused, pair = scored_pairs(pairs, policy, 1, RULE)
+    refused, pair = encode_pairs(pairs, policy, 1, RULE)
     assert refused == "placeholder"
     assert pair.prompt == prompts[1]
     assert pair.chosen.logprob < 0

@@ -75,5 +75,5 @@ def test_a_batch_that_cannot_be_divided_is_rejected_in_one_line(runs: dict[int, 
                 (run.root / path.relative_to(runs[1].root)).write_bytes(path.read_bytes())
     done = finished(*launch(2), "train", run.root, "--quiet")
     assert done.returncode != 0
-    assert "error: a step of 1 pairs cannot be dealt out evenly to 2 processes" in done.stderr
+    assert "error: a step of 1 pairs cannot be split evenly among 2 processes" in done.stderr
     assert "csr_vlm/" not in done.stderr  # no traceback of ours; torchrun writes one of its own

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from csr_vlm.cli import main
 from csr_vlm.training import distribution, dpo
 
-whole_weights = dpo.whole_weights
+gather_trained_weights = dpo.gather_trained_weights
 
 
 def as_if_gpu(self: PartialState, *_: object, **__: object) -> tuple[str, DistributedType]:
@@ -21,12 +21,12 @@ def on_cpu(self: PartialState) -> None:
 
 
 def check_shards_and_gather(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    for name, parameter in model.named_parameters() if distribution.asked_for(2) == "FSDP" else ():
+    for name, parameter in model.named_parameters() if distribution.requested_distribution(2) == "FSDP" else ():
         assert parameter.to_local().numel() < parameter.numel(), f"{name} is not sharded"
-    return whole_weights(model)
+    return gather_trained_weights(model)
 
 
 PartialState._prepare_backend = as_if_gpu
 PartialState.set_device = on_cpu
-dpo.whole_weights = check_shards_and_gather
+dpo.gather_trained_weights = check_shards_and_gather
 main()

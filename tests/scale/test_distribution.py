@@ -85,7 +85,7 @@ def test_fsdp_that_accelerate_replaces_is_rejected(paired: Run, tmp_path: Path) 
     run = copy_of(paired, tmp_path, use_cpu=True)
     done = finished(*launch(2), "train", run.root, "--quiet", ACCELERATE_USE_FSDP="true", **FSDP2)
     assert done.returncode != 0
-    assert "error: FSDP over 2 processes was asked for, but accelerate set up MULTI_CPU over 2" in done.stderr
+    assert "error: FSDP over 2 processes was requested, but accelerate set up MULTI_CPU over 2" in done.stderr
     assert not run.is_done(1, "train")
 
 

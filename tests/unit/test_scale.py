@@ -20,7 +20,12 @@ from csr_vlm.scale import torchrun as module
 from csr_vlm.scale.executor import LOCAL, ItemResult, Task, add_counts, require_marker, write_marker
 from csr_vlm.scale.ray import Actor
 from csr_vlm.scale.torchrun import StoreClient, TorchrunExecutor, num_launched
-from csr_vlm.training.distribution import asked_for, refuse_lazy_weights, require_distribution, shared_batch
+from csr_vlm.training.distribution import (
+    per_process_batch,
+    refuse_ram_efficient_loading,
+    requested_distribution,
+    require_distribution,
+)
 from tests.unit.builders import CountedProgress
 
 
@@ -254,15 +259,15 @@ def test_a_step_takes_the_same_pairs_for_any_number_of_processes(
     batch: int, accumulation: int, processes: int, expected: tuple[int, int]
 ) -> None:
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    dealt = shared_batch(dict(zip(names, (batch, accumulation), strict=True)), processes)
+    dealt = per_process_batch(dict(zip(names, (batch, accumulation), strict=True)), processes)
     assert tuple(dealt[name] for name in names) == expected
     assert dealt[names[0]] * dealt[names[1]] * processes == batch * accumulation
     assert dealt[names[0]] <= batch
 
 
 def test_a_step_that_cannot_be_divided_evenly_is_rejected() -> None:
-    with pytest.raises(CsrError, match="a step of 1 pairs cannot be dealt out evenly to 2 processes"):
-        shared_batch({"per_device_train_batch_size": 1}, 2)
+    with pytest.raises(CsrError, match="a step of 1 pairs cannot be split evenly among 2 processes"):
+        per_process_batch({"per_device_train_batch_size": 1}, 2)
 
 
 def state(kind: str, processes: int) -> Any:
@@ -279,13 +284,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_the_distribution_must_be_the_requested_one(environment: pytest.MonkeyPatch) -> None:
     assert require_distribution(state("NO", 1), 1) == "NO"
     assert require_distribution(state("MULTI_CPU", 2), 2) == "MULTI_CPU"
-    with pytest.raises(CsrError, match="DDP over 2 processes was asked for, but accelerate set up NO over 1"):
+    with pytest.raises(CsrError, match="DDP over 2 processes was requested, but accelerate set up NO over 1"):
         require_distribution(state("NO", 1), 2)
     environment.setenv("ACCELERATE_USE_FSDP", "true")
-    assert asked_for(2) == "FSDP"
+    assert requested_distribution(2) == "FSDP"
     assert require_distribution(state("FSDP", 2), 2) == "FSDP"
     # accelerate silently replaces FSDP on a CPU.
-    with pytest.raises(CsrError, match="FSDP over 2 processes was asked for, but accelerate set up MULTI_CPU over 2"):
+    with pytest.raises(CsrError, match="FSDP over 2 processes was requested, but accelerate set up MULTI_CPU over 2"):
         require_distribution(state("MULTI_CPU", 2), 2)
     environment.delenv("ACCELERATE_USE_FSDP")
     environment.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -295,9 +300,9 @@ def test_the_distribution_must_be_the_requested_one(environment: pytest.MonkeyPa
 
 
 def test_weights_that_only_rank_0_loads_are_rejected(environment: pytest.MonkeyPatch) -> None:
-    refuse_lazy_weights()
+    refuse_ram_efficient_loading()
     environment.setenv("ACCELERATE_USE_FSDP", "true")
-    refuse_lazy_weights()
+    refuse_ram_efficient_loading()
     environment.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(CsrError, match="without weights to generate with"):
-        refuse_lazy_weights()
+        refuse_ram_efficient_loading()

@@ -142,12 +142,12 @@ def _token_pair(pair: Pair) -> Any:
 def _external_pairs(path: Path, policy: Any, run: Run, number: int) -> list[Any]:
     """Read pairs that some other source made, and encode them as the policy writes its own."""
     from csr_vlm.evaluation.separability import TokenPair
-    from csr_vlm.training.pair_encoding import token_pairs
+    from csr_vlm.training.pair_encoding import tokenize_pairs
 
     report = InputReport()
     config = run.config.data.model_copy(update={"pairs": str(path), "pairs_format": "auto", "image_root": None})
     texts = islice(read_text_pairs(config, report, images=run.images_path), number)
-    found = [TokenPair(pair.prompt, *both) for pair, both in token_pairs(texts, policy) if not isinstance(both, str)]
+    found = [TokenPair(pair.prompt, *both) for pair, both in tokenize_pairs(texts, policy) if not isinstance(both, str)]
     if not found:
         raise CsrError(f"{path} holds no usable pair", "; ".join(report.examples[:3]) or "see docs/data.md for formats")
     return found

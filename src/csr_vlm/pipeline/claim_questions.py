@@ -42,12 +42,12 @@ class ClaimQuestioner:
 
     def pairs(self, prompts: Sequence[Prompt], trees: Sequence[Sequence[Node]]) -> list[Pair]:
         """Ask about the claims of some prompts' trees; return the questions that are worth training on."""
-        from csr_vlm.training.pair_encoding import scored_pairs
+        from csr_vlm.training.pair_encoding import encode_pairs
 
         config, pairs = self._config, []
         self._scorer.set_negative_images([*prompts, *self._filler_prompts], config.scorer.others)
         asked = text_pairs(prompts, trees, self._scorer, config)
-        scored = scored_pairs(asked, self._policy, self._iteration, self._rule)
+        scored = encode_pairs(asked, self._policy, self._iteration, self._rule)
         found = (pair for pair in scored if isinstance(pair, Pair))
         for name, about_one in groupby(found, key=lambda pair: pair.prompt.prompt_id.rpartition("?")[0]):
             key = f"{config.seed}:{self._iteration}:{name}"

@@ -50,7 +50,7 @@ def take_pairs(run: Run, reporter: Reporter) -> tuple[list[Pair], Counter[str]]:
     """
     from csr_vlm.method.sentences import SentenceRule
     from csr_vlm.models.loading import load_policy
-    from csr_vlm.training.pair_encoding import scored_pairs
+    from csr_vlm.training.pair_encoding import encode_pairs
 
     config = run.config
     if not run.is_done(0, "prompts"):
@@ -61,7 +61,7 @@ def take_pairs(run: Run, reporter: Reporter) -> tuple[list[Pair], Counter[str]]:
     reasons: Counter[str] = Counter()
     with reporter.stage("iteration 1: pairs from outside", run.result(0, "prompts")["pairs"]["accepted"]) as progress:
         texts = read_text_pairs(config.data, InputReport(), images=run.images_path)
-        for found in scored_pairs(texts, policy, 1, rule):
+        for found in encode_pairs(texts, policy, 1, rule):
             if isinstance(found, str):
                 reasons[found] += 1
             else:

@@ -8,23 +8,28 @@ from transformers import TrainerCallback
 
 from csr_vlm.core.progress import Progress
 
-_SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-"""Metric that TRL logs to its name in the display."""
+_DISPLAYED = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+"""Display name of each metric of TRL that is shown."""
 
 
 class _StepCounter(TrainerCallback):  # type: ignore[misc]
+    """Count optimizer steps and forward what TRL logs."""
+
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the number of steps."""
         self._progress.set_total(state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count a step."""
         self._progress.advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Forward the displayed metrics."""
         if logs:
-            self._progress.log_metrics({name: float(logs[key]) for key, name in _SHOWN.items() if key in logs})
+            self._progress.log_metrics({name: float(logs[key]) for key, name in _DISPLAYED.items() if key in logs})
 
 
 def count_steps(progress: Progress) -> TrainerCallback:
