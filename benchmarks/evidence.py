@@ -217,11 +217,13 @@ def grade_scorers(out: Path) -> None:
 def grade_priors(out: Path) -> None:
     """Train one iteration on policies whose captions imagined companions less or more often than the shipped one's."""
     _one_thread()
+    from base_models import build_from_shipped
+
     from csr_vlm.core.progress import Silent
     from csr_vlm.pipeline import stages
     from csr_vlm.store.run import Run
-    from csr_vlm.world.build import PICK_UP_HABITS, BuildPlan, build
-    from csr_vlm.world.demo import assets, demo_config
+    from csr_vlm.world.build import PICK_UP_HABITS, BuildPlan
+    from csr_vlm.world.demo import demo_config
     from csr_vlm.world.scenes import HARBOUR
 
     path = out / "priors.json"
@@ -235,8 +237,8 @@ def grade_priors(out: Path) -> None:
                 kind: replace(habit, caption=strength * habit.caption, question=strength * habit.question)
                 for kind, habit in HARBOUR.companions.items()
             }
-            plan = BuildPlan(start=assets(), depth=1, policy_phases=(replace(PICK_UP_HABITS, steps=PRIOR_STEPS),))
-            build(replace(HARBOUR, companions=habits), models, plan)
+            plan = BuildPlan(policy_phases=(replace(PICK_UP_HABITS, steps=PRIOR_STEPS),))
+            build_from_shipped(replace(HARBOUR, companions=habits), models, plan)
         run = Run.create(out / "priors" / f"{strength:g}", demo_config(out / "pictures", 0, 256, 500, HARBOUR, models))
         with run.locked():
             stages.check_inputs(run, Silent())

@@ -63,7 +63,7 @@ class Comparison:
     """Holm-adjusted p-values over the metrics of the evaluation."""
 
     def dump(self) -> dict[str, Any]:
-        rows = {name: found.dump() | {"p_adjusted": self.adjusted.get(name)} for name, found in self.metrics.items()}
+        rows = {name: change.dump() | {"p_adjusted": self.adjusted.get(name)} for name, change in self.metrics.items()}
         return {"evaluation": self.evaluation, "protocol": dict(self.protocol), "metrics": rows}
 
 
