@@ -70,10 +70,10 @@ $(MODELS)/market/build.json: | $(VENV)/.installed
 	$(BIN)/csr world build --world market --out $(@D)
 
 $(MODELS)/larger/build.json: | $(VENV)/.installed
-	$(BIN)/csr world build --grow-from src/csr_vlm/world/assets --out $(@D)
+	$(BIN)/python benchmarks/base_models.py larger --out $(@D)
 
 $(MODELS)/idefics3/build.json: | $(VENV)/.installed
-	$(BIN)/csr world build --grow-from src/csr_vlm/world/assets --family idefics3 --out $(@D)
+	$(BIN)/python benchmarks/base_models.py idefics3 --out $(@D)
 
 world: $(VENV)/.installed  ## train the world's base models again (about 40 minutes on two cores)
 	$(BIN)/csr world build --out build/world --seed 0

@@ -15,7 +15,7 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.store.run import Run
 
 if TYPE_CHECKING:
-    from csr_vlm.evaluation.compare import Comparison, Measured
+    from csr_vlm.evaluation.compare import Comparison, EvaluatedPolicy
     from csr_vlm.evaluation.statistics import Difference
 
 
@@ -29,13 +29,13 @@ def measure(
     """
     opened = Run.open(target)
     console.quiet_libraries()
-    from csr_vlm.evaluation.compare import evaluated, read_documents
+    from csr_vlm.evaluation.compare import evaluated_iterations, read_documents
     from csr_vlm.pipeline import stages
 
     with opened.locked():
         for number in range(opened.last_trained + 1):
             stages.evaluate(opened, number, console.reporter(), again)
-    found = {number: read_documents(opened, number) for number in evaluated(opened)}
+    found = {number: read_documents(opened, number) for number in evaluated_iterations(opened)}
     if not found:
         raise CsrError(f"nothing is measured in {target}", "set evaluation in its recipe, or see csr eval --help")
     if console.mode.json:
@@ -75,7 +75,7 @@ def compare(
     One run: its base model against its result. Two runs: the result of each.
     Example: csr compare runs/d0 --fail-if 'recall < -0.01'
     """
-    from csr_vlm.evaluation.compare import Measured, broken_rules, parse_rule
+    from csr_vlm.evaluation.compare import EvaluatedPolicy, parse_rule, triggered_rules
     from csr_vlm.evaluation.compare import compare as compare_policies
 
     rules = [parse_rule(rule) for rule in fail_if or ()]
@@ -83,10 +83,10 @@ def compare(
     second = first if run_b is None else Run.open(run_b)
     if iteration_a is None:
         iteration_a = 0 if run_b is None else first.final
-    before = Measured(first, iteration_a)
-    after = Measured(second, second.final if iteration_b is None else iteration_b)
+    before = EvaluatedPolicy(first, iteration_a)
+    after = EvaluatedPolicy(second, second.final if iteration_b is None else iteration_b)
     found = compare_policies(before, after)
-    reasons = broken_rules(rules, found)
+    reasons = triggered_rules(rules, found)
     if console.mode.json:
         console.print_json(
             {
@@ -105,7 +105,7 @@ def compare(
         raise typer.Exit(3)
 
 
-def _print(before: Measured, after: Measured, found: Sequence[Comparison]) -> None:
+def _print(before: EvaluatedPolicy, after: EvaluatedPolicy, found: Sequence[Comparison]) -> None:
     for comparison in found:
         if not comparison.metrics:
             print(f"{comparison.evaluation}: no metric that prompts have a share in", file=sys.stderr)

@@ -16,7 +16,7 @@ from csr_vlm.core.errors import CsrError
 if TYPE_CHECKING:
     from csr_vlm.core.progress import Progress
     from csr_vlm.core.records import Finish, Prompt
-    from csr_vlm.evaluation.answers import Decoding, Respond
+    from csr_vlm.evaluation.answers import AnswerSettings, Respond
     from csr_vlm.store.run import Run
 
 AnnotationsOption = Annotated[
@@ -54,17 +54,17 @@ def chair(
     """
     from csr_vlm.evaluation.annotations import read_annotations
     from csr_vlm.evaluation.answers import read_captions
-    from csr_vlm.evaluation.chair import Reader, by_length, counts, evaluate, summarise
-    from csr_vlm.evaluation.chair import document as chair_document
+    from csr_vlm.evaluation.chair import ObjectReader, by_length, counts, evaluate, summarize
+    from csr_vlm.evaluation.chair import evaluation_document as chair_document
     from csr_vlm.evaluation.objects import ObjectTable
     from csr_vlm.evaluation.words import word_rule
 
     given = read_captions(captions)
     table = ObjectTable.read(synonyms, of_coco=words != "plain") if synonyms else ObjectTable.coco()
-    reader = Reader(word_rule(words, table.vocabulary, nltk_data), table)
+    reader = ObjectReader(word_rule(words, nltk_data), table)
     found = read_annotations(annotations)
     rows = evaluate(given, _truth(given, found, reader, captions), reader)
-    metrics = summarise(rows)
+    metrics = summarize(rows)
     protocol = {
         "metric": "CHAIR",
         "words": {"rule": words, **reader.rule.source},
@@ -106,10 +106,10 @@ def pope(
 
     Example: csr eval pope --questions coco_pope_random.json --answers a.jsonl --json
     """
-    from csr_vlm.evaluation.pope import document, evaluate, pair_up, read_questions
+    from csr_vlm.evaluation.pope import evaluate, evaluation_document, match_answers, read_questions
 
     question_paths, answer_paths = _files_in(questions), _files_in(answers)
-    paired = pair_up([read_questions(path) for path in question_paths], answer_paths)
+    paired = match_answers([read_questions(path) for path in question_paths], answer_paths)
     parsers = evaluate(paired)
     official = parsers["official"]
     only = next(iter(official["settings"].values())) if len(paired) == 1 else {}
@@ -122,7 +122,7 @@ def pope(
         "interval": "95 % percentile bootstrap over questions",
     }
     if store is not None:
-        _store(store, iteration, answer_paths, document(paired, protocol))
+        _store(store, iteration, answer_paths, evaluation_document(paired, protocol))
     protocol["answers"] = [_given_by(path) for path in answer_paths]
     result = {
         **only,
@@ -234,10 +234,10 @@ def answer(
     from csr_vlm.evaluation import answers
     from csr_vlm.evaluation.compare import policy_name
 
-    asked = answers.read_asked(prompts, images, limit)
-    decoding = answers.Decoding(max_new_tokens, temperature, seed, drop_unfinished=not keep_unfinished)
+    asked = answers.read_evaluation_prompts(prompts, images, limit)
+    decoding = answers.AnswerSettings(max_new_tokens, temperature, seed, drop_unfinished=not keep_unfinished)
     with console.reporter().stage(f"{policy_name(number)}: answering", len(asked)) as progress:
-        rows, protocol = answers.answer(
+        rows, protocol = answers.answer_prompts(
             asked,
             _respond(opened, number, decoding, progress),
             decoding,
@@ -257,7 +257,7 @@ def _require_policy(run: Run, iteration: int) -> None:
 
 def _store(root: Path, iteration: int | None, answers: Sequence[Path], document: dict[str, Any]) -> None:
     """Keep an evaluation with the policy that gave the answers."""
-    from csr_vlm.evaluation.answers import chosen_in, read_protocol
+    from csr_vlm.evaluation.answers import generation_settings, read_protocol
     from csr_vlm.store import files
     from csr_vlm.store.run import Run
 
@@ -273,14 +273,14 @@ def _store(root: Path, iteration: int | None, answers: Sequence[Path], document:
     ids = [row["id"] for row in document["rows"]]
     if len(set(ids)) < len(ids):
         raise CsrError(f"{len(ids) - len(set(ids))} ids come twice", "each row needs its own id to be compared by")
-    stored = {**document, "protocol": {**document["protocol"], **chosen_in(generated)}}
+    stored = {**document, "protocol": {**document["protocol"], **generation_settings(generated)}}
     path = run.evaluation_path(number, str(document["protocol"]["metric"]).lower())
     with run.locked():
         files.write_json(path, stored)
     console.log(f"stored in {path}; next: csr eval {root} and csr compare {root} show it")
 
 
-def _respond(run: Run, iteration: int, decoding: Decoding, progress: Progress) -> Respond:
+def _respond(run: Run, iteration: int, decoding: AnswerSettings, progress: Progress) -> Respond:
     """Return what answers prompts with the policy of an iteration."""
     from csr_vlm.core.batching import batched
     from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -302,7 +302,7 @@ def _respond(run: Run, iteration: int, decoding: Decoding, progress: Progress) -
 
 def _truth(captions: Sequence[Any], annotations: Any, reader: Any, path: Path) -> Mapping[Any, Any]:
     """Return the objects of every captioned image, under the name that its caption gives it."""
-    from csr_vlm.evaluation.annotations import truth_of
+    from csr_vlm.evaluation.annotations import ground_truth
 
     ids = {caption.image_id: annotations.find(caption.image_id) for caption in captions}
     unknown = [str(name) for name, found in ids.items() if found is None]
@@ -311,7 +311,7 @@ def _truth(captions: Sequence[Any], annotations: Any, reader: Any, path: Path) -
             f"{path}: the annotations know nothing of {len(unknown)} images, such as {', '.join(unknown[:3])}",
             "image_id is COCO's number or the file name; are these the right annotations?",
         )
-    truth = truth_of(annotations, set(ids.values()), reader)
+    truth = ground_truth(annotations, set(ids.values()), reader)
     return {name: truth[found] for name, found in ids.items()}
 
 

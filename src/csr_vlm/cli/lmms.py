@@ -30,7 +30,7 @@ def eval_lmms(
     console.quiet_libraries()
     from csr_vlm.evaluation import lmms
 
-    benchmarks = lmms.chosen([name.strip() for name in tasks.split(",") if name.strip()], include)
+    benchmarks = lmms.select_benchmarks([name.strip() for name in tasks.split(",") if name.strip()], include)
     from csr_vlm.evaluation.lmms_model import PolicyModel
     from csr_vlm.generation.transformers_engine import TransformersEngine
     from csr_vlm.models.loading import load_policy
@@ -44,8 +44,8 @@ def eval_lmms(
             model = PolicyModel(TransformersEngine(policy, generation.max_rows, generation.attention, reporter.log))
             reporter.log(f"{'base model' if number == 0 else f'iteration {number}'}: {', '.join(benchmarks)}")
             path = opened.evaluation_path(number, "lmms")
-            new = lmms.run(model, benchmarks, include=include, limit=limit)
-            results[number] = lmms.joined(files.read_json(path) if path.is_file() else None, new)
+            new = lmms.run_benchmarks(model, benchmarks, include=include, limit=limit)
+            results[number] = lmms.merge_documents(files.read_json(path) if path.is_file() else None, new)
             files.write_json(path, results[number])
     if console.mode.json:
         console.print_json(

@@ -23,13 +23,6 @@ def world_build(
     out: Annotated[Path, typer.Option("--out", help="Directory for clip/, llava/ and build.json.")],
     seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 0,
     world: WorldName = "harbour",
-    grow_from: Annotated[
-        Path | None,
-        typer.Option("--grow-from", help="Start from these finished models: a policy three times as deep."),
-    ] = None,
-    family: Annotated[
-        Literal["llava", "idefics3"], typer.Option(help="What the policy is; idefics3 is the SmolVLM kind.")
-    ] = "llava",
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that it works.")] = False,
 ) -> None:
     """Train the world's base models again, as the shipped ones were.
@@ -39,12 +32,10 @@ def world_build(
     console.quiet_libraries()
     from dataclasses import replace
 
-    from csr_vlm.world.build import BuildPlan, build_with_progress, started
+    from csr_vlm.world.build import BuildPlan, build_with_progress
     from csr_vlm.world.scenes import world_named
 
-    plan = BuildPlan(seed=seed, family=family)
-    if grow_from is not None:
-        plan = started(plan, grow_from)
+    plan = BuildPlan(seed=seed)
     if quick:
         phases = tuple(replace(phase, steps=60) for phase in plan.policy_phases)
         plan = replace(plan, scorer_steps=60, policy_phases=phases)

@@ -1,4 +1,4 @@
-"""Describe what a report may know of a picture whose contents are known."""
+"""Define the interface through which reports learn the contents of a picture, where they are known."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from PIL import Image
 
 
 class KnownPicture(Protocol):
-    """A picture whose contents are known."""
+    """Describe a picture whose contents are known, such as a drawn scene."""
 
     @property
     def description(self) -> str:
-        """List the contents, for readers who cannot see the picture."""
+        """Return a text that lists the contents, for readers who cannot see the picture."""
         ...
 
     @property
     def absent(self) -> frozenset[str]:
-        """Name the kinds of object that are not in the picture."""
+        """Return the kinds of object that are not in the picture."""
         ...
 
     def draw(self, scale: int) -> Image.Image:
@@ -26,19 +26,19 @@ class KnownPicture(Protocol):
         ...
 
     def hallucinated(self, text: str) -> Sequence[str]:
-        """List the kinds that a text names and that are not in the picture."""
+        """List the kinds that a text names but that are not in the picture."""
         ...
 
     def unmentioned(self, text: str) -> Sequence[str]:
-        """List the kinds that are in the picture and that a text does not name."""
+        """List the kinds that are in the picture but that a text does not name."""
         ...
 
 
 TruthOf = Callable[[str], KnownPicture | None]
-"""Maps the id of a prompt to its picture; None where the contents are not known."""
+"""Maps a prompt id to its picture; None where the contents are not known."""
 
 
 def no_truth(prompt_id: str) -> KnownPicture | None:
-    """Know no picture, as for photographs."""
+    """Return None, as for photographs, whose contents are not known."""
     del prompt_id
     return None

@@ -74,7 +74,9 @@ class PlainDecoder:
         cache.batch_select_indices(request_of_row)
         logits = output.logits[request_of_row, -1]  # (rows, vocabulary)
         mask = inputs["attention_mask"][request_of_row]  # (rows, tokens)
-        shift = torch.tensor([item.position_delta for item in encoded], device=self._policy.device)[request_of_row]  # (rows,)
+        shift = torch.tensor([item.position_delta for item in encoded], device=self._policy.device)[
+            request_of_row
+        ]  # (rows,)
         while True:
             tokens = sampler.choose(logits, live)  # (rows,)
             unfinished = [row for row, candidate in enumerate(live) if candidate.finish is None]

@@ -9,7 +9,7 @@ from typing import Any
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter, Silent
-from csr_vlm.evaluation.compare import Measured, broken_rules, compare, parse_rule
+from csr_vlm.evaluation.compare import EvaluatedPolicy, compare, parse_rule, triggered_rules
 from csr_vlm.method import audit as quality
 from csr_vlm.method.audit import Verdict
 from csr_vlm.method.pairs import make_pairs
@@ -93,7 +93,9 @@ def _chosen_change(run: Run, log: list[dict[str, float]]) -> float | None:
 
 def _broken(run: Run, iteration: int, against: int) -> list[str]:
     rules = [parse_rule(rule) for rule in run.config.evaluation.stop_if]
-    return broken_rules(rules, compare(Measured(run, against), Measured(run, iteration))) if rules else []
+    return (
+        triggered_rules(rules, compare(EvaluatedPolicy(run, against), EvaluatedPolicy(run, iteration))) if rules else []
+    )
 
 
 def _conclude(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from csr_vlm.core.formatting import fixed
 from csr_vlm.evaluation.compare import policy_name
-from csr_vlm.evaluation.reproduction import Published, RunNumbers, numbers_of, published
+from csr_vlm.evaluation.reproduction import Published, RunResults, collect_results, published
 from csr_vlm.report.grid import Grid, Row
 from csr_vlm.report.panels import Figure, interval
 from csr_vlm.report.radar import Shape, Spoke, legend_of, radar
@@ -23,7 +23,7 @@ class Benchmarks:
 
 def benchmark_panel(run: Run) -> Benchmarks | None:
     """Gather the stored benchmarks of the paper, policy by policy; None where there are none."""
-    tables, found = published(), numbers_of(run)
+    tables, found = published(), collect_results(run)
     keys = [
         key
         for key in tables.benchmarks
@@ -34,7 +34,7 @@ def benchmark_panel(run: Run) -> Benchmarks | None:
     return Benchmarks(_grid(tables, found, keys), _figure(tables, found, keys) if len(keys) > 2 else None)
 
 
-def _grid(tables: Published, found: RunNumbers, keys: Sequence[str]) -> Grid:
+def _grid(tables: Published, found: RunResults, keys: Sequence[str]) -> Grid:
     rows = []
     for number, mine in found.by_iteration.items():
         cells = [
@@ -48,7 +48,7 @@ def _grid(tables: Published, found: RunNumbers, keys: Sequence[str]) -> Grid:
     return Grid("Benchmarks, with 95 % intervals where there are any", "Policy", columns, rows, note)
 
 
-def _figure(tables: Published, found: RunNumbers, keys: Sequence[str]) -> Figure:
+def _figure(tables: Published, found: RunResults, keys: Sequence[str]) -> Figure:
     main = tables.main_table(found.run.config.model.path)
     column = {key: place for place, key in enumerate(main.columns)}
     spokes = [

@@ -10,12 +10,12 @@ from csr_vlm.core.formatting import compact, fixed, plural
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.evaluation.reproduction import (
     LAMBDA_OF_ABLATION,
-    Obtained,
     Published,
-    RunNumbers,
-    Table,
+    PublishedTable,
+    RunResult,
+    RunResults,
+    collect_results,
     departures,
-    numbers_of,
     protocol_fields,
     published,
     with_lambda,
@@ -41,7 +41,7 @@ def write_reproduction(runs: Sequence[Run], path: Path) -> Path:
 
 def render(runs: Sequence[Run]) -> str:
     """Return the page as HTML; the first run is the one that the charts show."""
-    tables, found = published(), [numbers_of(run) for run in runs]
+    tables, found = published(), [collect_results(run) for run in runs]
     main = tables.main_table(runs[0].config.model.path)
     return page(
         "reproduction.html.j2",
@@ -58,7 +58,7 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def _summary(item: RunNumbers, main: Table) -> str:
+def _summary(item: RunResults, main: PublishedTable) -> str:
     measured = [key for key in main.columns if key in item.result]
     comparable = [key for key in measured if item.result[key].same_data]
     if not measured:
@@ -69,7 +69,7 @@ def _summary(item: RunNumbers, main: Table) -> str:
     return f"{start}, {len(comparable)} of them on the paper's kind of data."
 
 
-def _cell(obtained: Obtained | None) -> tuple[str, str]:
+def _cell(obtained: RunResult | None) -> tuple[str, str]:
     if obtained is None:
         return "–", ""
     mark = "" if obtained.same_data else " †"
@@ -86,7 +86,7 @@ def _written(tables: Published, columns: Sequence[str], values: Sequence[float])
     return [(f"{value:.{tables.benchmarks[key].digits}f}", "") for key, value in zip(columns, values, strict=True)]
 
 
-def _main_grid(tables: Published, table: Table, found: Sequence[RunNumbers]) -> Grid:
+def _main_grid(tables: Published, table: PublishedTable, found: Sequence[RunResults]) -> Grid:
     rows = [Row(name, _written(tables, table.columns, values)) for name, values in table.rows.items()]
     for item in found:
         for number in sorted({0, item.run.final} & item.by_iteration.keys()):
@@ -96,7 +96,7 @@ def _main_grid(tables: Published, table: Table, found: Sequence[RunNumbers]) -> 
     return Grid(table.model, "Model", _names(tables, table.columns), rows)
 
 
-def _radar(tables: Published, main: Table, item: RunNumbers) -> Figure:
+def _radar(tables: Published, main: PublishedTable, item: RunResults) -> Figure:
     spokes = [Spoke(tables.benchmarks[key].name, tables.benchmarks[key].better == "lower") for key in main.columns]
     shapes = [
         Shape(f"paper: {name}", main.rows[name], style) for style, name in enumerate(_COMPARED) if name in main.rows
@@ -118,7 +118,7 @@ def _radar(tables: Published, main: Table, item: RunNumbers) -> Figure:
     )
 
 
-def _iteration_figures(tables: Published, item: RunNumbers) -> list[Figure]:
+def _iteration_figures(tables: Published, item: RunResults) -> list[Figure]:
     """CHAIR over iterations: the paper's line and the run's own."""
     figures = []
     for key in ("chair_s", "chair_i"):
@@ -144,7 +144,7 @@ def _iteration_figures(tables: Published, item: RunNumbers) -> list[Figure]:
     return figures
 
 
-def _iterations(tables: Published, found: Sequence[RunNumbers]) -> Grid:
+def _iterations(tables: Published, found: Sequence[RunResults]) -> Grid:
     table = tables.iterations
     rows = [
         Row(f"paper, {policy_name(number)}", _written(tables, table.columns, values))
@@ -160,7 +160,7 @@ def _iterations(tables: Published, found: Sequence[RunNumbers]) -> Grid:
     )
 
 
-def _lambdas(tables: Published, found: Sequence[RunNumbers]) -> Grid:
+def _lambdas(tables: Published, found: Sequence[RunResults]) -> Grid:
     table = tables.lambdas
     rows = []
     weights = sorted({*table.rows, *(item.run.config.method.lambda_ for item in found)})
@@ -179,7 +179,7 @@ def _lambdas(tables: Published, found: Sequence[RunNumbers]) -> Grid:
     )
 
 
-def _ablation(tables: Published, found: Sequence[RunNumbers]) -> Grid:
+def _ablation(tables: Published, found: Sequence[RunResults]) -> Grid:
     """The published averages, and CHAIR of runs with the same half of the reward."""
     rows = [
         Row(f"paper, {name}", [*((f"{value:.2f}", "") for value in values), ("–", ""), ("–", "")])
@@ -197,7 +197,7 @@ def _ablation(tables: Published, found: Sequence[RunNumbers]) -> Grid:
     return Grid("One half of the reward", "Reward", columns, rows, note)
 
 
-def _rewards(found: Sequence[RunNumbers]) -> Grid:
+def _rewards(found: Sequence[RunResults]) -> Grid:
     rows = [
         Row(
             f"{item.run.root.name}, iteration {number}",
@@ -211,7 +211,7 @@ def _rewards(found: Sequence[RunNumbers]) -> Grid:
     return Grid("Rewards over iterations", "Pairs of", ["chosen", "rejected", "average"], rows, note)
 
 
-def _protocols(tables: Published, item: RunNumbers) -> list[tuple[str, list[Any]]]:
+def _protocols(tables: Published, item: RunResults) -> list[tuple[str, list[Any]]]:
     """For each measured benchmark, the protocols side by side."""
     return [
         (tables.benchmarks[key].name, protocol_fields(tables.benchmarks[key], obtained))

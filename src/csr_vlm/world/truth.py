@@ -10,7 +10,7 @@ from functools import lru_cache
 from PIL import Image
 
 from csr_vlm.evaluation import chair
-from csr_vlm.evaluation.objects import ObjectTable, Reading, find_objects
+from csr_vlm.evaluation.objects import ObjectMentions, ObjectTable, find_objects
 from csr_vlm.evaluation.words import word_rule
 from csr_vlm.method.reward import bag_of_words
 from csr_vlm.world.dataset import scene_of
@@ -69,20 +69,20 @@ def known_scene(prompt_id: str) -> KnownScene | None:
     return None if found is None else KnownScene(*found)
 
 
-def reader_of(world: World) -> chair.Reader:
+def reader_of(world: World) -> chair.ObjectReader:
     """Return CHAIR's reader for a world: a kind is named by its own word and by no other."""
     return _reader(world.kinds)
 
 
 @lru_cache(maxsize=8)
-def _reader(kinds: tuple[str, ...]) -> chair.Reader:
-    return chair.Reader(word_rule("plain"), ObjectTable.of([[kind] for kind in kinds], of_coco=False))
+def _reader(kinds: tuple[str, ...]) -> chair.ObjectReader:
+    return chair.ObjectReader(word_rule("plain"), ObjectTable.of([[kind] for kind in kinds], of_coco=False))
 
 
 def judge(world: World, scene: Scene, text: str) -> Judgement:
     """Judge the kinds that a text names by CHAIR, and besides the colours before them and its repeats."""
     reading, colors = _read(world, text)
-    verdict = chair.judge(reading, scene.kinds)
+    verdict = chair.check_mentions(reading, scene.kinds)
     claims = [(scene.color_of(kind), color) for kind, color in zip(reading.objects, colors, strict=True)]
     compared = [truth == color for truth, color in claims if truth is not None and color is not None]
     sentences = [part for part in _SENTENCE.findall(text) if part.strip(" .")]
@@ -104,9 +104,9 @@ def mentions(world: World, text: str) -> list[tuple[str, str | None]]:
     return list(zip(reading.objects, colors, strict=True))
 
 
-def _read(world: World, text: str) -> tuple[Reading, list[str | None]]:
+def _read(world: World, text: str) -> tuple[ObjectMentions, list[str | None]]:
     reader = reader_of(world)
     words = reader.rule.read(text)
     reading = find_objects(words, reader.table)
-    before = [words[at - 1] if at else "" for at in reading.places]
+    before = [words[at - 1] if at else "" for at in reading.positions]
     return reading, [word if word in world.colors else None for word in before]
