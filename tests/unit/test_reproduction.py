@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from csr_vlm.cli.app import app
 from csr_vlm.config.load import resolve
 from csr_vlm.evaluation.reproduction import departures, numbers_of, protocol_fields, published, with_lambda
-from csr_vlm.report.radar import HEIGHT, WIDTH, Shape, Spoke, radar, share
+from csr_vlm.report.radar import HEIGHT, WIDTH, RadarSeries, Spoke, radar, radial_position
 from csr_vlm.report.reproduction_page import render
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
@@ -135,15 +135,15 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
 
 
 def test_a_value_lies_between_the_worst_and_the_best():
-    assert share(48.8, (48.8, 21.0)) == pytest.approx(0.2), "lower is better: the largest is the worst"
-    assert share(21.0, (48.8, 21.0)) == pytest.approx(1.0)
-    assert share(34.9, (48.8, 21.0)) == pytest.approx(0.6)
-    assert share(5.0, (5.0, 5.0)) == 1.0
+    assert radial_position(48.8, (48.8, 21.0)) == pytest.approx(0.2), "lower is better: the largest is the worst"
+    assert radial_position(21.0, (48.8, 21.0)) == pytest.approx(1.0)
+    assert radial_position(34.9, (48.8, 21.0)) == pytest.approx(0.6)
+    assert radial_position(5.0, (5.0, 5.0)) == 1.0
 
 
 def test_the_radar_puts_the_best_at_the_rim():
     spokes = [Spoke("A"), Spoke("B", lower_is_better=True), Spoke("C")]
-    drawn = radar("d", spokes, [Shape("one", [1.0, 2.0, 3.0]), Shape("two", [2.0, 1.0, 3.0])])
+    drawn = radar("d", spokes, [RadarSeries("one", [1.0, 2.0, 3.0]), RadarSeries("two", [2.0, 1.0, 3.0])])
     outlines = [
         [tuple(map(float, place.split(","))) for place in points.split()]
         for points in re.findall(r'class="line" points="([^"]*)"', drawn)
@@ -152,7 +152,7 @@ def test_the_radar_puts_the_best_at_the_rim():
     assert distances[0] == pytest.approx([30, 30, 150], abs=0.1)
     assert distances[1] == pytest.approx([150, 150, 150], abs=0.1)
     assert radar("d", spokes[:2], []) == ""
-    partial = radar("d", spokes, [Shape("one", [1.0, None, 3.0])])
+    partial = radar("d", spokes, [RadarSeries("one", [1.0, None, 3.0])])
     assert 'class="line"' not in partial, "no outline through what was not measured"
     assert partial.count("<circle") == 2
 

@@ -1,4 +1,4 @@
-"""The drawing of a search tree, on a tree small enough to check by eye."""
+"""Test the drawing of a search tree small enough to check by eye."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def pair(chosen: str, rejected: str) -> Pair:
 
 
 def drawn(nodes: list[Node], *pairs: Pair) -> dict[str, tuple[set[str], float, float, str]]:
-    """Node id to its classes, its place and its title, as they stand in the SVG."""
+    """Map node ids to their classes, position and title in the SVG."""
     svg = str(search_tree(nodes, pairs, PAPER).svg)
     pattern = r'<g class="([^"]*)" data-id="([^"]*)" transform="translate\(([\d.]+) ([\d.]+)\)".*?<title>(.*?)</title>'
     found = re.findall(pattern, svg, re.DOTALL)
     return {name: (set(css.split()), float(x), float(y), title) for css, name, x, y, title in found}
 
 
-def test_shapes_say_what_the_search_did_and_colours_which_path() -> None:
+def test_shapes_show_the_status_and_colors_the_path() -> None:
     found = {name: css for name, (css, *_) in drawn(tree(), pair("0.1", "0.0")).items()}
     assert found == {
         "0": {"node", "top", "best"},
@@ -51,23 +51,23 @@ def test_shapes_say_what_the_search_did_and_colours_which_path() -> None:
     }
 
 
-def test_titles_have_the_sentence_and_its_scores() -> None:
+def test_titles_contain_the_sentence_and_its_scores() -> None:
     found = drawn(tree(), pair("0.1", "0.0"))
-    sentence, known = found["0"][3].split("\n")
+    sentence, facts = found["0"][3].split("\n")
     assert sentence == "A boat."
     # R = 0.9 x 40 + 0.1 x e^-1
-    for words in ("kept among the best", "R +36.04", "R_I 40.0", "R_T 0.368", "log P −1.00", "sampled 2 times"):
-        assert words in known
-    assert "on the best path" in known
-    assert found["1.0"][3].startswith("(the end)\nends a response")
+    for words in ("kept, top-k", "R +36.04", "R_I 40.0", "R_T 0.368", "log P −1.00", "sampled 2 times"):
+        assert words in facts
+    assert "on the best path" in facts
+    assert found["1.0"][3].startswith("(end of response)\nend of a response")
     assert "rejected in a pair" in found["0.0"][3]
     assert "sampled" not in found["1"][3]
 
 
-def test_a_parent_stands_over_the_middle_of_its_children_and_nobody_touches() -> None:
+def test_parents_are_centered_over_their_children_and_nodes_do_not_overlap() -> None:
     found = drawn(tree())
-    x = {name: at for name, (_, at, _, _) in found.items()}
-    y = {name: at for name, (_, _, at, _) in found.items()}
+    x = {name: value for name, (_, value, _, _) in found.items()}
+    y = {name: value for name, (_, _, value, _) in found.items()}
     assert x["0"] == (x["0.0"] + x["0.1"]) / 2
     assert x["1"] == x["1.0"]
     assert y["0"] == y["1"] == y["2"] < y["0.0"] == y["1.0"]
@@ -78,23 +78,23 @@ def test_a_parent_stands_over_the_middle_of_its_children_and_nobody_touches() ->
     assert max(x.values()) < width
 
 
-def test_the_drawing_counts_what_was_dropped() -> None:
-    assert search_tree(tree(), [], PAPER).summary == "6 sentences, 1 of them dropped"
+def test_the_summary_counts_dropped_candidates() -> None:
+    assert search_tree(tree(), [], PAPER).summary == "6 candidates, 1 dropped"
 
 
-def test_a_ledger_without_the_scores_still_has_a_tree() -> None:
+def test_a_ledger_without_scores_still_has_a_tree() -> None:
     found = drawn([replace(each, cosines={}) for each in tree()])
     assert found["0"][0] == {"node", "top"}
     assert "R_I" not in found["0"][3]
 
 
-def test_a_ledger_with_a_hole_shows_what_hangs_on_the_root() -> None:
+def test_nodes_without_a_parent_are_left_out() -> None:
     found = drawn([each for each in tree() if each.node_id != "0"])
     assert found.keys() == {"1", "2", "1.0"}
     assert drawn([]) == {}
 
 
-def test_nothing_that_a_model_says_leaves_the_title() -> None:
+def test_generated_text_is_escaped_in_titles() -> None:
     evil = "</title><script>alert(1)</script>"
     nodes = [replace(each, text=evil, node_id=each.node_id) for each in tree()]
     svg = str(search_tree(nodes, [], PAPER).svg)
@@ -102,6 +102,6 @@ def test_nothing_that_a_model_says_leaves_the_title() -> None:
     assert svg.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 6
 
 
-def test_a_long_sentence_is_cut() -> None:
+def test_long_sentences_are_shortened() -> None:
     nodes = [replace(tree()[0], text="word " * 5000)]
     assert len(search_tree(nodes, [], PAPER).svg) < 3000
