@@ -77,7 +77,7 @@ def test_a_run_is_analysed_with_pairs_from_elsewhere(run: Run, monkeypatch: pyte
     options = ["--responses", "4", "--pairs", "8", "--external", str(external), "--json", "--quiet"]
     shown = CliRunner().invoke(app, ["analyse", str(run.root), *options])
     found = json.loads(shown.stdout)
-    assert "What changed inside the model" in (run.root / "report.html").read_text()
+    assert "Changes inside the model" in (run.root / "report.html").read_text()
     assert found == json.loads((run.root / "analysis.json").read_text())
     own, foreign = found["separability"]
     assert (own["pairs"], foreign["pairs"]) == ("iteration 1", "external")

@@ -447,7 +447,7 @@ def test_conclusion_of_an_insignificant_change(tmp_path: Path) -> None:
 
 
 def test_the_paired_difference_decides_where_intervals_overlap(tmp_path: Path) -> None:
-    """Intervals of 0.2 overlap, yet 40 of 200 scenes improved and none got worse."""
+    """Compare wide intervals with rows in which 40 of 200 scenes improved and none got worse."""
     before = [row(n, *(["cup"] if n < 80 else [])) for n in range(200)]
     after = [row(n, *(["cup"] if n < 40 else [])) for n in range(200)]
     result = conclusion(tmp_path, metrics(0.4, width=0.2), metrics(0.2, width=0.2), (before, after))
@@ -495,7 +495,7 @@ def test_cards_are_divided_between_the_kinds_of_change(tmp_path: Path) -> None:
         (["a", "b"], ["a"], "improved"),
         (["a"], ["a", "b"], "worsened"),
         (["a"], ["b"], "still hallucinating"),
-        ([], [], "no hallucination"),
+        ([], [], "without hallucination"),
     ],
 )
 def test_hallucination_change(before: list[str], after: list[str], expected: str) -> None:

@@ -1,4 +1,4 @@
-"""The paper's tables as data, own numbers beside them, and the page that shows both."""
+"""Test the paper's tables, the runs' numbers next to them, and the page that shows both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.unit.test_report import Page
 
 
 def new_run(root: Path, measured: dict[int, dict[str, dict[str, float]]], **settings: Any) -> Run:
-    """A run with {iteration: {evaluation: {metric: value}}}, each value -+ 0.01."""
+    """Create a run with {iteration: {evaluation: {metric: value}}}, each with an interval of ±0.01."""
     run = Run.create(root, resolve(REQUIRED | {"iterations": 3} | settings))
     for number, documents in measured.items():
         for name, metrics in documents.items():
@@ -44,7 +44,7 @@ def test_every_published_row_has_a_value_a_column():
 
 
 def test_the_tables_agree_where_they_overlap():
-    """A slip of the transcription would show between tables that repeat a number."""
+    """Compare tables that repeat a number, where a transcription error would show."""
     tables = published()
     main = tables.main[0]
     for row, number in (("base", 0), ("CSR (3)", 3)):
@@ -56,7 +56,7 @@ def test_the_tables_agree_where_they_overlap():
     assert all(dict(zip(main.columns, main.rows["CSR (3)"], strict=True))[key] == value for key, value in best.items())
 
 
-def test_the_page_says_that_the_numbers_are_a_transcription(tmp_path):
+def test_the_page_states_that_the_numbers_are_a_transcription(tmp_path):
     assert "third-hand transcription" in render([new_run(tmp_path, {})])
 
 
@@ -125,7 +125,7 @@ def test_rewards_are_averaged(tmp_path):
     }
 
 
-def test_the_page_is_whole_and_loads_nothing(tmp_path):
+def test_the_page_is_self_contained(tmp_path):
     run = new_run(tmp_path / "run <b>", {0: {"chair": {"chair_s": 0.5, "chair_i": 0.1}}})
     html = render([run])
     page = Page(html)
@@ -134,7 +134,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     assert not re.search(r"(src|href)=\"(?!#)", html)
 
 
-def test_a_value_lies_between_the_worst_and_the_best():
+def test_values_are_placed_between_the_worst_and_the_best():
     assert radial_position(48.8, (48.8, 21.0)) == pytest.approx(0.2), "lower is better: the largest is the worst"
     assert radial_position(21.0, (48.8, 21.0)) == pytest.approx(1.0)
     assert radial_position(34.9, (48.8, 21.0)) == pytest.approx(0.6)
@@ -153,11 +153,11 @@ def test_the_radar_puts_the_best_at_the_rim():
     assert distances[1] == pytest.approx([150, 150, 150], abs=0.1)
     assert radar("d", spokes[:2], []) == ""
     partial = radar("d", spokes, [RadarSeries("one", [1.0, None, 3.0])])
-    assert 'class="line"' not in partial, "no outline through what was not measured"
+    assert 'class="line"' not in partial, "no outline through missing values"
     assert partial.count("<circle") == 2
 
 
-def test_the_command_writes_beside_the_run(tmp_path):
+def test_the_command_writes_into_the_run_by_default(tmp_path):
     run = new_run(tmp_path, {0: {"chair": {"chair_s": 0.5}}})
     shown = CliRunner().invoke(app, ["reproduce", str(run.root)])
     assert shown.stdout.strip() == str(tmp_path / "reproduction.html")

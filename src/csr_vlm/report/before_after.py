@@ -29,7 +29,7 @@ class Change:
 
 
 IMPROVED, WORSENED = Change("improved", "better"), Change("worsened", "worse")
-STILL_HALLUCINATING, CLEAN = Change("still hallucinating", "worse"), Change("no hallucination", "none")
+STILL_HALLUCINATING, CLEAN = Change("still hallucinating", "worse"), Change("without hallucination", "none")
 MORE_RELEVANT, LESS_RELEVANT = Change("more relevant", "better"), Change("less relevant", "worse")
 UNCHANGED = Change("unchanged", "none")
 _CHANGES = {

@@ -58,9 +58,9 @@ class Axes:
     x_ticks: Sequence[float] | None = None
     """Positions of the labels on the horizontal axis; None chooses whole numbers."""
     horizontal_line: float | None = None
-    """A value to compare with, drawn as a dashed line."""
+    """A value to compare with, drawn as a dotted line."""
     vertical_line: float | None = None
-    """A position on the horizontal axis to compare with, drawn as a dashed line."""
+    """A position on the horizontal axis to compare with, drawn as a dotted line."""
     label_points: bool = True
 
 

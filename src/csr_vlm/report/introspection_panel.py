@@ -81,7 +81,7 @@ def _attention(analysis: Mapping[str, Any], names: Sequence[str]) -> Figure:
     return Figure(
         "Attention to the image",
         "relative to uniform attention, without attention sinks",
-        "by layer; dashed: uniform attention",
+        "by layer; dotted line: uniform attention",
         _chart("Attention to the image", series, axes),
         _legend(names),
     )
@@ -120,7 +120,7 @@ def _separability(analysis: Mapping[str, Any]) -> Figure | None:
     return Figure(
         "Separability of chosen and rejected",
         "AUC of the log-probability per token",
-        "by iteration of the pairs; dashed: chance",
+        "by iteration of the pairs; dotted line: chance",
         _chart("Separability of chosen and rejected", series, axes),
         _legend([line.name for line in series]),
     )

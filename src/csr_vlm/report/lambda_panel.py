@@ -110,7 +110,7 @@ def _outcome(run: Run, trees: Sequence[tuple[Prompt, list[Node]]], lambda_: floa
 def _figure(
     label: str, meaning: str, series: Sequence[Series], run_lambda: float, hint: str = "", **axes: Any
 ) -> Figure:
-    hint = hint or f"by λ; dashed: this run, λ = {run_lambda:g}"
+    hint = hint or f"by λ; dotted line: this run, λ = {run_lambda:g}"
     text = "; ".join(point.title for line in series for point in line.points)
     frame = Axes(digits=2, x_ticks=_TICKS, vertical_line=run_lambda, label_points=False, **axes)
     legend = [(line.style, line.name) for line in series] if len(series) > 1 else []

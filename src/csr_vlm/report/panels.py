@@ -212,7 +212,7 @@ def training_results(run: Run) -> dict[int, dict[str, Any]]:
 
 
 _CURVES = (
-    ("loss", "Loss", "training loss; dashed: ln 2, the DPO loss without a preference"),
+    ("loss", "Loss", "training loss; dotted line: ln 2, the DPO loss without a preference"),
     ("rewards/accuracies", "Accuracy", "pairs with a higher implicit reward for chosen"),
     ("rewards/margins", "Margin", "implicit reward of chosen minus rejected"),
 )
