@@ -198,7 +198,7 @@ def test_next_steps_depend_on_the_state_of_the_run(tmp_path: Path) -> None:
     for iteration in (1, 2):
         add_training(run, iteration)
     commands = [step.command.split()[1] for step in next_steps(run, True, None, None)]
-    assert commands == ["merge", "analyse", "eval"]
+    assert commands == ["merge", "analyze", "eval"]
 
 
 def noise(path: Path, seed: int) -> str:

@@ -20,7 +20,7 @@ LABELS: Mapping[str, tuple[str, str]] = {
     "sentences_ratio": ("Length ratio", "sentences per response, relative to the base model"),
     "relevance_gain": ("Change of R_I", "relative to the base model"),
     "repeats_gain": ("Change of repeats", "per response, relative to the base model"),
-    "unfinished_gain": ("Change of unfinished responses", "share of responses, relative to the base model"),
+    "unfinished_gain": ("Change of incomplete responses", "share of responses, relative to the base model"),
     "chosen_drop": ("Drop of chosen log-probability", "nats per response, during training"),
 }
 """Metric of the audit to its label and meaning."""

@@ -31,7 +31,7 @@ def next_steps(
     if finished and run.final:
         steps.append(NextStep("Merge the adapter into the base model", f"csr merge {root}"))
         if not (run.root / "analysis.json").is_file():
-            steps.append(NextStep("Analyze attention and log-probabilities", f"csr analyse {root}"))
+            steps.append(NextStep("Analyze attention and log-probabilities", f"csr analyze {root}"))
         if benchmarks is None and run.config.evaluation.world is None:
             steps.append(NextStep("Evaluate on public benchmarks", f"csr eval lmms {root} --tasks mme,gqa"))
     if lambdas is not None and not lambdas.trained_figures:
