@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from docs.reference import HERE, pages, verbs
+from docs.reference import HERE, PACKAGE, package_tree, pages, verbs
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -55,10 +55,18 @@ def examples() -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["configuration.md", "commands.md", "presets.md"])
+@pytest.mark.parametrize("name", ["architecture.md", "configuration.md", "commands.md", "presets.md"])
 def test_the_reference_is_current(name):
     written = (HERE / name).read_text(encoding="utf-8")
     assert written == pages()[name], "run: make docs-pages"
+
+
+def test_the_architecture_page_describes_every_module():
+    tree = package_tree((HERE / "architecture.md").read_text(encoding="utf-8"))
+    described = {line.split()[0] for line in tree.splitlines() if len(line.split()) > 1}
+    modules = {path.name for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")}
+    assert modules
+    assert modules <= described
 
 
 def test_the_reference_has_every_key_and_verb():

@@ -577,6 +577,7 @@ def test_samples_are_nested_and_do_not_depend_on_the_order(many: Path) -> None:
     assert set(ids(str(backwards), sample=30)) == set(ids(str(many), sample=30))
 
 
+@pytest.mark.slow
 def test_every_row_is_drawn_as_often_as_any_other(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "load_image", lambda image, most: None)
     drawn = [int(n) for seed in range(60) for n in ids(str(many), sample=20, seed=seed)]
@@ -660,6 +661,7 @@ def exhaust(items: Iterator[object]) -> None:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "llava", "parquet", "webdataset"])
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, kind: str) -> None:
     peaks = []

@@ -46,7 +46,7 @@ class ClaimQuestioner:
 
         config, pairs = self._config, []
         self._scorer.set_negative_images([*prompts, *self._filler_prompts], config.scorer.others)
-        asked = _text_pairs(prompts, trees, self._scorer, config)
+        asked = text_pairs(prompts, trees, self._scorer, config)
         scored = scored_pairs(asked, self._policy, self._iteration, self._rule)
         found = (pair for pair in scored if isinstance(pair, Pair))
         for name, about_one in groupby(found, key=lambda pair: pair.prompt.prompt_id.rpartition("?")[0]):
@@ -56,7 +56,7 @@ class ClaimQuestioner:
         return pairs
 
 
-def _text_pairs(
+def text_pairs(
     prompts: Sequence[Prompt], trees: Sequence[Sequence[Node]], scorer: ScorerGroup, config: RunConfig
 ) -> Iterator[TextPair]:
     settings = config.method.pairs.questions
