@@ -33,8 +33,6 @@ PLAIN_SUM = "method.reward.baseline=none method.reward.image_score=cosine"
 OUR_RATE = "training.lora.r=16 training.lora.alpha=32 training.lora.dropout=0 training.projector_learning_rate=null "
 OUR_RATE += "training.trl.learning_rate=3e-4 training.trl.per_device_train_batch_size=16 training.trl.warmup_steps=0"
 NO_QUESTIONS = "method.pairs.questions.pattern="
-JUDGE = "scorer.path=judge:policy scorer.others=0 method.reward.image_score=cosine method.reward.baseline=midrange "
-JUDGE += NO_QUESTIONS
 
 
 SETTINGS_SCENES = {"num_scenes": 500, "split": "development", "seed": 5}
@@ -85,9 +83,7 @@ JOBS = [
     Job("paper, our rate", "comparisons", f"preset=paper {OUR_RATE}"),
     Job("official", "comparisons", "preset=official"),
     Job("official, our rate", "comparisons", f"preset=official {OUR_RATE}"),
-    Job("self-judged", "comparisons", JUDGE),
     _ablation("calibrated", ""),
-    _ablation("R_I as cosine, middle as baseline", "method.reward.image_score=cosine method.reward.baseline=midrange"),
     _ablation("plain sum", PLAIN_SUM),
     _ablation("mean instead of sum", f"{PLAIN_SUM} method.reward.response=mean {WHOLE_RESPONSES}"),
     _ablation("whole responses in pairs", WHOLE_RESPONSES),

@@ -209,8 +209,7 @@ def _comparisons(done: Sequence[Result], out: Path) -> str:
     rows += [[r.job.name, *cells(r.values(3), SHORT), f"{sum(r.info['seconds'][:4]):.0f} s"] for r in [main, *runs]]
     text = (
         "## Against what else could be done\n\n1,000 test scenes, greedy, seed 0, after iteration 3, the same "
-        "number of prompts. `paper` and `official` stand at their own learning rate of 1e-7 and at ours; self-judged "
-        "is self-rewarding without calibration: the policy answers whether what a sentence names is there.\n\n"
+        "number of prompts. `paper` and `official` stand at their own learning rate of 1e-7 and at ours.\n\n"
     )
     return text + table(["", *(COLUMNS[name] for name in SHORT), "search and training"], rows)
 

@@ -74,7 +74,7 @@ def time_items(number: int, actors: int | None) -> dict[str, Any]:
     found: dict[str, Any] = {"items": number, "processes": torchrun.num_launched(), "ray actors": actors}
     with TemporaryDirectory() as folder:
         task = Task(Writes, Path(folder), {}, number)
-        executor = torchrun.launched(ranks_makers) if torchrun.num_launched() > 1 else executor_for(actors)
+        executor = torchrun.torchrun_executor(ranks_makers) if torchrun.num_launched() > 1 else executor_for(actors)
         with executor as one:
             one.map(Task(Writes, Path(folder), {}, 8), SilentProgress(), print)  # whatever is slow once
             with timed(found):

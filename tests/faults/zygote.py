@@ -140,8 +140,9 @@ def serve() -> None:
     from csr_vlm.cli.console import quiet_libraries
 
     quiet_libraries()
-    for module in ("loop", "cli.app", "training.dpo", "generation.transformers_engine", "generation.selfcheck",
-                   "scoring.load", "scoring.transformers_encoder", "world.evaluate", "evaluation.heldout"):  # fmt: skip
+    for module in ("pipeline.loop", "cli.app", "training.dpo", "generation.transformers_engine",
+                   "generation.self_check", "scoring.registry", "scoring.transformers_encoder",
+                   "world.scene_evaluation", "evaluation.heldout"):  # fmt: skip
         __import__(f"csr_vlm.{module}")
     __import__("matplotlib.pyplot")
 

@@ -10,7 +10,7 @@ import torch
 from csr_vlm.config.schema import ModelConfig, SearchConfig, TrainingConfig
 from csr_vlm.core.records import Expansion, Pair, Response
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.models.policy import load_policy
+from csr_vlm.models.loading import load_policy
 from csr_vlm.training.dpo import train
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets

@@ -16,7 +16,8 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.evaluation.attention import attention_rows, use_readable_attention
 from csr_vlm.evaluation.introspection import analyze
-from csr_vlm.models.policy import Policy, load_policy
+from csr_vlm.models.loading import load_policy
+from csr_vlm.models.policy import Policy
 from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run

@@ -123,7 +123,7 @@ def test_another_scorer_joins_the_ledger(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "nowhere.yaml"], "there is no recipe or run nowhere.yaml"),
+        (["run", "nowhere.yaml"], "recipe or run nowhere.yaml does not exist"),
         (["run", "recipes/lava-1.5-7b.yaml"], "did you mean recipes/llava-1.5-7b.yaml?"),
         (["show", "/nonexistent"], "is not a run directory"),
         (["check", "RECIPE", "method.lamda=0.3"], "did you mean method.lambda?"),
@@ -131,12 +131,12 @@ def test_another_scorer_joins_the_ledger(finished: Path) -> None:
         (["check", "RECIPE", "generation.attention=shard"], "did you mean shared?"),
         (["eval", "chiar"], "did you mean chair?"),
         (["check", "RECIPE", "method.lambda=3"], "less than or equal to 1"),
-        (["check", "RECIPE", "method.lambda"], "is not an override"),
+        (["check", "RECIPE", "method.lambda"], "is not a valid override"),
         (["check", "RECIPE", "training.trl.lerning_rate=1"], "did you mean learning_rate?"),
         (["check", "RECIPE", "training.trl.learning_rate=fast"], "should be a number"),
         (["check", "RECIPE", "training.trl.bf16=no"], "should be a number or true or false"),
         (["check", "RECIPE", "data.questions=What"], "data.questions should be a list"),
-        (["check", "RECIPE", "model.device=gpu"], "none that torch knows"),
+        (["check", "RECIPE", "model.device=gpu"], "not a valid torch device"),
         (["check", "RECIPE", "data.image_root=/nonexistent"], "there is no folder /nonexistent"),
         (["check", "RECIPE", "preset=calibratd"], "did you mean calibrated?"),
         (

@@ -20,7 +20,7 @@ from csr_vlm.config.schema import ModelConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.generation.self_check import self_check
-from csr_vlm.models.policy import load_base, load_policy
+from csr_vlm.models.loading import load_base, load_policy
 from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
@@ -113,7 +113,7 @@ def test_adapters_that_do_not_fit_are_refused(finished: Run, tmp_path: Path) -> 
     settings = json.loads((renamed / "adapter_config.json").read_text(encoding="utf-8"))
     settings["target_modules"] = r".*language_model.*\.q_proj"
     (renamed / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    with pytest.raises(CsrError, match="have no place"):
+    with pytest.raises(CsrError, match="names do not match"):
         load_policy(config.model, renamed)
 
 

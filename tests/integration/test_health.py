@@ -15,7 +15,7 @@ from csr_vlm.cli.app import app
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS
-from csr_vlm.models.policy import load_base
+from csr_vlm.models.loading import load_base
 from csr_vlm.pipeline import gates, stages
 from csr_vlm.pipeline.sweep import points, sweep
 from csr_vlm.store import tables

@@ -129,7 +129,7 @@ def test_a_question_that_cannot_be_filled_in(judge: dict[str, str], option: str)
 
 
 def test_a_pattern_that_is_none() -> None:
-    with pytest.raises(CsrError, match="is no regular expression"):
+    with pytest.raises(CsrError, match="is not a valid regular expression"):
         scorer_config(path="judge:policy", judge={"pattern": "(boat"})
 
 

@@ -151,7 +151,7 @@ def test_two_processes_cannot_share_a_run(config: RunConfig, tmp_path: Path) -> 
     with run.locked():
         second = subprocess.run([*CSR, "run", str(run.root)], capture_output=True, text=True, check=False)
     assert second.returncode == 1
-    assert "another process works in" in second.stderr
+    assert "is in use by another process" in second.stderr
     assert "Traceback" not in second.stderr
 
 

@@ -15,7 +15,8 @@ from trl import DPOTrainer
 
 from csr_vlm.config.schema import ModelConfig, TrainingConfig
 from csr_vlm.core.records import Pair, Prompt, Response
-from csr_vlm.models.policy import EncodedPrompt, Policy
+from csr_vlm.models.encoding import EncodedPrompt
+from csr_vlm.models.policy import Policy
 from csr_vlm.training import packing
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.dpo import CsrTrainer, train, trainable_policy, trainer_arguments

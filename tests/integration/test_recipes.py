@@ -114,13 +114,13 @@ def test_what_would_not_fit_is_said_beforehand(tmp_path: Path, monkeypatch: pyte
 
 
 def test_four_bits_need_a_gpu_and_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from csr_vlm.models import policy
+    from csr_vlm.models import loading
 
     config = small_config(tmp_path, model={"path": str(assets() / "llava"), "device": "cpu", "quantization": "nf4"})
     with pytest.raises(CsrError, match="CUDA"):
-        policy.load_base(config.model)
+        loading.load_base(config.model)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(policy, "find_spec", lambda _: None)
+    monkeypatch.setattr(loading, "find_spec", lambda _: None)
     with pytest.raises(CsrError, match="bitsandbytes"):
-        policy.load_base(config.model.model_copy(update={"device": "cuda"}))
+        loading.load_base(config.model.model_copy(update={"device": "cuda"}))

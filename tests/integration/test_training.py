@@ -26,7 +26,7 @@ from csr_vlm.core.records import Pair, Prompt
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import search
-from csr_vlm.models.policy import load_base, load_policy
+from csr_vlm.models.loading import load_base, load_policy
 from csr_vlm.pipeline.loop import align
 from csr_vlm.pipeline.stages import check_inputs
 from csr_vlm.scoring.registry import load_scorer

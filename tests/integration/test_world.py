@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from csr_vlm.config.schema import ModelConfig, ScorerConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.models.policy import Policy, load_policy
+from csr_vlm.models.loading import load_policy
+from csr_vlm.models.policy import Policy
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.scoring.scorer import ScorerGroup
 from csr_vlm.world.base_models import EOS, SPECIAL, Sizes

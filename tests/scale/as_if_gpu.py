@@ -1,4 +1,4 @@
-"""``csr`` with FSDP or DeepSpeed on CPUs: accelerate offers them on GPUs only, so it is told that there are some."""
+"""Run ``csr`` with FSDP or DeepSpeed on CPUs by making accelerate, which offers both on GPUs only, believe in GPUs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def on_cpu(self: PartialState) -> None:
     self.device = torch.device("cpu")
 
 
-def really_in_pieces(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def check_shards_and_gather(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters() if distribution.asked_for(2) == "FSDP" else ():
-        assert parameter.to_local().numel() < parameter.numel(), f"{name} is whole in this process"
+        assert parameter.to_local().numel() < parameter.numel(), f"{name} is not sharded"
     return whole_weights(model)
 
 
 PartialState._prepare_backend = as_if_gpu
 PartialState.set_device = on_cpu
-dpo.whole_weights = really_in_pieces
+dpo.whole_weights = check_shards_and_gather
 main()

@@ -152,7 +152,7 @@ def test_rules(tmp_path, text, holds):
 def test_what_is_no_rule(text):
     with pytest.raises(CsrError, match="is not a rule"):
         parse_rule(text)
-    with pytest.raises(CsrError, match="is not a rule"):
+    with pytest.raises(CsrError, match="is not a valid rule"):
         resolve(REQUIRED | {"evaluation": {"world": {}, "stop_if": [text]}})
 
 
@@ -163,7 +163,7 @@ def test_a_rule_means_what_it_says(bound, sign, value):
 
 
 def test_a_rule_needs_something_to_judge():
-    with pytest.raises(CsrError, match="stop_if needs an evaluation"):
+    with pytest.raises(CsrError, match="stop_if requires an evaluation"):
         resolve(REQUIRED | {"evaluation": {"heldout": 0, "stop_if": ["recall < 0"]}})
 
 

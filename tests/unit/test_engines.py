@@ -17,7 +17,8 @@ from csr_vlm.generation.sampling import stream_key
 from csr_vlm.generation.streaming import Asked, Piece, StreamingEngine
 from csr_vlm.generation.vllm import engine_arguments, running
 from csr_vlm.generation.vllm_server import connected
-from csr_vlm.models.policy import PromptEncoder, load_prompt_encoder
+from csr_vlm.models.encoding import PromptEncoder
+from csr_vlm.models.loading import load_prompt_encoder
 from csr_vlm.world.demo import assets
 
 LLAVA = ModelConfig(path=str(assets() / "llava"), device="cpu")
@@ -32,10 +33,10 @@ def configured(**changes: object) -> RunConfig:
 @pytest.mark.parametrize(
     ("generation", "complaint"),
     [
-        ({"engine": "server"}, "address go together"),
-        ({"server": "http://localhost:8000"}, "address go together"),
+        ({"engine": "server"}, "address must be set together"),
+        ({"server": "http://localhost:8000"}, "address must be set together"),
         ({"engine": "server", "server": "file:///etc/passwd"}, "generation.server"),
-        ({"vllm": {"enforce_eager": True}}, "no effect without engine: vllm"),
+        ({"vllm": {"enforce_eager": True}}, "no effect unless engine is vllm"),
     ],
 )
 def test_an_engine_and_its_options_go_together(generation: dict[str, object], complaint: str) -> None:
@@ -46,9 +47,9 @@ def test_an_engine_and_its_options_go_together(generation: dict[str, object], co
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"preset": "official"}, "make siblings avoid each other"),
-        ({"model": {"path": "m", "quantization": "nf4"}}, "quantise as training does"),
-        ({"training": {"projector_learning_rate": 1e-5}}, "take a projector with a LoRA"),
+        ({"preset": "official"}, "diverse decoding"),
+        ({"model": {"path": "m", "quantization": "nf4"}}, "the quantization of training"),
+        ({"training": {"projector_learning_rate": 1e-5}}, "a projector besides the LoRA"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused_before_anything_runs(changes: dict[str, object], complaint: str) -> None:

@@ -144,7 +144,7 @@ def test_several_scorers_and_the_one_that_the_reward_uses(own):
     assert load_scorer(scorer_config(**settings, use="a+b"), "cpu").score(ITEMS[:1]) == [{"a": 0.5, "b": 0.5}]
     with pytest.raises(CsrError, match="names c, which no scorer is"):
         load_scorer(scorer_config(**settings, use="a+c"), "cpu")
-    with pytest.raises(CsrError, match="distinct names"):
+    with pytest.raises(CsrError, match="must be distinct"):
         scorer_config(**mine, name="a", extra=[mine | {"name": "a"}])
 
 

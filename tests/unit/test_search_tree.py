@@ -32,16 +32,16 @@ def pair(chosen: str, rejected: str) -> Pair:
 
 
 def drawn(nodes: list[Node], *pairs: Pair) -> dict[str, tuple[set[str], float, float, str]]:
-    """Map node ids to their classes, position and title in the SVG."""
+    """Node id to its classes, its place and its title, as they stand in the SVG."""
     svg = str(search_tree(nodes, pairs, PAPER).svg)
     pattern = r'<g class="([^"]*)" data-id="([^"]*)" transform="translate\(([\d.]+) ([\d.]+)\)".*?<title>(.*?)</title>'
-    found = re.findall(pattern, svg, re.DOTALL)
-    return {name: (set(css.split()), float(x), float(y), title) for css, name, x, y, title in found}
+    actual = re.findall(pattern, svg, re.DOTALL)
+    return {name: (set(css.split()), float(x), float(y), title) for css, name, x, y, title in actual}
 
 
-def test_shapes_show_the_status_and_colors_the_path() -> None:
-    found = {name: css for name, (css, *_) in drawn(tree(), pair("0.1", "0.0")).items()}
-    assert found == {
+def test_classes_show_the_status_and_the_path_of_each_node() -> None:
+    actual = {name: css for name, (css, *_) in drawn(tree(), pair("0.1", "0.0")).items()}
+    assert actual == {
         "0": {"node", "top", "best"},
         "1": {"node", "bottom", "worst"},
         "2": {"node", "dropped"},
@@ -51,23 +51,23 @@ def test_shapes_show_the_status_and_colors_the_path() -> None:
     }
 
 
-def test_titles_contain_the_sentence_and_its_scores() -> None:
-    found = drawn(tree(), pair("0.1", "0.0"))
-    sentence, facts = found["0"][3].split("\n")
+def test_titles_show_the_sentence_and_its_scores() -> None:
+    actual = drawn(tree(), pair("0.1", "0.0"))
+    sentence, facts = actual["0"][3].split("\n")
     assert sentence == "A boat."
     # R = 0.9 x 40 + 0.1 x e^-1
     for words in ("kept, top-k", "R +36.04", "R_I 40.0", "R_T 0.368", "log P −1.00", "sampled 2 times"):
         assert words in facts
     assert "on the best path" in facts
-    assert found["1.0"][3].startswith("(end of response)\nend of a response")
-    assert "rejected in a pair" in found["0.0"][3]
-    assert "sampled" not in found["1"][3]
+    assert actual["1.0"][3].startswith("(end of response)\nend of a response")
+    assert "rejected in a pair" in actual["0.0"][3]
+    assert "sampled" not in actual["1"][3]
 
 
-def test_parents_are_centered_over_their_children_and_nodes_do_not_overlap() -> None:
-    found = drawn(tree())
-    x = {name: value for name, (_, value, _, _) in found.items()}
-    y = {name: value for name, (_, _, value, _) in found.items()}
+def test_parents_are_centered_above_their_children_without_overlap() -> None:
+    actual = drawn(tree())
+    x = {name: value for name, (_, value, _, _) in actual.items()}
+    y = {name: value for name, (_, _, value, _) in actual.items()}
     assert x["0"] == (x["0.0"] + x["0.1"]) / 2
     assert x["1"] == x["1.0"]
     assert y["0"] == y["1"] == y["2"] < y["0.0"] == y["1.0"]
@@ -82,19 +82,19 @@ def test_the_summary_counts_dropped_candidates() -> None:
     assert search_tree(tree(), [], PAPER).summary == "6 candidates, 1 dropped"
 
 
-def test_a_ledger_without_scores_still_has_a_tree() -> None:
-    found = drawn([replace(each, cosines={}) for each in tree()])
-    assert found["0"][0] == {"node", "top"}
-    assert "R_I" not in found["0"][3]
+def test_a_ledger_without_scores_is_still_drawn() -> None:
+    actual = drawn([replace(each, cosines={}) for each in tree()])
+    assert actual["0"][0] == {"node", "top"}
+    assert "R_I" not in actual["0"][3]
 
 
-def test_nodes_without_a_parent_are_left_out() -> None:
-    found = drawn([each for each in tree() if each.node_id != "0"])
-    assert found.keys() == {"1", "2", "1.0"}
+def test_nodes_without_a_path_to_the_root_are_not_drawn() -> None:
+    actual = drawn([each for each in tree() if each.node_id != "0"])
+    assert actual.keys() == {"1", "2", "1.0"}
     assert drawn([]) == {}
 
 
-def test_generated_text_is_escaped_in_titles() -> None:
+def test_text_of_the_model_is_escaped() -> None:
     evil = "</title><script>alert(1)</script>"
     nodes = [replace(each, text=evil, node_id=each.node_id) for each in tree()]
     svg = str(search_tree(nodes, [], PAPER).svg)

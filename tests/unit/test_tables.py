@@ -1,4 +1,4 @@
-"""Parquet, both ways."""
+"""Test reading and writing Parquet."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path):
     assert first.read_bytes() != other.read_bytes()
 
 
-def test_logprobs_are_kept_to_single_precision(tmp_path):
+def test_logprobs_are_stored_in_single_precision(tmp_path):
     tables.write_nodes(tmp_path / "part.parquet", [node("0", logprobs=(-1 / 3,))])
     (read,) = tables.read_nodes(tmp_path / "part.parquet")
     assert read.token_logprobs[0] == pytest.approx(-1 / 3, rel=1e-7)
@@ -122,12 +122,12 @@ def test_files_name_their_schema(tmp_path):
         assert metadata[b"csr_vlm_schema"] == str(SCHEMA_VERSION).encode()
 
 
-def test_no_rows_are_a_file_as_well(tmp_path):
+def test_an_empty_table_is_a_valid_file(tmp_path):
     tables.write_nodes(tmp_path / "part.parquet", [])
     assert list(tables.read_trees(tmp_path / "part.parquet")) == []
 
 
-def test_a_row_that_does_not_fit_leaves_no_file(tmp_path):
+def test_an_invalid_row_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="too large"):
         tables.write_nodes(tmp_path / "part.parquet", [node("0", ids=(2**40,))])
     assert list(tmp_path.iterdir()) == []

@@ -124,7 +124,9 @@ def test_a_run_in_good_health_goes_through(tmp_path, monkeypatch):
 def test_bad_pairs_in_the_first_iteration_are_an_error(tmp_path, monkeypatch):
     work = Stages(monkeypatch, [FALSE], [{}])
     run = new_run(tmp_path)
-    with pytest.raises(CsrError, match=r"these pairs are not worth training on: .*hardly suits the image") as caught:
+    with pytest.raises(
+        CsrError, match=r"these pairs are not worth training on: .*the chosen side suits the image better"
+    ) as caught:
         align(run, Silent())
     assert "csr audit" in caught.value.hint
     assert "evaluation.audit=warn" in caught.value.hint
@@ -142,10 +144,10 @@ def test_bad_pairs_later_end_the_run_with_the_policy_before(tmp_path, monkeypatc
     assert work.calls == ALL[:5], "iteration 2 was not trained"
     assert (run.stopped_at, run.final) == (2, 1)
     assert (tmp_path / "adapter" / "weights").read_text() == "iteration 1"
-    assert any(line.startswith("iteration 2: stopped: what is chosen hardly suits") for line in heard.lines)
+    assert any(line.startswith("iteration 2: stopped: the chosen side suits") for line in heard.lines)
     assert heard.lines[-1] == "the result is iteration 1"
     report = (tmp_path / "report.html").read_text()
-    assert "The run stopped before training iteration 2 and returned iteration 1: what is chosen hardly suits" in report
+    assert "The run stopped before training iteration 2 and returned iteration 1: the chosen side suits" in report
     assert "unfinished" not in report
 
 
@@ -188,9 +190,9 @@ def test_a_run_that_is_not_to_stop_goes_on(tmp_path, monkeypatch, setting, loud)
     assert work.calls == ALL
     assert (run.stopped_at, run.final) == (None, 2)
     assert run.result(1, "audit")["verdict"] == "stop", "what was found is kept all the same"
-    warned = [line for line in heard.lines if "warning: what is chosen hardly suits the image" in line]
+    warned = [line for line in heard.lines if "warning: the chosen side suits the image better" in line]
     assert len(warned) == (2 if loud else 0)
-    assert any("falls silent" in line for line in heard.lines) is loud
+    assert any("responses collapse" in line for line in heard.lines) is loud
 
 
 @pytest.mark.parametrize("setting", ["stop", "warn", "off"])

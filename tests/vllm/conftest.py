@@ -16,7 +16,9 @@ from peft import LoraConfig, get_peft_model
 from csr_vlm.config.schema import GenerationConfig, ModelConfig
 from csr_vlm.core.records import Prompt
 from csr_vlm.models.checkpoints import rename_as_published
-from csr_vlm.models.policy import Policy, PromptEncoder, load_base, load_policy, load_prompt_encoder
+from csr_vlm.models.encoding import PromptEncoder
+from csr_vlm.models.loading import load_base, load_policy, load_prompt_encoder
+from csr_vlm.models.policy import Policy
 from csr_vlm.training.dpo import LINEARS, save_adapter
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets

@@ -17,7 +17,9 @@ from csr_vlm.core.records import Candidate, Expansion, Prompt
 from csr_vlm.generation.streaming import StreamingEngine
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.search import Tree, search
-from csr_vlm.models.policy import Policy, PromptEncoder, load_policy
+from csr_vlm.models.encoding import PromptEncoder
+from csr_vlm.models.loading import load_policy
+from csr_vlm.models.policy import Policy
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.world.demo import assets
 

@@ -20,7 +20,9 @@ from csr_vlm.core.records import Expansion, Prompt
 from csr_vlm.generation.streaming import StreamingEngine
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.generation.vllm_server import connected
-from csr_vlm.models.policy import Policy, PromptEncoder, load_policy
+from csr_vlm.models.encoding import PromptEncoder
+from csr_vlm.models.loading import load_policy
+from csr_vlm.models.policy import Policy
 from tests.vllm.test_search import DEFAULT, TOLERANCE, VARIED, differences, propose, searched, tokens
 
 pytestmark = pytest.mark.vllm

@@ -38,7 +38,7 @@ def audit(
         trained = gates.response_metrics(run, number)
         metrics |= trained
         found += quality.checks(trained, quality.RESPONSE_BOUNDS)
-    verdict = quality.worst(found)
+    verdict = quality.worst_verdict(found)
     if console.mode.json:
         console.print_json(
             {"iteration": number, "verdict": verdict.value, "metrics": metrics, "checks": quality.dump(found)}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csr_vlm.cli.sanitize import printable
+from csr_vlm.core.formatting import duration
 from csr_vlm.core.progress import Progress, Reporter, Silent
 from csr_vlm.evaluation.metrics import metric_spec, sort_metrics
 
@@ -166,20 +167,6 @@ class Terminal:
 def reporter(quiet: bool = False) -> Reporter:
     """Return what shows progress: the terminal, or nothing."""
     return Silent() if quiet or mode.quiet else Terminal()
-
-
-def duration(seconds: float) -> str:
-    """Write a time for people.
-
-    Example:
-        >>> duration(8), duration(75), duration(7300)
-        ('8 s', '1 min 15 s', '2 h 1 min')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, of_hour = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {of_hour} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def print_json(value: Any) -> None:

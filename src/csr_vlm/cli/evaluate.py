@@ -284,7 +284,7 @@ def _respond(run: Run, iteration: int, decoding: Decoding, progress: Progress) -
     """Return what answers prompts with the policy of an iteration."""
     from csr_vlm.core.batching import batched
     from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.models.policy import load_policy
+    from csr_vlm.models.loading import load_policy
 
     policy = load_policy(run.config.model, run.adapter_path(iteration), run.config.data.max_image_pixels)
     generation = run.config.generation

@@ -11,7 +11,7 @@ import typer
 from csr_vlm.cli import console
 from csr_vlm.core.errors import CsrError
 from csr_vlm.scale.executor import LOCAL, Executor
-from csr_vlm.scale.torchrun import launched, num_launched
+from csr_vlm.scale.torchrun import num_launched, torchrun_executor
 
 RayActors = Annotated[
     int | None, typer.Option("--ray", min=1, help="Generate, ask or score in so many Ray actors; train here.")
@@ -30,7 +30,7 @@ def executor_for(ray_actors: int | None = None) -> Iterator[Executor]:
             raise CsrError("--ray cannot be combined with torchrun or accelerate launch", "use one of the two")
         from csr_vlm.pipeline.tasks import WORKERS
 
-        with launched(WORKERS) as executor:
+        with torchrun_executor(WORKERS) as executor:
             yield executor
     elif ray_actors is not None:
         from csr_vlm.scale.ray import ray_executor

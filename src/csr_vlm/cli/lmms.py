@@ -33,7 +33,7 @@ def eval_lmms(
     benchmarks = lmms.chosen([name.strip() for name in tasks.split(",") if name.strip()], include)
     from csr_vlm.evaluation.lmms_model import PolicyModel
     from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.models.policy import load_policy
+    from csr_vlm.models.loading import load_policy
 
     reporter = console.reporter()
     results = {}

@@ -12,6 +12,7 @@ from csr_vlm.cli import console
 from csr_vlm.cli.arguments import Out, Overrides, Target, open_or_create, settings
 from csr_vlm.cli.executors import RayActors, executor_for
 from csr_vlm.cli.signals import stoppable
+from csr_vlm.core.formatting import duration
 from csr_vlm.scale.executor import LOCAL, Executor
 from csr_vlm.store.run import Run
 
@@ -113,7 +114,7 @@ def _show_plan(opened: Run, words: str) -> None:
             f"iteration {step.iteration}" if step.iteration else "base model",
             step.stage,
             f"{step.state.value} {step.note}".strip(),
-            "-" if step.seconds is None else console.duration(step.seconds),
+            "-" if step.seconds is None else duration(step.seconds),
         ]
         for step in steps
     ]
@@ -121,7 +122,7 @@ def _show_plan(opened: Run, words: str) -> None:
     print()
     _print_estimate(found)
     remaining = sum(step.state is not schedule.State.DONE for step in steps)
-    known = f", about {console.duration(left)}" if left and remaining else ""
+    known = f", about {duration(left)}" if left and remaining else ""
     print(f"\n{remaining} of {len(steps)} steps remain{known}; results go to {opened.root}")
     console.log(f"next: csr run {words}" if remaining else f"next: csr show {opened.root}")
 

@@ -1,4 +1,4 @@
-"""Report progress: what a stage needs to say how far it is, whoever displays it."""
+"""Define how a stage reports its progress, whatever displays it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Counts the finished items of one stage."""
+    """Count the finished items of one stage."""
 
     def advance(self, number: int = 1) -> None:
-        """Count items finished since the last call."""
+        """Add items that were finished since the last call."""
         ...
 
     def set_total(self, total: int) -> None:
-        """Set the number of items, for a stage whose size shows only after it began."""
+        """Set the number of items of a stage whose size becomes known only after it began."""
         ...
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Show values that the work itself measures, such as the training loss."""
+        """Show values that the stage measures itself, such as the training loss."""
         ...
 
 
 class Reporter(Protocol):
-    """Receives progress and log lines from a run."""
+    """Receive progress and log lines from a run."""
 
     def stage(self, title: str, total: int) -> AbstractContextManager[Progress]:
-        """Open a stage of ``total`` items; 0 where the number is not known."""
+        """Open a stage of ``total`` items; 0 if the number is unknown."""
         ...
 
     def log(self, text: str) -> None:
@@ -36,7 +36,7 @@ class Reporter(Protocol):
 
 
 class SilentProgress:
-    """Counts nothing."""
+    """Ignore all progress."""
 
     def advance(self, number: int = 1) -> None:
         pass
@@ -49,7 +49,7 @@ class SilentProgress:
 
 
 class Silent:
-    """Shows nothing."""
+    """Display nothing."""
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Progress]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.config.schema import RULE
+from csr_vlm.config.schema import STOP_RULE
 from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.statistics import Difference, holm, paired_difference
 from csr_vlm.store import files
@@ -162,7 +162,7 @@ def parse_rule(text: str) -> Rule:
     Raises:
         CsrError: The text is no rule.
     """
-    match = re.fullmatch(RULE, text.strip())
+    match = re.fullmatch(STOP_RULE, text.strip())
     if match is None:
         raise CsrError(f"{text!r} is not a rule", "write METRIC OPERATOR NUMBER, such as 'recall < -0.01'")
     compares, bound = _OPERATORS[match["operator"]], float(match["bound"])

@@ -65,7 +65,7 @@ def _with_models(
         use_readable_attention,
     )
     from csr_vlm.evaluation.separability import LogProbs, TokenPair, logprobs
-    from csr_vlm.models.policy import load_policy
+    from csr_vlm.models.loading import load_policy
 
     fixed = evenly_spaced(_one_a_prompt(run, 1), num_responses)
     own = {

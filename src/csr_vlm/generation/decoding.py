@@ -20,7 +20,8 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Candidate, Expansion, Finish
 from csr_vlm.generation.sampling import diverse, sample, uniforms
 from csr_vlm.method.sentences import SentenceRule
-from csr_vlm.models.policy import Policy, PromptEncoder
+from csr_vlm.models.encoding import PromptEncoder
+from csr_vlm.models.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from csr_vlm.generation.self_check import self_check
 from csr_vlm.generation.streaming import StreamingEngine
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.search import Proposer
-from csr_vlm.models.policy import load_policy, load_prompt_encoder
+from csr_vlm.models.loading import load_policy, load_prompt_encoder
 
 
 class Engine(Protocol):

@@ -15,7 +15,8 @@ from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Candidate, Expansion, Prompt
 from csr_vlm.generation.counters import Counters
 from csr_vlm.generation.decoding import Row, Writer
-from csr_vlm.models.policy import EncodedPrompt, Policy
+from csr_vlm.models.encoding import EncodedPrompt
+from csr_vlm.models.policy import Policy
 
 
 class PlainDecoder:
@@ -61,7 +62,7 @@ class PlainDecoder:
         cache.batch_select_indices(chosen)
         logits = output.logits[chosen, -1]
         mask = inputs["attention_mask"][chosen]
-        shift = torch.tensor([item.shift for item in encoded], device=self._policy.device)[chosen]
+        shift = torch.tensor([item.position_delta for item in encoded], device=self._policy.device)[chosen]
         while True:
             tokens = writer.choose(logits, live)
             going = [place for place, row in enumerate(live) if row.finish is None]

@@ -23,7 +23,7 @@ from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
 from csr_vlm.generation.decoding import Row
 from csr_vlm.generation.shared_attention import Blocks, CacheView, DecodeStep, KVCache, RowLayout, hidden_padding
 from csr_vlm.generation.shared_model import SharedModel
-from csr_vlm.models.policy import EncodedPrompt
+from csr_vlm.models.encoding import EncodedPrompt
 
 READ_PROMPTS = 16
 READ_TOKENS = 8192

@@ -11,7 +11,8 @@ from transformers import DynamicCache
 
 from csr_vlm.generation import shared_attention
 from csr_vlm.generation.counters import Counters
-from csr_vlm.models.policy import EncodedPrompt, Policy
+from csr_vlm.models.encoding import EncodedPrompt
+from csr_vlm.models.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class SharedModel:
         kv = torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers])
         last = output.last_hidden_state[:, -1].clone()
         return [
-            PromptRead(kv[:, :, row, :, kv.shape[4] - length :], last[row], length + item.shift)
+            PromptRead(kv[:, :, row, :, kv.shape[4] - length :], last[row], length + item.position_delta)
             for row, (length, item) in enumerate(zip(lengths, encoded, strict=True))
         ]
 

@@ -20,7 +20,7 @@ from csr_vlm.core.records import Candidate, Expansion, Prompt
 from csr_vlm.generation.decoding import Decoding, Row, Sentences
 from csr_vlm.generation.sampling import stream_key
 from csr_vlm.method.search import Proposer
-from csr_vlm.models.policy import PromptEncoder
+from csr_vlm.models.encoding import PromptEncoder
 
 _BAR = -100.0
 """Added to a barred token's logit, the most that vLLM takes; log-probabilities are recorded without it."""
@@ -92,7 +92,7 @@ class StreamingEngine:
         Raises:
             CsrError: It does not, as with an image that is expanded otherwise, or twice.
         """
-        whole: list[int] = self.prompt_encoder.processed(prompt)["input_ids"][0].tolist()
+        whole: list[int] = self.prompt_encoder.process(prompt)["input_ids"][0].tolist()
         short = self.prompt_encoder.short_ids(prompt)
         said = [
             token

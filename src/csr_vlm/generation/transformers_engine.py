@@ -16,7 +16,7 @@ from csr_vlm.generation.plain import PlainDecoder
 from csr_vlm.generation.scheduler import Scheduler
 from csr_vlm.generation.shared_attention_check import sharing_trouble
 from csr_vlm.generation.shared_model import SharedModel
-from csr_vlm.method.search import InRounds, Proposer
+from csr_vlm.method.search import Proposer, RoundProposer
 from csr_vlm.models.policy import Policy
 
 Attention = Literal["auto", "shared", "plain"]
@@ -82,7 +82,7 @@ class TransformersEngine:
         if self._shares is None:
             self._shares = self._attention != "plain" and self._sharing_works(example)
         if not self._shares:
-            return InRounds(lambda requests: self._plain.answer(requests, writer))
+            return RoundProposer(lambda requests: self._plain.answer(requests, writer))
         if self._shared is None:
             self._shared = SharedModel(self.policy, self.counters)
         return Scheduler(

@@ -22,7 +22,7 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.generation.streaming import Asked, Piece
 from csr_vlm.models.devices import resolve_device, resolve_dtype
-from csr_vlm.models.policy import PromptEncoder
+from csr_vlm.models.encoding import PromptEncoder
 from csr_vlm.store.files import sha256_of
 
 _ENVIRONMENT = {

@@ -25,7 +25,7 @@ from urllib.request import Request, urlopen
 from csr_vlm.core.errors import CsrError
 from csr_vlm.generation.streaming import Asked, Piece
 from csr_vlm.generation.vllm import Images, adapter_name
-from csr_vlm.models.policy import PromptEncoder
+from csr_vlm.models.encoding import PromptEncoder
 
 _TIMEOUT = 600.0
 """Seconds without a word from the server."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.records import Node, Pair, Prompt
 from csr_vlm.data.external_pairs import TextPair
-from csr_vlm.method.questions import claims, negatives, questions, worth_asking
+from csr_vlm.method.questions import choose_questions, drop_if_sure, find_claims, negative_questions
 from csr_vlm.method.reward import contrast
 from csr_vlm.method.sentences import SentenceRule
 
@@ -51,7 +51,7 @@ class ClaimQuestioner:
         found = (pair for pair in scored if isinstance(pair, Pair))
         for name, about_one in groupby(found, key=lambda pair: pair.prompt.prompt_id.rpartition("?")[0]):
             key = f"{config.seed}:{self._iteration}:{name}"
-            pairs += worth_asking(list(about_one), config.method.pairs.questions, key)
+            pairs += drop_if_sure(list(about_one), config.method.pairs.questions, key)
         self._scorer.forget()
         return pairs
 
@@ -60,16 +60,16 @@ def text_pairs(
     prompts: Sequence[Prompt], trees: Sequence[Sequence[Node]], scorer: ScorerGroup, config: RunConfig
 ) -> Iterator[TextPair]:
     settings = config.method.pairs.questions
-    found = [claims(nodes, settings, config.scorer.used) for nodes in trees]
+    found = [find_claims(nodes, settings, config.scorer.used) for nodes in trees]
     pool: dict[str, list[str]] = {}
     for mine in found:
         for question, sentences in mine.sentences.items():
             said = pool.setdefault(question, [])
             said += [sentence for sentence in sentences if sentence not in said][: _WORDINGS - len(said)]
     for prompt, mine in zip(prompts, found, strict=True):
-        chosen = negatives(mine, pool, settings.per_prompt, f"{config.seed}:{prompt.prompt_id}")
+        chosen = negative_questions(mine, pool, settings.per_prompt, f"{config.seed}:{prompt.prompt_id}")
         strange = _judged(prompt, {question: pool[question] for question in chosen}, scorer, config.scorer.used)
-        for number, (question, holds) in enumerate(questions(mine, strange, settings)):
+        for number, (question, holds) in enumerate(choose_questions(mine, strange, settings)):
             answers = (settings.yes, settings.no) if holds else (settings.no, settings.yes)
             yield TextPair(Prompt(f"{prompt.prompt_id}?{number}", prompt.image, question), *answers)
 

@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from csr_vlm.config.schema import ModelConfig, RunConfig
 from csr_vlm.core.progress import Reporter
-from csr_vlm.data.prompts import InputReport, count_rows, nothing_usable, read_prompts
-from csr_vlm.data.sources import is_here
-from csr_vlm.models.devices import resolve_device, resolve_dtype, unloadable
+from csr_vlm.data.prompts import InputReport, count_rows, no_usable_prompt, read_prompts
+from csr_vlm.data.sources import is_local
+from csr_vlm.models.devices import resolve_device, resolve_dtype
+from csr_vlm.models.load_errors import load_error, require_image_text_to_text
 from csr_vlm.pipeline.offline_pairs import check_pairs
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
@@ -76,7 +77,7 @@ def estimate(config: RunConfig, reporter: Reporter, *, offline: bool = False) ->
     check_arguments(config.training)
     warnings: list[str] = []
     report = InputReport()
-    missing = [source for source in config.data.all_sources if offline and not is_here(source)]
+    missing = [source for source in config.data.all_sources if offline and not is_local(source)]
     if missing:
         number = config.data.limit or 1000
         warnings.append(f"{', '.join(missing)} is not there yet; the figures are for {number} prompts")
@@ -85,7 +86,7 @@ def estimate(config: RunConfig, reporter: Reporter, *, offline: bool = False) ->
     else:
         found = _check_data(config, report, reporter)
     if not report.accepted:
-        raise nothing_usable(config.data, report)
+        raise no_usable_prompt(config.data, report)
     if report.dropped:
         warnings.append(f"{report.dropped.total()} prompts would be dropped: {dict(report.dropped)}")
     shape = shape_from_name(config.model.path) if offline else shape_of(config.model)
@@ -208,10 +209,11 @@ def shape_of(config: ModelConfig) -> Shape:
         loaded = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+        require_image_text_to_text(loaded, config.path)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(loaded, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise unloadable("model", config.path, error) from None
+        raise load_error("model", config.path, error) from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     text = loaded.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

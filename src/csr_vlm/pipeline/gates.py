@@ -105,7 +105,7 @@ def _conclude(
     broken: Sequence[str] = (),
     **more: Any,
 ) -> None:
-    verdict = quality.worst(found)
+    verdict = quality.worst_verdict(found)
     stops = verdict is Verdict.STOP and run.config.evaluation.audit == "stop"
     run.mark_done(
         iteration,

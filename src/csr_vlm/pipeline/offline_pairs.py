@@ -49,7 +49,7 @@ def take_pairs(run: Run, reporter: Reporter) -> tuple[list[Pair], Counter[str]]:
         CsrError: The inputs were not checked yet.
     """
     from csr_vlm.method.sentences import SentenceRule
-    from csr_vlm.models.policy import load_policy
+    from csr_vlm.models.loading import load_policy
     from csr_vlm.training.pair_encoding import scored_pairs
 
     config = run.config

@@ -67,7 +67,7 @@ def _weights_at_hand(model: ModelConfig) -> bool:
 
 def _checked(config: RunConfig, prompt: Prompt, estimate: dict[str, Any]) -> Any:
     from csr_vlm.generation.self_check import self_check
-    from csr_vlm.models.policy import load_policy
+    from csr_vlm.models.loading import load_policy
 
     adapter = None if config.model.adapter is None else Path(config.model.adapter)
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)

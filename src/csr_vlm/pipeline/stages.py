@@ -21,7 +21,7 @@ from csr_vlm.config.schema import RunConfig, ScorerConfig, WorldEvaluationConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter, Silent
 from csr_vlm.core.records import Pair, Prompt
-from csr_vlm.data.prompts import InputReport, count_rows, hold_out, nothing_usable, read_prompts
+from csr_vlm.data.prompts import InputReport, count_rows, hold_out, no_usable_prompt, read_prompts
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs as pairs_of
 from csr_vlm.pipeline import offline_pairs
@@ -61,7 +61,7 @@ def check_inputs(run: Run, reporter: Reporter) -> None:
         tables.write_prompts(run.prompts_path, kept, config.generation.prompts_per_part)
         tables.write_prompts(run.heldout_path, heldout, config.generation.prompts_per_part)
     if not report.accepted:
-        raise nothing_usable(config.data, report)
+        raise no_usable_prompt(config.data, report)
     if report.dropped:
         reporter.log(f"dropped {report.dropped.total()} prompts: {report.reasons}; the manifest names them")
     found = {"sha256": files.sha256_of(run.prompts_path), "heldout": len(heldout), **report.dump()}

@@ -176,7 +176,7 @@ def engine_and_scorer(
 ) -> tuple[TransformersEngine, ScorerGroup]:
     """Load a policy and the scorer."""
     from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.models.policy import load_policy
+    from csr_vlm.models.loading import load_policy
 
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)
     engine = TransformersEngine(policy, config.generation.max_rows, config.generation.attention, log)

@@ -1,8 +1,18 @@
 """Run the work items of a stage, in this process or on several.
 
-Items are fixed before any process claims one and are named by everything they depend on. A
-finished item leaves one file, written atomically, whose bytes depend on the item alone. So
-the result does not depend on which process runs an item, in which order, or how often.
+The items of a task are fixed before any process claims one, and an item's output is named by
+everything it depends on. A finished item leaves one file, which is written atomically and whose
+bytes depend on the item alone. So the result does not depend on which process runs an item, in
+which order, or how often.
+
+To add an executor, implement :class:`Executor` in a module of its own, preferably as a context
+manager like :func:`csr_vlm.scale.torchrun.torchrun_executor`, and yield it in
+``csr_vlm.cli.executors.executor_for``. ``map`` must run every item at least once and add up the
+counts of each item exactly once; it should call :func:`write_marker` in the leading process and
+:func:`require_marker` in every process on another machine. An executor without distributed
+training inherits ``run_all`` from :class:`LocalExecutor`. ``tests/unit/test_scale.py`` and
+``tests/ray`` show what to test: the ledger has the same bytes as with one process, also after a
+process was killed.
 """
 
 from __future__ import annotations
@@ -20,114 +30,130 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Progress
 from csr_vlm.store import files
 
-Tally = dict[str, Counter[str]]
-"""What was counted, by what it is about; tallies of different items add up."""
+Counts = dict[str, Counter[str]]
+"""Counters by name, such as ``{"statuses": {"top": 2}}``; those of different items are added up."""
 
-_MARK = ".shared"
-_SETTLES = 30.0
-"""Seconds until a file that one machine wrote is seen by all others of a network file system."""
+_MARKER_FILE = ".shared"
+_MARKER_TIMEOUT = 30.0
+"""Seconds until a file that one machine wrote is visible on all others of a network file system."""
 
 
 class ItemResult(NamedTuple):
-    """What one work item comes to."""
+    """Hold the result of one work item."""
 
-    amount: int
-    """How far the progress moves."""
-    tally: Tally
+    num_finished: int
+    """Number by which the progress advances."""
+    counts: Counts
 
 
 class Worker(Protocol):
-    """The items of a stage, by their numbers. Doing one that is done already changes nothing."""
+    """Run the items of a stage by their indices. Running a finished item again changes nothing."""
 
-    def run_item(self, item: int) -> ItemResult: ...
+    def run_item(self, item: int) -> ItemResult:
+        """Run one item, from 0 to the task's ``num_items`` - 1."""
+        ...
 
     def close(self) -> None:
-        """Let go of what it holds: models, processes."""
+        """Release models and processes."""
         ...
 
 
 @dataclass(frozen=True)
 class Task:
-    """Names some work in plain data, so that other processes and machines can be told of it.
+    """Describe work as plain data, so that it can be sent to other processes and machines."""
 
-    ``make`` is a class or function at the top of a module. It is called with the run's
-    directory and the settings, and with one more argument that each way to run it gives:
-    what tells a line (:meth:`Crew.spread`), or how many processes there are and what counts
-    (:meth:`Crew.together`).
-    """
-
-    make: Callable[..., Any]
+    target: Callable[..., Any]
+    """Worker class for :meth:`Executor.map`, or function for :meth:`Executor.run_all`, at the top level of a module.
+    It is called with ``root``, the settings as keywords, and the keywords that the executor's method adds."""
     root: Path
+    """Directory of the run."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_items: int = 0
     """Number of work items; 0 for :meth:`Executor.run_all`."""
 
 
 class Executor(Protocol):
-    """Runs tasks on one process or several."""
+    """Run tasks on one process or several."""
 
-    def map(self, task: Task, progress: Progress, log: Callable[[str], None]) -> Tally:
-        """Run every item of ``task.make(root, log=..., **settings)`` once; return the sum of the tallies."""
+    def map(self, task: Task, progress: Progress, log: Callable[[str], None]) -> Counts:
+        """Run every item of the worker ``task.target(root, log=..., **settings)``; return the summed counts.
+
+        Raises:
+            CsrError: An item failed, or a process was lost.
+        """
         ...
 
     def run_all(self, task: Task, progress: Progress) -> Any:
-        """Call ``task.make(root, processes=..., progress=..., **settings)`` in all processes at the same time.
+        """Call ``task.target(root, processes=..., progress=..., **settings)`` in all processes at the same time.
 
         Returns:
             The result in this process.
+
+        Raises:
+            CsrError: A call failed, or a process was lost.
         """
         ...
 
 
 class LocalExecutor:
-    """Runs everything in this process."""
+    """Run everything in this process."""
 
-    def map(self, task: Task, progress: Progress, log: Callable[[str], None]) -> Tally:
-        tally: Tally = {}
-        with closing(task.make(task.root, log=log, **task.settings)) as work:
+    def map(self, task: Task, progress: Progress, log: Callable[[str], None]) -> Counts:
+        counts: Counts = {}
+        with closing(task.target(task.root, log=log, **task.settings)) as worker:
             for item in range(task.num_items):
-                done = work.run_item(item)
-                add_counts(tally, done.tally)
-                progress.advance(done.amount)
-        return tally
+                result = worker.run_item(item)
+                add_counts(counts, result.counts)
+                progress.advance(result.num_finished)
+        return counts
 
     def run_all(self, task: Task, progress: Progress) -> Any:
-        return task.make(task.root, processes=1, progress=progress, **task.settings)
+        return task.target(task.root, processes=1, progress=progress, **task.settings)
 
 
 LOCAL = LocalExecutor()
 
 
-def add_counts(tally: Tally, more: Mapping[str, Mapping[str, int]]) -> None:
-    """Add counts to a tally."""
-    for about, counts in more.items():
-        tally.setdefault(about, Counter()).update(counts)
+def add_counts(total: Counts, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Add counts to a total, in place; counters that are zero are kept."""
+    for name, counter in counts.items():
+        total.setdefault(name, Counter()).update(counter)
+
+
+def discard_log(text: str) -> None:
+    """Ignore a log line, in a process other than the leading one."""
 
 
 def write_marker(root: Path) -> str:
-    """Write a random token into a directory, by which other processes recognize it; return the token."""
+    """Write a random token to a directory, by which other processes recognize it; return the token."""
     token = secrets.token_hex(8)
-    files.write_text(root / _MARK, token)
+    files.write_text(root / _MARKER_FILE, token)
     return token
 
 
-def require_marker(root: Path, token: str, who: str, patience: float = _SETTLES) -> None:
-    """Verify that this process sees the same directory as the leading process.
+def require_marker(root: Path, token: str, process: str, timeout: float = _MARKER_TIMEOUT) -> None:
+    """Check that this process sees the same directory as the leading process.
+
+    Args:
+        root: Directory of the run.
+        token: Token that :func:`write_marker` returned in the leading process.
+        process: Name of this process, for the message.
+        timeout: Seconds to wait for the token.
 
     Raises:
-        CsrError: The token is not there after ``patience`` seconds.
+        CsrError: The token is not in the directory after ``timeout`` seconds.
     """
-    deadline = time.monotonic() + patience
-    while not _holds(root / _MARK, token):
+    deadline = time.monotonic() + timeout
+    while not _contains(root / _MARKER_FILE, token):
         if time.monotonic() > deadline:
             raise CsrError(
-                f"{who} sees another {root} than the process that leads the run",
+                f"{process} sees a different {root} than the leading process",
                 "put the run, the models and the images on a file system that all machines share, at the same path",
             )
         time.sleep(0.2)
 
 
-def _holds(path: Path, token: str) -> bool:
+def _contains(path: Path, token: str) -> bool:
     try:
         return path.read_text(encoding="utf-8") == token
     except OSError:

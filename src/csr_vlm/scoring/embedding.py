@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from csr_vlm.config.schema import OneScorerConfig
 from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Prompt
-from csr_vlm.data.images import image_of
+from csr_vlm.data.images import load_prompt_image
 from csr_vlm.scoring.clauses import clauses
 
 _STRETCH = 1.3
@@ -75,7 +75,7 @@ class EmbeddingScorer:
     def _embed_new_images(self, prompts: Mapping[str, Prompt]) -> None:
         new = [path for path in prompts if path not in self._images]
         for chunk in batched(new, self._config.batch_size):
-            pictures = [image_of(prompts[path], self._max_image_pixels) for path in chunk]
+            pictures = [load_prompt_image(prompts[path], self._max_image_pixels) for path in chunk]
             rows = normalize(self._encoder.embed_images(pictures).float(), dim=-1).cpu()
             self._images |= dict(zip(chunk, rows, strict=True))
 

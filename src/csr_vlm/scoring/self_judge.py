@@ -16,7 +16,8 @@ from csr_vlm.config.schema import ModelConfig, OneScorerConfig
 from csr_vlm.core.batching import batched
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
-from csr_vlm.models.policy import Policy, load_policy
+from csr_vlm.models.loading import load_policy
+from csr_vlm.models.policy import Policy
 
 
 class JudgeScorer:

@@ -10,8 +10,8 @@ from transformers import AutoModel, AutoProcessor
 
 from csr_vlm.config.schema import ModelConfig, OneScorerConfig
 from csr_vlm.core.errors import CsrError
-from csr_vlm.models.checkpoints import read_tensors, tensor_files
-from csr_vlm.models.devices import unloadable
+from csr_vlm.models.checkpoints import checkpoint_tensors, read_tensors
+from csr_vlm.models.load_errors import load_error
 
 _SIGLIP = ("siglip", "siglip2")
 _KNOWN = ("clip", *_SIGLIP)
@@ -29,7 +29,7 @@ class TransformersEncoder:
             self._model = AutoModel.from_pretrained(config.path, revision=config.revision, dtype=torch.float32)
             self._processor: Any = AutoProcessor.from_pretrained(config.path, revision=config.revision)
         except (OSError, ValueError, KeyError) as error:
-            raise unloadable("scorer", config.path, error) from None
+            raise load_error("scorer", config.path, error) from None
         kind = self._model.config.model_type
         if kind not in _KNOWN:
             raise CsrError(
@@ -78,7 +78,7 @@ def use_vision_of(policy: ModelConfig | None, scorer: torch.nn.Module, path: str
     """
     if policy is None:
         raise CsrError("there is no policy whose vision tower the scorer could use", "set scorer.vision=own")
-    stored = tensor_files(policy.path, revision=policy.revision) or {}
+    stored = checkpoint_tensors(policy.path, revision=policy.revision) or {}
     found = dict(read_tensors({own: where for name, where in stored.items() if (own := tower_tensor(name))}))
     tower: Any = scorer.vision_model
     expected = {name: tensor.shape for name, tensor in tower.state_dict().items()}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from csr_vlm.core.records import Pair, Prompt
-from csr_vlm.models.policy import Policy, batch_rows, image_tensors
+from csr_vlm.models.encoding import batch_rows, image_tensors
+from csr_vlm.models.policy import Policy
 from csr_vlm.training.packing import pack, window
 
 

@@ -24,11 +24,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer
 
 from csr_vlm.config.schema import ModelConfig, TrainingConfig
-from csr_vlm.core.errors import CsrError, nearest
+from csr_vlm.core.errors import CsrError, suggestion
 from csr_vlm.core.records import Pair
 from csr_vlm.models.checkpoints import rename_as_published
 from csr_vlm.models.families import family_of
-from csr_vlm.models.policy import Policy, load_adapter, load_base
+from csr_vlm.models.loading import load_adapter, load_base
+from csr_vlm.models.policy import Policy
 from csr_vlm.store.files import replace_directory
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.distribution import (
@@ -344,7 +345,7 @@ def trainer_arguments(
     defaults_of_trl = {field.name: field.default for field in fields(DPOConfig)}
     for key, value in config.trl.items():
         if key not in defaults_of_trl:
-            hint = nearest(key, defaults_of_trl, say_all=False)
+            hint = suggestion(key, defaults_of_trl, list_options=False)
             raise CsrError(f"trl.DPOConfig has no option for training.trl.{key}", hint)
         default = defaults_of_trl[key]
         is_meant_as_truth = default is None and str(value).lower() in ("yes", "no", "on", "off")

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
+from csr_vlm.models.encoding import EncodedPrompt, batch_rows, image_tensors
 from csr_vlm.models.families import family_of
-from csr_vlm.models.policy import EncodedPrompt, batch_rows, image_tensors
 
 _SHARED, _CHOSEN, _REJECTED, _PADDING = range(4)
 _MASKED_IMPLEMENTATIONS = ("sdpa", "eager")

@@ -8,7 +8,7 @@ from typing import Any
 from csr_vlm.config.schema import ModelConfig, ScorerConfig
 from csr_vlm.core.progress import Reporter
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.models.policy import load_policy
+from csr_vlm.models.loading import load_policy
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.world.demo import policy_in
 from csr_vlm.world.scene_evaluation import evaluate, evaluate_scorer
