@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from csr_vlm.config.load import scorer_config
+from csr_vlm.evaluation.metrics import metric_spec
 from csr_vlm.evaluation.statistics import Tally, holm, paired_difference, pooled
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.world.dataset import write_images
@@ -17,19 +18,11 @@ from csr_vlm.world.scene_evaluation import Described, sentence_relevance, tallie
 from csr_vlm.world.scenes import World, parse_scene_id, world_named
 from csr_vlm.world.truth import judge
 
-COLUMNS = {
-    "chair_s": "CHAIR_S",
-    "chair_i": "CHAIR_I",
-    "recall": "recall",
-    "companion_recall": "companion recall",
-    "attributes_right": "attributes",
-    "repeats": "repeats",
-    "words": "words",
-    "relevance": "R_I",
-    "yes_no_present": "yes/no present",
-    "yes_no_absent": "absent",
-    "yes_no_companion": "companion",
-}
+_KEYS = (
+    "chair_s", "chair_i", "recall", "companion_recall", "attributes_right", "repeats", "words", "relevance",
+    "yes_no_present", "yes_no_absent", "yes_no_companion",
+)  # fmt: skip
+COLUMNS = {key: metric_spec(key).label for key in _KEYS}
 SHORT = ("chair_s", "chair_i", "recall", "companion_recall", "repeats", "words", "relevance")
 SceneTallies = Mapping[str, Mapping[str, Tally]]
 """Scene id to its tallies, by metric."""
@@ -131,7 +124,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def cells(values: Mapping[str, float], names: Iterable[str]) -> list[str]:
-    return [f"{values[name]:.1f}" if name in ("words", "relevance") else f"{values[name]:.3f}" for name in names]
+    return [metric_spec(name).format(values[name]) for name in names]
 
 
 def _summed(runs: Sequence[SceneTallies]) -> dict[str, list[Tally]]:

@@ -78,7 +78,7 @@ def test_a_run_is_analyzed_with_external_pairs(run: Run, monkeypatch: pytest.Mon
     options = ["--responses", "4", "--pairs", "8", "--external", str(external), "--json", "--quiet"]
     shown = CliRunner().invoke(app, ["analyse", str(run.root), *options])
     found = json.loads(shown.stdout)
-    assert "What changed inside the model" in (run.root / "report.html").read_text()
+    assert "Changes inside the model" in (run.root / "report.html").read_text()
     assert found == json.loads((run.root / "analysis.json").read_text())
     generated, other = found["separability"]
     assert (generated["pairs"], other["pairs"]) == ("iteration 1", "external")

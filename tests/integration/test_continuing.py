@@ -167,13 +167,13 @@ def test_the_card_says_what_the_adapter_is(finished: Run) -> None:
 
 
 def test_the_licence_of_the_base_model_is_on_the_card(tmp_path: Path) -> None:
-    from csr_vlm.report.card import base_licence
+    from csr_vlm.report.card import base_license
 
-    assert base_licence(str(tmp_path)) is None
+    assert base_license(str(tmp_path)) is None
     (tmp_path / "README.md").write_text("---\nlicense: llama2\nlanguage: en\n---\n# A model\n", encoding="utf-8")
-    assert base_licence(str(tmp_path)) == "llama2"
+    assert base_license(str(tmp_path)) == "llama2"
     (tmp_path / "README.md").write_text("---\n: [\n---\n", encoding="utf-8")
-    assert base_licence(str(tmp_path)) is None
+    assert base_license(str(tmp_path)) is None
 
 
 def test_a_dry_run_shows_what_would_be_sent(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:

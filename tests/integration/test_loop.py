@@ -190,4 +190,4 @@ def test_a_run_stops_at_its_own_rule(config: RunConfig, tmp_path: Path) -> None:
     assert run.iterations_done("train") == [1], "iteration 2 never began"
     assert run.stopped_at == 1
     assert not (tmp_path / "adapter").exists()
-    assert "The run stopped after iteration 1 and kept the base model" in (tmp_path / "report.html").read_text()
+    assert "The run stopped after iteration 1 and returned the base model" in (tmp_path / "report.html").read_text()

@@ -21,7 +21,7 @@ from csr_vlm.store.run import Run
 from tests.unit.builders import REQUIRED
 from tests.unit.test_report import Page, row
 
-HEADING = "What changed inside the model"
+HEADING = "Changes inside the model"
 # A prompt of four positions, the second and third being the image, and two response tokens: the
 # row that predicts the first sees four positions, the second one's sees five.
 IMAGE = torch.tensor([False, True, True, False, False])
@@ -144,8 +144,8 @@ def analysis(iteration: int, change: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (0.01, "looks at the picture as much as before"),
-        (0.2, "1 look at the picture noticeably more than before and 0 less"),
+        (0.01, "Attention to the image is unchanged"),
+        (0.2, "1 attend significantly more to the image than before and 0 less"),
     ],
 )
 def test_the_report_describes_the_change_in_attention(tmp_path, change, words):
@@ -154,7 +154,7 @@ def test_the_report_describes_the_change_in_attention(tmp_path, change, words):
     text = Page(render(run)).text
     assert HEADING in text
     assert words in text
-    assert "pairs from elsewhere are easier for it to tell apart" in text
+    assert "External pairs are easier for it to separate" in text
 
 
 def test_an_analysis_of_another_iteration_is_not_shown(tmp_path):

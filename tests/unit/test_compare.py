@@ -181,7 +181,7 @@ def test_the_gate_keeps_the_last_good_iteration(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["stopped_at"], manifest["final_iteration"]) == (2, 1)
     assert "recall went from 0.875 to 0.375" in manifest["stages"]["iteration-2"]["gate"]["reasons"][0]
-    assert "The run stopped after iteration 2 and kept iteration 1" in render(run)
+    assert "The run stopped after iteration 2 and returned iteration 1" in render(run)
     assert "stopped after iteration 2; its result: iteration 1" in invoke("show", tmp_path).stdout
 
 
@@ -208,7 +208,7 @@ def test_the_result_is_the_base_model_where_no_iteration_passes(tmp_path):
     stages.export(run, Silent())
     assert run.final == 0
     assert not (tmp_path / "adapter").exists()
-    assert "the base model stays as it is" in render(run)
+    assert "The result is the base model" in render(run)
 
 
 def test_without_rules_every_iteration_passes(tmp_path):

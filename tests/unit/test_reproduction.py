@@ -1,4 +1,4 @@
-"""Test the paper's tables, the results of runs beside them, and the page that shows both."""
+"""Test the paper's tables, the runs' numbers next to them, and the page that shows both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from csr_vlm.cli.app import app
 from csr_vlm.config.load import resolve
 from csr_vlm.evaluation.reproduction import collect_results, departures, protocol_fields, published, with_lambda
-from csr_vlm.report.radar import HEIGHT, WIDTH, Shape, Spoke, radar, share
+from csr_vlm.report.radar import HEIGHT, WIDTH, RadarSeries, Spoke, radar, radial_position
 from csr_vlm.report.reproduction_page import render
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
@@ -22,7 +22,7 @@ from tests.unit.test_report import Page
 
 
 def new_run(root: Path, measured: dict[int, dict[str, dict[str, float]]], **settings: Any) -> Run:
-    """A run with {iteration: {evaluation: {metric: value}}}, each value -+ 0.01."""
+    """Create a run with {iteration: {evaluation: {metric: value}}}, each with an interval of ±0.01."""
     run = Run.create(root, resolve(REQUIRED | {"iterations": 3} | settings))
     for number, documents in measured.items():
         for name, metrics in documents.items():
@@ -44,7 +44,7 @@ def test_every_published_row_has_one_value_per_column():
 
 
 def test_the_tables_agree_where_they_overlap():
-    """A transcription error would show up where tables repeat a number."""
+    """Compare tables that repeat a number, where a transcription error would show."""
     tables = published()
     main = tables.main[0]
     for row, number in (("base", 0), ("CSR (3)", 3)):
@@ -134,16 +134,16 @@ def test_the_page_is_self_contained(tmp_path):
     assert not re.search(r"(src|href)=\"(?!#)", html)
 
 
-def test_a_share_is_relative_to_the_worst_and_the_best_value():
-    assert share(48.8, (48.8, 21.0)) == pytest.approx(0.2), "lower is better: the largest is the worst"
-    assert share(21.0, (48.8, 21.0)) == pytest.approx(1.0)
-    assert share(34.9, (48.8, 21.0)) == pytest.approx(0.6)
-    assert share(5.0, (5.0, 5.0)) == 1.0
+def test_values_are_placed_between_the_worst_and_the_best():
+    assert radial_position(48.8, (48.8, 21.0)) == pytest.approx(0.2), "lower is better: the largest is the worst"
+    assert radial_position(21.0, (48.8, 21.0)) == pytest.approx(1.0)
+    assert radial_position(34.9, (48.8, 21.0)) == pytest.approx(0.6)
+    assert radial_position(5.0, (5.0, 5.0)) == 1.0
 
 
 def test_the_radar_puts_the_best_at_the_rim():
     spokes = [Spoke("A"), Spoke("B", lower_is_better=True), Spoke("C")]
-    drawn = radar("d", spokes, [Shape("one", [1.0, 2.0, 3.0]), Shape("two", [2.0, 1.0, 3.0])])
+    drawn = radar("d", spokes, [RadarSeries("one", [1.0, 2.0, 3.0]), RadarSeries("two", [2.0, 1.0, 3.0])])
     outlines = [
         [tuple(map(float, place.split(","))) for place in points.split()]
         for points in re.findall(r'class="line" points="([^"]*)"', drawn)
@@ -152,12 +152,12 @@ def test_the_radar_puts_the_best_at_the_rim():
     assert distances[0] == pytest.approx([30, 30, 150], abs=0.1)
     assert distances[1] == pytest.approx([150, 150, 150], abs=0.1)
     assert radar("d", spokes[:2], []) == ""
-    partial = radar("d", spokes, [Shape("one", [1.0, None, 3.0])])
-    assert 'class="line"' not in partial, "no outline through what was not measured"
+    partial = radar("d", spokes, [RadarSeries("one", [1.0, None, 3.0])])
+    assert 'class="line"' not in partial, "no outline through missing values"
     assert partial.count("<circle") == 2
 
 
-def test_the_command_writes_beside_the_run(tmp_path):
+def test_the_command_writes_into_the_run_by_default(tmp_path):
     run = new_run(tmp_path, {0: {"chair": {"chair_s": 0.5}}})
     shown = CliRunner().invoke(app, ["reproduce", str(run.root)])
     assert shown.stdout.strip() == str(tmp_path / "reproduction.html")

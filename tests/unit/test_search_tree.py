@@ -53,21 +53,21 @@ def test_classes_show_the_status_and_the_path_of_each_node() -> None:
 
 def test_titles_show_the_sentence_and_its_scores() -> None:
     actual = drawn(tree(), pair("0.1", "0.0"))
-    sentence, known = actual["0"][3].split("\n")
+    sentence, facts = actual["0"][3].split("\n")
     assert sentence == "A boat."
     # R = 0.9 x 40 + 0.1 x e^-1
-    for words in ("kept among the best", "R +36.04", "R_I 40.0", "R_T 0.368", "log P −1.00", "sampled 2 times"):
-        assert words in known
-    assert "on the best path" in known
-    assert actual["1.0"][3].startswith("(the end)\nends a response")
+    for words in ("kept, top-k", "R +36.04", "R_I 40.0", "R_T 0.368", "log P −1.00", "sampled 2 times"):
+        assert words in facts
+    assert "on the best path" in facts
+    assert actual["1.0"][3].startswith("(end of response)\nend of a response")
     assert "rejected in a pair" in actual["0.0"][3]
     assert "sampled" not in actual["1"][3]
 
 
 def test_parents_are_centered_above_their_children_without_overlap() -> None:
     actual = drawn(tree())
-    x = {name: at for name, (_, at, _, _) in actual.items()}
-    y = {name: at for name, (_, _, at, _) in actual.items()}
+    x = {name: value for name, (_, value, _, _) in actual.items()}
+    y = {name: value for name, (_, _, value, _) in actual.items()}
     assert x["0"] == (x["0.0"] + x["0.1"]) / 2
     assert x["1"] == x["1.0"]
     assert y["0"] == y["1"] == y["2"] < y["0.0"] == y["1.0"]
@@ -78,8 +78,8 @@ def test_parents_are_centered_above_their_children_without_overlap() -> None:
     assert max(x.values()) < width
 
 
-def test_the_summary_counts_dropped_sentences() -> None:
-    assert search_tree(tree(), [], PAPER).summary == "6 sentences, 1 of them dropped"
+def test_the_summary_counts_dropped_candidates() -> None:
+    assert search_tree(tree(), [], PAPER).summary == "6 candidates, 1 dropped"
 
 
 def test_a_ledger_without_scores_is_still_drawn() -> None:

@@ -147,7 +147,7 @@ def test_bad_pairs_later_end_the_run_with_the_policy_before(tmp_path, monkeypatc
     assert any(line.startswith("iteration 2: stopped: the chosen side suits") for line in heard.lines)
     assert heard.lines[-1] == "the result is iteration 1"
     report = (tmp_path / "report.html").read_text()
-    assert "The run stopped before training iteration 2 and kept iteration 1: the chosen side suits" in report
+    assert "The run stopped before training iteration 2 and returned iteration 1: the chosen side suits" in report
     assert "unfinished" not in report
 
 
@@ -159,7 +159,7 @@ def test_a_policy_that_falls_silent_ends_the_run(tmp_path, monkeypatch):
     assert (run.stopped_at, run.final) == (2, 1)
     assert (tmp_path / "adapter" / "weights").read_text() == "iteration 1"
     assert run.result(2, "gate")["metrics"]["sentences_ratio"] == pytest.approx(SHRUNK["sentences"] / 4)
-    assert "The run stopped after iteration 2 and kept iteration 1" in (tmp_path / "report.html").read_text()
+    assert "The run stopped after iteration 2 and returned iteration 1" in (tmp_path / "report.html").read_text()
 
 
 def test_a_first_policy_that_falls_silent_leaves_the_base(tmp_path, monkeypatch):

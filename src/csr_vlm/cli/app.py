@@ -217,18 +217,18 @@ def show(
 def report(
     target: RunArgument,
     figure: Annotated[
-        Path | None, typer.Option("--figure", help="Also draw one picture of the run: PNG, SVG, PDF.")
+        Path | None, typer.Option("--figure", help="Also write one SVG with the metrics and examples.")
     ] = None,
 ) -> None:
     """Write RUN/report.html.
 
-    Example: csr report runs/d0 --figure result.png
+    Example: csr report runs/d0 --figure result.svg
     """
     from csr_vlm.pipeline.stages import report as write_report
 
     opened = Run.open(target)
-    if figure is not None and figure.suffix.lower() not in {".png", ".svg", ".pdf"}:
-        raise CsrError(f"{figure} is no picture that can be drawn", "let its name end in .png, .svg or .pdf")
+    if figure is not None and figure.suffix.lower() != ".svg":
+        raise CsrError(f"{figure} is not a valid name for a figure", "use a file name that ends in .svg")
     with console.reporter().stage("writing the report", 0):
         written = [write_report(opened)]
         if figure is not None:

@@ -12,6 +12,7 @@ import typer
 from csr_vlm.cli import console
 from csr_vlm.cli.arguments import RunArgument, complete_run
 from csr_vlm.core.errors import CsrError
+from csr_vlm.evaluation.metrics import metric_spec, sort_metrics
 from csr_vlm.store.run import Run
 
 if TYPE_CHECKING:
@@ -111,8 +112,8 @@ def _print(before: EvaluatedPolicy, after: EvaluatedPolicy, found: Sequence[Comp
             print(f"{comparison.evaluation}: no metric that prompts have a share in", file=sys.stderr)
             continue
         rows = [
-            [console.METRICS.get(name, name), *_cells(comparison.metrics[name], comparison.adjusted.get(name))]
-            for name in console.ordered(comparison.metrics)
+            [metric_spec(name).label, *_cells(comparison.metrics[name], comparison.adjusted.get(name))]
+            for name in sort_metrics(comparison.metrics)
         ]
         columns = ["", "before", "after", "change", "95 % interval", "p", "Holm"]
         console.print_table(f"{comparison.evaluation}\n{before.name}\n-> {after.name}", columns, rows)

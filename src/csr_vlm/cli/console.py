@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from csr_vlm.cli.sanitize import printable
 from csr_vlm.core.formatting import duration
 from csr_vlm.core.progress import Progress, Reporter, Silent
+from csr_vlm.evaluation.metrics import metric_spec, sort_metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -211,45 +212,22 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     output.print(table)
 
 
-METRICS: Mapping[str, str] = {
-    "chair_s": "CHAIR_S",
-    "chair_i": "CHAIR_I",
-    "recall": "recall",
-    "companion_recall": "companion recall",
-    "attributes_right": "attributes right",
-    "repeats": "repeats",
-    "words": "words",
-    "complete": "complete",
-    "relevance": "R_I",
-    "yes_no_present": "yes/no, present",
-    "yes_no_absent": "yes/no, absent",
-    "yes_no_companion": "yes/no, companion",
-}
-"""The world's metrics in the order people read them."""
-
-
-def ordered(names: Iterable[str]) -> list[str]:
-    """Sort metric names: those people read first, then the others."""
-    rank = {name: place for place, name in enumerate(METRICS)}
-    return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
-
-
-def print_metrics(title: str, results: Mapping[int, Mapping[str, Any]]) -> None:
-    """Write one row a metric and one column an iteration, 0 being the base model."""
-    columns = ["", *("base" if number == 0 else f"iteration {number}" for number in results)]
-    names = ordered({name for metrics in results.values() for name in metrics})
+def print_metrics(title: str, metrics_by_iteration: Mapping[int, Mapping[str, Any]]) -> None:
+    """Print one row per metric and one column per iteration, where 0 is the base model."""
+    columns = ["", *("base" if number == 0 else f"iteration {number}" for number in metrics_by_iteration)]
+    keys = sort_metrics({key for metrics in metrics_by_iteration.values() for key in metrics})
     rows = [
-        [METRICS.get(name, name), *(metric_cell(metrics.get(name)) for metrics in results.values())] for name in names
+        [metric_spec(key).label, *(metric_cell(key, metrics.get(key)) for metrics in metrics_by_iteration.values())]
+        for key in keys
     ]
     print_table(title, columns, rows)
 
 
-def metric_cell(metric: Mapping[str, Any] | None) -> str:
-    """Write a metric and half the width of its interval."""
+def metric_cell(key: str, metric: Mapping[str, Any] | None) -> str:
+    """Format a metric's value and the half-width of its interval."""
     if metric is None or metric["value"] is None:
         return "-"
-    digits = 1 if metric["value"] >= 10 else 3
-    if metric["low"] is None:
-        return f"{metric['value']:.{digits}f}"
-    half = (metric["high"] - metric["low"]) / 2
-    return f"{metric['value']:.{digits}f} ±{half:.{digits}f}"
+    value, low, high = metric["value"], metric["low"], metric["high"]
+    spec = metric_spec(key)
+    digits = spec.digits if spec.digits is not None else 1 if abs(value) >= 10 else 3
+    return f"{value:.{digits}f}" if low is None else f"{value:.{digits}f} ±{(high - low) / 2:.{digits}f}"

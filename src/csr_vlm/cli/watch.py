@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from csr_vlm.cli import console
-from csr_vlm.cli.console import METRICS, metric_cell
+from csr_vlm.cli.console import metric_cell
 from csr_vlm.cli.sanitize import one_line
 from csr_vlm.core.formatting import duration
+from csr_vlm.evaluation.metrics import headline_metrics, metric_spec
 from csr_vlm.store.run import Run
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ _QUIET = 20.0
 """Seconds without a sign after which it is said so."""
 _COLUMNS = (("generate", "search"), ("train", "train"), ("evaluate", "evaluate"))
 """The stages that take their time."""
-_METRICS = (("chair_s", "chair_i", "recall"), ("relevance", "sentences", "repeats"))
-"""With and without truth."""
 _STILL_GOING = ("running", "waiting")
 
 
@@ -154,13 +153,12 @@ def _current_line(current: Current) -> str:
 def _metrics_line(view: View, number: int) -> str:
     metrics = view.metrics[number]
     return ", ".join(
-        f"{METRICS.get(name, name)} {metric_cell(metrics[name])}" for name in _shown(view) if name in metrics
+        f"{metric_spec(name).label} {metric_cell(name, metrics[name])}" for name in _shown(view) if name in metrics
     )
 
 
 def _shown(view: View) -> tuple[str, ...]:
-    with_truth, without = _METRICS
-    return with_truth if any("chair_s" in metrics for metrics in view.metrics.values()) else without
+    return headline_metrics(any("chair_s" in metrics for metrics in view.metrics.values()))
 
 
 def _drawn(view: View) -> RenderableType:
@@ -210,12 +208,12 @@ def _table(view: View) -> RenderableType:
 
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     names = _shown(view)
-    for name in ("", *(title for _, title in _COLUMNS), *(METRICS.get(name, name) for name in names)):
+    for name in ("", *(title for _, title in _COLUMNS), *(metric_spec(name).label for name in names)):
         table.add_column(Text(name), justify="right" if name else "left", no_wrap=True)
     for number, done in view.stages.items():
         took = [_took(done, stage) for stage, _ in _COLUMNS]
         metrics = view.metrics.get(number, {})
-        cells = [metric_cell(metrics[name]) if name in metrics else "" for name in names]
+        cells = [metric_cell(name, metrics[name]) if name in metrics else "" for name in names]
         table.add_row("base" if number == 0 else f"iteration {number}", *took, *cells)
     return table
 
