@@ -129,6 +129,7 @@ def do(job: Job, out: Path) -> None:
     from csr_vlm.config.load import load_config
     from csr_vlm.core.progress import Silent
     from csr_vlm.pipeline import gates, stages
+    from csr_vlm.pipeline.policy_evaluation import evaluate_world
     from csr_vlm.store import files
     from csr_vlm.store.run import Run
     from csr_vlm.world.demo import demo_config
@@ -162,7 +163,7 @@ def do(job: Job, out: Path) -> None:
             for temperature in wanted:
                 path = run.evaluation_path(iteration, f"world-{temperature:g}")
                 if not path.exists():
-                    found = stages.evaluate_world(measuring, run.adapter_path(iteration), "", Silent(), temperature)
+                    found = evaluate_world(measuring, run.adapter_path(iteration), "", Silent(), temperature)
                     files.write_json(path, found)
     files.write_json(root / "result.json", {"seconds": seconds, "commit": _commit()})
 
@@ -250,12 +251,13 @@ def _by_lambda(run: Run, out: Path, overrides: list[str], *, base: bool = False)
     from csr_vlm.config.load import load_config
     from csr_vlm.core.progress import Silent
     from csr_vlm.pipeline import gates, stages
+    from csr_vlm.pipeline.policy_evaluation import evaluate_world
     from csr_vlm.training.dpo import train
 
     measuring = load_config(None, [f"evaluation.world={json.dumps(SETTINGS_SCENES)}"], base=run.config.dump())
 
     def measured(adapter: Path | None) -> dict[str, float]:
-        document = stages.evaluate_world(measuring, adapter, "", Silent())
+        document = evaluate_world(measuring, adapter, "", Silent())
         return {metric: found["value"] for metric, found in document["metrics"].items()}
 
     if base:

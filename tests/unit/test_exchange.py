@@ -21,7 +21,7 @@ from csr_vlm.data.external_pairs import TextPair, count_pairs, read_text_pairs, 
 from csr_vlm.data.images import load_image
 from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.data.sources import PAIR_FORMATS
-from csr_vlm.pipeline.offline_pairs import check_pairs, supplies
+from csr_vlm.pipeline.offline_pairs import check_pairs, has_offline_pairs
 from tests.unit.builders import config
 
 FORMATS = sorted(PAIR_FORMATS)
@@ -303,5 +303,5 @@ def test_pairs_are_checked_without_keeping_anything(pairs: list[Pair], tmp_path:
 
 def test_only_the_first_iteration_takes_them() -> None:
     given, none = config(data={"prompts": "p", "pairs": "p"}), config()
-    assert [supplies(given, number) for number in (1, 2, 3)] == [True, False, False]
-    assert not supplies(none, 1)
+    assert [has_offline_pairs(given, number) for number in (1, 2, 3)] == [True, False, False]
+    assert not has_offline_pairs(none, 1)

@@ -8,8 +8,8 @@ from typing import Any
 
 from csr_vlm.core.formatting import fixed, signed
 from csr_vlm.store.run import Run
+from csr_vlm.store.stage_names import GATES
 
-_STAGES = {"audit": "Pairs, before training", "gate": "Policy, after training"}
 _LABELS = {
     "scorer_agreement": ("The scorer tells images apart", "share of sentences that suit their own; 0.5 is chance"),
     "relevance_win": ("Chosen suits the image better", "share of pairs; 0.5 is chance"),
@@ -57,12 +57,12 @@ def health_panel(run: Run) -> Health | None:
     judged = {
         (stage, number): run.result(number, stage)
         for number in range(1, run.config.iterations + 1)
-        for stage in _STAGES
+        for stage in GATES
         if run.is_done(number, stage)
     }
     numbers = sorted({number for _, number in judged})
     groups = []
-    for stage, title in _STAGES.items():
+    for stage, title in GATES.items():
         metrics = _signs([judged.get((stage, number), {}) for number in numbers])
         if metrics:
             groups.append((title, metrics))

@@ -26,9 +26,10 @@ from csr_vlm.report.lambdas import lambda_panel
 from csr_vlm.report.limits import MOST_BYTES, Sample, cut
 from csr_vlm.report.measures import Evaluation, evaluation_named, read_evaluation, verdict
 from csr_vlm.report.next_steps import next_steps
-from csr_vlm.report.provenance import STAGES, provenance
+from csr_vlm.report.provenance import provenance
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
+from csr_vlm.store.stage_names import LABELS, TIMED_STAGES
 
 
 def write_report(run: Run, truth_of: TruthOf = no_truth) -> Path:
@@ -117,7 +118,7 @@ def _content(run: Run, evaluation: Evaluation | None, truth_of: TruthOf) -> dict
         "analysis": analysis_panel(run),
         "steps": next_steps(run, finished, lambdas, benchmarks),
         "provenance": provenance(run),
-        "stages": STAGES,
+        "stages": [LABELS[stage] for stage in TIMED_STAGES],
     }
 
 

@@ -13,9 +13,8 @@ import yaml
 from csr_vlm.core.formatting import duration
 from csr_vlm.store import files
 from csr_vlm.store.run import Run, versions
+from csr_vlm.store.stage_names import TIMED_STAGES
 
-STAGES = ("generate", "pairs", "train", "evaluate")
-"""Those that take their time."""
 _SECRET = re.compile(r"(hub|auth|access|api)_?(token|key)|secret|password", re.IGNORECASE)
 
 
@@ -49,7 +48,7 @@ def provenance(run: Run) -> Provenance:
         timings=[
             (
                 "Base model" if number == 0 else f"Iteration {number}",
-                [duration(row.get(stage)) for stage in STAGES],
+                [duration(row.get(stage)) for stage in TIMED_STAGES],
             )
             for number, row in seconds.items()
         ],
@@ -61,7 +60,7 @@ def _seconds(run: Run) -> dict[int, dict[str, float]]:
     """Map iteration and stage to seconds, of finished stages that took their time."""
     found: dict[int, dict[str, float]] = {}
     for number in range(run.config.iterations + 1):
-        row = {stage: run.result(number, stage).get("seconds") for stage in STAGES if run.is_done(number, stage)}
+        row = {stage: run.result(number, stage).get("seconds") for stage in TIMED_STAGES if run.is_done(number, stage)}
         timed = {stage: float(value) for stage, value in row.items() if value is not None}
         if timed:
             found[number] = timed

@@ -38,6 +38,7 @@ from csr_vlm.config.yaml import read_yaml
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import SCHEMA_VERSION, Prompt
 from csr_vlm.store import files, parts
+from csr_vlm.store.stage_names import GATES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -247,7 +248,7 @@ class Run:
         judged = (
             number
             for number in range(1, self.config.iterations + 1)
-            for stage in ("audit", "gate")
+            for stage in GATES
             if self.is_done(number, stage) and self.result(number, stage)["stopped"]
         )
         return next(judged, None)
