@@ -181,7 +181,7 @@ def test_a_signal_ends_the_work_at_the_next_finished_item(
         work()
     assert left.value.code == 128 + number
     assert done == [0, 1], "the item in hand is finished"
-    assert f"Go on with: csr run {tmp_path}" in capsys.readouterr().err
+    assert f"Resume with: csr run {tmp_path}" in capsys.readouterr().err
     assert signal.getsignal(number) is before
 
 

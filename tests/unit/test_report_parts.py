@@ -195,7 +195,7 @@ def test_next_steps_follow_the_state(tmp_path: Path) -> None:
     for iteration in (1, 2):
         add_training(run, iteration)
     commands = [step.command.split()[1] for step in next_steps(run, True, None, None)]
-    assert commands == ["merge", "analyse", "eval"]
+    assert commands == ["merge", "analyze", "eval"]
 
 
 def noise(path: Path, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""What changed inside the model: ``csr analyse RUN`` writes ``RUN/analysis.json``.
+"""What changed inside the model: ``csr analyze RUN`` writes ``RUN/analysis.json``.
 
 Four questions: does the policy look at the picture more than before; are its responses more
 relevant to the picture; could it tell the chosen from the rejected response of a pair, before and

@@ -110,7 +110,7 @@ class Watcher:
             why=_why(run, state, progress),
             iterations=run.config.iterations,
             current=current,
-            left=seconds_left(steps, current and current.left) if state == "running" else None,
+            left=seconds_left(steps, current.left if current else None) if state == "running" else None,
             quiet_for=time.time() - progress.updated if progress is not None and state == "running" else None,
             stages=_durations(run, steps),
             metrics={number: run.metrics(number) for number in run.iterations_done("evaluate")},

@@ -40,7 +40,9 @@ def points(axes: Sequence[str]) -> Iterator[list[str]]:
     for axis in axes:
         key, separator, values = axis.partition("=")
         if not separator or not key or not values:
-            raise CsrError(f"{axis!r} is not a valid sweep axis", "write key=value,value, such as method.lambda=0,0.5,1")
+            raise CsrError(
+                f"{axis!r} is not a valid sweep axis", "write key=value,value, such as method.lambda=0,0.5,1"
+            )
         parsed.append([f"{key}={value}" for value in values.split(",")])
     return (list(point) for point in itertools.product(*parsed))
 
@@ -84,7 +86,9 @@ def sweep(run: Run, axes: Sequence[str], iteration: int, out: Path, reporter: Re
     return rows
 
 
-def _train_point(run: Run, config: RunConfig, iteration: int, root: Path, title: str, reporter: Reporter) -> dict[str, Any]:
+def _train_point(
+    run: Run, config: RunConfig, iteration: int, root: Path, title: str, reporter: Reporter
+) -> dict[str, Any]:
     from csr_vlm.training.callback import count_steps
     from csr_vlm.training.dpo import train
 

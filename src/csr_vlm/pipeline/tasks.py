@@ -102,7 +102,7 @@ class RescoreWorker:
 
 
 class QuestionWorker:
-    """Ask the previous iteration's policy about its claims. An item is a group of prompts and becomes a file of pairs."""
+    """Ask the previous policy about its claims. An item is a group of prompts and becomes a file of pairs."""
 
     def __init__(self, root: Path, iteration: int, log: Callable[[str], None]) -> None:
         run = Run.open(root)

@@ -32,7 +32,7 @@ class Panel:
 
 
 def analysis_panel(run: Run) -> Panel | None:
-    """Read what ``csr analyse`` found; None where it has not been run, or not for the run's result."""
+    """Read what ``csr analyze`` found; None where it has not been run, or not for the run's result."""
     path = run.root / "analysis.json"
     if not path.is_file():
         return None

@@ -27,7 +27,7 @@ def next_steps(run: Run, finished: bool, lambdas: Lambdas | None, benchmarks: Be
     if finished and run.final:
         steps.append(Step("Write base and adapter as one model", f"csr merge {root}"))
         if not (run.root / "analysis.json").is_file():
-            steps.append(Step("Look inside the model; adds a part to this report", f"csr analyse {root}"))
+            steps.append(Step("Look inside the model; adds a part to this report", f"csr analyze {root}"))
         if benchmarks is None and run.config.evaluation.world is None:
             steps.append(
                 Step("Measure benchmarks; adds a part to this report", f"csr eval lmms {root} --tasks mme,gqa")
