@@ -298,7 +298,7 @@ def test_pairs_are_checked_without_keeping_anything(pairs: list[Pair], tmp_path:
     export([], "llava", tmp_path / "none")
     with pytest.raises(CsrError, match="no usable pair") as caught:
         check_pairs(DataConfig(prompts="-", pairs=str(tmp_path / "none" / "pairs.json")), Silent())
-    assert caught.value.hint == "it is empty"
+    assert caught.value.hint == "the file is empty"
 
 
 def test_only_the_first_iteration_takes_them() -> None:

@@ -241,7 +241,7 @@ def pope_build(
 ) -> None:
     """Write POPE questions from COCO-format annotations.
 
-    Example: csr eval pope-build --annotations coco/annotations --split val2014 --out questions
+    Example: csr eval pope-build --annotations coco/annotations --out questions
     """
     from csr_vlm.evaluation.annotations import read_annotations
     from csr_vlm.evaluation.pope import SETTINGS
@@ -366,7 +366,7 @@ def _store(root: Path, iteration: int | None, answers: Sequence[Path], document:
     _require_policy(run, number)
     ids = [row["id"] for row in document["rows"]]
     if len(set(ids)) < len(ids):
-        raise CsrError(f"{len(ids) - len(set(ids))} row ids are repeated", "every row needs its own id")
+        raise CsrError(f"repeated row ids: {len(ids) - len(set(ids))}", "every row needs its own id")
     stored = {**document, "protocol": {**document["protocol"], **chosen_in(generated)}}
     path = run.evaluation_path(number, str(document["protocol"]["metric"]).lower())
     with run.locked():
