@@ -126,6 +126,7 @@ def run_job(job: Job, out: Path) -> None:
     from csr_vlm.config.load import load_config
     from csr_vlm.core.progress import Silent
     from csr_vlm.pipeline import gates, stages
+    from csr_vlm.pipeline.policy_evaluation import evaluate_world
     from csr_vlm.store import files
     from csr_vlm.store.run import Run
     from csr_vlm.world.demo import demo_config
@@ -159,7 +160,7 @@ def run_job(job: Job, out: Path) -> None:
             for temperature in temperatures:
                 path = run.evaluation_path(iteration, f"world-{temperature:g}")
                 if not path.exists():
-                    document = stages.evaluate_world(measuring, run.adapter_path(iteration), "", Silent(), temperature)
+                    document = evaluate_world(measuring, run.adapter_path(iteration), "", Silent(), temperature)
                     files.write_json(path, document)
     files.write_json(root / "result.json", {"seconds": seconds, "commit": _commit()})
 
@@ -249,12 +250,13 @@ def _by_lambda(run: Run, out: Path, overrides: list[str], *, base: bool = False)
     from csr_vlm.config.load import load_config
     from csr_vlm.core.progress import Silent
     from csr_vlm.pipeline import gates, stages
+    from csr_vlm.pipeline.policy_evaluation import evaluate_world
     from csr_vlm.training.dpo import train
 
     measuring = load_config(None, [f"evaluation.world={json.dumps(SETTINGS_SCENES)}"], base=run.config.dump())
 
     def measure(adapter: Path | None) -> dict[str, float]:
-        document = stages.evaluate_world(measuring, adapter, "", Silent())
+        document = evaluate_world(measuring, adapter, "", Silent())
         return {name: metric["value"] for name, metric in document["metrics"].items()}
 
     if base:

@@ -86,7 +86,7 @@ def check_end(what: str, ended: Ended) -> bool:
     elif what.startswith("SIG"):
         assert ended.code == 128 + signal.Signals[what], ended.said
         assert f"stopped by {what}" in ended.said
-        assert "Go on with: csr run " in ended.said
+        assert "Resume with: csr run " in ended.said
     else:
         assert ended.code == 1, ended.said
         wanted = "cannot be written\nwhy: Input/output error" if what == "EIO" else "the disk is full"

@@ -63,7 +63,7 @@ def install(plan: dict[str, Any], root: Path) -> None:
 
 def work(order: dict[str, Any]) -> None:
     """Run what a fork runs; it ends as the command line ends."""
-    from csr_vlm.cli.error_messages import reporter as tell_error
+    from csr_vlm.cli.error_messages import print_error as tell_error
     from csr_vlm.cli.signals import stoppable
     from csr_vlm.core.errors import CsrError
     from csr_vlm.core.progress import Silent

@@ -76,7 +76,7 @@ def test_a_run_is_analyzed_with_external_pairs(run: Run, monkeypatch: pytest.Mon
     external.write_text("\n".join([*(json.dumps(row) for row in rows), "not json"]))
     monkeypatch.setattr(console, "quiet_libraries", lambda: None)
     options = ["--responses", "4", "--pairs", "8", "--external", str(external), "--json", "--quiet"]
-    shown = CliRunner().invoke(app, ["analyse", str(run.root), *options])
+    shown = CliRunner().invoke(app, ["analyze", str(run.root), *options])
     found = json.loads(shown.stdout)
     assert "Changes inside the model" in (run.root / "report.html").read_text()
     assert found == json.loads((run.root / "analysis.json").read_text())

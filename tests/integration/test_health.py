@@ -1,4 +1,4 @@
-"""Many settings from one ledger, and the audit on the command line."""
+"""Test sweeps over one ledger, and the audit on the command line."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def test_points_of_a_sweep_differ(run: Run, swept: list[dict[str, Any]]) -> None
 def test_a_sweep_leaves_the_run_alone(run: Run, swept: list[dict[str, Any]]) -> None:
     assert not run.is_done(1, "train")
     assert not (run.root / "adapter").exists()
-    own, _ = stages.derive_pairs(run, 1, run.config)
-    assert list(tables.read_pairs(run.pairs_path(1))) == own
+    derived, _ = stages.derive_pairs(run, 1, run.config)
+    assert list(tables.read_pairs(run.pairs_path(1))) == derived
 
 
 def test_sweeping_again_computes_nothing(run: Run, swept: list[dict[str, Any]], monkeypatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (run.root / "sweeps").rglob("*")}
-    monkeypatch.setattr(stages, "measure", lambda *_: pytest.fail("it measured again"))
+    monkeypatch.setattr("csr_vlm.pipeline.sweep.evaluate_policy", lambda *_: pytest.fail("it evaluated again"))
     assert sweep(run, [AXIS], 1, run.root / "sweeps", Silent()) == swept
     shown = invoke("sweep", run.root, AXIS, "--json", "--quiet")
     assert shown.exit_code == 0, shown.output
@@ -92,31 +92,31 @@ def test_every_point_keeps_an_adapter_that_loads(run: Run, swept: list[dict[str,
 @pytest.mark.parametrize(
     "axis", ["seed=1,2", "method.search.num_candidates=2,3", "model.dtype=bfloat16", "iterations=2,3"]
 )
-def test_what_made_the_ledger_cannot_be_swept(run: Run, axis: str) -> None:
-    with pytest.raises(CsrError, match="made the ledger and cannot be swept") as caught:
+def test_settings_of_the_ledger_cannot_be_swept(run: Run, axis: str) -> None:
+    with pytest.raises(CsrError, match="determines the ledger and cannot be swept") as caught:
         sweep(run, [axis], 1, run.root / "refused", Silent())
     assert "start a run for each value" in caught.value.hint
     assert not (run.root / "refused").exists()
 
 
-def test_what_made_a_column_of_the_ledger_cannot_be_swept(run: Run) -> None:
-    with pytest.raises(CsrError, match="made the ledger's column 'clip'") as caught:
+def test_settings_of_a_ledger_column_cannot_be_swept(run: Run) -> None:
+    with pytest.raises(CsrError, match="determines the ledger's column 'clip'") as caught:
         sweep(run, ["scorer.path=elsewhere"], 1, run.root / "refused", Silent())
     assert "csr score RUN" in caught.value.hint
 
 
 @pytest.mark.parametrize("axis", ["method.lambda", "=1", "method.lambda="])
-def test_what_is_no_axis(axis: str) -> None:
-    with pytest.raises(CsrError, match="is no axis"):
+def test_an_invalid_axis_is_refused(axis: str) -> None:
+    with pytest.raises(CsrError, match="is not a valid sweep axis"):
         list(points([axis]))
 
 
 def test_a_point_without_pairs_is_an_error(run: Run) -> None:
-    with pytest.raises(CsrError, match="these settings leave no pairs"):
+    with pytest.raises(CsrError, match="these settings yield no pairs"):
         sweep(run, ["method.pairs.min_margin=99"], 1, run.root / "none", Silent())
 
 
-def test_the_audit_prints_every_sign(run: Run) -> None:
+def test_the_audit_prints_every_metric(run: Run) -> None:
     shown = invoke("audit", run.root, "--json")
     found = json.loads(shown.stdout)
     assert found["iteration"] == 1
@@ -129,7 +129,7 @@ def test_the_audit_prints_every_sign(run: Run) -> None:
     assert shown.exit_code == (3 if found["verdict"] == "stop" else 0)
 
 
-def test_the_audit_fails_where_pairs_are_not_worth_training_on(run: Run) -> None:
+def test_the_audit_fails_for_pairs_not_worth_training_on(run: Run) -> None:
     bad = invoke("audit", run.root, "method.pairs.min_margin=99", "--json")
     found = json.loads(bad.stdout)
     assert bad.exit_code == 3
@@ -138,10 +138,10 @@ def test_the_audit_fails_where_pairs_are_not_worth_training_on(run: Run) -> None
     table = invoke("audit", run.root, "method.pairs.min_margin=99")
     assert table.exit_code == 3
     assert "iteration 1: stop" in table.output
-    assert not run.is_done(1, "audit"), "looking is not judging"
+    assert not run.is_done(1, "audit"), "csr audit writes no marker"
 
 
-def test_the_audit_passes_pairs_that_are(run: Run, monkeypatch) -> None:
+def test_the_audit_passes_within_the_bounds(run: Run, monkeypatch) -> None:
     lenient = {name: type(b)(-9.0, -9.0, False, b.reason) for name, b in PAIR_BOUNDS.items()}
     monkeypatch.setattr("csr_vlm.method.audit.PAIR_BOUNDS", lenient)
     shown = invoke("audit", run.root, "--json")

@@ -1,4 +1,4 @@
-"""The whole loop: what it leaves, and that no kill changes it."""
+"""Test the whole loop: its results, and that kills do not change them."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_nothing_is_stored_with_another_policy(tmp_path):
     path = tmp_path / "a.jsonl"
     common = ("chair", "--captions", path, "--annotations", annotations, "--store", run_.root)
     path.write_text('{"image_id": 1, "caption": "A dog."}\n{"image_id": 1, "caption": "A cat."}\n')
-    assert "nobody knows which iteration" in run(*common).exception.message
+    assert "by an unknown iteration" in run(*common).exception.message
     assert "iteration 2 of" in run(*common, "--iteration", 2).exception.message
     assert "1 ids come twice" in run(*common, "--iteration", 1).exception.message
     answers.write_answers(path, *answers.answer_prompts(PROMPTS[:2], respond, AnswerSettings(64), {"iteration": 1}))
@@ -193,7 +193,7 @@ def test_an_image_without_annotations_is_refused(tmp_path):
     path.write_text('{"image_id": 99, "caption": "A dog."}')
     result = run("chair", "--captions", path, "--annotations", write_annotations(tmp_path / "annotations"))
     assert isinstance(result.exception, CsrError)
-    assert "know nothing of 1 images, such as 99" in result.exception.message
+    assert "lack 1 images, such as 99" in result.exception.message
 
 
 def test_chair_prompts_are_drawn_by_seed(tmp_path):
@@ -202,7 +202,7 @@ def test_chair_prompts_are_drawn_by_seed(tmp_path):
     assert run(*common, "--images", 2).exit_code == 0
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert {(row["image_id"], row["image"]) for row in rows} == {(1, "COCO_val2014_000000000001.jpg"), (2, "two.png")}
-    assert "name 2 images" in run(*common).exception.message
+    assert "name only 2 images" in run(*common).exception.message
 
 
 def test_pope_shows_all_parsers_side_by_side(tmp_path):

@@ -21,7 +21,7 @@ from csr_vlm.data.external_pairs import TextPair, count_pairs, read_text_pairs, 
 from csr_vlm.data.images import load_image
 from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.data.sources import PAIR_FORMATS
-from csr_vlm.pipeline.offline_pairs import check_pairs, supplies
+from csr_vlm.pipeline.offline_pairs import check_pairs, has_offline_pairs
 from tests.unit.builders import config
 
 FORMATS = sorted(PAIR_FORMATS)
@@ -300,10 +300,10 @@ def test_checking_pairs_writes_nothing(pairs: list[Pair], tmp_path: Path) -> Non
     export([], "llava", tmp_path / "none")
     with pytest.raises(CsrError, match="no usable pair") as caught:
         check_pairs(DataConfig(prompts="-", pairs=str(tmp_path / "none" / "pairs.json")), Silent())
-    assert caught.value.hint == "it is empty"
+    assert caught.value.hint == "the file is empty"
 
 
-def test_only_the_first_iteration_uses_external_pairs() -> None:
-    external, generated = config(data={"prompts": "p", "pairs": "p"}), config()
-    assert [supplies(external, number) for number in (1, 2, 3)] == [True, False, False]
-    assert not supplies(generated, 1)
+def test_only_the_first_iteration_takes_them() -> None:
+    given, none = config(data={"prompts": "p", "pairs": "p"}), config()
+    assert [has_offline_pairs(given, number) for number in (1, 2, 3)] == [True, False, False]
+    assert not has_offline_pairs(none, 1)

@@ -183,7 +183,7 @@ def test_a_signal_stops_after_the_current_work_item(
         work()
     assert left.value.code == 128 + number
     assert done == [0, 1], "the item in hand is finished"
-    assert f"Go on with: csr run {tmp_path}" in capsys.readouterr().err
+    assert f"Resume with: csr run {tmp_path}" in capsys.readouterr().err
     assert signal.getsignal(number) is before
 
 

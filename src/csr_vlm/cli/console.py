@@ -1,4 +1,4 @@
-"""What the command line writes, and where: data to stdout, everything else to stderr."""
+"""Write output: data to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _LINE_EVERY = 30.0
-"""Seconds between two lines of progress where stderr is no terminal."""
+"""Seconds between two lines of progress if stderr is not a terminal."""
 
 
 @dataclass
 class Mode:
-    """How the process speaks; :mod:`csr_vlm.cli.common` sets it from the options that every verb has."""
+    """Hold the output options of the process; :mod:`csr_vlm.cli.common` sets them from the command line."""
 
     json: bool = False
     quiet: bool = False
@@ -37,7 +37,7 @@ class Mode:
     debug: bool = False
 
     def reset(self) -> None:
-        """Return to what holds without any option; NO_COLOR (https://no-color.org) counts as one."""
+        """Restore the defaults; NO_COLOR (https://no-color.org) switches color off."""
         self.json = self.quiet = self.verbose = self.debug = False
         self.color = not os.environ.get("NO_COLOR")
 
@@ -46,14 +46,14 @@ mode = Mode()
 
 
 def terminal(stderr: bool = False) -> Console:
-    """Return rich's view of stdout, or of stderr, in the mode that was asked for."""
+    """Return a rich console for stdout or stderr, in the requested color mode."""
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False, color_system="auto" if mode.color else None)
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars, warnings and greetings out of the terminal, unless --verbose asks for them."""
+    """Silence progress bars, warnings and log lines of the libraries, unless --verbose is given."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if mode.verbose:
         return
@@ -72,7 +72,7 @@ def quiet_libraries() -> None:
 
 
 class _Bar:
-    """Advances one task of a progress display."""
+    """Advance one task of a progress display."""
 
     def __init__(self, progress: RichProgress, task: TaskID) -> None:
         self._progress = progress
@@ -93,7 +93,7 @@ class _Bar:
 
 
 class _Lines:
-    """Prints progress line by line, for a log: every half minute, and at the end."""
+    """Print progress line by line, for a log: every half minute, and at the end."""
 
     def __init__(self, title: str, total: int) -> None:
         self._title = title
@@ -126,10 +126,11 @@ class _Lines:
 
 
 class Terminal:
-    """Draws each stage as a bar with its rate and the time left, on stderr; into a log it writes lines."""
+    """Show each stage on stderr, as a bar with rate and time left, or as lines if stderr is not a terminal."""
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Progress]:
+        """Show a stage of ``total`` items while the context is open."""
         console = terminal(stderr=True)
         if not console.is_terminal:
             lines = _Lines(title, total)
@@ -161,31 +162,33 @@ class Terminal:
             progress.update(task, total=final.completed or 1, completed=final.completed or 1)
 
     def log(self, text: str) -> None:
+        """Print one line to stderr."""
         print(printable(text), file=sys.stderr)
 
 
-def reporter(quiet: bool = False) -> Reporter:
-    """Return what shows progress: the terminal, or nothing."""
-    return Silent() if quiet or mode.quiet else Terminal()
+def reporter() -> Reporter:
+    """Return a reporter that shows progress, or a silent one."""
+    return Silent() if mode.quiet else Terminal()
 
 
 def print_json(value: Any) -> None:
+    """Write a JSON document to stdout."""
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def log(text: str) -> None:
-    """Tell people one line, unless they want quiet."""
+    """Print one line to stderr, unless --quiet is given."""
     if not mode.quiet:
         print(text, file=sys.stderr)
 
 
 def done(*written: Path | str, then: str = "", **facts: Any) -> None:
-    """End a verb: say what was written, and on stderr what to run next.
+    """End a verb: print what was written to stdout, and what to run next to stderr.
 
     Args:
-        written: Files and folders, one a line on stdout.
-        then: A command, or what to do.
-        facts: What else a program would read.
+        written: Files and folders, one per line.
+        then: Next command or action.
+        facts: Further values for the JSON output.
     """
     if mode.json:
         print_json({"written": [str(path) for path in written], **facts})
@@ -197,7 +200,7 @@ def done(*written: Path | str, then: str = "", **facts: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table to stdout, the first column left and the others right."""
+    """Write a table to stdout, with the first column left-aligned and the others right-aligned."""
     from rich.table import Table
     from rich.text import Text
 

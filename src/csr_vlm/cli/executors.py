@@ -1,4 +1,4 @@
-"""Choose the processes that a command runs on."""
+"""Choose the processes on which a command runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from csr_vlm.scale.executor import LOCAL, Executor
 from csr_vlm.scale.torchrun import num_launched, torchrun_executor
 
 RayActors = Annotated[
-    int | None, typer.Option("--ray", min=1, help="Generate, ask or score in so many Ray actors; train here.")
+    int | None, typer.Option("--ray", min=1, help="Number of Ray actors; training stays in this process.")
 ]
 
 
@@ -27,7 +27,9 @@ def executor_for(ray_actors: int | None = None) -> Iterator[Executor]:
     console.quiet_libraries()
     if num_launched() > 1:
         if ray_actors is not None:
-            raise CsrError("--ray cannot be combined with torchrun or accelerate launch", "use one of the two")
+            raise CsrError(
+                "--ray cannot be combined with torchrun or accelerate launch", "use either --ray or a launcher"
+            )
         from csr_vlm.pipeline.tasks import WORKERS
 
         with torchrun_executor(WORKERS) as executor:

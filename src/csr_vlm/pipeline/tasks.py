@@ -1,7 +1,7 @@
-"""What the processes of a run share out among them: searching, scoring, training.
+"""Define the work that a run's processes share: search, scoring, claim questions and training.
 
-Everything here is opened by name in any process (see :mod:`csr_vlm.scale.executor`) and works
-from the run directory alone.
+Any process can build these workers by name (see :mod:`csr_vlm.scale.executor`); they read and write
+the run directory alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class SearchWorker:
-    """Search with the last iteration's policy; an item is a group of prompts and becomes a part of the ledger."""
+    """Search with the previous iteration's policy. An item is a group of prompts and becomes a ledger part."""
 
     def __init__(self, root: Path, iteration: int, log: Callable[[str], None]) -> None:
         from csr_vlm.generation.engines import open_engine
@@ -41,11 +41,12 @@ class SearchWorker:
         self._groups = tables.PromptGroups(self._run.prompts_path)
         self._filler_prompts = self._groups[0]
         config, adapter = self._run.config, self._run.adapter_path(iteration - 1)
-        self._scorer = load_scorer_of(config, adapter)
-        self._open = ExitStack()
-        self._engine = self._open.enter_context(open_engine(config, adapter, self._filler_prompts[0], log))
+        self._scorer = load_run_scorer(config, adapter)
+        self._resources = ExitStack()
+        self._engine = self._resources.enter_context(open_engine(config, adapter, self._filler_prompts[0], log))
 
     def run_item(self, item: int) -> ItemResult:
+        """Write the ledger part of a group unless it exists; count its prompts and node statuses."""
         prompts, config = self._groups[item], self._run.config
         part = self._run.iteration(self._iteration) / "ledger" / part_name(item, prompts, config, self._iteration)
         if part.exists():
@@ -62,60 +63,64 @@ class SearchWorker:
         return ItemResult(len(prompts), tally)
 
     def close(self) -> None:
-        self._open.close()
+        """Free the engine."""
+        self._resources.close()
 
 
 class RescoreWorker:
-    """Add a scorer's cosines to every sentence of a ledger; an item is a part."""
+    """Add a scorer's cosines to every sentence of a ledger. An item is a ledger part."""
 
     def __init__(self, root: Path, iteration: int, scorer: Mapping[str, Any], log: Callable[[str], None]) -> None:
         run = Run.open(root)
         self._config = scorer_config(**scorer)
         config = run.config.model_copy(update={"scorer": self._config})
-        self._scorer = load_scorer_of(config, run.adapter_path(iteration - 1))
+        self._scorer = load_run_scorer(config, run.adapter_path(iteration - 1))
         groups = list(tables.prompt_groups(run.prompts_path))
         self._prompts = {prompt.prompt_id: (number, prompt) for number, group in enumerate(groups) for prompt in group}
         self._filler_prompts = groups[0]
         self._parts = run.ledger_parts(iteration)
 
     def run_item(self, item: int) -> ItemResult:
+        """Rewrite a part with the new cosines."""
         part = self._parts[item]
-        by_work_item = groupby(tables.read_nodes(part), key=lambda node: self._prompts[node.prompt_id][0])
-        tables.write_nodes(part, (node for _, nodes in by_work_item for node in self._scored(list(nodes))))
+        groups = groupby(tables.read_nodes(part), key=lambda node: self._prompts[node.prompt_id][0])
+        tables.write_nodes(part, (node for _, nodes in groups for node in self._scored(list(nodes))))
         return ItemResult(1, {})
 
     def _scored(self, nodes: Sequence[Node]) -> Iterator[Node]:
-        """Score the nodes of one work item, whose pictures are compared among each other."""
+        """Score the nodes of one group of prompts, whose images are each other's negatives."""
         items = [(self._prompts[node.prompt_id][1], node.sentence) for node in nodes if node.sentence]
-        own = [self._prompts[prompt_id][1] for prompt_id in dict.fromkeys(node.prompt_id for node in nodes)]
-        self._scorer.set_negative_images([*own, *self._filler_prompts], self._config.others)
+        prompts = [self._prompts[prompt_id][1] for prompt_id in dict.fromkeys(node.prompt_id for node in nodes)]
+        self._scorer.set_negative_images([*prompts, *self._filler_prompts], self._config.others)
         scores = iter(self._scorer.score(items))
         yield from (replace(n, cosines={**n.cosines, **next(scores)}) if n.sentence else n for n in nodes)
         self._scorer.forget()
 
     def close(self) -> None:
+        """Free the scorer's embeddings."""
         self._scorer.forget()
 
 
 class QuestionWorker:
-    """Ask the last iteration's policy about its claims; an item is a group of prompts and becomes a file of pairs."""
+    """Ask the previous policy about its claims. An item is a group of prompts and becomes a file of pairs."""
 
     def __init__(self, root: Path, iteration: int, log: Callable[[str], None]) -> None:
         run = Run.open(root)
-        engine, scorer = engine_and_scorer(run.config, run.adapter_path(iteration - 1), log)
+        engine, scorer = load_engine_and_scorer(run.config, run.adapter_path(iteration - 1), log)
         self._groups = tables.PromptGroups(run.prompts_path)
         self._questioner = ClaimQuestioner(run.config, engine.policy, scorer, iteration, self._groups[0])
-        self._ledger = {item: part for part in run.ledger_parts(iteration) for item in parts.items_of(part)}
+        self._ledger_part = {item: part for part in run.ledger_parts(iteration) for item in parts.items_of(part)}
         self._folder = run.question_parts(iteration)
 
     def run_item(self, item: int) -> ItemResult:
+        """Write the question pairs of a group unless they exist."""
         prompts, path = self._groups[item], self._folder / f"part-{item:06d}.parquet"
         if not path.exists():
-            tables.write_pairs(path, self._questioner.pairs(prompts, ledger.trees_of(self._ledger[item], prompts)))
+            tables.write_pairs(path, self._questioner.pairs(prompts, ledger.trees_of(self._ledger_part[item], prompts)))
         return ItemResult(len(prompts), {})
 
     def close(self) -> None:
-        """Nothing outlives it."""
+        """Do nothing: the worker holds no resources beyond its models."""
 
 
 def search_trees(
@@ -126,10 +131,18 @@ def search_trees(
     config: RunConfig,
     iteration: int,
 ) -> list[Tree]:
-    """Grow and score the trees of one work item.
+    """Search the responses to a group of prompts (section 3.2.1) and score every sentence.
 
     Args:
-        company: Prompts whose images stand in where a work item is too small to have others.
+        prompts: The group; its images are each other's negatives.
+        filler_prompts: Prompts whose images serve as negatives if the group is too small to supply them.
+        engine: Proposes sentences with the policy.
+        scorer: Scores sentences against images.
+        config: Settings of search and method, and the seed.
+        iteration: Iteration of the ledger.
+
+    Returns:
+        One tree per prompt.
     """
     scorer.set_negative_images([*prompts, *filler_prompts], config.scorer.others)
     trees = search(
@@ -147,7 +160,11 @@ def search_trees(
 
 
 def train_policy(root: Path, iteration: int, processes: int, progress: Progress) -> dict[str, Any]:
-    """Run DPO against the last iteration's policy and keep the adapter; all processes of a run do this at once."""
+    """Run DPO with the previous iteration's policy as reference; all processes of a run call this together.
+
+    Returns:
+        Training log and counts, as :func:`csr_vlm.training.dpo.train` reports them.
+    """
     from csr_vlm.training.callback import count_steps
     from csr_vlm.training.dpo import train
 
@@ -168,23 +185,23 @@ def train_policy(root: Path, iteration: int, processes: int, progress: Progress)
 
 
 WORKERS = (SearchWorker, RescoreWorker, QuestionWorker, train_policy)
-"""What a process may be told to do."""
+"""Everything that a task may name."""
 
 
-def engine_and_scorer(
+def load_engine_and_scorer(
     config: RunConfig, adapter: Path | None, log: Callable[[str], None]
 ) -> tuple[TransformersEngine, ScorerGroup]:
-    """Load a policy and the scorer."""
+    """Load the transformers engine of a policy, and the scorer."""
     from csr_vlm.generation.transformers_engine import TransformersEngine
     from csr_vlm.models.loading import load_policy
 
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)
     engine = TransformersEngine(policy, config.generation.max_rows, config.generation.attention, log)
-    return engine, load_scorer_of(config, adapter)
+    return engine, load_run_scorer(config, adapter)
 
 
-def load_scorer_of(config: RunConfig, adapter: Path | None) -> ScorerGroup:
-    """Load the scorer that a configuration names, beside a policy with this adapter."""
+def load_run_scorer(config: RunConfig, adapter: Path | None) -> ScorerGroup:
+    """Load the scorer that a configuration names; a self-judging scorer uses the policy with this adapter."""
     from csr_vlm.models.devices import resolve_device
     from csr_vlm.scoring.registry import load_scorer
 
@@ -193,13 +210,13 @@ def load_scorer_of(config: RunConfig, adapter: Path | None) -> ScorerGroup:
 
 
 def part_name(index: int, prompts: Sequence[Prompt], config: RunConfig, iteration: int) -> str:
-    """Name a work item by its place and by everything that its content depends on."""
+    """Name a ledger part by its index and by a digest of everything that its content depends on."""
     resolved = config.dump()
     content = {
         "prompts": [prompt.prompt_id for prompt in prompts],
         "iteration": iteration,
         **{key: resolved[key] for key in ("seed", "model", "scorer", "method")},
-        # vLLM draws otherwise than transformers do, here or behind a server alike.
+        # vLLM samples differently from transformers, in this process and behind a server alike.
         **({} if config.generation.engine == "transformers" else {"engine": "vllm"}),
     }
     return parts.part_name(index, files.digest(content))

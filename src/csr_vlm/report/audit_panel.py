@@ -8,8 +8,8 @@ from typing import Any
 
 from csr_vlm.core.formatting import UNKNOWN, fixed, signed
 from csr_vlm.store.run import Run
+from csr_vlm.store.stage_names import GATES
 
-_STAGES = {"audit": "Pairs, before training", "gate": "Policy, after training"}
 LABELS: Mapping[str, tuple[str, str]] = {
     "scorer_agreement": ("Scorer agreement", "sentences that score higher on their own image; chance: 0.5"),
     "relevance_win": ("Chosen more relevant", "pairs whose chosen response fits the image better; chance: 0.5"),
@@ -69,12 +69,12 @@ def audit_panel(run: Run) -> AuditPanel | None:
     results = {
         (stage, number): run.result(number, stage)
         for number in range(1, run.config.iterations + 1)
-        for stage in _STAGES
+        for stage in GATES
         if run.is_done(number, stage)
     }
     numbers = sorted({number for _, number in results})
     groups = []
-    for stage, title in _STAGES.items():
+    for stage, title in GATES.items():
         rows = _check_rows([results.get((stage, number), {}) for number in numbers])
         if rows:
             groups.append((title, rows))

@@ -28,9 +28,10 @@ from csr_vlm.report.introspection_panel import introspection_panel
 from csr_vlm.report.lambda_panel import lambda_panel
 from csr_vlm.report.limits import MAX_BYTES, Sample, shorten
 from csr_vlm.report.next_steps import next_steps
-from csr_vlm.report.provenance import STAGES, provenance
+from csr_vlm.report.provenance import provenance
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
+from csr_vlm.store.stage_names import LABELS, TIMED_STAGES
 
 
 def write_report(run: Run, truth_of: TruthOf = no_truth) -> Path:
@@ -123,7 +124,7 @@ def _content(run: Run, evaluation: Evaluation | None, truth_of: TruthOf) -> dict
         "introspection": introspection_panel(run),
         "steps": next_steps(run, finished, lambdas, benchmarks),
         "provenance": provenance(run),
-        "stages": STAGES,
+        "stages": [LABELS[stage] for stage in TIMED_STAGES],
     }
 
 

@@ -14,9 +14,8 @@ from csr_vlm.core.formatting import duration
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.store import files
 from csr_vlm.store.run import Run, versions
+from csr_vlm.store.stage_names import TIMED_STAGES
 
-STAGES = ("generate", "pairs", "train", "evaluate")
-"""Stages whose duration is reported."""
 _SECRET = re.compile(r"(hub|auth|access|api)_?(token|key)|secret|password", re.IGNORECASE)
 
 
@@ -51,7 +50,7 @@ def provenance(run: Run) -> Provenance:
         timings=[
             (
                 policy_name(number).capitalize(),
-                [duration(by_stage.get(stage)) for stage in STAGES],
+                [duration(by_stage.get(stage)) for stage in TIMED_STAGES],
             )
             for number, by_stage in seconds.items()
         ],
@@ -63,7 +62,9 @@ def _stage_seconds(run: Run) -> dict[int, dict[str, float]]:
     """Map iteration and finished stage to its duration in seconds."""
     seconds: dict[int, dict[str, float]] = {}
     for number in range(run.config.iterations + 1):
-        stored = {stage: run.result(number, stage).get("seconds") for stage in STAGES if run.is_done(number, stage)}
+        stored = {
+            stage: run.result(number, stage).get("seconds") for stage in TIMED_STAGES if run.is_done(number, stage)
+        }
         timed = {stage: float(value) for stage, value in stored.items() if value is not None}
         if timed:
             seconds[number] = timed

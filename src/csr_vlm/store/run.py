@@ -38,6 +38,7 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import SCHEMA_VERSION, Prompt
 from csr_vlm.store import files, parts
 from csr_vlm.store.lock import is_locked, lock_directory
+from csr_vlm.store.stage_names import GATES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -273,7 +274,7 @@ class Run:
     def stopped_at(self) -> int | None:
         """Return the iteration whose pairs or policy stopped the run; None if it was not stopped."""
         for iteration in range(1, self.config.iterations + 1):
-            for stage in ("audit", "gate"):
+            for stage in GATES:
                 if self.is_done(iteration, stage) and self.result(iteration, stage)["stopped"]:
                     return iteration
         return None
