@@ -114,7 +114,7 @@ def run_profile(profile: Profile, config: RunConfig, num_prompts: int, seed: int
         questions=len(questions),
         questions_right=sum(right is True for right in questions),
         questions_nonsense=sum(right is None for right in questions),
-        audit=quality.worst(checks).value,
+        audit=quality.worst_verdict(checks).value,
         checks=quality.dump(checks),
         decisions={" > ".join(kinds): number for kinds, number in decisions.most_common()},
     )

@@ -182,7 +182,7 @@ def test_nothing_is_stored_with_another_policy(tmp_path):
     path.write_text('{"image_id": 1, "caption": "A dog."}\n{"image_id": 1, "caption": "A cat."}\n')
     assert "by an unknown iteration" in run(*common).exception.message
     assert "iteration 2 of" in run(*common, "--iteration", 2).exception.message
-    assert "1 ids come twice" in run(*common, "--iteration", 1).exception.message
+    assert "repeated row ids: 1" in run(*common, "--iteration", 1).exception.message
     answers.write_answers(path, *answers.answer_prompts(PROMPTS[:2], respond, AnswerSettings(64), {"iteration": 1}))
     assert "are by iteration 1" in run(*common, "--iteration", 0).exception.message
     assert not run_.evaluation_path(1, "chair").exists()

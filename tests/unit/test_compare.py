@@ -182,7 +182,7 @@ def test_the_gate_keeps_the_last_good_iteration(tmp_path):
     assert (manifest["stopped_at"], manifest["final_iteration"]) == (2, 1)
     assert "recall went from 0.875 to 0.375" in manifest["stages"]["iteration-2"]["gate"]["reasons"][0]
     assert "The run stopped after iteration 2 and returned iteration 1" in render(run)
-    assert "stopped after iteration 2; its result: iteration 1" in invoke("show", tmp_path).stdout
+    assert "stopped after iteration 2; the result is iteration 1" in invoke("show", tmp_path).stdout
 
 
 def test_the_decision_of_the_gate_is_final(tmp_path):

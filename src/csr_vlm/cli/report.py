@@ -12,24 +12,22 @@ from csr_vlm.cli.arguments import RunArgument
 from csr_vlm.core.errors import CsrError
 from csr_vlm.store.run import Run
 
-_FIGURE_FORMATS = (".png", ".svg", ".pdf")
-
 
 def report(
     target: RunArgument,
     figure: Annotated[
-        Path | None, typer.Option("--figure", help="Also draw a figure of the run: a PNG, SVG or PDF file.")
+        Path | None, typer.Option("--figure", help="Also write one SVG with the metrics and examples.")
     ] = None,
 ) -> None:
     """Write the HTML report of a run.
 
-    Example: csr report runs/d0 --figure result.png
+    Example: csr report runs/d0 --figure result.svg
     """
     from csr_vlm.pipeline.stages import report as write_report
 
     run = Run.open(target)
-    if figure is not None and figure.suffix.lower() not in _FIGURE_FORMATS:
-        raise CsrError(f"{figure} is not a valid figure file; expected one of: {', '.join(_FIGURE_FORMATS)}")
+    if figure is not None and figure.suffix.lower() != ".svg":
+        raise CsrError(f"{figure} is not an SVG file", "name a file that ends in .svg")
     with console.reporter().stage("writing the report", 0):
         written = [write_report(run)]
         if figure is not None:
