@@ -1,8 +1,8 @@
-"""The world's two models, built from configs as their big relatives are.
+"""Build the world's untrained LLaVA and CLIP from their configurations.
 
-``CLIPModel`` scores sentences against pictures; ``LlavaForConditionalGeneration``, whose
+``CLIPModel`` scores sentences against images; ``LlavaForConditionalGeneration``, whose
 vision tower has the same architecture, is the policy. Processors, tokenizers and chat
-template are real ones, so everything loads through ``AutoModelForImageTextToText``,
+template have the usual formats, so everything loads through ``AutoModelForImageTextToText``,
 ``AutoModel`` and ``AutoProcessor``.
 """
 
@@ -35,8 +35,8 @@ IMAGE_SIZE = GRID * CELL
 PATCH_SIZE = 12
 PAD, BOS, UNK, EOS, IMAGE = "<pad>", "<s>", "<unk>", "</s>", "<image>"
 SPECIAL = (PAD, BOS, UNK, EOS, IMAGE)
-"""Ids 0..4. EOS must not be 2: CLIPTextModel takes that for a legacy checkpoint and then
-pools at the highest token id instead of at EOS."""
+"""Tokens with the ids 0..4. EOS must not be 2: CLIPTextModel treats an EOS id of 2 as a legacy
+checkpoint and then pools at the highest token id instead of at EOS."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -52,7 +52,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the two models are."""
+    """Configure the sizes of the two models."""
 
     vision_width: int = 128
     vision_layers: int = 4
@@ -64,7 +64,7 @@ class Sizes:
 
 
 def train_tokenizer(world: World, lowercase: bool) -> Tokenizer:
-    """Train a byte-level BPE in which every word of the world is one token."""
+    """Train a byte-level BPE tokenizer in which every word of the world is one token."""
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     if lowercase:
         tokenizer.normalizer = normalizers.Lowercase()
@@ -112,7 +112,7 @@ def vision_config(sizes: Sizes) -> CLIPVisionConfig:
 
 
 def text_config(vocabulary: int, sizes: Sizes) -> LlamaConfig:
-    """Configure a policy's language model."""
+    """Configure the language model of a policy."""
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=sizes.language_width,
@@ -126,12 +126,12 @@ def text_config(vocabulary: int, sizes: Sizes) -> LlamaConfig:
 
 
 def special_ids() -> dict[str, int]:
-    """Map ``pad_token_id`` and so on to the ids."""
+    """Map ``pad_token_id``, ``bos_token_id`` and ``eos_token_id`` to the ids."""
     return {f"{name}_token_id": SPECIAL.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
 
 
 def new_clip(world: World, sizes: Sizes) -> tuple[CLIPModel, CLIPProcessor]:
-    """Make an untrained scorer and its processor."""
+    """Create an untrained scorer and its processor."""
     tokenizer = fast_tokenizer(train_tokenizer(world, lowercase=True), model_max_length=77)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -152,7 +152,11 @@ def new_clip(world: World, sizes: Sizes) -> tuple[CLIPModel, CLIPProcessor]:
 def new_llava(
     world: World, sizes: Sizes, vision: CLIPModel | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Make an untrained policy, its vision tower taken from ``vision`` where given."""
+    """Create an untrained policy and its processor.
+
+    Args:
+        vision: Copy the vision tower of this model; None leaves it untrained.
+    """
     tokenizer = fast_tokenizer(
         train_tokenizer(world, lowercase=False), extra_special_tokens={"image_token": IMAGE}, padding_side="left"
     )
@@ -181,7 +185,7 @@ def new_llava(
 
 
 def save(model: torch.nn.Module, processor: object, directory: Path) -> None:
-    """Write a checkpoint in fp16; the model itself is left as it is."""
+    """Write a checkpoint in fp16; the dtype of the model itself does not change."""
     state = {name: tensor.half() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     model.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
     processor.save_pretrained(directory)  # type: ignore[attr-defined]
