@@ -58,9 +58,7 @@ def test_an_untrained_deeper_policy_computes_the_same_logits(base_models: Module
         assert torch.equal(deeper(input_ids=ids).logits, shipped(input_ids=ids).logits)
 
 
-def test_continued_training_keeps_the_shipped_scorer(
-    base_models: ModuleType, tmp_path: Path
-) -> None:
+def test_continued_training_keeps_the_shipped_scorer(base_models: ModuleType, tmp_path: Path) -> None:
     base_models.build_from_shipped(HARBOUR, tmp_path, SHORT, depth=2)
     log = json.loads((tmp_path / "build.json").read_text())
     assert len(log["policy"]) == 2
