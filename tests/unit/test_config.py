@@ -45,7 +45,7 @@ def test_all_documented_presets_exist():
 
 
 def config_of(preset: str) -> RunConfig:
-    """The configuration of a preset, with what it cannot do without."""
+    """Load the configuration of a preset with the required values."""
     needed = {"data": {"prompts": "prompts.jsonl", "pairs": "pairs.json"}} if preset == "external" else {}
     return config(preset=preset, **needed)
 

@@ -96,10 +96,10 @@ def test_spelling_is_american(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "word",
-    (
+    [
         *("coloured", "tokenised", "Normalising", "recognise", "summarise", "optimisation", "neighbours"),
         *("behaviour", "licence", "analyse", "analysed", "initialise", "standardised"),
-    ),
+    ],
 )
 def test_british_spelling_is_detected(word: str) -> None:
     assert BRITISH.search(f"some {word} text")
