@@ -92,7 +92,8 @@ def test_the_order_of_the_rows_does_not_matter(tmp_path):
 def test_a_policy_compared_with_itself_has_zero_differences(tmp_path):
     run = new_run(tmp_path, document(BASE))
     (found,) = compare(EvaluatedPolicy(run, 0), EvaluatedPolicy(run, 0))
-    assert {(d.value, d.low, d.high, d.p) for d in found.metrics.values()} == {(0.0, 0.0, 0.0, 1.0)}
+    assert {(d.value, d.p) for d in found.metrics.values()} == {(0.0, 1.0)}
+    assert all(d.low < 0 < d.high for d in found.metrics.values())
 
 
 def test_a_metric_of_only_some_prompts_is_compared_on_those(tmp_path):
@@ -136,7 +137,8 @@ def test_policies_without_a_common_evaluation_are_refused(tmp_path):
         ("recall < -0.5", False),
         ("world/recall <= -0.5", True),
         ("pope/recall < -0.1", None),
-        ("recall.high < 0", True),
+        ("recall.high < 0", False),
+        ("recall.low < -0.5", True),
         ("chair_s < 0", True),
         ("chair_s >= 0", False),
         ("chair_i > 1e-3", False),
@@ -151,6 +153,22 @@ def test_a_rule_triggers_where_its_condition_holds(tmp_path, text, holds):
             triggered_rules([parse_rule(text)], found)
     else:
         assert bool(triggered_rules([parse_rule(text)], found)) is holds
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_rule_fails_where_its_metric_became_undefined(tmp_path, drop):
+    """A policy without a mention has no CHAIR_I; neither has one whose rows lack the metric."""
+    mute = document([(0, 0, 0, 2)] * 4)
+    if drop:
+        for row in mute["rows"]:
+            del row["tallies"]["chair_i"]
+    run = new_run(tmp_path, document(BASE), mute)
+    found = compare(EvaluatedPolicy(run, 0), EvaluatedPolicy(run, 1))
+    (reason,) = triggered_rules([parse_rule("chair_i > 0.5")], found)
+    assert "chair_i was 0.3636 and is undefined now" in reason
+    back = compare(EvaluatedPolicy(run, 1), EvaluatedPolicy(run, 0))
+    if not drop:
+        assert triggered_rules([parse_rule("chair_i > 0.5")], back) == []
 
 
 @pytest.mark.parametrize("text", ["", "recall", "recall = 1", "recall < much", "recall < -0.1 or 2", "< 1", "a b < 1"])

@@ -154,7 +154,7 @@ def chair(
         "words": {"rule": words, **reader.rule.source},
         "synonyms": {"file": synonyms.name if synonyms else "csr-vlm's own", "sha256": table.sha256},
         "annotations": dict(coco.sources),
-        "interval": "95 % percentile bootstrap over captions",
+        "interval": "95 % over captions",
     }
     if store is not None:
         _store(store, iteration, [captions], chair_document(rows, protocol))
@@ -201,7 +201,7 @@ def pope(
             {"setting": file.setting, "file": file.name, "n": len(file.questions), "sha256": file.sha256}
             for file, _ in paired
         ],
-        "interval": "95 % percentile bootstrap over questions",
+        "interval": "95 % over questions",
     }
     if store is not None:
         _store(store, iteration, answer_paths, evaluation_document(paired, protocol))

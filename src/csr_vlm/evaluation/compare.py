@@ -120,6 +120,9 @@ def _compare_documents(
     metrics = {}
     for metric in names:
         ids = [key for key in left if metric in left[key] and metric in right[key]]
+        if not ids and not any(metric in row for row in right.values()):
+            ids = [key for key in left if metric in left[key]]
+            right = {key: {metric: (0.0, 0.0), **right[key]} for key in right}
         if ids:
             metrics[metric] = paired_difference([left[k][metric] for k in ids], [right[k][metric] for k in ids])
     p_values = {metric: difference.p for metric, difference in metrics.items() if difference.p is not None}
@@ -193,7 +196,10 @@ def parse_rule(text: str) -> StopRule:
 
 
 def triggered_rules(rules: Sequence[StopRule], comparisons: Sequence[Comparison]) -> list[str]:
-    """Describe each rule whose condition holds: the rule, the evaluation and the difference.
+    """Describe each rule that fails: the rule, the evaluation and the difference.
+
+    A rule fails where its condition holds, and where its metric had a value before and has none after: a
+    policy that says nothing must not pass.
 
     Raises:
         CsrError: A rule names a metric that was not measured.
@@ -212,16 +218,20 @@ def triggered_rules(rules: Sequence[StopRule], comparisons: Sequence[Comparison]
             )
         for evaluation, difference in matching:
             value = getattr(difference, rule.field)
-            if value is not None and rule.holds(value):
+            if difference.became_undefined or (value is not None and rule.holds(value)):
                 reasons.append(f"{rule.text}: {evaluation} {describe(rule.metric, difference)}")
     return reasons
 
 
 def describe(metric: str, difference: Difference) -> str:
     """Format a difference as one line of text."""
+    if difference.became_undefined:
+        return f"{metric} was {difference.before:.4g} and is undefined now: nothing is left to compute it from"
     if difference.value is None or difference.before is None or difference.after is None:
         return f"{metric} has no value"
-    return (
-        f"{metric} went from {difference.before:.4g} to {difference.after:.4g} "
-        f"({difference.value:+.4f}, 95 % interval {difference.low:+.4f} to {difference.high:+.4f})"
+    interval = (
+        "no interval"
+        if difference.low is None or difference.high is None
+        else f"95 % interval {difference.low:+.4f} to {difference.high:+.4f}"
     )
+    return f"{metric} went from {difference.before:.4g} to {difference.after:.4g} ({difference.value:+.4f}, {interval})"

@@ -63,7 +63,7 @@ def evaluate(
             "decoding": "greedy",
             "max_new_tokens": max_new_tokens,
             "scorer": scorer.name,
-            "interval": "95 % percentile bootstrap over prompts",
+            "interval": "95 % over prompts",
         },
         "rows": rows,
     }

@@ -56,7 +56,7 @@ def separability(chosen: Sequence[float], rejected: Sequence[float]) -> dict[str
     Returns:
         ``margin``, the mean of chosen - rejected; ``preferred``, the share of pairs with chosen >
         rejected, where equality counts one half; ``auc``, the probability that a chosen response
-        scores higher than a rejected one of any pair. Each with a 95 % bootstrap interval over pairs.
+        scores higher than a rejected one of any pair. Each with a 95 % interval over pairs.
     """
     ones = [1.0] * len(chosen)
     margins = [a - b for a, b in zip(chosen, rejected, strict=True)]

@@ -96,7 +96,7 @@ def evaluate(
             "num_scenes": num_scenes,
             "decoding": "greedy" if temperature == 0 else f"sampled at temperature {temperature}",
             "max_new_tokens": MAX_NEW_TOKENS,
-            "interval": "95 % percentile bootstrap over scenes",
+            "interval": "95 % over scenes",
         },
         "rows": [
             {
