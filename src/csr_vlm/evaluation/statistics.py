@@ -144,8 +144,8 @@ def paired_difference(before: Sequence[Tally], after: Sequence[Tally], seed: int
         lost = int((table[:, 0] > table[:, 2]).sum())
         low, high = tango(gained, lost, len(table))
         return Difference(old, new, new - old, low, high, mcnemar(gained, lost), "McNemar, exact", len(table))
-    low, high = _mover(metrics[0], metrics[1], _correlation(sides, old, new))
-    return Difference(old, new, new - old, low, high, _permutation_p(sides, seed), "paired permutation", len(table))
+    bounds = _mover(metrics[0], metrics[1], _correlation(sides, old, new))
+    return Difference(old, new, new - old, *bounds, _permutation_p(sides, seed), "paired permutation", len(table))
 
 
 def mcnemar(gained: int, lost: int) -> float:
