@@ -10,7 +10,10 @@ from csr_vlm.evaluation.statistics import paired_difference, ratio
 
 _RUNS = 800
 _DIFFERENCES = 1000
-"""Enough that 0.93 is two and a half standard errors below a coverage of 0.95; three times as many for the level, whose bound is nearer."""
+"""Enough that 0.93 is two and a half standard errors below a coverage of 0.95.
+
+The level takes three times as many, since its bound is nearer.
+"""
 
 
 def _draw(rng: np.random.Generator, kind: str, n: int, p: float) -> tuple[np.ndarray, np.ndarray]:
