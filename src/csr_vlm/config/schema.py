@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from csr_vlm.core.errors import suggestion
 
 STOP_RULE = (
-    r"(?:(?P<evaluation>[a-z0-9_-]+)/)?(?P<metric>[A-Za-z_][A-Za-z0-9_]*)(?:\.(?P<field>low|high))?"
+    r"(?P<name>\w[^<>=\n]{0,99}?)(?:\.(?P<field>low|high))?"
     r"\s*(?P<operator><=|>=|<|>)\s*(?P<bound>[-+]?(?:[0-9]*\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?)"
 )
-"""Condition on the change of a metric: ``recall < -0.01``, ``world/chair_s.low > 0``."""
+"""Condition on the change of a metric: ``recall < -0.01``, ``world/chair_s.low > 0``, ``Colors right < 0``."""
 
 
 class _Section(BaseModel):
@@ -486,8 +486,8 @@ class EvaluationConfig(_Section):
     stop_if: list[str] = Field(
         default_factory=list,
         description="Conditions on the change of a metric, such as 'recall < -0.02'. An iteration that meets one stops "
-        "the run, and the iteration before it is kept. METRIC.low and METRIC.high are the bounds of the confidence "
-        "interval of the change.",
+        "the run, and the iteration before it is kept. METRIC is a key or a name as tables print it ('Colors right'); "
+        "METRIC.low and METRIC.high are the bounds of the confidence interval of the change.",
     )
     stop_against: Literal["base", "last"] = Field(
         default="base", description="Policy that stop_if compares with: the base model or the previous iteration."

@@ -5,8 +5,9 @@ numerator and to the denominator. Prompts are the units of every interval and te
 within one prompt may depend on each other.
 
 Nothing here draws random numbers except the permutation test, whose seed is fixed. The intervals
-hold near 0 and 1, where most metrics of a good policy lie: a percentile bootstrap does not (of 30
-prompts without an event it gives [0, 0]).
+hold near 0 and 1, where most metrics of a good policy lie; resampling the prompts does not (of 30
+prompts without an event it gives [0, 0]). The functions below the public ones take any number of
+cases at once, so that the tests can simulate thousands.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _TAIL = 0.025
 Tally = tuple[float, float]
 """A prompt's contribution to a metric: (numerator, denominator)."""
 _Array = npt.NDArray[np.float64]
+_Estimate = tuple[_Array, _Array, _Array]
+"""Value, lower and upper bound of every case; nan where undefined."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Metric:
     if len(numerators) != len(denominators):
         raise ValueError("numerators and denominators must have the same length")
     table = _table([numerators, denominators])
-    top, bottom = table.T if len(table) else (np.empty(0), np.empty(0))
-    kind = "share" if ((top >= 0) & (top <= bottom)).all() else "positive" if (top >= 0).all() else "signed"
-    return _metric(table, _quotient, kind, float(bottom.sum()))
+    return _metric(*_ratios(table[None]), len(table))
 
 
 def share_of_sums(columns: Sequence[Sequence[float]], statistic: Callable[[_Array], _Array]) -> Metric:
@@ -102,10 +103,14 @@ def share_of_sums(columns: Sequence[Sequence[float]], statistic: Callable[[_Arra
 
     Args:
         columns: Each prompt's contribution to each sum; all of the same length n.
-        statistic: Maps sums of shape (columns, cases) to values of shape (cases,), nan where it is undefined.
+        statistic: Maps sums of shape (columns, ...) to values of shape (...), nan where it is undefined.
     """
     table = _table(columns)
-    return _metric(table, statistic, "share", float(len(table)) if len(table) else 0.0)
+    if not len(table):
+        return Metric(None, None, None, 0)
+    value, variance = _jackknife(table[None], statistic)
+    trials = np.asarray([float(len(table))])
+    return _metric(value, *_share_interval(value, variance, len(table), trials), len(table))
 
 
 def pooled(rows: Sequence[Mapping[str, Tally]]) -> dict[str, Metric]:
@@ -133,19 +138,20 @@ def paired_difference(before: Sequence[Tally], after: Sequence[Tally], seed: int
     """
     if len(before) != len(after):
         raise ValueError("the two policies must have answered the same prompts")
-    sides = [np.asarray(side, dtype=float).reshape(-1, 2) for side in (before, after)]
-    metrics = [ratio(side[:, 0].tolist(), side[:, 1].tolist()) for side in sides]
-    old, new = (metric.value for metric in metrics)
+    n = len(before)
+    sides = [np.asarray(side, dtype=float).reshape(1, -1, 2) for side in (before, after)]
+    estimates = [_ratios(side) for side in sides]
+    old, new = (_number(value) for value, _, _ in estimates)
     if old is None or new is None:
-        return Difference(old, new, None, None, None, None, "none", len(before))
-    table = np.column_stack(sides)
+        return Difference(old, new, None, None, None, None, "none", n)
+    table = np.concatenate(sides, axis=2)[0]
     if bool((table[:, [1, 3]] == 1).all() and np.isin(table[:, [0, 2]], (0, 1)).all()):
         gained = int((table[:, 0] < table[:, 2]).sum())
         lost = int((table[:, 0] > table[:, 2]).sum())
-        low, high = tango(gained, lost, len(table))
-        return Difference(old, new, new - old, low, high, mcnemar(gained, lost), "McNemar, exact", len(table))
-    bounds = _mover(metrics[0], metrics[1], _correlation(sides, old, new))
-    return Difference(old, new, new - old, *bounds, _permutation_p(sides, seed), "paired permutation", len(table))
+        return Difference(old, new, new - old, *tango(gained, lost, n), mcnemar(gained, lost), "McNemar, exact", n)
+    low, high = (_number(bound) for bound in _mover(*estimates, _correlation(sides, estimates)))
+    p = float(_permutation_p(sides, seed)[0])
+    return Difference(old, new, new - old, low, high, p, "paired permutation", n)
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -180,9 +186,9 @@ def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
         [-0.1135, 0.1135]
     """
     from scipy.optimize import brentq
-    from scipy.stats import norm
+    from scipy.special import ndtri
 
-    z = float(norm.ppf(1 - _TAIL))
+    z = float(ndtri(1 - _TAIL))
 
     def score(d: float) -> float:
         b = -gained - lost + (2 * n - gained + lost) * d
@@ -224,10 +230,70 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
         >>> auc([2.0, 1.0], [1.0, 0.0])
         0.875
     """
-    ordered = np.sort(np.asarray(negative))
-    below = np.searchsorted(ordered, positive, side="left")
-    not_above = np.searchsorted(ordered, positive, side="right")
-    return float((below + not_above).mean() / 2 / len(ordered))
+    return float(_share_below(np.asarray(negative, dtype=float), np.asarray(positive, dtype=float)).mean())
+
+
+def auc_metric(positive: Sequence[float], negative: Sequence[float]) -> Metric:
+    r"""Compute the AUC of n pairs and its 95 % interval; item i of both sides is one pair.
+
+    With V_i = P(x_i > Y) + P(X > y_i), where equality counts one half, the AUC is A = mean(V_i) / 2 and
+
+        se^2 = sum (V_i - 2 A)^2 / (n (n - 1))
+
+    the variance of DeLong et al. (1988) with pairs as the clusters of Obuchowski (1997). The interval is
+
+        expit(logit(A) -+ t(n - 1) se / (A (1 - A)))
+
+    Where that has no width, as at A = 1, the bounds are the theta that solve (Newcombe 2006, method 5,
+    from the variance of Hanley and McNeil 1982)
+
+        (A - theta)^2 = z^2 theta (1 - theta) / n^2 (1 + (n - 1) ((1 - theta) / (2 - theta) + theta / (1 + theta)))
+
+    Example:
+        >>> found = auc_metric([2.0] * 30, [1.0] * 30)
+        >>> found.value, round(found.low, 3), found.high
+        (1.0, 0.938, 1.0)
+    """
+    from scipy.special import expit, logit, stdtrit
+
+    if len(positive) != len(negative):
+        raise ValueError("both sides must have the same length")
+    n, high, low = len(positive), np.asarray(positive, dtype=float), np.asarray(negative, dtype=float)
+    if not n:
+        return Metric(None, None, None, 0)
+    placements = _share_below(low, high) + 1 - _share_below(high, low)
+    value = float(placements.mean()) / 2
+    spread = float(((placements - 2 * value) ** 2).sum())
+    if not (0 < value < 1 and spread > 1e-12):
+        return Metric(value, *_auc_score_interval(value, n), n)
+    error = math.sqrt(spread / (n * (n - 1))) / (value * (1 - value))
+    half = float(stdtrit(n - 1, 1 - _TAIL)) * error
+    return Metric(value, float(expit(logit(value) - half)), float(expit(logit(value) + half)), n)
+
+
+def _auc_score_interval(value: float, n: int) -> tuple[float, float]:
+    """Solve Newcombe's equation, method 5, for n positive and n negative items."""
+    from scipy.optimize import brentq
+    from scipy.special import ndtri
+
+    z = float(ndtri(1 - _TAIL))
+
+    def excess(theta: float) -> float:
+        spread = 1 + (n - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
+        return abs(value - theta) - z * math.sqrt(theta * (1 - theta) * spread) / n
+
+    low = 0.0 if value == 0 else float(brentq(excess, 0.0, min(value, 1 - 1e-12)))
+    high = 1.0 if value == 1 else float(brentq(excess, max(value, 1e-12), 1.0))
+    return low, high
+
+
+def _share_below(values: _Array, points: _Array) -> _Array:
+    """Return for each point the share of values below it, where equality counts one half."""
+    ordered = np.sort(values)
+    shares: _Array = (np.searchsorted(ordered, points, "left") + np.searchsorted(ordered, points, "right")) / (
+        2 * len(ordered)
+    )
+    return shares
 
 
 def _table(columns: Sequence[Sequence[float]]) -> _Array:
@@ -243,102 +309,114 @@ def _quotient(sums: _Array) -> _Array:
     return quotients
 
 
-def _metric(table: _Array, statistic: Callable[[_Array], _Array], kind: str, trials: float) -> Metric:
-    """Compute a statistic of sums and its interval from its jackknife variance over the rows of the table."""
-    n = len(table)
-    value = float(statistic(table.sum(axis=0)[:, None])[0]) if n else math.nan
-    if math.isnan(value):
-        return Metric(None, None, None, n)
-    variance = _jackknife_variance(table, statistic)
-    if kind == "share":
-        low, high = _share_interval(value, variance, n, trials)
-    elif kind == "positive":
-        low, high = _gamma_interval(value, variance, n)
-    elif n > 1:
-        low, high = _t_interval(value, variance, n)
-    else:
-        return Metric(value, None, None, n)
-    return Metric(value, low, high, n)
+def _number(value: _Array) -> float | None:
+    """Return the value of a single case; None for nan."""
+    return None if math.isnan(value[0]) else float(value[0])
 
 
-def _jackknife_variance(table: _Array, statistic: Callable[[_Array], _Array]) -> float:
-    """Compute (n - 1) / n sum (s_(-i) - mean)^2 over the statistics s_(-i) without one prompt."""
-    values = statistic((table.sum(axis=0) - table).T)
-    values = values[~np.isnan(values)]
-    n = len(values)
-    return float((n - 1) / n * ((values - values.mean()) ** 2).sum()) if n > 1 else 0.0
+def _metric(value: _Array, low: _Array, high: _Array, n: int) -> Metric:
+    return Metric(_number(value), _number(low), _number(high), n)
 
 
-def _share_interval(value: float, variance: float, n: int, trials: float) -> tuple[float, float]:
+def _ratios(tables: _Array) -> _Estimate:
+    """Compute the ratios of sums and their intervals from tallies of shape (cases, prompts, 2)."""
+    top, n = tables[..., 0], tables.shape[1]
+    value, variance = _jackknife(tables, _quotient)
+    positive = (top >= 0).all(axis=1)
+    share = positive & (top <= tables[..., 1]).all(axis=1)
+    low, high = np.full_like(value, np.nan), np.full_like(value, np.nan)
+    for kind, interval in ((share, _share_interval), (positive & ~share, _gamma_interval), (~positive, _t_interval)):
+        at = kind & ~np.isnan(value)
+        if at.any():
+            low[at], high[at] = interval(value[at], variance[at], n, tables[at, :, 1].sum(axis=1))
+    return value, low, high
+
+
+def _jackknife(tables: _Array, statistic: Callable[[_Array], _Array]) -> tuple[_Array, _Array]:
+    """Compute a statistic of sums over prompts and its variance, from a table of shape (cases, prompts, columns).
+
+    The variance is (m - 1) / m sum (s_(-i) - mean)^2 over the m statistics s_(-i) without one prompt that
+    are defined; 0 where m < 2.
+    """
+    columns = np.moveaxis(tables, -1, 0)
+    sums = columns.sum(axis=-1)
+    without = statistic(sums[..., None] - columns)
+    defined = ~np.isnan(without)
+    m = np.maximum(defined.sum(axis=-1), 1)
+    mean = np.where(defined, without, 0.0).sum(axis=-1) / m
+    squares = np.where(defined, without - mean[..., None], 0.0) ** 2
+    return statistic(sums), (m - 1) / m * squares.sum(axis=-1)
+
+
+def _share_interval(value: _Array, variance: _Array, n: int, trials: _Array) -> tuple[_Array, _Array]:
     """Compute the Clopper-Pearson interval of the effective number of trials; of n prompts at 0 and 1."""
-    from scipy.stats import beta, norm, t
+    from scipy.special import betaincinv, ndtri, stdtrit
 
-    if value in (0.0, 1.0) or variance <= 0.0:
-        size = float(n)
-    else:
-        shrink = (norm.ppf(_TAIL) / t.ppf(_TAIL, n - 1)) ** 2 if n > 1 else 1.0
-        size = min(value * (1 - value) / variance * shrink, trials)
+    shrink = (ndtri(_TAIL) / stdtrit(n - 1, _TAIL)) ** 2 if n > 1 else 1.0
+    inside = (value > 0) & (value < 1) & (variance > 0)
+    effective = value * (1 - value) / np.where(inside, variance, 1.0) * shrink
+    size = np.where(inside, np.minimum(effective, trials), float(n))
     events = value * size
-    low = float(beta.ppf(_TAIL, events, size - events + 1)) if value > 0 else 0.0
-    high = float(beta.ppf(1 - _TAIL, events + 1, size - events)) if value < 1 else 1.0
+    low = np.where(value > 0, betaincinv(events, size - events + 1, _TAIL), 0.0)
+    high = np.where(value < 1, betaincinv(events + 1, size - events, 1 - _TAIL), 1.0)
     return low, high
 
 
-def _gamma_interval(value: float, variance: float, n: int) -> tuple[float, float]:
-    """Compute the gamma interval of a ratio that cannot be negative; of 0 events in n prompts if it is 0."""
-    from scipy.stats import gamma
+def _gamma_interval(value: _Array, variance: _Array, n: int, _: _Array) -> tuple[_Array, _Array]:
+    """Compute the gamma interval of ratios that cannot be negative; of 0 events in n prompts where one is 0."""
+    from scipy.special import gammaincinv
 
-    if value == 0.0:
-        return 0.0, -math.log(_TAIL) / n
+    some = value > 0
     # A ratio that is the same for every prompt is treated as if one prompt could have had none of it.
-    scale = max(variance, (value / n) ** 2) / value
+    scale = np.where(some, np.maximum(variance, (value / n) ** 2), 1.0) / np.where(some, value, 1.0)
     events = value / scale
-    return float(gamma.ppf(_TAIL, events)) * scale, float(gamma.ppf(1 - _TAIL, events + 1)) * scale
+    low = np.where(some, gammaincinv(events, _TAIL) * scale, 0.0)
+    high = np.where(some, gammaincinv(events + 1, 1 - _TAIL) * scale, -math.log(_TAIL) / n)
+    return low, high
 
 
-def _t_interval(value: float, variance: float, n: int) -> tuple[float, float]:
-    from scipy.stats import t
+def _t_interval(value: _Array, variance: _Array, n: int, _: _Array) -> tuple[_Array, _Array]:
+    """Compute Student's interval; nan for a single prompt, which says nothing about the spread."""
+    from scipy.special import stdtrit
 
+    quantile = float(stdtrit(n - 1, 1 - _TAIL)) if n > 1 else math.nan
     # A value that is the same for every prompt is treated as if one prompt could have had none of it.
-    deviation = math.sqrt(max(variance, (value / n) ** 2, 1e-24))
-    half = float(t.ppf(1 - _TAIL, n - 1)) * deviation
+    half = quantile * np.sqrt(np.maximum(np.maximum(variance, (value / n) ** 2), 1e-24))
     return value - half, value + half
 
 
-def _residuals(sides: Sequence[_Array], old: float, new: float) -> tuple[_Array, _Array]:
-    """Return the linearized residuals (a_i - R b_i) / sum(b_i) of both policies."""
+def _residuals(sides: Sequence[_Array], ratios: Sequence[_Array]) -> tuple[_Array, _Array]:
+    """Return the linearized residuals (a_i - R b_i) / sum(b_i) of both policies, of shape (cases, prompts)."""
     first, second = (
-        (side[:, 0] - r * side[:, 1]) / side[:, 1].sum() for side, r in zip(sides, (old, new), strict=True)
+        (side[..., 0] - ratio[:, None] * side[..., 1]) / side[..., 1].sum(axis=1)[:, None]
+        for side, ratio in zip(sides, ratios, strict=True)
     )
     return first, second
 
 
-def _correlation(sides: Sequence[_Array], old: float, new: float) -> float:
+def _correlation(sides: Sequence[_Array], estimates: Sequence[_Estimate]) -> _Array:
     """Compute the correlation of both policies' residuals over prompts; 0 where one has none."""
-    first, second = _residuals(sides, old, new)
-    norms = float(np.linalg.norm(first) * np.linalg.norm(second))
-    return float(np.clip(first @ second / norms, -1, 1)) if norms else 0.0
+    first, second = _residuals(sides, [value for value, _, _ in estimates])
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    correlation: _Array = np.clip((first * second).sum(axis=1) / np.where(norms > 0, norms, 1.0), -1, 1)
+    return correlation
 
 
-def _mover(before: Metric, after: Metric, correlation: float) -> tuple[float | None, float | None]:
+def _mover(before: _Estimate, after: _Estimate, correlation: _Array) -> tuple[_Array, _Array]:
     """Combine two intervals into that of the difference after - before (Zou and Donner 2008)."""
-    if before.value is None or after.value is None or None in (before.low, before.high, after.low, after.high):
-        return None, None
-    assert before.low is not None and before.high is not None and after.low is not None and after.high is not None  # noqa: PT018
-    value = after.value - before.value
+    (old, old_low, old_high), (new, new_low, new_high) = before, after
 
-    def half(x: float, y: float) -> float:
+    def half(x: _Array, y: _Array) -> _Array:
         # Equal policies have correlation 1; an interval still needs a width.
-        return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, (min(x, y) / 10) ** 2, 1e-24))
+        floor = np.maximum((np.minimum(x, y) / 10) ** 2, 1e-24)
+        root: _Array = np.sqrt(np.maximum(x * x - 2 * correlation * x * y + y * y, floor))
+        return root
 
-    return (
-        value - half(after.value - after.low, before.high - before.value),
-        value + half(after.high - after.value, before.value - before.low),
-    )
+    return new - old - half(new - new_low, old_high - old), new - old + half(new_high - new, old - old_low)
 
 
-def _permutation_p(sides: Sequence[_Array], seed: int) -> float:
-    r"""Compute a two-sided p-value by flipping the signs of the prompts' linearized residuals at random.
+def _permutation_p(sides: Sequence[_Array], seed: int) -> _Array:
+    r"""Compute two-sided p-values by flipping the signs of the prompts' linearized residuals at random.
 
     Under no difference both policies have the ratio R of all tallies together, and
 
@@ -347,16 +425,21 @@ def _permutation_p(sides: Sequence[_Array], seed: int) -> float:
     is as likely as -e_i; the sum of all e_i is the difference D.
 
         p = (1 + number of flips with |D*| >= |D|) / (1 + number of flips)
+
+    Args:
+        sides: Tallies of both policies, each of shape (cases, prompts, 2).
+        seed: Random seed of the flips, which are the same for every case.
     """
-    total = sides[0].sum(axis=0) + sides[1].sum(axis=0)
-    common = total[0] / total[1]
-    first, second = _residuals(sides, common, common)
+    common = _quotient(np.moveaxis(sides[0].sum(axis=1) + sides[1].sum(axis=1), -1, 0))
+    first, second = _residuals(sides, [common, common])
     residuals = second - first
-    generator, observed, extreme = np.random.default_rng(seed), abs(residuals.sum()), 0
-    for size in _chunks(_PERMUTATIONS, len(residuals)):
-        signs = generator.integers(0, 2, (size, len(residuals))) * 2 - 1
-        extreme += int((np.abs(signs @ residuals) >= observed - 1e-12).sum())
-    return (1 + extreme) / (1 + _PERMUTATIONS)
+    generator, observed = np.random.default_rng(seed), np.abs(residuals.sum(axis=1))
+    extreme, n = np.zeros(len(residuals)), residuals.shape[1]
+    for size in _chunks(_PERMUTATIONS, n):
+        signs = generator.integers(0, 2, (size, n)).astype(float) * 2 - 1
+        extreme += (np.abs(residuals @ signs.T) >= observed[:, None] - 1e-12).sum(axis=1)
+    p_values: _Array = (1 + extreme) / (1 + _PERMUTATIONS)
+    return p_values
 
 
 def _chunks(rows: int, columns: int) -> Iterator[int]:

@@ -66,6 +66,8 @@ def _stops_after(step: Step, run: Run, reporter: Reporter, executor: Executor) -
             stages.train(run, t, reporter, executor)
         case "evaluate":
             stages.evaluate(run, t, reporter)
+            if t == 0:
+                gates.check_rules(run)
         case "gate":
             return gates.gate(run, t, reporter)
         case _:
