@@ -300,9 +300,7 @@ def test_a_metric_that_became_undefined_stops():
     metrics = audit.response_metrics(BASE, mute, None)
     assert "relevance_gain" not in metrics
     (stopped,) = [check for check in audit.response_checks(metrics, BASE, mute) if check.verdict is Verdict.STOP]
-    assert stopped == Check(
-        "relevance_gain", None, Verdict.STOP, "responses: relevance was 30 and is undefined now"
-    )
+    assert stopped == Check("relevance_gain", None, Verdict.STOP, "responses: relevance was 30 and is undefined now")
     back = audit.response_checks(audit.response_metrics(mute, BASE, None), mute, BASE)
     assert {check.verdict for check in back} == {Verdict.GO}
 

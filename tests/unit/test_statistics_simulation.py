@@ -51,6 +51,15 @@ def test_intervals_hold_the_true_value(kind, n, p):
     assert covered / _DRAWS >= _COVERAGE
 
 
+@pytest.mark.parametrize(("n", "p"), [(30, 0.01), (500, 0.003)])
+def test_an_interval_that_does_not_hold_near_zero_misses_the_bound(n, p):
+    """Resample the prompts: of binary outcomes with share s, a resample has Binomial(n, s) events."""
+    rng = np.random.default_rng(4)
+    shares = rng.binomial(n, p, 2_000) / n
+    low, high = np.percentile(rng.binomial(n, shares, (1_000, 2_000)) / n, [2.5, 97.5], axis=0)
+    assert ((low <= p) & (p <= high)).mean() < 0.9
+
+
 @cache
 def _binary(gained: int, lost: int, n: int) -> tuple[float, float, float]:
     """Return the interval and p-value of a table of binary outcomes: they depend on nothing else."""
@@ -103,7 +112,7 @@ def test_differences_of_ratios_hold_the_true_value_and_the_test_keeps_its_level(
         if start >= _DRAWS:
             continue
         estimates = [statistics._ratios(side) for side in sides]
-        low, high = statistics._mover(*estimates, statistics._correlation(sides, estimates))
+        low, high = statistics._mover(estimates, statistics._correlation(sides, estimates))
         assert (low < high).all(), "never a zero-width interval"
         covered += int(((low <= q - p) & (q - p <= high)).sum())
         for case in range(3 if start == 0 else 0):

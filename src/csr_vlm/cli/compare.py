@@ -31,7 +31,7 @@ def compare(
     iteration_b: Annotated[int | None, typer.Option(min=0, help="Iteration of RUN_B.")] = None,
     fail_if: Annotated[
         list[str] | None,
-        typer.Option("--fail-if", help="Rule such as 'recall < -0.01', by key or printed name; exit code 3 if it holds."),
+        typer.Option("--fail-if", help="Rule such as 'recall < -0.01' or 'Colors right < 0'; exit code 3 if it holds."),
     ] = None,
 ) -> None:
     """Test whether two policies differ, prompt by prompt.

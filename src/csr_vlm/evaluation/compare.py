@@ -135,8 +135,8 @@ def _compare_documents(
 
 
 def _require_same_protocol(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    compared = [{key: value for key, value in side.items() if key != _DESCRIPTIVE} for side in (old, new)]
-    differing = sorted(differences(*compared))
+    left, right = ({key: value for key, value in side.items() if key != _DESCRIPTIVE} for side in (old, new))
+    differing = sorted(differences(left, right))
     if differing:
         shown = ", ".join(
             f"{key} ({lookup(old, key, 'missing')} vs. {lookup(new, key, 'missing')})" for key in differing[:4]

@@ -149,7 +149,7 @@ def paired_difference(before: Sequence[Tally], after: Sequence[Tally], seed: int
         gained = int((table[:, 0] < table[:, 2]).sum())
         lost = int((table[:, 0] > table[:, 2]).sum())
         return Difference(old, new, new - old, *tango(gained, lost, n), mcnemar(gained, lost), "McNemar, exact", n)
-    low, high = (_number(bound) for bound in _mover(*estimates, _correlation(sides, estimates)))
+    low, high = (_number(bound) for bound in _mover(estimates, _correlation(sides, estimates)))
     p = float(_permutation_p(sides, seed)[0])
     return Difference(old, new, new - old, low, high, p, "paired permutation", n)
 
@@ -402,9 +402,9 @@ def _correlation(sides: Sequence[_Array], estimates: Sequence[_Estimate]) -> _Ar
     return correlation
 
 
-def _mover(before: _Estimate, after: _Estimate, correlation: _Array) -> tuple[_Array, _Array]:
+def _mover(estimates: Sequence[_Estimate], correlation: _Array) -> tuple[_Array, _Array]:
     """Combine two intervals into that of the difference after - before (Zou and Donner 2008)."""
-    (old, old_low, old_high), (new, new_low, new_high) = before, after
+    (old, old_low, old_high), (new, new_low, new_high) = estimates
 
     def half(x: _Array, y: _Array) -> _Array:
         # Equal policies have correlation 1; an interval still needs a width.

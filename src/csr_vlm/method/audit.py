@@ -283,7 +283,7 @@ def response_metrics(
         policy: The same means of the policy.
         chosen_change: Mean change of log P(chosen) during training in nats; None if unknown.
     """
-    metrics = {}
+    metrics: dict[str, float] = {}
     for source, metric in _SOURCES.items():
         before, now = base.get(source), policy.get(source)
         if before is None or now is None:
