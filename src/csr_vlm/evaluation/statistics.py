@@ -148,6 +148,32 @@ def paired_difference(before: Sequence[Tally], after: Sequence[Tally], seed: int
     return Difference(old, new, new - old, *bounds, _permutation_p(sides, seed), "paired permutation", len(table))
 
 
+def over_runs(values: Sequence[float]) -> Metric:
+    """Compute the mean over runs with different seeds and its 95 % Student t interval.
+
+    With one run there is no interval: a single seed says nothing about the spread over seeds.
+
+    Example:
+        >>> found = over_runs([1.0, 2.0, 3.0])  # 2 +- 4.303 / sqrt(3)
+        >>> found.value, round(found.low, 3), round(found.high, 3)
+        (2.0, -0.484, 4.484)
+    """
+    n = len(values)
+    if not n:
+        return Metric(None, None, None, 0)
+    value = float(np.mean(values))
+    if n == 1:
+        return Metric(value, None, None, 1)
+    return Metric(value, *_t_interval(value, float(np.var(values, ddof=1)) / n, n), n)
+
+
+def established(over_prompts: Metric | Difference, runs: Metric) -> bool:
+    """Return whether a difference's intervals over prompts and over runs both exclude 0, on the same side."""
+    bounds = [over_prompts.low, over_prompts.high, runs.low, runs.high]
+    known = [bound for bound in bounds if bound is not None]
+    return len(known) == len(bounds) and (min(known) > 0 or max(known) < 0)
+
+
 def mcnemar(gained: int, lost: int) -> float:
     r"""Compute the two-sided p-value of McNemar's exact test.
 
