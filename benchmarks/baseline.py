@@ -59,7 +59,8 @@ def measure_profiles(out: Path, commit: str, num_pictures: int = NUM_PICTURES) -
 def share_right(rows: Iterable[Row]) -> Metric:
     """Compute right / (right + wrong), its mean over seeds and Student's t interval over them."""
     judged = [(row["right"], row["right"] + row["wrong"]) for row in rows]
-    return over_runs([right / total for right, total in judged if total])
+    known = [(right, total) for right, total in judged if total]
+    return over_runs([right / total for right, total in known], max((1 / total for _, total in known), default=0.0))
 
 
 def profile_tables(rows: Sequence[Row]) -> str:

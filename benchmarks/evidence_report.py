@@ -42,6 +42,7 @@ _KEYS = (
 )  # fmt: skip
 COLUMNS = {key: metric_spec(key).label for key in _KEYS}
 SHORT = ("chair_s", "chair_i", "recall", "companion_recall", "repeats", "words", "relevance")
+ROOT = Path(__file__).resolve().parents[1]
 ALONE = "1 seed, no interval over runs"
 
 
@@ -108,13 +109,9 @@ def _report_test_seed(
                 f"delete {result.root} and run again",
             )
     of_test = {result.job.key: numbers[result.job.key] for result in tested}
-    name = str(to.resolve().relative_to(ledger.resolve().parents[2])) if _inside(to, ledger) else to.name
+    name = str(to.resolve().relative_to(ROOT)) if to.resolve().is_relative_to(ROOT) else to.name
     note = seed_ledger.report(ledger, seed, f"{name}/README.md", of_test, rerun=rerun)
     return f"Test scenes are those of seed {seed}. {note}".strip()
-
-
-def _inside(to: Path, ledger: Path) -> bool:
-    return to.resolve().is_relative_to(ledger.resolve().parents[2])
 
 
 def write_baseline(rows: Sequence[baseline.Row], jobs: Sequence[Any], out: Path, to: Path) -> None:
@@ -122,15 +119,15 @@ def write_baseline(rows: Sequence[baseline.Row], jobs: Sequence[Any], out: Path,
     done = [result for result in (Result(job, out) for job in jobs) if result.finished]
     commits = sorted({row["commit"] for row in rows} | {result.info["commit"] for result in done})
     pictures = rows[0]["key"][-1]
-    parts = [
+    head = (
         "# Baseline\n\nWhat the presets do as they are, before any repair, on instruments that they were not tuned "
-        f"on. Written by `python benchmarks/evidence.py baseline` (commits {', '.join(commits)}).\n",
-        f"## Profiles\n\n{pictures} pictures for each profile and seed, {baseline.NUM_SEEDS} seeds. Intervals are 95 % "
-        "Student t over seeds. Each seed draws its own pictures, so this interval is over pictures too. Right "
+        f"on. Written by `python benchmarks/evidence.py baseline` (commits {', '.join(commits)}).\n\n"
+        f"## Profiles\n\n{pictures} pictures for each profile and seed, {baseline.NUM_SEEDS} seeds. Intervals are "
+        "95 % Student t over seeds; each seed draws its own pictures, so they are over pictures too. Right "
         "decisions are true > false, END > false, true > END and true > mood; wrong ones are the reverse; a share "
-        "of 0.5 is chance. END stands for ending the response.\n",
-        baseline.profile_tables(rows),
-    ]
+        "of 0.5 is chance. END stands for ending the response.\n"
+    )
+    parts = [head, baseline.profile_tables(rows)]
     for group in dict.fromkeys(result.job.group for result in done):
         world = group.removeprefix("baseline-")
         parts.append(
@@ -323,7 +320,7 @@ def _seconds(runs: Mapping[int, Result]) -> str:
     return f"{fmean(sum(run.info['seconds'][:4]) for run in runs.values()):.0f} s"
 
 
-def _truncate_to_length(run: Result, world: World) -> dict[str, dict[str, Tally]]:
+def _truncate_to_length(run: Result, world: World) -> SceneTallies:
     """Truncate each response of the base model to the number of sentences in the aligned policy's response."""
     aligned, short = run.texts(3), {}
     for scene_id, text in run.texts(0).items():
@@ -476,10 +473,8 @@ def _scorers(out: Path, to: Path) -> str:
         "sentences that score higher with their own image than with others.\n\n"
         "![CHAIR_S and recall by scorer](scorers.png)\n\n"
     )
-    return text + table(
-        ["training steps", "AUC, absent", "AUC, color", "agreement", "lambda", *(COLUMNS[n] for n in SHORT), "seeds"],
-        rows,
-    )
+    head = ["training steps", "AUC, absent", "AUC, color", "agreement", "lambda"]
+    return text + table([*head, *(COLUMNS[n] for n in SHORT), "seeds"], rows)
 
 
 def _priors(out: Path, to: Path) -> str:

@@ -49,20 +49,22 @@ def interval(found: Metric | Difference, number: str = "{:.3f}", missing: str = 
 
 def levels(runs: Runs, name: str) -> tuple[Metric, Metric]:
     """Compute a metric over scenes, from the sums of all runs, and over runs, from the value of each."""
+    each = [total for scenes in runs.values() if (total := _total(scenes, name))[1]]
+    step = max((1 / bottom for _, bottom in each), default=0.0)
     tallies = _summed(list(runs.values()), name)
-    each = [ratio(*_columns(_summed([scenes], name))).value for scenes in runs.values()]
-    return ratio(*_columns(tallies)), over_runs([value for value in each if value is not None])
+    scenes = ratio([top for top, _ in tallies], [bottom for _, bottom in tallies])
+    return scenes, over_runs([top / bottom for top, bottom in each], step)
 
 
 def difference(before: Runs, after: Runs, name: str) -> tuple[Difference, Metric]:
     """Compute after - before over scenes and over runs, from the seeds that both have."""
     seeds = [seed for seed in after if seed in before]
-    scenes = paired_difference(
-        _summed([before[seed] for seed in seeds], name), _summed([after[seed] for seed in seeds], name)
-    )
-    sides = [[ratio(*_columns(_summed([runs[seed]], name))).value for seed in seeds] for runs in (before, after)]
-    each = [new - old for old, new in zip(*sides, strict=True) if old is not None and new is not None]
-    return scenes, over_runs(each)
+    sides = [_summed([runs[seed] for seed in seeds], name) for runs in (before, after)]
+    totals = [(_total(before[seed], name), _total(after[seed], name)) for seed in seeds]
+    known = [(old, new) for old, new in totals if old[1] and new[1]]
+    step = max((1 / bottom for pair in known for _, bottom in pair), default=0.0)
+    changes = [new[0] / new[1] - old[0] / old[1] for old, new in known]
+    return paired_difference(*sides), over_runs(changes, step)
 
 
 def cell(runs: Runs, name: str, reference: Runs | None = None) -> str:
@@ -100,5 +102,7 @@ def _summed(runs: Sequence[SceneTallies], name: str) -> list[Tally]:
     ]
 
 
-def _columns(tallies: Sequence[Tally]) -> tuple[list[float], list[float]]:
-    return [top for top, _ in tallies], [bottom for _, bottom in tallies]
+def _total(scenes: SceneTallies, name: str) -> Tally:
+    """Sum a metric's tallies over scenes."""
+    tallies = _summed([scenes], name)
+    return sum(top for top, _ in tallies), sum(bottom for _, bottom in tallies)

@@ -127,9 +127,7 @@ def report(ledger: Path, seed: int, table: str, results: object, *, rerun: bool 
     if not again:
         return ""
     places = ", ".join(dict.fromkeys(known["path"] for known in earlier)) or found["purpose"]
-    return (
-        f"**Rerun**: the test scenes of seed {seed} were used before ({places}), so they are no test of new settings."
-    )
+    return f"**Rerun**: these test scenes (seed {seed}) were used before ({places}), so they do not test new settings."
 
 
 def _entry(ledger: Path, seed: int) -> dict[str, Any]:
