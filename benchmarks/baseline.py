@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,13 @@ def measure_profiles(out: Path, commit: str, num_pictures: int = NUM_PICTURES) -
 
 
 def share_right(rows: Iterable[Row]) -> Metric:
-    """Compute right / (right + wrong), its mean over seeds and Student's t interval over them."""
+    """Compute right / (right + wrong), its mean over seeds and Student's t interval over them, within 0..1."""
     judged = [(row["right"], row["right"] + row["wrong"]) for row in rows]
     known = [(right, total) for right, total in judged if total]
-    return over_runs([right / total for right, total in known], max((1 / total for _, total in known), default=0.0))
+    found = over_runs([right / total for right, total in known], max((1 / total for _, total in known), default=0.0))
+    if found.low is None or found.high is None:
+        return found
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
 def profile_tables(rows: Sequence[Row]) -> str:

@@ -121,7 +121,8 @@ def write_baseline(rows: Sequence[baseline.Row], jobs: Sequence[Any], out: Path,
     pictures = rows[0]["key"][-1]
     head = (
         "# Baseline\n\nWhat the presets do as they are, before any repair. Only the profile `world` is like the scenes "
-        f"on which the default was chosen. Written by `python benchmarks/evidence.py baseline` (commits {', '.join(commits)}).\n\n"
+        "on which the default was chosen. Written by `python benchmarks/evidence.py baseline` (commits "
+        f"{', '.join(commits)}).\n\n"
         f"## Profiles\n\n{pictures} pictures for each profile and seed, {baseline.NUM_SEEDS} seeds. Intervals are "
         "95 % Student t over seeds; each seed draws its own pictures, so they are over pictures too. Right "
         "decisions are true > false, END > false, true > END and true > mood; wrong ones are the reverse; a share "
