@@ -85,7 +85,7 @@ def evaluate_run(
 def evaluate_world(
     target: RunArgument,
     scenes: Annotated[int, typer.Option(min=10, help="Number of test scenes.")] = 1000,
-    world_seed: Annotated[int, typer.Option(min=0, help="Random seed of the scenes.")] = 1,
+    world_seed: Annotated[int, typer.Option(min=0, help="Random seed of the scenes: 0 to 9999.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
 ) -> None:
     """Evaluate every policy of a run on test scenes.

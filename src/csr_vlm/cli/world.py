@@ -10,6 +10,7 @@ import typer
 from csr_vlm.cli import console
 from csr_vlm.cli.common import Verbs
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.seeds import EVALUATION_SEEDS
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, rich_markup_mode=None, help="Build and export the embedded world.")
 
@@ -92,7 +93,12 @@ def world_export(
 def world_coco(
     out: Annotated[Path, typer.Argument(help="Directory for annotations, synonyms, questions and images.")],
     scenes: Annotated[int, typer.Option(min=10, help="Number of scenes.")] = 1000,
-    world_seed: Annotated[int, typer.Option(min=0, help="Random seed of the scenes.")] = 1,
+    world_seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Random seed of the scenes: 0 to 9999 for test (default 1), then to 19999 for development."
+        ),
+    ] = None,
     split: Annotated[Literal["development", "test"], typer.Option(help="Split of the scenes.")] = "test",
     world: WorldName = "harbour",
 ) -> None:
@@ -104,5 +110,6 @@ def world_coco(
     from csr_vlm.world.scenes import Split, world_named
 
     with console.reporter().stage("drawing images", 0):
-        write_coco(world_named(world), Split(split), world_seed, scenes, out)
+        seed = EVALUATION_SEEDS[split][1] if world_seed is None else world_seed
+        write_coco(world_named(world), Split(split), seed, scenes, out)
     console.done(out, then=f"csr eval answer RUN --prompts {out}/prompts.jsonl --out captions.jsonl")

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from csr_vlm.core.errors import suggestion
+from csr_vlm.core.seeds import EVALUATION_SEEDS, seed_problem
 
 STOP_RULE = (
     r"(?P<name>\w[^<>=\n]{0,99}?)(?:\.(?P<field>low|high))?"
@@ -465,7 +466,26 @@ class WorldEvaluationConfig(_Section):
         default="test", description="Scenes for choosing settings (development), or for reporting results (test)."
     )
     num_scenes: int = Field(default=1000, ge=1, description="Number of scenes.")
-    seed: int = Field(default=1, ge=0, description="Random seed of the scenes.")
+    seed: int = Field(
+        default=1,
+        ge=0,
+        description="Random seed of the scenes: 0 to 9999 for test, 10000 to 19999 for development (default 10001).",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _development_seed(cls, data: Any) -> Any:
+        """Use a development seed by default where the split is development."""
+        if isinstance(data, dict) and data.get("split") == "development" and "seed" not in data:
+            return data | {"seed": EVALUATION_SEEDS["development"][1]}
+        return data
+
+    @model_validator(mode="after")
+    def _seed_of_split(self) -> WorldEvaluationConfig:
+        problem = seed_problem(self.split, self.seed)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
 
 
 class EvaluationConfig(_Section):

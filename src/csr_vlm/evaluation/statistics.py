@@ -154,6 +154,41 @@ def paired_difference(before: Sequence[Tally], after: Sequence[Tally], seed: int
     return Difference(old, new, new - old, low, high, p, "paired permutation", n)
 
 
+def over_runs(values: Sequence[float], step: float = 0.0) -> Metric:
+    """Compute the mean over runs with different seeds and its 95 % Student t interval.
+
+    With one run there is no interval: a single seed says nothing about the spread over seeds.
+
+    Args:
+        values: One value per run.
+        step: Smallest change of a value, such as 1 / number of scenes. The variance is at least that of
+            rounding to it, step^2 / 12, so that runs which happen to agree do not give an interval of width 0.
+
+    Example:
+        >>> found = over_runs([1.0, 2.0, 3.0])  # 2 +- 4.303 / sqrt(3)
+        >>> found.value, round(found.low, 3), round(found.high, 3)
+        (2.0, -0.484, 4.484)
+    """
+    from scipy.stats import t
+
+    n = len(values)
+    if not n:
+        return Metric(None, None, None, 0)
+    value = float(np.mean(values))
+    variance = max(float(np.var(values, ddof=1)), step**2 / 12) if n > 1 else 0.0
+    if variance == 0.0:
+        return Metric(value, None, None, n)
+    half = float(t.ppf(1 - _TAIL, n - 1)) * math.sqrt(variance / n)
+    return Metric(value, value - half, value + half, n)
+
+
+def established(over_prompts: Metric | Difference, runs: Metric) -> bool:
+    """Return whether a difference's intervals over prompts and over runs both exclude 0, on the same side."""
+    bounds = [over_prompts.low, over_prompts.high, runs.low, runs.high]
+    known = [bound for bound in bounds if bound is not None]
+    return len(known) == len(bounds) and (min(known) > 0 or max(known) < 0)
+
+
 def mcnemar(gained: int, lost: int) -> float:
     r"""Compute the two-sided p-value of McNemar's exact test.
 

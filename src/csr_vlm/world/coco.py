@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.pope import SETTINGS
 from csr_vlm.evaluation.pope_build import Scenery, build_questions, rows
 from csr_vlm.store.files import write_json, write_text
 from csr_vlm.world.dataset import write_prompts
-from csr_vlm.world.scenes import CELL, GRID, Scene, Split, World, make_scenes
+from csr_vlm.world.scenes import CELL, GRID, Scene, Split, World, check_for_evaluation, make_scenes
 
 _PER_IMAGE = 2
 """Number of POPE questions with each answer per image; every scene has at least two objects."""
@@ -31,10 +30,9 @@ def write_coco(world: World, split: Split, seed: int, num_scenes: int, directory
     """Write scenes, their annotations, questions and images below a directory.
 
     Raises:
-        CsrError: The split is used for training.
+        CsrError: The split is used for training, or the seed belongs to the other split.
     """
-    if split not in (Split.DEVELOPMENT, Split.TEST):
-        raise CsrError(f"scenes of the split {split.value!r} are not for evaluation", "use development or test")
+    check_for_evaluation(split, seed)
     scenes = list(make_scenes(world, split, seed, num_scenes))
     write_prompts(world, split, seed, num_scenes, directory)
     write_json(directory / "annotations" / f"instances_{split.value}.json", instances(world, scenes))

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from csr_vlm.core.batching import batched
-from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Finish, Prompt
 from csr_vlm.evaluation import chair
 from csr_vlm.evaluation.pope import parse_strict
@@ -25,11 +24,10 @@ from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.scoring.scorer import ScorerGroup
 from csr_vlm.world.corpus import absent_companions, sentence, yes_no_question
 from csr_vlm.world.dataset import write_images
-from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream
+from csr_vlm.world.scenes import Scene, Split, World, check_for_evaluation, make_scenes, random_stream
 from csr_vlm.world.truth import Judgement, judge
 
 MAX_NEW_TOKENS = 96
-_ALLOWED = (Split.DEVELOPMENT, Split.TEST)
 _BATCH = 256
 
 
@@ -72,10 +70,9 @@ def evaluate(
         ``metrics`` (name to value, interval and n), ``protocol`` and ``rows`` (one per scene).
 
     Raises:
-        CsrError: The split is used for training.
+        CsrError: The split is used for training, or the seed belongs to the other split.
     """
-    if split not in _ALLOWED:
-        raise CsrError(f"scenes of the split {split.value!r} are not for evaluation", "use development or test")
+    check_for_evaluation(split, seed)
     described: list[Described] = []
     answers: list[dict[str, bool]] = []
     for scenes in batched(make_scenes(world, split, seed, num_scenes), _BATCH):
@@ -199,10 +196,9 @@ def evaluate_scorer(world: World, scorer: ScorerGroup, *, split: Split, seed: in
         scene scores higher than a false one about any scene.
 
     Raises:
-        CsrError: The split is used for training.
+        CsrError: The split is used for training, or the seed belongs to the other split.
     """
-    if split not in _ALLOWED:
-        raise CsrError(f"scenes of the split {split.value!r} are not for evaluation", "use development or test")
+    check_for_evaluation(split, seed)
     true: list[float] = []
     absent: list[float] = []
     recolored: list[float] = []

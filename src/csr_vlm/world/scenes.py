@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.seeds import EVALUATION_SEEDS, seed_problem
 from csr_vlm.world.shapes import sprite
 
 GRID = 3
@@ -36,6 +37,19 @@ class Split(StrEnum):
     """Scenes on which settings are chosen."""
     TEST = "test"
     """Scenes on which results are reported."""
+
+
+def check_for_evaluation(split: Split, seed: int) -> None:
+    """Check that a split is for evaluation and that the seed is one of its own.
+
+    Raises:
+        CsrError: The split is used for training, or the seed belongs to the other split.
+    """
+    if split.value not in EVALUATION_SEEDS:
+        raise CsrError(f"scenes of the split {split.value!r} are not for evaluation", "use development or test")
+    problem = seed_problem(split.value, seed)
+    if problem is not None:
+        raise CsrError(problem, "settings are chosen on development seeds, and test seeds only report")
 
 
 @dataclass(frozen=True)
