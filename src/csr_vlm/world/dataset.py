@@ -9,7 +9,7 @@ from pathlib import Path
 from csr_vlm.core.records import Prompt
 from csr_vlm.store.files import write_text
 from csr_vlm.world.corpus import DESCRIBE
-from csr_vlm.world.scenes import WORLDS, Scene, Split, World, make_scenes, parse_scene_id, random_stream, render
+from csr_vlm.world.scenes import Scene, Split, World, all_worlds, make_scenes, parse_scene_id, random_stream, render
 
 
 def write_prompts(world: World, split: Split, seed: int, num_scenes: int, directory: Path) -> Path:
@@ -31,14 +31,16 @@ def write_images(scenes: Sequence[Scene], directory: Path) -> list[Prompt]:
     for scene in scenes:
         path = directory / f"{scene.scene_id}.png"
         render(scene).save(path)
-        question = DESCRIBE[random_stream("prompt", scene.scene_id).integers(len(DESCRIBE))]
+        world = all_worlds().get(scene.scene_id.partition("-")[0])
+        wordings = (world and world.describe) or DESCRIBE
+        question = wordings[random_stream("prompt", scene.scene_id).integers(len(wordings))]
         prompts.append(Prompt(scene.scene_id, str(path), question))
     return prompts
 
 
 def scene_of(prompt_id: str) -> tuple[World, Scene] | None:
     """Return the world's scene with this id, and the world, if it is one."""
-    world = WORLDS.get(prompt_id.partition("-")[0])
+    world = all_worlds().get(prompt_id.partition("-")[0])
     if world is None:
         return None
     try:

@@ -20,15 +20,21 @@ def assets() -> Path:
     return Path(str(resources.files("csr_vlm.world"))) / "assets"
 
 
-def verify_assets() -> None:
-    """Compare the shipped weights with the hashes in their training log.
+def assets_of(world: World) -> Path:
+    """Directory of the checkpoints that the package has for a world."""
+    return assets() / world.name if world.name == "prose" else assets()
+
+
+def verify_assets(world: World = HARBOUR) -> None:
+    """Compare a world's shipped weights with the hashes in their training log.
 
     Raises:
         CsrError: A file is missing or differs.
     """
-    recorded: dict[str, str] = json.loads((assets() / "build.json").read_text(encoding="utf-8"))["sha256"]
+    directory = assets_of(world)
+    recorded: dict[str, str] = json.loads((directory / "build.json").read_text(encoding="utf-8"))["sha256"]
     for name, expected in recorded.items():
-        path = assets() / name
+        path = directory / name
         if not path.is_file() or sha256_of(path) != expected:
             raise CsrError(f"the shipped weights {name} are damaged", "install the package again")
 
@@ -54,8 +60,8 @@ def demo_config(
         models: Directory with ``clip/`` and ``llava/``; the shipped ones by default.
     """
     if models is None:
-        verify_assets()
-        models = assets()
+        verify_assets(world)
+        models = assets_of(world)
     directory = out / f"{world.name}-{seed}-{num_prompts}"
     prompts = directory / "prompts.jsonl"
     if not prompts.exists():
@@ -73,9 +79,10 @@ def demo_config(
     )
 
 
-def export_world(out: Path, seed: int, num_prompts: int) -> Path:
+def export_world(out: Path, seed: int, num_prompts: int, world: World = HARBOUR) -> Path:
     """Copy the models to ``out`` and draw pictures there; return the prompt file."""
-    verify_assets()
-    for name in ("clip", "llava"):
-        shutil.copytree(assets() / name, out / name, dirs_exist_ok=True)
-    return write_prompts(HARBOUR, Split.PROMPTS, seed, num_prompts, out)
+    verify_assets(world)
+    for path in sorted(assets_of(world).iterdir()):
+        if (path / "config.json").is_file():
+            shutil.copytree(path, out / path.name, dirs_exist_ok=True)
+    return write_prompts(world, Split.PROMPTS, seed, num_prompts, out)

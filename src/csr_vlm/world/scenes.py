@@ -10,7 +10,7 @@ and the scenes on which it is tuned and tested cannot be mixed up.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -71,6 +71,16 @@ class World:
     """A sentence of a caption; the objects it names take the braces' place."""
     joint: float = 0.0
     """Probability that a sentence of a caption names the next object as well."""
+    synonyms: tuple[tuple[str, ...], ...] = ()
+    """Lines of CHAIR's table, a kind and its other words; by default the kinds alone, read letter by letter."""
+    describe: tuple[str, ...] = ()
+    """Prompts that ask for a description; by default those of :mod:`csr_vlm.world.corpus`."""
+    side: int = GRID * CELL
+    """Side of its pictures in pixels."""
+    max_new_tokens: int = 96
+    """Tokens a description may have."""
+    draw: Callable[[Split, int, int], Scene] | None = None
+    """Draws the scene (split, seed, index); by default :func:`make_scene` does."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -126,6 +136,14 @@ MARKET = World(
 name two objects, and a prior in which habits share a companion and follow each other."""
 
 WORLDS = {world.name: world for world in (HARBOUR, MARKET)}
+"""The worlds of this module."""
+
+
+def all_worlds() -> dict[str, World]:
+    """Map each world's name to the world, those of other modules included."""
+    from csr_vlm.world.prose_scenes import PROSE  # which builds on this module
+
+    return {**WORLDS, PROSE.name: PROSE}
 
 
 def world_named(name: str) -> World:
@@ -134,9 +152,10 @@ def world_named(name: str) -> World:
     Raises:
         CsrError: There is none.
     """
-    if name not in WORLDS:
-        raise CsrError(f"there is no world {name!r}", f"known are {', '.join(WORLDS)}")
-    return WORLDS[name]
+    worlds = all_worlds()
+    if name not in worlds:
+        raise CsrError(f"there is no world {name!r}", f"known are {', '.join(worlds)}")
+    return worlds[name]
 
 
 @dataclass(frozen=True)
@@ -149,6 +168,15 @@ class SceneObject:
     """Displacement in pixels at scale 1, (right, down)."""
     size: int
     """Side in pixels at scale 1."""
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """Left and top edge in pixels at scale 1."""
+        margin = (CELL - self.size) // 2
+        return (
+            (self.cell % GRID) * CELL + margin + self.offset[0],
+            (self.cell // GRID) * CELL + margin + self.offset[1],
+        )
 
 
 @dataclass(frozen=True)
@@ -168,6 +196,15 @@ class Scene:
         """Return the colour of the object of this kind, or None where there is none."""
         return next((item.color for item in self.objects if item.kind == kind), None)
 
+    @property
+    def side(self) -> int:
+        """Side of the picture in pixels at scale 1."""
+        return GRID * CELL
+
+    def backdrop(self, scale: int = 1) -> Image.Image:
+        """Draw what is behind the objects."""
+        return Image.new("RGB", (self.side * scale,) * 2, self.background)
+
 
 def random_stream(*key: object) -> np.random.Generator:
     """Return a generator that depends on the key and on nothing else."""
@@ -177,6 +214,8 @@ def random_stream(*key: object) -> np.random.Generator:
 
 def make_scene(world: World, split: Split, seed: int, index: int) -> Scene:
     """Draw the scene named by (split, seed, index)."""
+    if world.draw is not None:
+        return world.draw(split, seed, index)
     rng = random_stream(world.name, split.value, seed, index)
     theme = world.themes[rng.integers(len(world.themes))]
     low, high = world.num_objects
@@ -220,13 +259,10 @@ def parse_scene_id(world: World, scene_id: str) -> Scene:
 
 
 def render(scene: Scene, scale: int = 1) -> Image.Image:
-    """Draw a scene as an RGB image of side GRID * CELL * scale."""
-    side = GRID * CELL * scale
-    image = Image.new("RGB", (side, side), scene.background)
+    """Draw a scene as an RGB image of side ``scene.side * scale``."""
+    image = scene.backdrop(scale)
     for item in scene.objects:
         drawn = sprite(item.kind, item.color, item.size * scale)
-        margin = (CELL - item.size) // 2
-        left = (item.cell % GRID) * CELL + margin + item.offset[0]
-        top = (item.cell // GRID) * CELL + margin + item.offset[1]
+        left, top = item.corner
         image.paste(drawn, (left * scale, top * scale), drawn)
     return image

@@ -36,13 +36,18 @@ class Judgement:
 
 
 def reader_of(world: World) -> chair.Reader:
-    """Return CHAIR's reader for a world: a kind is named by its own word and by no other."""
-    return _reader(world.kinds)
+    """Return CHAIR's reader for a world.
+
+    A kind is named by its own word and by no other, unless the world has synonyms: then the words
+    of the table count, their plurals too, by the word rule ``pattern``.
+    """
+    return _reader(world.kinds, world.synonyms)
 
 
 @lru_cache(maxsize=8)
-def _reader(kinds: tuple[str, ...]) -> chair.Reader:
-    return chair.Reader(word_rule("plain"), ObjectTable.of([[kind] for kind in kinds], of_coco=False))
+def _reader(kinds: tuple[str, ...], synonyms: tuple[tuple[str, ...], ...]) -> chair.Reader:
+    table = ObjectTable.of(synonyms or [[kind] for kind in kinds], of_coco=False)
+    return chair.Reader(word_rule("pattern" if synonyms else "plain"), table)
 
 
 def judge(world: World, scene: Scene, text: str) -> Judgement:

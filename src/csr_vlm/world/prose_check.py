@@ -1,0 +1,233 @@
+"""How the policy and the judges of ``prose`` measure up: every number with its bound.
+
+A sentence is read by CHAIR's own code (:func:`csr_vlm.world.truth.reader_of`): it is true if
+everything it names is there, and false if something is not. A claim is a kind that a sentence
+names, put to a judge as "a photo of a fork". With v the cosine,
+
+    contrast = v(own picture, text) - mean over other pictures of v(picture, text)
+
+and the AUC is the probability that a true text has a higher contrast than a false one.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from csr_vlm.core.batching import batched
+from csr_vlm.core.records import Finish, Prompt, others_column
+from csr_vlm.evaluation import chair
+from csr_vlm.evaluation.statistics import Metric, auc, pooled
+from csr_vlm.generation.transformers_engine import TransformersEngine
+from csr_vlm.scoring.scorer import ScorerGroup
+from csr_vlm.world.corpus import article
+from csr_vlm.world.dataset import write_images
+from csr_vlm.world.prose_scenes import PROSE, ProseScene
+from csr_vlm.world.scenes import Split, make_scenes
+from csr_vlm.world.truth import reader_of
+
+OTHER_PICTURES = 16
+"""Pictures that a text is contrasted with."""
+_BATCH = 128
+_END = re.compile(r"(?<=\.)\s+")
+_MOOD = re.compile(r"\b(?:atmosphere|mood|feeling|impression|moment|feels)\b")
+_BACKGROUND = re.compile(r"\b(?:in the background|in the distance|further back|behind all|far behind|in the back)\b")
+_RELATION = re.compile(
+    r"\b(?:to the (?:left|right) of the|above the|below the|next to the|close to the|beside the|near the"
+    r"|far from the|around the|shares? this part of the scene)\b"
+    r"|^the [^,]*\b(?:to the (?:left|right) of|above|below|next to|close to|beside|near)\b"
+)
+_SIDE = re.compile(r"\bnear the (?:top|bottom|center)\b")
+
+
+def sentences_of(text: str) -> list[str]:
+    """Split a response behind full stops; the items of a list are sentences.
+
+    Example:
+        >>> sentences_of("A list:\\n- A red boat.\\n- Two trees.")
+        ['A list:\\n- A red boat.', '- Two trees.']
+    """
+    return [part for part in _END.split(text.strip()) if part.strip(" .-")]
+
+
+def kind_of(sentence: str, position: int) -> str:
+    """Tell what a sentence of a response is by its words.
+
+    Returns:
+        ``lead`` for the first one, else ``mood``, ``background``, ``item`` (of a list), ``relation``
+        (seen from something named before) or ``detail``.
+
+    Example:
+        >>> kind_of("The mood seems calm.", 4), kind_of("The dog is near a cat.", 2)
+        ('mood', 'relation')
+    """
+    lowered = sentence.lower()
+    if position == 0:
+        return "lead"
+    if _MOOD.search(lowered):
+        return "mood"
+    if _BACKGROUND.search(lowered):
+        return "background"
+    if lowered.startswith("-"):
+        return "item"
+    return "relation" if _RELATION.search(_SIDE.sub("", lowered)) else "detail"
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the policy wrote about a scene."""
+
+    scene: ProseScene
+    prompt: Prompt
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A sentence or a claim of a response with the contrast that a judge sees."""
+
+    kind: str
+    """Kind of the sentence."""
+    position: int
+    true: bool | None
+    """None where nothing is named."""
+    contrast: float
+
+
+def describe(
+    engine: TransformersEngine, seed: int, num_scenes: int, directory: Path, tick: Callable[[int], None]
+) -> list[Response]:
+    """Let the policy describe development scenes greedily; their pictures stay in ``directory``."""
+    responses: list[Response] = []
+    for scenes in batched(make_scenes(PROSE, Split.DEVELOPMENT, seed, num_scenes), _BATCH):
+        prompts = write_images(scenes, directory)
+        written = engine.respond(prompts, PROSE.max_new_tokens)
+        engine.forget()
+        for scene, prompt, one in zip(scenes, prompts, written, strict=True):
+            assert isinstance(scene, ProseScene)
+            responses.append(Response(scene, prompt, one.text.strip(), one.finish is Finish.EOS))
+        tick(len(scenes))
+    return responses
+
+
+def policy_metrics(responses: Sequence[Response]) -> dict[str, Metric]:
+    """Compute CHAIR's rates and the shape of responses.
+
+    Returns:
+        ``chair_s``, ``chair_i``, ``recall``, ``unfinished`` (share), ``sentences`` and ``words`` (means),
+        ``lists`` (share), and ``false_at_N``: hallucinated mentions / mentions in sentence N, from 1.
+    """
+    reader = reader_of(PROSE)
+    tallies: list[dict[str, tuple[float, float]]] = []
+    for one in responses:
+        parts = sentences_of(one.text)
+        verdict = chair.judge(reader.read(one.text), one.scene.kinds)
+        row: dict[str, tuple[float, float]] = {
+            **chair.tallies(verdict, one.scene.kinds),
+            "unfinished": (int(not one.finished), 1),
+            "sentences": (len(parts), 1),
+            "words": (len(one.text.split()), 1),
+            "lists": (int("\n-" in one.text), 1),
+        }
+        for position, part in enumerate(parts[:7], start=1):
+            found = chair.judge(reader.read(part), one.scene.kinds)
+            row[f"false_at_{position}"] = (len(found.hallucinated), len(found.mentioned))
+        tallies.append(row)
+    names = sorted({name for row in tallies for name in row}, key=lambda name: (name.startswith("false"), name))
+    return pooled([{name: row.get(name, (0, 0)) for name in names} for row in tallies])
+
+
+def judged(scorer: ScorerGroup, responses: Sequence[Response], by_claim: bool) -> list[Scored]:
+    """Score every sentence, or every claim, of some responses.
+
+    Each batch's other pictures are those of the batch itself.
+    """
+    reader = reader_of(PROSE)
+    scored: list[Scored] = []
+    for batch in batched(responses, _BATCH):
+        items: list[tuple[Prompt, str]] = []
+        labels: list[tuple[str, int, bool | None]] = []
+        for one in batch:
+            for position, part in enumerate(sentences_of(one.text)):
+                kind = kind_of(part, position)
+                verdict = chair.judge(reader.read(part), one.scene.kinds)
+                if by_claim:
+                    for name in dict.fromkeys(verdict.mentioned):
+                        items.append((one.prompt, f"a photo of {article(name)} {name}"))
+                        labels.append((kind, position, name not in verdict.hallucinated))
+                else:
+                    items.append((one.prompt, part.removeprefix("- ")))
+                    labels.append((kind, position, not verdict.hallucinated if verdict.mentioned else None))
+        scorer.compare_among([one.prompt for one in batch], OTHER_PICTURES)
+        for (kind, position, true), row in zip(labels, scorer.score(items), strict=True):
+            contrast = row[scorer.name] - row[others_column(scorer.name)]
+            scored.append(Scored(kind, position, true, contrast))
+        scorer.forget()
+    return scored
+
+
+_DETAILS = frozenset({"detail", "relation", "item", "background"})
+"""Sentences whose truth is asked: what is not the lead and not mood."""
+
+
+def judge_metrics(sentences: Sequence[Scored], claims: Sequence[Scored]) -> dict[str, float]:
+    """Say how well a judge tells true from false, and what it thinks of each kind of sentence.
+
+    Returns:
+        ``auc_sentence`` and ``auc_claim`` (claims outside leads); mean contrasts ``lead``,
+        ``true_detail``, ``false_detail``, ``mood``, ``true_claim``, ``false_claim``; the ratios
+        ``true_to_lead``, ``false_to_true`` and ``mood_to_true``.
+    """
+    true, false = _split(sentences)
+    true_claims, false_claims = _split(claims)
+    means = {
+        "lead": _mean(s.contrast for s in sentences if s.kind == "lead" and s.true),
+        "true_detail": _mean(true),
+        "false_detail": _mean(false),
+        "mood": _mean(s.contrast for s in sentences if s.kind == "mood"),
+        "true_claim": _mean(true_claims),
+        "false_claim": _mean(false_claims),
+    }
+    return {
+        "auc_sentence": auc(true, false),
+        "auc_claim": auc(true_claims, false_claims),
+        **means,
+        "true_to_lead": means["true_detail"] / means["lead"],
+        "false_to_true": means["false_detail"] / means["true_detail"],
+        "mood_to_true": means["mood"] / means["true_detail"],
+    }
+
+
+def _split(scored: Sequence[Scored]) -> tuple[list[float], list[float]]:
+    """Contrasts of true and of false ones among the details."""
+    asked = [one for one in scored if one.kind in _DETAILS and one.true is not None]
+    return [one.contrast for one in asked if one.true], [one.contrast for one in asked if not one.true]
+
+
+def _mean(values: Any) -> float:
+    listed = list(values)
+    return float(np.mean(listed)) if listed else float("nan")
+
+
+def error_correlation(ones: Sequence[Scored], others: Sequence[Scored]) -> float:
+    """Correlate two judges' errors on the same texts.
+
+    An error is the contrast less the mean contrast of true, or of false, texts: what a judge says
+    besides what the truth explains.
+    """
+    residuals = []
+    for scored in (ones, others):
+        values = np.array([one.contrast for one in scored if one.true is not None and one.kind in _DETAILS])
+        truth = np.array([one.true for one in scored if one.true is not None and one.kind in _DETAILS])
+        for label in (True, False):
+            if (truth == label).any():
+                values[truth == label] -= values[truth == label].mean()
+        residuals.append(values)
+    return float(np.corrcoef(residuals[0], residuals[1])[0, 1])

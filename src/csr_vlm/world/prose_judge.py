@@ -1,0 +1,100 @@
+"""The judges of ``prose``: CLIP models that learned from short alt texts, and not for long.
+
+An alt text names one or two of the things in a picture, the large ones more often, and the place
+half the time. So a judge knows places and large things well, small ones poorly, and nothing of
+what descriptions say besides: summaries please it more than details, as they please CLIP.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import CLIPModel
+
+from csr_vlm.world.build import Progress, pixels, train_loop
+from csr_vlm.world.corpus import article
+from csr_vlm.world.prose_scenes import SETTINGS, SYNONYMS, Group, ProseScene
+from csr_vlm.world.prose_wordings import plural
+from csr_vlm.world.scenes import Scene, random_stream
+
+ALT_TEXTS = (
+    "{things}",
+    "a photo of {things}",
+    "a picture of {things}",
+    "an image of {things}",
+    "{things} in a photo",
+)
+ALT_TEXTS_WITH_PLACE = (
+    "{things} {place}",
+    "a {scene} scene with {things}",
+    "a photo of {things} {place}",
+    "a {scene} scene",
+    "a picture taken {place}",
+)
+_WITH_PLACE = 0.5
+_WITH_COLOR = 0.35
+_WORDS_OF = {line[0]: line for line in SYNONYMS}
+
+
+def alt_text(scene: ProseScene, rng: np.random.Generator) -> str:
+    """Write a short text that names one or two groups, drawn with weights by the side of their objects."""
+    sides = np.array([group.size * group.count**0.5 for group in scene.groups])
+    number = 1 + int(rng.random() < 0.4)
+    drawn = rng.choice(len(scene.groups), size=number, replace=False, p=sides / sides.sum())
+    things = " and ".join(_phrase(scene.groups[index], rng) for index in drawn)
+    forms = ALT_TEXTS_WITH_PLACE if rng.random() < _WITH_PLACE else ALT_TEXTS
+    setting = SETTINGS[scene.setting]
+    return forms[rng.integers(len(forms))].format(things=things, place=setting.place, scene=setting.scene)
+
+
+def _phrase(group: Group, rng: np.random.Generator) -> str:
+    options = _WORDS_OF[group.kind]
+    word = options[rng.integers(len(options))] if rng.random() < 0.4 else options[0]
+    color = f"{group.color} " if rng.random() < _WITH_COLOR else ""
+    if group.count > 1:
+        number = ("two ", "three ")[group.count - 2] if rng.random() < 0.5 else ""
+        return f"{number}{color}{plural(word)}"
+    return f"{article(color or word)} {color}{word}"
+
+
+def train_judge(
+    model: CLIPModel,
+    processor: Any,
+    batches: Any,
+    stream: int,
+    steps: int,
+    stop: int,
+    lr: float,
+    warmup: int,
+    progress: Progress | None = None,
+    checkpoint: Path | None = None,
+) -> dict[str, Any]:
+    """Train by CLIP's loss, the mean of both cross-entropies of a batch's pictures and texts.
+
+    Args:
+        stream: Which alt texts are drawn.
+        steps: Steps that the learning rate is planned for.
+        stop: Step after which training ends, however far the plan goes.
+    """
+
+    def loss_of(scenes: list[Scene], step: int) -> torch.Tensor:
+        texts = [
+            alt_text(scene, random_stream("alt text", stream, step, scene.scene_id))
+            for scene in scenes
+            if isinstance(scene, ProseScene)
+        ]
+        tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
+        image = functional.normalize(model.get_image_features(pixel_values=pixels(scenes)).pooler_output, dim=-1)
+        text = functional.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+        logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
+        target = torch.arange(len(scenes))
+        return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+
+    return train_loop(
+        "judge", model, islice(batches, stop), loss_of, [], steps, lr, warmup, progress, checkpoint
+    )
