@@ -179,7 +179,9 @@ def new_llava(
         feature_layer: Layer of the vision tower that the language model sees.
     """
     tokenizer = fast_tokenizer(
-        train_tokenizer(world, lowercase=False, texts=texts), extra_special_tokens={"image_token": IMAGE}, padding_side="left"
+        train_tokenizer(world, lowercase=False, texts=texts),
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
     )
     processor = LlavaProcessor(
         image_processor=image_processor(world.side),

@@ -12,8 +12,7 @@ and the AUC is the probability that a true text has a higher contrast than a fal
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ _SIDE = re.compile(r"\bnear the (?:top|bottom|center)\b")
 
 
 def sentences_of(text: str) -> list[str]:
-    """Split a response behind full stops; the items of a list are sentences.
+    r"""Split a response behind full stops; the items of a list are sentences.
 
     Example:
         >>> sentences_of("A list:\\n- A red boat.\\n- Two trees.")

@@ -74,13 +74,15 @@ def train_judge(
     progress: Progress | None = None,
     checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """Train by CLIP's loss, the mean of both cross-entropies of a batch's pictures and texts.
+    """Train by CLIP's loss from a temperature of 1/14, the mean of both cross-entropies of a batch's pictures and texts.
 
     Args:
         stream: Which alt texts are drawn.
         steps: Steps that the learning rate is planned for.
         stop: Step after which training ends, however far the plan goes.
     """
+    with torch.no_grad():
+        model.logit_scale.fill_(np.log(14.0))
 
     def loss_of(scenes: list[Scene], step: int) -> torch.Tensor:
         texts = [
@@ -95,6 +97,4 @@ def train_judge(
         target = torch.arange(len(scenes))
         return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
-    return train_loop(
-        "judge", model, islice(batches, stop), loss_of, [], steps, lr, warmup, progress, checkpoint
-    )
+    return train_loop("judge", model, islice(batches, stop), loss_of, [], steps, lr, warmup, progress, checkpoint)

@@ -24,9 +24,7 @@ def new_policy(
     sizes: base_models.Sizes, tower: CLIPVisionModel
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Make an untrained policy on a trained tower."""
-    model, processor = base_models.new_llava(
-        PROSE, sizes, texts=vocabulary_texts(), feature_layer=FEATURE_LAYER
-    )
+    model, processor = base_models.new_llava(PROSE, sizes, texts=vocabulary_texts(), feature_layer=FEATURE_LAYER)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     return model, processor
 

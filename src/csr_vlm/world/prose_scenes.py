@@ -247,7 +247,9 @@ class ProseScene(Scene):
         """Draw the sky or wall, and the ground or floor below it, tinted by ``background``."""
         setting = SETTINGS[self.setting]
         tint = tuple(value - 247 for value in self.background)
-        sky, ground = (tuple(c + t for c, t in zip(color, tint, strict=True)) for color in (setting.sky, setting.ground))
+        sky, ground = (
+            tuple(c + t for c, t in zip(color, tint, strict=True)) for color in (setting.sky, setting.ground)
+        )
         image = Image.new("RGB", (SIDE * scale,) * 2, sky)
         horizon = round(SIDE * setting.horizon)
         ImageDraw.Draw(image).rectangle((0, horizon * scale, SIDE * scale, SIDE * scale), fill=ground)
@@ -307,7 +309,9 @@ _KEPT_FREE = 5
 def _free_blocks(free: np.ndarray, span: int) -> list[tuple[int, int]]:
     """List the upper left cells of the free blocks of ``span`` x ``span`` cells."""
     places = range(NUM_CELLS - span + 1)
-    return [(row, column) for row in places for column in places if free[row : row + span, column : column + span].all()]
+    return [
+        (row, column) for row in places for column in places if free[row : row + span, column : column + span].all()
+    ]
 
 
 PROSE = World(
