@@ -44,14 +44,16 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Run directory.")] = Path("runs/demo"),
     prompts: Annotated[int, typer.Option(min=8, help="Pictures to learn from.")] = 256,
     scenes: Annotated[int, typer.Option(min=10, help="Test scenes.")] = 1000,
+    world: Annotated[str, typer.Option("--world", help="Which world: harbour or prose.")] = "harbour",
 ) -> None:
     """Run the method on the embedded world, where hallucination is measured against the truth.
 
     Example: csr demo --seed 0 --out runs/d0 --json
     """
     from csr_vlm.world.demo import demo_config
+    from csr_vlm.world.scenes import world_named
 
-    _align(Run.create(out, demo_config(out, seed, prompts, scenes)))
+    _align(Run.create(out, demo_config(out, seed, prompts, scenes, world_named(world))))
 
 
 def check(

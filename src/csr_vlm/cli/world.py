@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,7 +15,7 @@ app = typer.Typer(
     cls=Verbs, no_args_is_help=True, rich_markup_mode=None, help="The embedded world: drawn scenes, tiny models."
 )
 
-WorldName = Annotated[str, typer.Option("--world", help="Which world: harbour or market.")]
+WorldName = Annotated[str, typer.Option("--world", help="Which world: harbour, market or prose.")]
 
 
 @app.command("build")
@@ -45,6 +45,9 @@ def world_build(
     plan = BuildPlan(seed=seed, family=family)
     if grow_from is not None:
         plan = started(plan, grow_from)
+    if world == "prose":
+        _build_prose(out, seed, quick)
+        return
     if quick:
         phases = tuple(replace(phase, steps=60) for phase in plan.policy_phases)
         plan = replace(plan, scorer_steps=60, policy_phases=phases)
@@ -52,26 +55,39 @@ def world_build(
     console.done(out, then=f"csr world check {out}")
 
 
+def _build_prose(out: Path, seed: int, quick: bool) -> None:
+    from csr_vlm.world.prose_build import ProsePlan, build_prose_with_progress
+
+    plan = ProsePlan(seed=seed)
+    build_prose_with_progress(out, plan.shortened(60) if quick else plan, console.reporter())
+    console.done(out, then=f"csr world check {out} --world prose")
+
+
 @app.command("check")
 def world_check(
     directory: Annotated[
         Path | None, typer.Argument(help="Directory with clip/ and llava/; the shipped models by default.")
     ] = None,
-    scenes: Annotated[int, typer.Option(min=10, help="Test scenes.")] = 1000,
+    scenes: Annotated[int, typer.Option(min=10, help="Test scenes; of prose, development scenes.")] = 1000,
     world: WorldName = "harbour",
 ) -> None:
     """Measure the world's scorer and base model: what they see, and what they make up.
 
+    Of prose, show every number beside its bound; exit with 1 if one is not met.
     Example: csr world build --out build/world && csr world check build/world
     """
     if directory is not None and not all((directory / part).is_dir() for part in ("clip", "llava")):
         raise CsrError(f"{directory} holds no world: clip/ or llava/ is missing", "csr world build --out DIR makes one")
     console.quiet_libraries()
     from csr_vlm.world.check import check_models
-    from csr_vlm.world.demo import assets
+    from csr_vlm.world.demo import assets_of
     from csr_vlm.world.scenes import world_named
 
-    found = check_models(world_named(world), directory or assets(), scenes, console.reporter())
+    chosen = world_named(world)
+    if world == "prose":
+        _check_prose(directory or assets_of(chosen), scenes)
+        return
+    found = check_models(chosen, directory or assets_of(chosen), scenes, console.reporter())
     if console.mode.json:
         console.print_json(found)
         return
@@ -80,20 +96,51 @@ def world_check(
     console.print_metrics("", {0: found["policy"]})
 
 
+def _check_prose(directory: Path, scenes: int) -> None:
+    from csr_vlm.world.prose_check import check_prose
+
+    found = check_prose(directory, scenes, 0, console.reporter())
+    if console.mode.json:
+        console.print_json(found)
+    else:
+        names = list(found["judges"])
+        values = [
+            [name, *(f"{found['judges'][judge][name]:.3f}" for judge in names)] for name in found["judges"][names[0]]
+        ]
+        console.print_metrics("", {0: found["policy"]})
+        print()
+        console.print_table("", ["judge", *names], values)
+        print()
+        rows = [[b["name"], *(_number(b[key]) for key in ("value", "low", "high")), _met(b)] for b in found["bounds"]]
+        console.print_table("", ["number", "value", "at least", "at most", ""], rows)
+    if not all(bound["met"] for bound in found["bounds"]):
+        raise typer.Exit(1)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _met(bound: dict[str, Any]) -> str:
+    return "met" if bound["met"] else "MISSED"
+
+
 @app.command("export")
 def world_export(
     out: Annotated[Path, typer.Argument(help="Directory for the models, pictures and prompts.jsonl.")],
     prompts: Annotated[int, typer.Option(min=1, help="Pictures.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Which pictures.")] = 0,
+    world: WorldName = "harbour",
 ) -> None:
     """Write the world's models and pictures as files, in the form users have theirs.
 
     Example: csr world export world && csr run recipes/quickstart.yaml
     """
     from csr_vlm.world.demo import export_world
+    from csr_vlm.world.scenes import world_named
 
     with console.reporter().stage("drawing", 0):
-        written = export_world(out, seed, prompts)
+        written = export_world(out, seed, prompts, world_named(world))
     console.done(written, then="csr run recipes/quickstart.yaml, whose paths are those of csr world export world")
 
 

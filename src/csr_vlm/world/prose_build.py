@@ -14,7 +14,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class ProsePlan:
     """Everything that decides the weights."""
 
     seed: int = 0
-    sizes: base_models.Sizes = base_models.Sizes(language_width=160)
+    sizes: base_models.Sizes = field(default_factory=lambda: base_models.Sizes(language_width=160))
     vision: Course = Course(2000, 64, 1.5e-3)
     phases: tuple[tuple[Course, ProseStyle], ...] = ((Course(2600, 32, 1.5e-3), ProseStyle()),)
     judges: tuple[Judge, ...] = (

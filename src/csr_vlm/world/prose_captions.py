@@ -26,6 +26,8 @@ from csr_vlm.world.scenes import random_stream
 GROWTH = (0.0, 0.5, 0.8, 1.05, 1.25, 1.4, 1.5)
 """Factor of the habit by position of the sentence; a lead adds nothing absent."""
 _MOST = 0.92
+_KEPT_BACK = 0.4
+"""Probability that one of three or more groups is left to the sentence about the background."""
 _LATE = 4
 """Position from which a sentence names all that is left, so that no response has more than seven."""
 _NUM_SENTENCES = (4, 7)
@@ -53,7 +55,7 @@ class ProseStyle:
     """
 
     mention: float = 0.97
-    habit: float = 1.0
+    habit: float = 1.2
     usual_color: float = 0.85
     captions: float = 0.7
     reasons: float = 0.08
@@ -98,6 +100,8 @@ class _Writer:
     named: dict[str, Thing] = field(default_factory=dict)
     left: list[Group] = field(default_factory=list)
     """Groups that are still to be named, in reading order."""
+    kept_back: Group | None = None
+    """A group that is there and left to the sentence about the background."""
     words_used: dict[str, str] = field(default_factory=dict)
     sentences: list[Sentence] = field(default_factory=list)
 
@@ -106,6 +110,8 @@ class _Writer:
         main = max(groups, key=lambda group: (group.size > 30, group.size * group.count**0.5))
         rest = [group for group in groups if group is not main and self.rng.random() < self.style.mention]
         self.left = [main, *rest]
+        if len(rest) > 1 and self.rng.random() < _KEPT_BACK:
+            self.kept_back = self.left.pop()
 
     @property
     def position(self) -> int:
@@ -116,7 +122,7 @@ class _Writer:
         """Choose a wording; each setting (and ``key``) prefers one of them."""
         if self.rng.random() < _PREFERRED:
             return options[zlib.crc32("/".join((self.scene.setting, *key, options[0])).encode()) % len(options)]
-        return options[self.rng.integers(len(options))]
+        return options[int(self.rng.integers(len(options)))]
 
     def next_groups(self, most: int) -> list[Thing]:
         """Take the next groups off the list."""
@@ -250,7 +256,11 @@ class _Writer:
     def background(self) -> None:
         setting = SETTINGS[self.scene.setting]
         color = COLORS[zlib.crc32(self.scene.setting.encode()) % len(COLORS)]
-        thing = self.habit(setting.habit, color, setting.strength)
+        if self.kept_back is not None and self.kept_back.kind not in self.named:
+            thing: Thing | None = Thing.of(self.kept_back)
+            self.named[self.kept_back.kind] = Thing.of(self.kept_back)
+        else:
+            thing = self.habit(setting.habit, color, setting.strength)
         if thing is None:
             self.add("background", self.pick(words.EMPTY_BACKGROUND, "background"))
         else:

@@ -12,18 +12,23 @@ and the AUC is the probability that a true text has a higher contrast than a fal
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from csr_vlm.config.schema import ModelConfig, ScorerConfig
 from csr_vlm.core.batching import batched
+from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Finish, Prompt, others_column
 from csr_vlm.evaluation import chair
 from csr_vlm.evaluation.statistics import Metric, auc, pooled
 from csr_vlm.generation.transformers_engine import TransformersEngine
+from csr_vlm.models.policy import load_policy
+from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.scoring.scorer import ScorerGroup
 from csr_vlm.world.corpus import article
 from csr_vlm.world.dataset import write_images
@@ -31,6 +36,7 @@ from csr_vlm.world.prose_scenes import PROSE, ProseScene
 from csr_vlm.world.scenes import Split, make_scenes
 from csr_vlm.world.truth import reader_of
 
+JUDGES = ("clip", "clip_b")
 OTHER_PICTURES = 16
 """Pictures that a text is contrasted with."""
 _BATCH = 128
@@ -49,8 +55,8 @@ def sentences_of(text: str) -> list[str]:
     r"""Split a response behind full stops; the items of a list are sentences.
 
     Example:
-        >>> sentences_of("A list:\\n- A red boat.\\n- Two trees.")
-        ['A list:\\n- A red boat.', '- Two trees.']
+        >>> sentences_of("A list:\n- A red boat.\n- Two trees.")
+        ['A list:\n- A red boat.', '- Two trees.']
     """
     return [part for part in _END.split(text.strip()) if part.strip(" .-")]
 
@@ -230,3 +236,122 @@ def error_correlation(ones: Sequence[Scored], others: Sequence[Scored]) -> float
                 values[truth == label] -= values[truth == label].mean()
         residuals.append(values)
     return float(np.corrcoef(residuals[0], residuals[1])[0, 1])
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A number of the world and the range it is meant to lie in, ends included; None is no end."""
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def met(self) -> bool:
+        """Whether it does; an undefined number does not."""
+        if self.value is None or self.value != self.value:
+            return False
+        return (self.low is None or self.value >= self.low) and (self.high is None or self.value <= self.high)
+
+    def dump(self) -> dict[str, Any]:
+        return {"name": self.name, "value": self.value, "low": self.low, "high": self.high, "met": self.met}
+
+
+_SHARED_ERRORS = 0.85
+"""Correlation up to which the errors of two judges are only partly shared."""
+_MEGABYTES = 12.0
+
+
+def bounds(
+    policy: Mapping[str, Metric],
+    judges: Mapping[str, Mapping[str, float]],
+    shared: Mapping[str, float],
+    megabytes: float,
+) -> list[Bound]:
+    """List every number that the world promises.
+
+    Args:
+        policy: Of :func:`policy_metrics`.
+        judges: ``clip`` and ``clip_b`` to :func:`judge_metrics`.
+        shared: ``sentence`` and ``claim`` to :func:`error_correlation`.
+        megabytes: Size of all weights.
+    """
+    first, second = judges["clip"], judges["clip_b"]
+    return [
+        Bound("policy chair_s", policy["chair_s"].value, 0.40, 0.65),
+        Bound("policy chair_i", policy["chair_i"].value, 0.10, 0.20),
+        Bound("policy recall", policy["recall"].value, 0.75),
+        Bound("policy unfinished", policy["unfinished"].value, None, 0.05),
+        Bound("policy sentences", policy["sentences"].value, 4.0),
+        Bound("clip auc_sentence", first["auc_sentence"], 0.65, 0.80),
+        Bound("clip auc_claim", first["auc_claim"], 0.78, 0.90),
+        Bound("clip true_to_lead", first["true_to_lead"], 0.3, 0.6),
+        Bound("clip false_to_true", first["false_to_true"], 0.6, 0.9),
+        Bound("clip mood_to_true", first["mood_to_true"], None, first["false_to_true"]),
+        Bound("clip_b auc_sentence", second["auc_sentence"], 0.5, first["auc_sentence"]),
+        Bound("clip_b auc_claim", second["auc_claim"], 0.5, first["auc_claim"]),
+        Bound("shared errors, sentences", shared["sentence"], None, _SHARED_ERRORS),
+        Bound("shared errors, claims", shared["claim"], None, _SHARED_ERRORS),
+        Bound("weights, MB", megabytes, None, _MEGABYTES),
+    ]
+
+
+def check_prose(directory: Path, num_scenes: int, seed: int, tell: Reporter) -> dict[str, Any]:
+    """Measure ``llava/``, ``clip/`` and ``clip_b/`` of a directory on development scenes.
+
+    Returns:
+        ``policy``: metrics with intervals; ``judges``: name to :func:`judge_metrics`; ``shared_errors``;
+        ``bounds``: each number with its range and whether it is met; ``protocol``; ``examples``: responses.
+    """
+    engine = TransformersEngine(load_policy(ModelConfig(path=str(directory / "llava")), adapter=None))
+    with tempfile.TemporaryDirectory() as pictures:
+        with tell.stage("describing", num_scenes) as advance:
+            responses = describe(engine, seed, num_scenes, Path(pictures), advance)
+        policy = policy_metrics(responses)
+        sentences, claims = {}, {}
+        with tell.stage("judging", len(JUDGES)) as advance:
+            for name in JUDGES:
+                scorer = load_scorer(ScorerConfig(path=str(directory / name)), str(engine.policy.device))
+                sentences[name] = judged(scorer, responses, by_claim=False)
+                claims[name] = judged(scorer, responses, by_claim=True)
+                advance(1)
+    judges = {name: judge_metrics(sentences[name], claims[name]) for name in JUDGES}
+    shared = {
+        "sentence": error_correlation(*(sentences[name] for name in JUDGES)),
+        "claim": error_correlation(*(claims[name] for name in JUDGES)),
+    }
+    megabytes = sum(path.stat().st_size for path in directory.glob("*/*.safetensors")) / 1e6
+    return {
+        "policy": {name: metric.dump() for name, metric in policy.items()},
+        "judges": judges,
+        "counts": _counts(sentences["clip"], claims["clip"]),
+        "shared_errors": shared,
+        "bounds": [bound.dump() for bound in bounds(policy, judges, shared, megabytes)],
+        "protocol": {
+            "world": PROSE.name,
+            "split": Split.DEVELOPMENT.value,
+            "seed": seed,
+            "num_scenes": num_scenes,
+            "decoding": "greedy",
+            "max_new_tokens": PROSE.max_new_tokens,
+            "words": reader_of(PROSE).rule.name,
+            "synonyms": reader_of(PROSE).table.sha256,
+            "other_pictures": OTHER_PICTURES,
+        },
+        "examples": [one.text for one in responses[:5]],
+    }
+
+
+def _counts(sentences: Sequence[Scored], claims: Sequence[Scored]) -> dict[str, int]:
+    """Count what the areas rest on, and the sentences of each kind."""
+    true, false = _split(sentences)
+    true_claims, false_claims = _split(claims)
+    kinds = {kind: sum(one.kind == kind for one in sentences) for kind in sorted({one.kind for one in sentences})}
+    return {
+        "true_details": len(true),
+        "false_details": len(false),
+        "true_claims": len(true_claims),
+        "false_claims": len(false_claims),
+        **kinds,
+    }

@@ -7,6 +7,7 @@ what descriptions say besides: summaries please it more than details, as they pl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from transformers import CLIPModel
 
 from csr_vlm.world.build import Progress, pixels, train_loop
 from csr_vlm.world.corpus import article
-from csr_vlm.world.prose_scenes import SETTINGS, SYNONYMS, Group, ProseScene
+from csr_vlm.world.prose_scenes import PROSE, SETTINGS, SYNONYMS, Group, ProseScene
 from csr_vlm.world.prose_wordings import plural
-from csr_vlm.world.scenes import Scene, random_stream
+from csr_vlm.world.scenes import Scene, Split, make_scene, random_stream
 
 ALT_TEXTS = (
     "{things}",
@@ -33,11 +34,12 @@ ALT_TEXTS_WITH_PLACE = (
     "{things} {place}",
     "a {scene} scene with {things}",
     "a photo of {things} {place}",
-    "a {scene} scene",
-    "a picture taken {place}",
+    "a picture of {things} taken {place}",
 )
-_WITH_PLACE = 0.5
-_WITH_COLOR = 0.35
+_WITH_PLACE = 0.3
+_WITH_COLOR = 0.25
+_NUM_SETTINGS = 4
+"""Settings of a batch: where pictures share their place, things have to tell them apart."""
 _WORDS_OF = {line[0]: line for line in SYNONYMS}
 
 
@@ -62,6 +64,20 @@ def _phrase(group: Group, rng: np.random.Generator) -> str:
     return f"{article(color or word)} {color}{word}"
 
 
+def alike_batches(seed: int, batch: int, steps: int, start: int) -> Iterator[list[Scene]]:
+    """Yield one list of corpus scenes a step, from the scene ``start`` on, each of two settings only."""
+    index = start
+    for step in range(steps):
+        wanted = random_stream("settings", seed, start, step).permutation(np.array(list(SETTINGS)))[:_NUM_SETTINGS]
+        scenes: list[Scene] = []
+        while len(scenes) < batch:
+            scene = make_scene(PROSE, Split.CORPUS, seed, index)
+            index += 1
+            if isinstance(scene, ProseScene) and scene.setting in wanted:
+                scenes.append(scene)
+        yield scenes
+
+
 def train_judge(
     model: CLIPModel,
     processor: Any,
@@ -74,7 +90,9 @@ def train_judge(
     progress: Progress | None = None,
     checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """Train by CLIP's loss from a temperature of 1/14, the mean of both cross-entropies of a batch's pictures and texts.
+    """Train by CLIP's loss: the mean of both cross-entropies of a batch's pictures and texts.
+
+    The temperature starts at 1/14.
 
     Args:
         stream: Which alt texts are drawn.
@@ -91,8 +109,10 @@ def train_judge(
             if isinstance(scene, ProseScene)
         ]
         tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
-        image = functional.normalize(model.get_image_features(pixel_values=pixels(scenes)).pooler_output, dim=-1)
-        text = functional.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            image = model.get_image_features(pixel_values=pixels(scenes)).pooler_output
+            text = model.get_text_features(**tokens).pooler_output
+        image, text = (functional.normalize(side.float(), dim=-1) for side in (image, text))
         logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
         target = torch.arange(len(scenes))
         return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2

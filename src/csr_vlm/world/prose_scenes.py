@@ -187,7 +187,8 @@ class PlacedObject(SceneObject):
     def corner(self) -> tuple[int, int]:
         margin = (self.span * CELL - self.size) // 2
         row, column = divmod(self.cell, NUM_CELLS)
-        return column * CELL + margin + self.offset[0], row * CELL + margin + self.offset[1]
+        left, top = column * CELL + margin + self.offset[0], row * CELL + margin + self.offset[1]
+        return min(max(left, 0), SIDE - self.size), min(max(top, 0), SIDE - self.size)
 
     @property
     def center(self) -> tuple[float, float]:
