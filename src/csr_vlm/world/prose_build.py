@@ -1,8 +1,9 @@
 """Train the models of ``prose`` from a seed: ``csr world build --world prose``.
 
-    vision    a CLIP vision tower with a head on every patch, thrown away afterwards
+    tower     a CLIP vision tower with a head on every patch, thrown away afterwards
     policy    a LLaVA on that tower, in phases of the corpus
-    clip      judge A; clip_b is judge B, of another seed and size
+    clip      judge A, which starts from the same tower and learns from alt texts, not for long
+    clip_b    judge B, of another size, with a tower and alt texts of its own
 
 Builds are resumable: rerun the same command. A finished step is in ``work/steps.json``, an
 unfinished one goes on from its checkpoint; ``work`` is removed at the end.
@@ -28,7 +29,7 @@ from csr_vlm.store.files import write_json
 from csr_vlm.world import base_models
 from csr_vlm.world.build import Progress, file_hashes
 from csr_vlm.world.prose_captions import ProseStyle, vocabulary_texts
-from csr_vlm.world.prose_judge import train_judge
+from csr_vlm.world.prose_judge import alike_batches, train_judge
 from csr_vlm.world.prose_policy import new_policy, train_policy
 from csr_vlm.world.prose_scenes import PROSE
 from csr_vlm.world.prose_vision import train_vision
@@ -52,12 +53,22 @@ class Course:
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge: where it is written, which alt texts it reads, how large it is."""
+    """A judge.
+
+    Args:
+        name: Where it is written.
+        stream: Which scenes and alt texts it reads.
+        sizes: How large it is.
+        course: How long it learns from alt texts.
+        start: How long its own vision tower is taught what patches show before that; None to start
+            from the policy's tower, as the CLIP that a LLaVA has inside.
+    """
 
     name: str
     stream: int
     sizes: base_models.Sizes
     course: Course
+    start: Course | None
 
 
 @dataclass(frozen=True)
@@ -69,12 +80,13 @@ class ProsePlan:
     vision: Course = Course(2000, 64, 1.5e-3)
     phases: tuple[tuple[Course, ProseStyle], ...] = ((Course(2600, 32, 1.5e-3), ProseStyle()),)
     judges: tuple[Judge, ...] = (
-        Judge("clip", 0, base_models.Sizes(vision_width=96, vision_layers=3), Course(2000, 64, 1e-3, stop=1000)),
+        Judge("clip", 0, base_models.Sizes(), Course(1500, 64, 1e-3, stop=500), None),
         Judge(
             "clip_b",
             1,
-            base_models.Sizes(vision_width=80, vision_layers=3, text_width=80),
-            Course(2000, 64, 1e-3, stop=1000),
+            base_models.Sizes(vision_width=96, vision_layers=3, text_width=80),
+            Course(1500, 64, 1e-3, stop=500),
+            Course(700, 64, 1.5e-3),
         ),
     )
 
@@ -88,13 +100,17 @@ class ProsePlan:
             self,
             vision=short(self.vision),
             phases=tuple((short(course), style) for course, style in self.phases),
-            judges=tuple(replace(judge, course=short(judge.course)) for judge in self.judges),
+            judges=tuple(
+                replace(judge, course=short(judge.course), start=judge.start and short(judge.start))
+                for judge in self.judges
+            ),
         )
 
     @property
     def num_steps(self) -> int:
         """Steps of all trainings together."""
         courses = [self.vision, *(course for course, _ in self.phases), *(judge.course for judge in self.judges)]
+        courses += [judge.start for judge in self.judges if judge.start is not None]
         return sum(course.num_steps for course in courses)
 
 
@@ -131,9 +147,10 @@ def build_prose(directory: Path, plan: ProsePlan, progress: Progress | None = No
     """
     work = directory / "work"
     steps = _Steps(work / "steps.json", plan)
-    steps.run("vision", lambda: _vision(work, plan, progress))
+    for name in ("policy", *(judge.name for judge in plan.judges if judge.start is not None)):
+        steps.run(f"tower-{name}", lambda n=name: _tower(work, plan, n, progress))  # type: ignore[misc]
     for number in range(len(plan.phases)):
-        steps.run(f"policy {number + 1}", lambda n=number: _phase(directory, work, plan, n, progress))  # type: ignore[misc]
+        steps.run(f"policy-{number + 1}", lambda n=number: _phase(directory, work, plan, n, progress))  # type: ignore[misc]
     for judge in plan.judges:
         steps.run(judge.name, lambda j=judge: _judge(directory, work, plan, j, progress))  # type: ignore[misc]
     log = {
@@ -158,19 +175,31 @@ def build_prose_with_progress(directory: Path, plan: ProsePlan, tell: Reporter) 
         return build_prose(directory, plan, lambda *_: advance(1))
 
 
-def _vision(work: Path, plan: ProsePlan, progress: Progress | None) -> dict[str, Any]:
-    torch.manual_seed(plan.seed)
-    course = plan.vision
+def _tower(work: Path, plan: ProsePlan, name: str, progress: Progress | None) -> dict[str, Any]:
+    """Teach a tower, the policy's or a judge's, what patches show."""
+    judge = next((judge for judge in plan.judges if judge.name == name), None)
+    sizes, course, stream = plan.sizes, plan.vision, 0
+    if judge is not None and judge.start is not None:
+        sizes, course, stream = judge.sizes, judge.start, judge.stream
+    torch.manual_seed(plan.seed + stream)
     tower, log = train_vision(
-        plan.sizes, batches(plan.seed, course, 0), course.steps, course.lr, course.warmup, progress, work / "vision.pt"
+        sizes,
+        batches(plan.seed, course, stream * 6 * 10**6),
+        course.steps,
+        course.lr,
+        course.warmup,
+        progress,
+        work / f"tower-{name}.pt",
     )
-    tower.save_pretrained(work / "tower")
+    tower.save_pretrained(work / f"tower-{name}")
     return log
 
 
 def _phase(directory: Path, work: Path, plan: ProsePlan, number: int, progress: Progress | None) -> dict[str, Any]:
     torch.manual_seed(plan.seed)
-    model, processor = new_policy(plan.sizes, CLIPVisionModel.from_pretrained(work / "tower", dtype=torch.float32))
+    model, processor = new_policy(
+        plan.sizes, CLIPVisionModel.from_pretrained(work / "tower-policy", dtype=torch.float32)
+    )
     if number:
         # Each phase starts from the last one as it was written.
         model = LlavaForConditionalGeneration.from_pretrained(work / f"policy-{number}", dtype=torch.float32)
@@ -187,18 +216,15 @@ def _phase(directory: Path, work: Path, plan: ProsePlan, number: int, progress: 
 def _judge(directory: Path, work: Path, plan: ProsePlan, judge: Judge, progress: Progress | None) -> dict[str, Any]:
     torch.manual_seed(plan.seed + judge.stream)
     model, processor = base_models.new_clip(PROSE, judge.sizes, vocabulary_texts())
+    tower = work / ("tower-policy" if judge.start is None else f"tower-{judge.name}")
+    seeing = CLIPVisionModel.from_pretrained(tower, dtype=torch.float32)
+    model.vision_model.load_state_dict(seeing.state_dict())
     course = judge.course
+    scenes = alike_batches(plan.seed, course.batch, course.num_steps, (50 + judge.stream) * 10**6)
+    stream = plan.seed + judge.stream
     log = train_judge(
-        model,
-        processor,
-        batches(plan.seed, course, (50 + judge.stream) * 10**6),
-        plan.seed + judge.stream,
-        course.steps,
-        course.num_steps,
-        course.lr,
-        course.warmup,
-        progress,
+        model, processor, scenes, stream, course.steps, course.num_steps, course.lr, course.warmup, progress,
         work / f"{judge.name}.pt",
-    )
+    )  # fmt: skip
     base_models.save(model, processor, directory / judge.name)
     return log
