@@ -11,14 +11,21 @@ MODELS := $(EVIDENCE)/models
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test docs docs-pages test-eval test-scale test-ray test-vllm test-faults audit-dependencies evidence
+.PHONY: demo test check golden docs docs-pages test-eval test-scale test-ray test-vllm test-faults audit-dependencies evidence
 .PHONY: lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
 	$(BIN)/csr demo --seed $(SEED) --out $(OUT)
 
+check: $(VENV)/.installed-dev lint  ## lint, types, the fast tests and one tiny run: under two minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow" tests/unit
+	rm -rf build/check && OMP_NUM_THREADS=1 $(BIN)/csr --quiet demo --prompts 8 --scenes 10 --out build/check
+
+golden: $(VENV)/.installed-dev  ## record a small run's values before a change, compare with them after it
+	$(BIN)/python benchmarks/golden.py build/golden.json
+
 test: $(VENV)/.installed-dev lint  ## every check that CI runs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: $(DOCS_VENV)/.installed  ## the documentation as a site in build/site; a warning is an error
 	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
@@ -63,10 +70,10 @@ $(MODELS)/market/build.json: | $(VENV)/.installed
 	$(BIN)/csr world build --world market --out $(@D)
 
 $(MODELS)/larger/build.json: | $(VENV)/.installed
-	$(BIN)/csr world build --grow-from src/csr_vlm/world/assets --out $(@D)
+	$(BIN)/python benchmarks/base_models.py larger --out $(@D)
 
 $(MODELS)/idefics3/build.json: | $(VENV)/.installed
-	$(BIN)/csr world build --grow-from src/csr_vlm/world/assets --family idefics3 --out $(@D)
+	$(BIN)/python benchmarks/base_models.py idefics3 --out $(@D)
 
 world: $(VENV)/.installed  ## train the world's base models again (about 40 minutes on two cores)
 	$(BIN)/csr world build --out build/world --seed 0

@@ -1,19 +1,19 @@
-"""Time a step of DPO against TRL's own: what pairs share run once, the reference from the ledger.
+"""Compare a DPO step with stock TRL's: shared prefixes computed once, reference logprobs from the ledger.
 
     python benchmarks/dpo.py --sizes tiny mid --dtypes float32 bfloat16 --out build/dpo.json
 
-A step is collating the batch, the loss and its gradients. ``stock`` is trl.DPOTrainer with
-four passes over the language model (chosen and rejected, under policy and reference), each
-with the picture read again; ``ours`` is the trainer of this package with the reference from
-the ledger. Both train the same adapter on the same weights and pairs, in turn, so that what
-else the machine does strikes both; medians and the ratio of each turn's two times are
-reported. Loss and gradients are compared before anything is timed; in float32 the run fails
-where they differ by more than rounding.
+A step consists of collating the batch, the loss and its gradients. ``stock`` is trl.DPOTrainer
+with four passes through the language model (chosen and rejected, under policy and reference), each
+of which encodes the image again. ``ours`` is the trainer of this package with the reference
+logprobs from the ledger. Both train the same adapter on the same weights and pairs. They are timed
+alternately, so that other load on the machine affects both; medians and the median ratio are
+reported. Loss and gradients are compared before anything is timed; in float32 the benchmark fails
+if they differ by more than rounding errors.
 
-``tiny`` is the embedded world's model, with 36 picture tokens. ``mid`` is made on the spot
-with random weights: a language model of 162M parameters, with 576
-picture tokens. ``--shared`` is the part of a response that both sides begin with: 0 for whole
-responses against each other, most of it for siblings late in a response.
+``tiny`` is the embedded world's model, with 36 image tokens. ``mid`` has random weights, a language
+model of 162M parameters and 576 image tokens. ``--shared`` is the share of a response that chosen
+and rejected have in common as a prefix: 0 for two different responses, close to 1 for siblings late
+in a response.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ from csr_vlm.store.files import write_json
 from csr_vlm.store.run import versions
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.dpo import CsrTrainer, trainable_policy, trainer_arguments
-from csr_vlm.training.packing import freeze_pictures
+from csr_vlm.training.packing import disable_vision_gradients
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
 
 TRAINING = TrainingConfig.model_validate({"lora": {"r": 16, "alpha": 32}})
 TOKENS = {"tiny": 40, "mid": 100}
-"""Tokens of a response."""
+"""Number of tokens per response."""
 TARGETS = {"tiny": 2.0, "mid": 2.3}
-"""How many times as fast as stock TRL a step is to be."""
+"""Target speedup over stock TRL."""
 LARGEST_DIFFERENCE = 1e-4
-"""Of loss and gradients in float32, in parts of the loss and of the largest gradient. The ledger's
-reference and TRL's come from batches of other shapes, so they differ by rounding themselves."""
+"""Largest accepted difference in float32, of the loss relative to itself and of the gradients relative to the
+largest one. The reference logprobs come from batches of different shapes, so they differ by rounding."""
 
 
 @dataclass
 class Side:
-    """One way of taking a step."""
+    """Hold a trainer, its collator and its rows."""
 
     trainer: Any
     collator: PairCollator
@@ -78,22 +78,25 @@ class Side:
 
 
 def make_mid(directory: Path) -> None:
-    """Write a checkpoint of the middle size."""
+    """Write a checkpoint of the size ``mid``."""
     policy = make_policy(SIZES["mid"], torch.float32)
     policy.model.save_pretrained(directory)
     policy.processor.save_pretrained(directory)
 
 
 def make_pairs(policy: Policy, prompts: list[Prompt], length: int, shared: float) -> list[Pair]:
-    """Draw pairs of responses that begin alike, with their log-probabilities under the policy."""
+    """Generate random pairs with a common prefix, and their logprobs under the policy."""
     generator = torch.Generator().manual_seed(0)
-    words = [token for token in range(5, len(policy.tokenizer)) if token not in policy.barred_ids]
-    common = int(shared * length)
+    words = [token for token in range(5, len(policy.tokenizer)) if token not in policy.image_token_ids]
+    prefix_length = int(shared * length)
     pairs = []
     for prompt in prompts:
         drawn = [words[i] for i in torch.randint(len(words), (2 * length,), generator=generator).tolist()]
-        # The rejected side is a little shorter, so that no length is another's by chance.
-        ids = [tuple(drawn[:length]), tuple(drawn[:common] + drawn[length : 2 * length - common - length // 10])]
+        # The rejected response is slightly shorter, so that a mix-up of lengths cannot go unnoticed.
+        ids = [
+            tuple(drawn[:length]),
+            tuple(drawn[:prefix_length] + drawn[length : 2 * length - prefix_length - length // 10]),
+        ]
         logprobs = [float(lp.sum()) for lp in policy.teacher_forced([prompt, prompt], ids)]
         sides = [Response("1", i, lp, "", 1, 0.0, complete=True) for i, lp in zip(ids, logprobs, strict=True)]
         pairs.append(Pair(prompt=prompt, iteration=1, chosen=sides[0], rejected=sides[1]))
@@ -101,11 +104,11 @@ def make_pairs(policy: Policy, prompts: list[Prompt], length: int, shared: float
 
 
 def make_side(kind: type, policy: Policy, pairs: list[Pair], work: Path, checkpointing: bool) -> Side:
-    """Put a trainer on a policy, and then move the policy a little away from its reference."""
+    """Create a trainer for a policy, and move the policy slightly away from its reference."""
     ours = kind is CsrTrainer
     rows = [training_row(pair) for pair in pairs]
     if ours:
-        freeze_pictures(policy.base_model)
+        disable_vision_gradients(policy.base_model)
     settings = {"per_device_train_batch_size": len(pairs), "gradient_checkpointing": checkpointing}
     training = TRAINING.model_copy(update={"trl": settings})
     trainer = kind(
@@ -128,18 +131,18 @@ def make_side(kind: type, policy: Policy, pairs: list[Pair], work: Path, checkpo
 
 
 def differences(ours: Side, stock: Side) -> dict[str, float]:
-    """Compare one step: the loss relative to itself, gradients relative to the largest."""
+    """Compare one step: loss relative to itself, gradients relative to the largest one."""
     losses = [side.step() for side in (ours, stock)]
-    found, expected = ours.gradients(), stock.gradients()
-    if found.keys() != expected.keys():
-        raise RuntimeError("the two ways train different parameters")
+    actual, expected = ours.gradients(), stock.gradients()
+    if actual.keys() != expected.keys():
+        raise RuntimeError("the two trainers train different parameters")
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    apart = max(float((found[name] - gradient).abs().max()) for name, gradient in expected.items())
-    return {"loss": abs(losses[0] - losses[1]) / abs(losses[1]), "gradients": apart / largest}
+    difference = max(float((actual[name] - gradient).abs().max()) for name, gradient in expected.items())
+    return {"loss": abs(losses[0] - losses[1]) / abs(losses[1]), "gradients": difference / largest}
 
 
 def peak_megabytes(step: Callable[[], float]) -> float:
-    """Run a step; return by how much memory grew at most, the GPU's where it runs there."""
+    """Run a step and return the peak increase of memory in MB, of the GPU if there is one."""
     gc.collect()
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
@@ -154,7 +157,7 @@ def peak_megabytes(step: Callable[[], float]) -> float:
 
 
 def seconds(step: Callable[[], float]) -> float:
-    """Time a step."""
+    """Time a step in seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -165,7 +168,7 @@ def seconds(step: Callable[[], float]) -> float:
 
 
 def compare(checkpoint: Path, size: str, dtype: str, shared: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Check and time one model in one precision."""
+    """Verify and time one model in one precision."""
     with TemporaryDirectory() as work:
         scenes = list(make_scenes(HARBOUR, Split.DEVELOPMENT, 0, arguments.pairs))
         prompts = write_images(scenes, Path(work))
@@ -177,7 +180,7 @@ def compare(checkpoint: Path, size: str, dtype: str, shared: float, arguments: a
         torch.manual_seed(0)
         second = trainable_policy(config, TRAINING, None)
         stock = make_side(DPOTrainer, second, pairs, Path(work), arguments.gradient_checkpointing)
-        apart = differences(ours, stock)
+        difference = differences(ours, stock)
         turns = [(seconds(stock.step), seconds(ours.step)) for _ in range(arguments.repeats)]
         memory = {"stock": peak_megabytes(stock.step), "ours": peak_megabytes(ours.step)}
     ratio = statistics.median(stock / ours for stock, ours in turns)
@@ -196,40 +199,40 @@ def compare(checkpoint: Path, size: str, dtype: str, shared: float, arguments: a
         "missed": ratio < TARGETS[size],
         "turns": turns,
         "peak_megabytes": memory,
-        "difference": apart,
+        "difference": difference,
     }
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """Print one line a person can read."""
-    took, memory, apart = row["seconds"], row["peak_megabytes"], row["difference"]
+    """Print a row as one line of text."""
+    timing, memory, difference = row["seconds"], row["peak_megabytes"], row["difference"]
     print(
-        f"{row['size']:<5} {row['dtype']:<9} shared {row['shared']:.1f}  stock {took['stock']:8.3f} s  "
-        f"ours {took['ours']:8.3f} s  ratio {row['ratio']:5.2f}  "
+        f"{row['size']:<5} {row['dtype']:<9} shared {row['shared']:.1f}  stock {timing['stock']:8.3f} s  "
+        f"ours {timing['ours']:8.3f} s  ratio {row['ratio']:5.2f}  "
         f"peak {memory['stock']:7.0f} > {memory['ours']:7.0f} MB  "
-        f"loss {apart['loss']:.1e}  gradients {apart['gradients']:.1e}"
+        f"loss {difference['loss']:.1e}  gradients {difference['gradients']:.1e}"
         + (f"  MISSED: target {row['target']}" if row["missed"] else ""),
         flush=True,
     )
 
 
 def main() -> None:
-    """Run what was asked for."""
+    """Run the selected comparisons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=sorted(TOKENS), default=["tiny"])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument("--shared", nargs="+", type=float, default=[0.0, 0.5])
-    parser.add_argument("--pairs", type=int, default=4, help="a batch")
-    parser.add_argument("--tokens", type=int, help="of a response; 40 for tiny, 100 for mid")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs per batch")
+    parser.add_argument("--tokens", type=int, help="tokens per response; 40 for tiny and 100 for mid by default")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     quiet_libraries()
     rows = []
-    with TemporaryDirectory() as made:
+    with TemporaryDirectory() as directory:
         for size in arguments.sizes:
-            checkpoint = assets() / "llava" if size == "tiny" else Path(made)
+            checkpoint = assets() / "llava" if size == "tiny" else Path(directory)
             if size == "mid":
                 make_mid(checkpoint)
             for dtype in arguments.dtypes:
@@ -238,9 +241,9 @@ def main() -> None:
                     print_row(rows[-1])
     if arguments.out is not None:
         write_json(arguments.out, {"versions": versions(), "threads": torch.get_num_threads(), "rows": rows})
-    wrong = [row for row in rows if row["dtype"] == "float32" and max(row["difference"].values()) > LARGEST_DIFFERENCE]
-    if wrong:
-        raise SystemExit(f"loss or gradients differ: {wrong[0]['size']}, {wrong[0]['difference']}")
+    failed = [row for row in rows if row["dtype"] == "float32" and max(row["difference"].values()) > LARGEST_DIFFERENCE]
+    if failed:
+        raise SystemExit(f"loss or gradients differ: {failed[0]['size']}, {failed[0]['difference']}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Everything that the documentation claims about the method, from nothing: ``make evidence``.
+"""Reproduce from scratch every result that the documentation claims: ``make evidence``.
 
-    python benchmarks/evidence.py run --out build/evidence --jobs 2     # hours; may be stopped and called again
+    python benchmarks/evidence.py run --out build/evidence --jobs 2     # takes hours; resumable
     python benchmarks/evidence.py write --out build/evidence --to docs/evidence
     python benchmarks/evidence.py try "half: method.lambda=0.5" --out build/evidence --seeds 0 1
 
-``run`` does every job that has no result yet, each in a process with one thread, so that
-results do not depend on how many run at a time. ``write`` makes the tables and plots.
-A job is a whole run of the method on the embedded world under some settings, measured on
-scenes that it was neither trained nor tuned on; ``JOBS`` lists them all. ``try`` does one
-under settings of one's own, on development scenes, and prints each iteration's metrics.
+A job is a complete run of the method on the embedded world with some settings, evaluated on scenes
+that were used neither for training nor for tuning; ``JOBS`` lists all of them. ``run`` executes every
+job without a result, each in a process with one thread, so that results do not depend on the number
+of parallel jobs. ``write`` writes the tables and plots. ``try`` runs one job with your own settings
+on development scenes and prints the metrics of each iteration.
 """
 
 from __future__ import annotations
@@ -33,21 +33,19 @@ PLAIN_SUM = "method.reward.baseline=none method.reward.image_score=cosine"
 OUR_RATE = "training.lora.r=16 training.lora.alpha=32 training.lora.dropout=0 training.projector_learning_rate=null "
 OUR_RATE += "training.trl.learning_rate=3e-4 training.trl.per_device_train_batch_size=16 training.trl.warmup_steps=0"
 NO_QUESTIONS = "method.pairs.questions.pattern="
-JUDGE = "scorer.path=judge:policy scorer.others=0 method.reward.image_score=cosine method.reward.baseline=midrange "
-JUDGE += NO_QUESTIONS
-
 
 SETTINGS_SCENES = {"num_scenes": 500, "split": "development", "seed": 5}
 SCORER_STEPS = (40, 160, 270, 320, 400, 640)
-"""The shipped scorer was trained for 1,500."""
+"""Training steps of the weaker scorers; the shipped scorer was trained for 1,500."""
 PRIORS, PRIOR_STEPS = (0.25, 0.5, 1.0, 1.4), 200
-"""How often companions are imagined, as factors on the shipped world's, and the steps that teach it anew."""
+"""Strengths of the co-occurrence prior, as factors on the shipped world's, and training steps for each."""
 WEIGHTS = ("0", "0.5", "0.9", "1")
+"""Values of lambda."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the method."""
+    """Describe one run of the method and its evaluation."""
 
     name: str
     group: str
@@ -55,23 +53,24 @@ class Job:
     seed: int = 0
     iterations: int = 3
     measured: tuple[int, ...] = (3,)
-    """Iterations to measure, greedily; 0 is the base model."""
+    """Iterations to evaluate with greedy decoding; 0 is the base model."""
     sampled: tuple[int, ...] = ()
-    """Iterations to measure at temperature 1 as well."""
+    """Iterations to evaluate at temperature 1 as well."""
     scenes: int = 1000
     split: str = "test"
     prompts: int = 256
     world: str = "harbour"
     models: str | None = None
-    """Directory of other base models, below the output's ``models``."""
+    """Folder below ``OUT/models`` with other base models; None for the shipped ones."""
 
 
 def _tuning(name: str, overrides: str, **more: Any) -> Job:
-    """Settings are compared on development scenes."""
+    """Define a job that compares a setting on development scenes."""
     return Job(name, "settings", overrides, scenes=500, split="development", **more)
 
 
 def _ablation(name: str, overrides: str) -> Job:
+    """Define a job that changes one part of the method, on development scenes."""
     return Job(name, "ablations", overrides, scenes=500, split="development")
 
 
@@ -85,9 +84,7 @@ JOBS = [
     Job("paper, our rate", "comparisons", f"preset=paper {OUR_RATE}"),
     Job("official", "comparisons", "preset=official"),
     Job("official, our rate", "comparisons", f"preset=official {OUR_RATE}"),
-    Job("self-judged", "comparisons", JUDGE),
     _ablation("calibrated", ""),
-    _ablation("R_I as cosine, middle as baseline", "method.reward.image_score=cosine method.reward.baseline=midrange"),
     _ablation("plain sum", PLAIN_SUM),
     _ablation("mean instead of sum", f"{PLAIN_SUM} method.reward.response=mean {WHOLE_RESPONSES}"),
     _ablation("whole responses in pairs", WHOLE_RESPONSES),
@@ -123,12 +120,13 @@ def models_of(job: Job, out: Path) -> Path | None:
     return None if job.models is None else out / "models" / job.models
 
 
-def do(job: Job, out: Path) -> None:
-    """Run one job and write ``result.json`` last."""
+def run_job(job: Job, out: Path) -> None:
+    """Run one job; write ``result.json`` last."""
     _one_thread()
     from csr_vlm.config.load import load_config
     from csr_vlm.core.progress import Silent
     from csr_vlm.pipeline import gates, stages
+    from csr_vlm.pipeline.policy_evaluation import evaluate_world
     from csr_vlm.store import files
     from csr_vlm.store.run import Run
     from csr_vlm.world.demo import demo_config
@@ -136,13 +134,13 @@ def do(job: Job, out: Path) -> None:
 
     root, models = directory_of(job, out), models_of(job, out)
     base = demo_config(out / "pictures", job.seed, job.prompts, job.scenes, world_named(job.world), models).dump()
-    own = {key: base[key] for key in ("seed", "model", "scorer", "data")} | {
+    layer = {key: base[key] for key in ("seed", "model", "scorer", "data")} | {
         "iterations": job.iterations,
         "evaluation": {"audit": "warn"},
     }
-    config = load_config(None, job.overrides.split(), base=own)
+    config = load_config(None, job.overrides.split(), base=layer)
     world = {"name": job.world, "split": job.split, "seed": 5, "num_scenes": job.scenes}
-    measuring = load_config(None, (), base={**own, "evaluation": {"world": world}})
+    measuring = load_config(None, (), base={**layer, "evaluation": {"world": world}})
     run = Run.create(root, config)
     seconds = []
     with run.locked():
@@ -158,25 +156,25 @@ def do(job: Job, out: Path) -> None:
             stages.evaluate(run, iteration, Silent())
             if iteration:
                 gates.gate(run, iteration, Silent())
-            wanted = [0.0] * (iteration in job.measured) + [1.0] * (iteration in job.sampled)
-            for temperature in wanted:
+            temperatures = [0.0] * (iteration in job.measured) + [1.0] * (iteration in job.sampled)
+            for temperature in temperatures:
                 path = run.evaluation_path(iteration, f"world-{temperature:g}")
                 if not path.exists():
-                    found = stages.evaluate_world(measuring, run.adapter_path(iteration), "", Silent(), temperature)
-                    files.write_json(path, found)
+                    document = evaluate_world(measuring, run.adapter_path(iteration), "", Silent(), temperature)
+                    files.write_json(path, document)
     files.write_json(root / "result.json", {"seconds": seconds, "commit": _commit()})
 
 
 def sweep_lambda(out: Path) -> None:
-    """Train on the first ledger of the main run under eleven values of lambda."""
+    """Train on the first ledger of the main run with eleven values of lambda."""
     run = out / "main" / "calibrated-0"
     values = ",".join(f"{tenth / 10:g}" for tenth in range(11))
     scenes = ["evaluation.world.num_scenes=500", "evaluation.world.split=development", "evaluation.world.seed=5"]
     command = [sys.executable, "-m", "csr_vlm.cli", "sweep", str(run), f"method.lambda={values}", *scenes]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--out", str(out / "lambda"), "--quiet", "--json"],
-        env=alone,
+        env=environment,
         capture_output=True,
         text=True,
         check=True,
@@ -184,8 +182,8 @@ def sweep_lambda(out: Path) -> None:
     (out / "lambda.json").write_text(done.stdout, encoding="utf-8")
 
 
-def grade_scorers(out: Path) -> None:
-    """Train on the first ledger of the main run as scorers from early in their training would have it."""
+def vary_scorer(out: Path) -> None:
+    """Train on the first ledger of the main run, rescored by scorers of increasing quality."""
     _one_thread()
     from csr_vlm.config.load import scorer_config
     from csr_vlm.core.progress import Silent
@@ -204,24 +202,26 @@ def grade_scorers(out: Path) -> None:
             continue
         if not (directory / "model.safetensors").exists():
             build_scorer(HARBOUR, directory, BuildPlan(scorer_steps=steps))
-        one = scorer_config(path=str(directory), name=name)
-        stages.score(run, 1, one, Silent())
-        areas = evaluate_scorer(HARBOUR, load_scorer(one, "cpu"), split=Split.DEVELOPMENT, seed=5, num_scenes=200)
+        config = scorer_config(path=str(directory), name=name)
+        stages.score(run, 1, config, Silent())
+        aucs = evaluate_scorer(HARBOUR, load_scorer(config, "cpu"), split=Split.DEVELOPMENT, seed=5, num_scenes=200)
         rows += [
-            {"steps": steps, **areas, **found}
-            for found in _by_lambda(run, out / "scorers" / name, [f"scorer.name={name}", f"scorer.path={directory}"])
+            {"steps": steps, **aucs, **result}
+            for result in _by_lambda(run, out / "scorers" / name, [f"scorer.name={name}", f"scorer.path={directory}"])
         ]
         path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
-def grade_priors(out: Path) -> None:
-    """Train one iteration on policies whose captions imagined companions less or more often than the shipped one's."""
+def vary_prior(out: Path) -> None:
+    """Train one iteration from base models with a weaker or stronger co-occurrence prior than the shipped one."""
     _one_thread()
+    from base_models import build_from_shipped
+
     from csr_vlm.core.progress import Silent
     from csr_vlm.pipeline import stages
     from csr_vlm.store.run import Run
-    from csr_vlm.world.build import PICK_UP_HABITS, BuildPlan, build
-    from csr_vlm.world.demo import assets, demo_config
+    from csr_vlm.world.build import PICK_UP_HABITS, BuildPlan
+    from csr_vlm.world.demo import demo_config
     from csr_vlm.world.scenes import HARBOUR
 
     path = out / "priors.json"
@@ -235,42 +235,44 @@ def grade_priors(out: Path) -> None:
                 kind: replace(habit, caption=strength * habit.caption, question=strength * habit.question)
                 for kind, habit in HARBOUR.companions.items()
             }
-            plan = BuildPlan(start=assets(), depth=1, policy_phases=(replace(PICK_UP_HABITS, steps=PRIOR_STEPS),))
-            build(replace(HARBOUR, companions=habits), models, plan)
+            plan = BuildPlan(policy_phases=(replace(PICK_UP_HABITS, steps=PRIOR_STEPS),))
+            build_from_shipped(replace(HARBOUR, companions=habits), models, plan)
         run = Run.create(out / "priors" / f"{strength:g}", demo_config(out / "pictures", 0, 256, 500, HARBOUR, models))
         with run.locked():
             stages.check_inputs(run, Silent())
             stages.generate(run, 1, Silent())
-        rows += [{"strength": strength, **found} for found in _by_lambda(run, run.root / "policies", [], base=True)]
+        rows += [{"strength": strength, **result} for result in _by_lambda(run, run.root / "policies", [], base=True)]
         path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 def _by_lambda(run: Run, out: Path, overrides: list[str], *, base: bool = False) -> Iterator[dict[str, Any]]:
-    """Train on a run's first ledger for each of ``WEIGHTS``; yield signs of the pairs and what became of it."""
+    """Train on a run's first ledger with each lambda of ``WEIGHTS``; yield metrics of the pairs and of the policy."""
     from csr_vlm.config.load import load_config
     from csr_vlm.core.progress import Silent
     from csr_vlm.pipeline import gates, stages
+    from csr_vlm.pipeline.policy_evaluation import evaluate_world
     from csr_vlm.training.dpo import train
 
     measuring = load_config(None, [f"evaluation.world={json.dumps(SETTINGS_SCENES)}"], base=run.config.dump())
 
-    def measured(adapter: Path | None) -> dict[str, float]:
-        document = stages.evaluate_world(measuring, adapter, "", Silent())
-        return {metric: found["value"] for metric, found in document["metrics"].items()}
+    def measure(adapter: Path | None) -> dict[str, float]:
+        document = evaluate_world(measuring, adapter, "", Silent())
+        return {name: metric["value"] for name, metric in document["metrics"].items()}
 
     if base:
-        yield {"lambda": "base", "metrics": measured(None)}
+        yield {"lambda": "base", "metrics": measure(None)}
     for weight in WEIGHTS:
         config = load_config(None, [f"method.lambda={weight}", *overrides], base=run.config.dump())
         pairs, _ = stages.derive_pairs(run, 1, config)
-        signs = gates.pair_signs(run, 1, config)
+        metrics = gates.pair_metrics(run, 1, config)
         adapter = out / weight
         train(pairs, config.model, config.training, previous=None, adapter=adapter, work=out / "work", seed=1)
-        known = {"agreement": signs["scorer_agreement"], "relevance_win": signs["relevance_win"]}
-        yield {"lambda": weight, **known, "metrics": measured(adapter)}
+        pair_metrics = {"agreement": metrics["scorer_agreement"], "relevance_win": metrics["relevance_win"]}
+        yield {"lambda": weight, **pair_metrics, "metrics": measure(adapter)}
 
 
 def _one_thread() -> None:
+    """Restrict PyTorch to one thread, and silence libraries."""
     import torch
 
     from csr_vlm.cli.console import quiet_libraries
@@ -285,41 +287,41 @@ def _commit() -> str:
 
 
 def pending(out: Path, only: str | None) -> Iterator[int]:
-    """Yield the numbers of the jobs that are to be done and can be."""
+    """Yield the indices of the jobs that have no result and whose base models exist."""
     for number, job in enumerate(JOBS):
         models = models_of(job, out)
         if (directory_of(job, out) / "result.json").exists() or only not in (None, job.group):
             continue
         if models is not None and not models.is_dir():
-            print(f"{job.group}/{job.name}: no base model in {models}; make evidence makes it", file=sys.stderr)
+            print(f"{job.group}/{job.name}: no base model in {models}; make evidence builds it", file=sys.stderr)
             continue
         yield number
 
 
 def run_all(out: Path, workers: int, only: str | None) -> None:
-    """Do the pending jobs, several at a time, each in its own process."""
+    """Run the pending jobs in parallel, each in its own process."""
 
-    def one(number: int) -> None:
+    def run_in_process(number: int) -> None:
         job, started = JOBS[number], time.perf_counter()
         command = [sys.executable, __file__, "job", str(number), "--out", str(out)]
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
         )
-        state = "done" if done.returncode == 0 else f"failed: {done.stderr.strip().splitlines()[-1:]}"
-        print(f"{job.group}/{job.name} seed {job.seed}: {state}, {time.perf_counter() - started:.0f} s", flush=True)
+        outcome = "done" if done.returncode == 0 else f"failed: {done.stderr.strip().splitlines()[-1:]}"
+        print(f"{job.group}/{job.name} seed {job.seed}: {outcome}, {time.perf_counter() - started:.0f} s", flush=True)
 
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(one, pending(out, only)))
+        list(pool.map(run_in_process, pending(out, only)))
     if only in (None, "lambda") and not (out / "lambda.json").exists():
         sweep_lambda(out)
     if only in (None, "scorers"):
-        grade_scorers(out)
+        vary_scorer(out)
     if only in (None, "priors"):
-        grade_priors(out)
+        vary_prior(out)
 
 
-def try_out(setting: str, seeds: list[int], out: Path) -> None:
-    """Run ``label: key=value ...`` and print a row an iteration."""
+def try_settings(setting: str, seeds: list[int], out: Path) -> None:
+    """Run ``label: key=value ...`` and print one row of metrics per iteration."""
     from evidence_report import COLUMNS, Result, cells
 
     label, _, overrides = setting.partition(":")
@@ -327,26 +329,26 @@ def try_out(setting: str, seeds: list[int], out: Path) -> None:
         job = Job(
             label.strip(), "tried", overrides.strip(), seed, measured=(0, 1, 2, 3), scenes=500, split="development"
         )
-        do(job, out)
+        run_job(job, out)
         print(f"{job.name}, seed {seed}:", ", ".join(COLUMNS.values()))
         for iteration in job.measured:
             print(iteration, *cells(Result(job, out).values(iteration), COLUMNS), flush=True)
 
 
 def main() -> None:
-    """Run, write up, or try something."""
+    """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name in ("run", "job", "write", "try"):
         verb = verbs.add_parser(name)
         verb.add_argument("--out", type=Path, default=Path("build/evidence"))
         if name == "run":
-            verb.add_argument("--jobs", type=int, default=2, help="processes at a time")
-            verb.add_argument("--only", help="one group of jobs")
+            verb.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
+            verb.add_argument("--only", help="run only this group of jobs")
         if name == "job":
             verb.add_argument("number", type=int)
         if name == "try":
-            verb.add_argument("setting", help="'label: key=value ...' on top of the default preset")
+            verb.add_argument("setting", help="'label: key=value ...', overrides of the default preset")
             verb.add_argument("--seeds", type=int, nargs="+", default=[0])
         if name == "write":
             verb.add_argument("--to", type=Path, default=Path("docs/evidence"))
@@ -354,9 +356,9 @@ def main() -> None:
     if arguments.verb == "run":
         run_all(arguments.out, arguments.jobs, arguments.only)
     elif arguments.verb == "job":
-        do(JOBS[arguments.number], arguments.out)
+        run_job(JOBS[arguments.number], arguments.out)
     elif arguments.verb == "try":
-        try_out(arguments.setting, arguments.seeds, arguments.out)
+        try_settings(arguments.setting, arguments.seeds, arguments.out)
     else:
         from evidence_report import write
 

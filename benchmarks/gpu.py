@@ -1,12 +1,12 @@
 """Measure sentence search on a GPU with the architecture of LLaVA-1.5-7B and random weights.
 
     python benchmarks/gpu.py --json build/gpu.json            # LLaVA-1.5-7B in bfloat16
-    python benchmarks/gpu.py --tiny --rows 30 60              # a small model, wherever PyTorch runs
+    python benchmarks/gpu.py --tiny --rows 30 60              # a small model on any device
 
-For each budget of rows: tokens a second, prompts an hour, peak memory, and two shares of
-what the device can do. Bandwidth: the bytes that a step must read (weights, and the
-keys and values of each prompt in flight once) over the time it took, against a measured copy.
-Arithmetic: two operations a weight and token over the time, against a measured product.
+For each maximum number of rows, the benchmark reports tokens per second, prompts per hour, peak
+memory, and two shares of the device's capacity. Bandwidth: the bytes that a step must read (weights,
+and once the keys and values of each prompt in flight) per second, relative to a measured copy.
+Arithmetic: two operations per weight and token, per second, relative to a measured matrix product.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import CANDIDATES, ForcedWriter, Lengths, best, search_with
+from engine import CANDIDATES, ForcedSampler, Lengths, best, search_with
 from models import SIZES, Size, make_policy, make_prompts
 
 from csr_vlm.cli.console import quiet_libraries
@@ -34,44 +34,44 @@ BEAM = 3
 
 
 def bandwidth(device: str, dtype: torch.dtype) -> float:
-    """Measure a large copy, in bytes read and written a second."""
+    """Measure the bandwidth of a large copy, in bytes read and written per second."""
     elements = 2**29 if device == "cuda" else 2**24
     source = torch.zeros(elements, dtype=dtype, device=device)
     target = torch.empty_like(source)
 
     def copy() -> None:
         target.copy_(source)
-        float(target[0])  # Waits for the device.
+        float(target[0])  # waits for the device
 
     return 2 * source.nbytes / best(copy)
 
 
 def arithmetic(device: str, dtype: torch.dtype) -> float:
-    """Measure a large matrix product, in operations a second."""
+    """Measure the speed of a large matrix product, in operations per second."""
     side = 8192 if device == "cuda" else 1024
     left = torch.randn(side, side, dtype=dtype, device=device)
     return 2 * side**3 / best(lambda: float((left @ left)[0, 0]))
 
 
 def measure(policy: Policy, prompts: list[Prompt], max_rows: int, peaks: dict[str, float]) -> dict[str, Any]:
-    """Search once to warm up and once on the clock."""
+    """Run a search once to warm up and once timed."""
     device = policy.device.type
     model = policy.base_model
     in_flight = max(max_rows // (BEAM * CANDIDATES), 1)
-    some = prompts[: 2 * in_flight]
+    searched = prompts[: 2 * in_flight]
     seconds = 0.0
     counters = Counters()
-    for asked in (some[:in_flight], some):
+    for batch in (searched[:in_flight], searched):
         counters = Counters()
         scheduler = Scheduler(
-            SharedModel(policy, counters), ForcedWriter(policy, Lengths(vary=True)), max_rows=max_rows,
+            SharedModel(policy, counters), ForcedSampler(policy, Lengths(vary=True)), max_rows=max_rows,
             max_prompts=in_flight,
         )  # fmt: skip
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         started = time.perf_counter()
-        said = search_with(scheduler, asked)
+        candidates = search_with(scheduler, batch)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
@@ -80,37 +80,37 @@ def measure(policy: Policy, prompts: list[Prompt], max_rows: int, peaks: dict[st
     head = model.get_output_embeddings().weight.numel()
     config = decoder.config
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    prompt_tokens = counters.prefill_tokens / len(some)
+    prompt_tokens = counters.prefill_tokens / len(searched)
     steps = counters.forwards
     read_bytes = steps * ((weights + head) * model.dtype.itemsize + in_flight * prompt_tokens * token_bytes)
     operations = 2 * (counters.prefill_tokens + counters.decode_tokens) * weights + 2 * counters.decode_tokens * head
-    new_tokens = sum(len(candidate.token_ids) for _, candidate in said)
+    new_tokens = sum(len(candidate.token_ids) for _, candidate in candidates)
     return {
         "rows at most": max_rows,
-        "prompts": len(some),
+        "prompts": len(searched),
         "seconds": round(seconds, 2),
         "new tokens/s": round(new_tokens / seconds, 1),
-        "prompts/h": round(3600 * len(some) / seconds, 1),
+        "prompts/h": round(3600 * len(searched) / seconds, 1),
         "rows a step": round(counters.decode_tokens / steps, 1),
         "share of bandwidth": round(read_bytes / seconds / peaks["bytes/s"], 3),
         "share of arithmetic": round(operations / seconds / peaks["operations/s"], 3),
         "peak memory, GB": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device == "cuda" else None,
-        "vision encodes a prompt": counters.vision_encodes / len(some),
+        "vision encodes a prompt": counters.vision_encodes / len(searched),
         "prefill tokens a prompt": prompt_tokens,
     }
 
 
 def main() -> None:
-    """Run every budget of rows that fits."""
+    """Measure every maximum number of rows that fits into memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a small model, to try the command")
+    parser.add_argument("--tiny", action="store_true", help="use a small model, to try the command")
     parser.add_argument("--rows", type=int, nargs="+", default=[60, 120, 240, 480, 960])
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     arguments = parser.parse_args()
     quiet_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.tiny:
-        sys.exit("there is no CUDA device; --tiny runs anywhere")
+        sys.exit("no CUDA device found; use --tiny to run on a CPU")
     size: Size = SIZES["tiny" if arguments.tiny else "7b"]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     peaks = {"bytes/s": bandwidth(device, dtype), "operations/s": arithmetic(device, dtype)}
@@ -119,8 +119,8 @@ def main() -> None:
     print(json.dumps(rows[0]), flush=True)
     policy = make_policy(size, dtype, device)
     with tempfile.TemporaryDirectory() as directory:
-        most = 2 * max(max(arguments.rows) // (BEAM * CANDIDATES), 1)
-        prompts = make_prompts(Path(directory), most, size.image)
+        num_prompts = 2 * max(max(arguments.rows) // (BEAM * CANDIDATES), 1)
+        prompts = make_prompts(Path(directory), num_prompts, size.image)
         for max_rows in arguments.rows:
             try:
                 rows.append(measure(policy, prompts, max_rows, peaks))

@@ -1,12 +1,12 @@
-"""A ledger of millions of nodes: how fast it is written, read, paired and shown, and in how much memory.
+"""Measure speed and memory of writing, reading, pairing and reporting a ledger of millions of nodes.
 
     python benchmarks/ledger.py --rows 10000000 --out build/ledger [--json]
 
-The nodes are made up, with the shape of a real search: 16 partial responses of up to five
-sentences a prompt, four candidates each, sentences of 10 to 30 tokens that hardly ever repeat.
-Everything else is the product: its writers, its readers, its pairs, its signs of health and its
-report. Each step runs in a process of its own, whose peak of memory is its own. A prompt's
-picture is one and the same small file, so that the file system is not what is measured.
+The nodes are synthetic but have the shape of a real search: per prompt, 16 partial responses of up
+to five sentences with four candidates each, and sentences of 10 to 30 tokens that rarely repeat.
+Everything else is the package's own code: writers, readers, pairs, quality metrics, report. Each
+step runs in a separate process, so that its peak memory can be measured. All prompts share one
+small image file, so that the file system is not measured.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from memory import megabytes
 from PIL import Image
 
 from csr_vlm.config.load import resolve
-from csr_vlm.core.progress import Silent
-from csr_vlm.core.records import Fate, Finish, Node, Prompt
+from csr_vlm.core.progress import Silent, SilentProgress
+from csr_vlm.core.records import Finish, Node, NodeStatus, Prompt
 from csr_vlm.pipeline import gates, stages
 from csr_vlm.report.html import render
 from csr_vlm.store import ledger, tables
@@ -39,27 +39,27 @@ PACKED_BYTES = 64_000_000
 
 
 def prompts(number: int, image: Path) -> Iterator[Prompt]:
-    return (Prompt(f"prompt-{place:09d}", str(image), "Describe this image in detail.") for place in range(number))
+    return (Prompt(f"prompt-{index:09d}", str(image), "Describe this image in detail.") for index in range(number))
 
 
 def trees(group: list[Prompt], rng: np.random.Generator) -> Iterator[Node]:
-    """Make up the trees of some prompts: four candidates for each of four kept nodes, five deep."""
+    """Generate synthetic trees: four candidates for each of four kept nodes, to a depth of five."""
     words = [f"w{index:x}" for index in range(VOCABULARY)]
     for prompt in group:
         lengths = rng.integers(10, 31, NODES_PER_PROMPT)
         ids = np.minimum(rng.zipf(1.2, (NODES_PER_PROMPT, 30)), VOCABULARY - 1)
         logprobs = -rng.exponential(0.7, (NODES_PER_PROMPT, 30)).astype(np.float32)
         cosines = rng.normal(0.22, 0.04, (NODES_PER_PROMPT, 2)).astype(np.float32)
-        frontier, place = [""], 0
+        frontier, row = [""], 0
         for depth in range(1, DEPTH + 1):
             kept = []
             for parent in frontier:
                 for sibling in range(CANDIDATES):
                     node_id = f"{parent}.{sibling}" if parent else str(sibling)
                     last = depth == DEPTH
-                    goes_on = not last and len(kept) < EXPANDED and (sibling == 0 or not parent)
-                    kept += [node_id] if goes_on else []
-                    tokens = ids[place, : lengths[place]].tolist()
+                    expanded = not last and len(kept) < EXPANDED and (sibling == 0 or not parent)
+                    kept += [node_id] if expanded else []
+                    tokens = ids[row, : lengths[row]].tolist()
                     yield Node(
                         prompt_id=prompt.prompt_id,
                         iteration=1,
@@ -67,13 +67,13 @@ def trees(group: list[Prompt], rng: np.random.Generator) -> Iterator[Node]:
                         parent_id=parent,
                         depth=depth,
                         token_ids=tuple(tokens),
-                        token_logprobs=tuple(logprobs[place, : lengths[place]].tolist()),
+                        token_logprobs=tuple(logprobs[row, : lengths[row]].tolist()),
                         text=f" {' '.join(words[token] for token in tokens)}.",
                         finish=Finish.EOS if last else Finish.DELIMITER,
-                        fate=Fate.FINISHED if last else Fate.TOP if goes_on else Fate.PRUNED,
-                        cosines={"clip": float(cosines[place, 0]), "clip:others": float(cosines[place, 1])},
+                        status=NodeStatus.FINISHED if last else NodeStatus.TOP if expanded else NodeStatus.PRUNED,
+                        cosines={"clip": float(cosines[row, 0]), "clip:others": float(cosines[row, 1])},
                     )
-                    place += 1
+                    row += 1
             frontier = kept
 
 
@@ -84,7 +84,7 @@ def make_run(root: Path, num_prompts: int) -> Run:
         "scorer": {"path": "none"},
         "data": {"prompts": str(root.parent / "prompts")},
         "evaluation": {"heldout": 0},
-        "method": {"pairs": {"questions": {"pattern": ""}}},  # they would need a model
+        "method": {"pairs": {"questions": {"pattern": ""}}},  # claim questions would need a model
     }
     run = Run.create(root, resolve(layer))
     image = root.parent / "image.png"
@@ -95,7 +95,7 @@ def make_run(root: Path, num_prompts: int) -> Run:
 
 
 def append(run: Run) -> dict[str, Any]:
-    """Write every part; making the nodes up is not counted."""
+    """Write every part; generating the nodes is not timed."""
     rng, rows, seconds = np.random.default_rng(0), 0, 0.0
     for index, group in enumerate(tables.prompt_groups(run.prompts_path)):
         nodes = list(trees(group, rng))
@@ -103,21 +103,21 @@ def append(run: Run) -> dict[str, Any]:
         tables.write_nodes(run.iteration(1) / "ledger" / f"part-{index:06d}-0123456789abcdef.parquet", nodes)
         seconds += time.process_time() - started
         rows += len(nodes)
-    run.mark_done(1, "generate", nodes=rows, fates={}, seconds=round(seconds, 2))
+    run.mark_done(1, "generate", nodes=rows, statuses={}, seconds=round(seconds, 2))
     size = sum(part.stat().st_size for part in run.ledger_parts(1))
     return {"rows": rows, "seconds": seconds, "bytes a row": size / rows, "parts": len(run.ledger_parts(1))}
 
 
 def resume(run: Run) -> dict[str, Any]:
-    """What going on with a killed run looks at: which parts there are."""
+    """Check which parts exist, as a resumed run does."""
     parts = {part.name for part in run.ledger_parts(1)}
-    found = sum(f"part-{index:06d}-0123456789abcdef.parquet" in parts for index in range(len(parts)))
-    assert found == tables.count_groups(run.prompts_path)
+    num_present = sum(f"part-{index:06d}-0123456789abcdef.parquet" in parts for index in range(len(parts)))
+    assert num_present == tables.count_groups(run.prompts_path)
     return {}
 
 
 def compact(run: Run) -> dict[str, Any]:
-    ledger.pack(run, 1, PACKED_BYTES, lambda number: None)
+    ledger.pack(run, 1, PACKED_BYTES, SilentProgress())
     return {"files": len(run.ledger_parts(1))}
 
 
@@ -131,7 +131,7 @@ def pair(run: Run) -> dict[str, Any]:
 
 
 def audit(run: Run) -> dict[str, Any]:
-    gates.pair_signs(run, 1, run.config)
+    gates.pair_metrics(run, 1, run.config)
     return {}
 
 
@@ -144,27 +144,28 @@ STEPS: dict[str, Callable[[Run], dict[str, Any]]] = {
 }
 
 
-def _measured(name: str, root: Path, answers: Any) -> None:
+def _measure_here(name: str, root: Path, results: Any) -> None:
+    """Run one step in this process and put its measurements into the queue."""
     run = Run.open(root)
     wall, started = time.perf_counter(), time.process_time()
     before = megabytes("VmHWM")
-    found = STEPS[name](run)
-    found.setdefault("seconds", time.process_time() - started)
-    found |= {"wall": time.perf_counter() - wall, "peak, MB": megabytes("VmHWM")}
-    answers.put(found | {"imports, MB": before})
+    result = STEPS[name](run)
+    result.setdefault("seconds", time.process_time() - started)
+    result |= {"wall": time.perf_counter() - wall, "peak, MB": megabytes("VmHWM")}
+    results.put(result | {"imports, MB": before})
 
 
 def measure(name: str, root: Path) -> dict[str, Any]:
-    """Do one step in a process of its own."""
+    """Run one step in a separate process."""
     context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    process = context.Process(target=_measured, args=(name, root, answers))
+    results = context.SimpleQueue()
+    process = context.Process(target=_measure_here, args=(name, root, results))
     process.start()
     process.join()
     if process.exitcode:
         raise SystemExit(f"{name} failed")
-    found: dict[str, Any] = answers.get()
-    return found
+    result: dict[str, Any] = results.get()
+    return result
 
 
 def main() -> None:
@@ -172,24 +173,24 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=Path("build/ledger"))
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--keep", action="store_true", help="Leave the ledger where it is.")
+    parser.add_argument("--keep", action="store_true", help="Keep the ledger.")
     options = parser.parse_args()
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
     make_run(options.out / "run", max(options.rows // NODES_PER_PROMPT, 1))
-    found, rows = {}, 0
+    steps, rows = {}, 0
     for name in STEPS:
-        found[name] = measure(name, options.out / "run")
-        rows = found["append"]["rows"]
-        found[name]["rows/s"] = rows / max(found[name]["seconds"], 1e-9)
+        steps[name] = measure(name, options.out / "run")
+        rows = steps["append"]["rows"]
+        steps[name]["rows/s"] = rows / max(steps[name]["seconds"], 1e-9)
     if not options.keep:
         shutil.rmtree(options.out)
     if options.json:
-        print(json.dumps({"rows": rows, "steps": found}, indent=1))
+        print(json.dumps({"rows": rows, "steps": steps}, indent=1))
         return
-    print(f"{rows:,} rows in {found['append']['parts']:,} parts, {found['append']['bytes a row']:.0f} bytes a row")
-    print(f"{'step':8} {'rows/s':>12} {'CPU s':>9} {'wall s':>9} {'peak MB':>9} {'of it imports':>14}")
-    for name, step in found.items():
+    print(f"{rows:,} rows in {steps['append']['parts']:,} parts, {steps['append']['bytes a row']:.0f} bytes per row")
+    print(f"{'step':8} {'rows/s':>12} {'CPU s':>9} {'wall s':>9} {'peak MB':>9} {'imports MB':>14}")
+    for name, step in steps.items():
         figures = f"{step['rows/s']:12,.0f} {step['seconds']:9.1f} {step['wall']:9.1f} {step['peak, MB']:9.0f}"
         print(f"{name:8} {figures} {step['imports, MB']:14.0f}")
 

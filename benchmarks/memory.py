@@ -1,6 +1,6 @@
-"""What a process itself has taken, read from Linux.
+"""Read the memory use of this process from Linux.
 
-``ru_maxrss`` will not do: it begins with the peak of whoever started the process.
+``ru_maxrss`` is not suitable: it starts at the peak of the parent process.
 """
 
 from __future__ import annotations
@@ -9,6 +9,6 @@ from pathlib import Path
 
 
 def megabytes(field: str) -> float:
-    """Return a field of ``/proc/self/status``: VmRSS is what is held now, VmHWM the most so far."""
+    """Return a field of ``/proc/self/status`` in MB: VmRSS is the current memory, VmHWM its peak."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024

@@ -1,4 +1,4 @@
-"""LLaVA-like policies with random weights, made on the spot in several sizes, and pictures for them."""
+"""Create LLaVA-like policies with random weights in several sizes, and images for them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAD, BOS, _, EOS, IMAGE = range(5)
 
 @dataclass(frozen=True)
 class Size:
-    """The shape of a model."""
+    """Configure the shape of a model."""
 
     width: int
     layers: int
@@ -36,7 +36,7 @@ class Size:
     inner: int
     vocabulary: int
     image: int
-    """Side of the picture in pixels."""
+    """Side of the image in pixels."""
     patch: int
     vision_width: int
     vision_layers: int
@@ -53,7 +53,7 @@ SIZES = {
 
 
 def make_policy(size: Size, dtype: torch.dtype, device: str = "cpu") -> Policy:
-    """Make a policy, its weights drawn on the device."""
+    """Create a policy with random weights, initialized on the device."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=size.vision_width,
@@ -110,18 +110,23 @@ def _processor(size: Size) -> LlavaProcessor:
     )
 
 
-def make_prompts(directory: Path, number: int, side: int, first: int = 0, pictures: int | None = None) -> list[Prompt]:
-    """Write pictures of noise, each its own, and ask about them.
+def make_prompts(
+    directory: Path, number: int, side: int, first: int = 0, num_images: int | None = None
+) -> list[Prompt]:
+    """Write images of random noise and return a prompt about each.
 
     Args:
-        pictures: How many different ones; as many as prompts by default.
+        number: Number of prompts.
+        side: Side of the images in pixels.
+        first: Index of the first prompt.
+        num_images: Number of different images; one per prompt by default.
     """
     prompts = []
     for index in range(first, first + number):
-        which = index % (pictures or first + number)
-        path = directory / f"{which}.png"
+        image_index = index % (num_images or first + number)
+        path = directory / f"{image_index}.png"
         if not path.exists():
-            noise = np.random.default_rng(which).integers(0, 256, (side, side, 3), dtype=np.uint8)
+            noise = np.random.default_rng(image_index).integers(0, 256, (side, side, 3), dtype=np.uint8)
             Image.fromarray(noise).save(path)
         prompts.append(Prompt(f"p{index}", str(path), "Describe the image."))
     return prompts

@@ -1,4 +1,4 @@
-"""What it costs to share work: the price of an item, and the size of a ledger.
+"""Measure the overhead of distributed work per item, the size of a ledger, and the serial work per prompt.
 
     python benchmarks/scale.py items --items 400
     torchrun --nproc-per-node 2 benchmarks/scale.py items --items 400
@@ -6,12 +6,12 @@
     python benchmarks/scale.py ledger --prompts 1024
     python benchmarks/scale.py serial --prompts 512
 
-``items`` spreads items that do nothing but write a file of 4 kB as ledger parts are written.
-What a crew takes for them beyond what one process takes is its price, in seconds of
-processor time of all processes (which other work on the machine does not change) and of the
-clock. ``ledger`` writes a part with the rows that a search with LLaVA-1.5 leaves: 85 nodes a
-prompt, sentences of 20 tokens. ``serial`` times what one process does for all: checking a
-picture of 640 x 480, deriving a prompt's pairs.
+``items`` distributes items that only write a file of 4 kB, in the way that ledger parts are
+written. The difference between several processes and one is the overhead, in wall time and in
+processor time of all processes (which other work on the machine does not affect). ``ledger`` writes
+a part with the rows of a search with LLaVA-1.5: 85 nodes per prompt, sentences of 20 tokens.
+``serial`` times the work that one process does for all: checking an image of 640 x 480, deriving a
+prompt's pairs.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from csr_vlm.cli.executors import crew_of
+from csr_vlm.cli.executors import executor_for
 from csr_vlm.config.load import resolve
 from csr_vlm.config.schema import DataConfig
-from csr_vlm.core.records import Fate, Finish, Node, Prompt
+from csr_vlm.core.progress import SilentProgress
+from csr_vlm.core.records import Finish, Node, NodeStatus, Prompt
 from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.scale import torchrun
-from csr_vlm.scale.executor import Done, Job
+from csr_vlm.scale.executor import ItemResult, Task
 from csr_vlm.store import files, tables
 
 WORDS = (
@@ -48,45 +49,46 @@ SENTENCE_TOKENS = 20
 VOCABULARY = 32_000
 
 
-class Writes:
-    """An item writes 4 kB."""
+class FileWriter:
+    """Write a file of 4 kB per item."""
 
-    def __init__(self, root: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, log: Callable[[str], None]) -> None:
         self._root = root
 
-    def do(self, item: int) -> Done:
+    def run_item(self, item: int) -> ItemResult:
         files.write_atomically(self._root / f"{item}.bin", lambda path: path.write_bytes(bytes(4096)) and None)
-        return Done(1, {})
+        return ItemResult(1, {})
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to release."""
 
 
 @contextmanager
-def timed(found: dict[str, Any]) -> Iterator[None]:
+def timed(result: dict[str, Any]) -> Iterator[None]:
     wall, processor = time.perf_counter(), time.process_time()
     yield
-    found["seconds"] = round(time.perf_counter() - wall, 3)
-    found["processor seconds of this process"] = round(time.process_time() - processor, 3)
+    result["seconds"] = round(time.perf_counter() - wall, 3)
+    result["processor seconds of this process"] = round(time.process_time() - processor, 3)
 
 
 def time_items(number: int, actors: int | None) -> dict[str, Any]:
-    """Spread items over whatever crew this was started with."""
-    ranks_makers = (Writes,)
-    found: dict[str, Any] = {"items": number, "processes": torchrun.num_launched(), "ray actors": actors}
+    """Distribute items with the executor that this process was started for."""
+    worker_classes = (FileWriter,)
+    result: dict[str, Any] = {"items": number, "processes": torchrun.num_launched(), "ray actors": actors}
     with TemporaryDirectory() as folder:
-        job = Job(Writes, Path(folder), {}, number)
-        crew = torchrun.launched(ranks_makers) if torchrun.num_launched() > 1 else crew_of(actors)
-        with crew as one:
-            if one is None:
-                return {}
-            one.spread(Job(Writes, Path(folder), {}, 8), lambda _: None, print)  # whatever is slow once
-            with timed(found):
-                one.spread(job, lambda _: None, print)
+        task = Task(FileWriter, Path(folder), {}, number)
+        executor = torchrun.torchrun_executor(worker_classes) if torchrun.num_launched() > 1 else executor_for(actors)
+        with executor as workers:
+            workers.map(Task(FileWriter, Path(folder), {}, 8), SilentProgress(), print)  # warm up
+            with timed(result):
+                workers.map(task, SilentProgress(), print)
         assert len(list(Path(folder).glob("*.bin"))) == number
-    found["milliseconds an item"] = round(1000 * found["seconds"] / number, 3)
-    return found
+    result["milliseconds an item"] = round(1000 * result["seconds"] / number, 3)
+    return result
 
 
 def make_nodes(prompt: str, random: np.random.Generator) -> list[Node]:
-    """A tree of five sentences' depth: 5 candidates, then 4 x 5 a round; ids as frequent as in language."""
+    """Generate a tree of depth 5: 5 candidates, then 4 x 5 per round, with token ids of a Zipf distribution."""
     nodes = []
     parents = [("", 0)]
     for depth in range(1, 6):
@@ -107,7 +109,7 @@ def make_nodes(prompt: str, random: np.random.Generator) -> list[Node]:
                     token_logprobs=tuple(map(float, logprobs)),
                     text=text,
                     finish=Finish.EOS if depth == 5 else Finish.DELIMITER,
-                    fate=Fate.FINISHED if depth == 5 else Fate.TOP,
+                    status=NodeStatus.FINISHED if depth == 5 else NodeStatus.TOP,
                     cosines=cosines,
                 )
             )
@@ -116,39 +118,41 @@ def make_nodes(prompt: str, random: np.random.Generator) -> list[Node]:
 
 
 def measure_ledger(num_prompts: int) -> dict[str, Any]:
-    """Write one part and look at its size."""
+    """Write one part and measure its size."""
     random = np.random.default_rng(0)
-    nodes = [node for at in range(num_prompts) for node in make_nodes(f"coco-{at:09d}", random)]
-    found: dict[str, Any] = {"prompts": num_prompts, "nodes": len(nodes)}
+    nodes = [node for index in range(num_prompts) for node in make_nodes(f"coco-{index:09d}", random)]
+    result: dict[str, Any] = {"prompts": num_prompts, "nodes": len(nodes)}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "part.parquet"
-        with timed(found):
+        with timed(result):
             tables.write_nodes(path, nodes)
-        found["bytes a node"] = round(path.stat().st_size / len(nodes), 1)
-    found["bytes a prompt"] = round(found["bytes a node"] * len(nodes) / num_prompts)
-    return found
+        result["bytes a node"] = round(path.stat().st_size / len(nodes), 1)
+    result["bytes a prompt"] = round(result["bytes a node"] * len(nodes) / num_prompts)
+    return result
 
 
 def measure_serial(num_prompts: int) -> dict[str, Any]:
-    """Time what is done by one process for all prompts."""
+    """Time the work that one process does for all prompts."""
     random = np.random.default_rng(0)
-    found: dict[str, Any] = {"prompts": num_prompts}
+    result: dict[str, Any] = {"prompts": num_prompts}
     with TemporaryDirectory() as folder:
         root = Path(folder)
         noise = random.integers(0, 255, (60, 80, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((640, 480)).save(root / "picture.jpg", quality=90)
-        rows = [{"prompt_id": f"p{at}", "image": "picture.jpg", "text": "What is there?"} for at in range(num_prompts)]
+        rows = [
+            {"prompt_id": f"p{index}", "image": "picture.jpg", "text": "What is there?"} for index in range(num_prompts)
+        ]
         (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
         started = time.process_time()
         accepted = len(list(read_prompts(DataConfig(prompts=str(root / "prompts.jsonl")), InputReport())))
-        found["check, ms a prompt"] = round(1000 * (time.process_time() - started) / accepted, 2)
+        result["check, ms a prompt"] = round(1000 * (time.process_time() - started) / accepted, 2)
     config = resolve({"model": {"path": "m"}, "scorer": {"path": "s"}, "data": {"prompts": "p"}}).method
-    trees = [make_nodes(f"p{at}", random) for at in range(num_prompts)]
+    trees = [make_nodes(f"p{index}", random) for index in range(num_prompts)]
     started = time.process_time()
     for nodes in trees:
         make_pairs(Prompt(nodes[0].prompt_id, "picture.jpg", "What?"), nodes, config, "clip", 0)
-    found["pairs, ms a prompt"] = round(1000 * (time.process_time() - started) / num_prompts, 2)
-    return found
+    result["pairs, ms a prompt"] = round(1000 * (time.process_time() - started) / num_prompts, 2)
+    return result
 
 
 def main() -> None:
@@ -159,13 +163,13 @@ def main() -> None:
     parser.add_argument("--ray", type=int, default=None)
     options = parser.parse_args()
     if options.what == "items":
-        found = time_items(options.items, options.ray)
+        result = time_items(options.items, options.ray)
     else:
-        found = {"ledger": measure_ledger, "serial": measure_serial}[options.what](options.prompts)
-    if found:
+        result = {"ledger": measure_ledger, "serial": measure_serial}[options.what](options.prompts)
+    if result:
         times = os.times()
-        found["processor seconds of it all"] = round(sum(times[:4]), 2)
-        print(json.dumps(found))
+        result["processor seconds of it all"] = round(sum(times[:4]), 2)
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

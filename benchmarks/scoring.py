@@ -1,14 +1,14 @@
-"""How much faster sentences are scored together than one (image, sentence) pair at a time.
+"""Compare batched scoring of sentences with scoring one (image, sentence) pair at a time.
 
     python benchmarks/scoring.py                    # the world's CLIP
     python benchmarks/scoring.py --model base       # random weights in the shape of CLIP ViT-B/32
     python benchmarks/scoring.py --model large      # CLIP ViT-L/14-336, the encoder of LLaVA-1.5
     python benchmarks/scoring.py --model DIRECTORY --device cuda
 
-The rival does what a call a pair costs: decode the image, preprocess it, run both towers.
-Both are timed in turns, several times; the medians count. All candidates are distinct, so
-nothing is won by repeated sentences; ``--repeated 0.5`` lets half of them be repeats, as
-they are in a real search. Prints a table, or JSON with ``--json``.
+The baseline decodes and preprocesses the image and runs both encoders for every pair. Both are timed
+alternately several times, and medians are reported. All candidates are distinct by default, so that
+caching of repeated sentences gives no advantage; with ``--repeated 0.5`` half of them are repeats, as
+in a real search. Prints a table, or JSON with ``--json``.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
 }
 
 TARGET = 15
-"""How many times as fast as one call a sentence."""
+"""Target speedup over one call per sentence."""
 
 
 def checkpoint(name: str, directory: Path) -> Path:
-    """Return the directory of a model, made with random weights where it is a shape's name."""
+    """Return the directory of a model; one with random weights is created for the name of a shape."""
     if name == "world":
         return assets() / "clip"
     if name not in SHAPES:
@@ -80,70 +80,70 @@ def checkpoint(name: str, directory: Path) -> Path:
 
 
 def make_items(images: int, candidates: int, repeated: float, directory: Path) -> list[tuple[Prompt, str]]:
-    """Draw noise as photographs of COCO's usual size, and describe each by some candidates."""
+    """Create noise images of COCO's usual size, each with ``candidates`` sentences."""
     rng = random.Random(0)
     words = [
         sentence(HARBOUR, (kind, color)).rstrip(".") for kind, color in itertools.product(HARBOUR.kinds, HARBOUR.colors)
     ]
     items = []
-    for index in range(images):
-        path = directory / f"{index}.jpg"
+    for image in range(images):
+        path = directory / f"{image}.jpg"
         Image.effect_noise((640, 480), 80).convert("RGB").save(path)
         fresh = [", and ".join(rng.sample(words, rng.randint(1, 3))) + "." for _ in range(candidates)]
-        said = [
-            rng.choice(fresh[: place or 1]) if rng.random() < repeated else text for place, text in enumerate(fresh)
+        texts = [
+            rng.choice(fresh[: index or 1]) if rng.random() < repeated else text for index, text in enumerate(fresh)
         ]
-        items += [(Prompt(str(index), str(path), "Describe."), text) for text in said]
+        items += [(Prompt(str(image), str(path), "Describe."), text) for text in texts]
     return items
 
 
 def one_at_a_time(path: Path, device: str) -> Callable[[list[tuple[Prompt, str]]], list[float]]:
-    """Make the rival: both towers for every pair."""
+    """Return the baseline: a function that runs both encoders for every pair."""
     model, processor = AutoModel.from_pretrained(path).to(device).eval(), AutoProcessor.from_pretrained(path)
 
     @torch.inference_mode()
     def score(items: list[tuple[Prompt, str]]) -> list[float]:
-        found = []
+        cosines = []
         for prompt, text in items:
             image = load_image(prompt.image, 50_000_000)
             inputs = processor(images=[image], text=[text], return_tensors="pt", truncation=True, max_length=77)
             output = model(**inputs.to(device))
-            found.append(torch.cosine_similarity(output.image_embeds, output.text_embeds).item())
-        return found
+            cosines.append(torch.cosine_similarity(output.image_embeds, output.text_embeds).item())
+        return cosines
 
     return score
 
 
 def timed(call: Callable[[], list[float]]) -> tuple[float, list[float]]:
-    """Return seconds and result; reading the result has waited for the device."""
+    """Return seconds and result; reading the result waits for the device."""
     started = time.perf_counter()
-    found = call()
-    return time.perf_counter() - started, found
+    result = call()
+    return time.perf_counter() - started, result
 
 
 def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """Time both in turns and compare what they say."""
+    """Time both alternately and compare their scores."""
     path = checkpoint(arguments.model, directory / "model")
     items = make_items(arguments.images, arguments.candidates, arguments.repeated, directory)
     scorer = load_scorer(ScorerConfig(path=str(path)), arguments.device)
-    rival = one_at_a_time(path, arguments.device)
+    baseline = one_at_a_time(path, arguments.device)
 
     def together() -> list[float]:
         scorer.forget()
         return [row["clip"] for row in scorer.score(items)]
 
-    few = items[: arguments.pairs]
-    rival(few[:2])
+    timed_items = items[: arguments.pairs]
+    baseline(timed_items[:2])
     together()
-    ours, theirs, difference = [], [], 0.0
+    batched_times, single_times, difference = [], [], 0.0
     for _ in range(arguments.rounds):
-        seconds, mine = timed(together)
-        ours.append(seconds / len(items))
-        # A pair costs the rival the same whatever its company, so a few of them do.
-        seconds, its = timed(lambda: rival(few))
-        theirs.append(seconds / len(few))
-        difference = max(difference, *(abs(a - b) for a, b in zip(mine, its, strict=False)))
-    ratio = median(theirs) / median(ours)
+        seconds, batched_scores = timed(together)
+        batched_times.append(seconds / len(items))
+        # The cost of a pair does not depend on the other pairs, so a subset is sufficient.
+        seconds, single_scores = timed(lambda: baseline(timed_items))
+        single_times.append(seconds / len(timed_items))
+        difference = max(difference, *(abs(a - b) for a, b in zip(batched_scores, single_scores, strict=False)))
+    ratio = median(single_times) / median(batched_times)
     return {
         "model": arguments.model,
         "device": arguments.device,
@@ -152,8 +152,8 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "candidates an image": arguments.candidates,
         "repeated": arguments.repeated,
         "rounds": arguments.rounds,
-        "one at a time, ms a sentence": round(1000 * median(theirs), 3),
-        "together, ms a sentence": round(1000 * median(ours), 3),
+        "one at a time, ms a sentence": round(1000 * median(single_times), 3),
+        "together, ms a sentence": round(1000 * median(batched_times), 3),
         "ratio": round(ratio, 1),
         "target, at 80 candidates an image": TARGET,
         "missed": ratio < TARGET,
@@ -162,24 +162,24 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what was asked for."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="world", help="world, base, large or a directory")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--candidates", type=int, default=80)
-    parser.add_argument("--repeated", type=float, default=0.0, help="share of candidates that repeat another")
-    parser.add_argument("--pairs", type=int, default=80, help="pairs that the rival is timed on, a round")
+    parser.add_argument("--repeated", type=float, default=0.0, help="share of candidates that repeat another one")
+    parser.add_argument("--pairs", type=int, default=80, help="number of pairs that the baseline is timed on per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     quiet_libraries()
     with tempfile.TemporaryDirectory() as directory:
-        found = measure(arguments, Path(directory))
+        result = measure(arguments, Path(directory))
     if arguments.json:
-        print_json(found)
+        print_json(result)
     else:
-        print_table("scoring", ["", ""], [[name, str(value)] for name, value in found.items()])
+        print_table("scoring", ["", ""], [[name, str(value)] for name, value in result.items()])
 
 
 if __name__ == "__main__":

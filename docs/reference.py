@@ -1,7 +1,8 @@
-"""Writes the pages that follow from the program: ``python -m docs.reference``; a test checks that they are current."""
+"""Write the pages that follow from the code: ``python -m docs.reference``; a test checks that they are current."""
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,23 +18,25 @@ from csr_vlm.config.load import fields_of, load_config, section_of
 from csr_vlm.config.schema import RunConfig, presets
 
 HERE = Path(__file__).parent
+PACKAGE = HERE.parent / "src" / "csr_vlm"
 _ABOUT_CONFIGURATION = """\
-A recipe is a YAML file of these options; `key=value` on the command line goes on top, as in
-`csr run recipes/llava-1.5-7b.yaml method.lambda=0.7 data.limit=1000`. Values are YAML. What the recipe leaves out
-comes from its `preset`, and what that leaves out from the defaults here. Unknown keys are refused, with the nearest
-one. `csr check RECIPE` prints the whole configuration resolved.
+A recipe is a YAML file with these options. `key=value` arguments on the command line override it, as in
+`csr run recipes/llava-1.5-7b.yaml method.lambda=0.7 data.limit=1000`. Values are YAML. Options that the recipe does not
+set come from its `preset`, then from the defaults listed here. Unknown keys are refused, with the nearest valid key.
+`csr check RECIPE` prints the resolved configuration.
 """
 _ABOUT_COMMANDS = """\
-Results go to stdout; progress, warnings and what to do next go to stderr. `--quiet`, `--verbose`, `--json`,
-`--no-color` (or the environment variable `NO_COLOR`) and `--debug` may stand before or after the verb. With `--json`
-stdout holds one JSON document and nothing else; verbs that write files name them under `written`. An error is told in
-three lines: `error:` what, `why:`, and `hint:` what to do.
+Results go to stdout; progress, warnings and next steps go to stderr. `--quiet`, `--verbose`, `--json`,
+`--no-color` (or the environment variable `NO_COLOR`) and `--debug` work before and after the command. With `--json`,
+stdout is one JSON document; commands that write files list them under `written`. An error has up to three lines:
+`error:` says what went wrong, `why:` gives the reason, and `hint:` says what to do.
 
-Tab completion: `csr --install-completion` once, for bash, zsh, fish and PowerShell; it knows verbs, options, recipes,
-runs and the keys of the configuration.
+For tab completion, run `csr --install-completion` once (bash, zsh, fish, PowerShell). It completes commands, options,
+recipes, runs and configuration keys.
 """
 _NOTE = "<!-- Written by `python -m docs.reference`; do not edit. -->"
 _MARKS = re.compile(r"(<!-- table: begin -->\n).*(<!-- table: end -->)", re.DOTALL)
+_TREE_MARKS = re.compile(r"(<!-- package tree: begin -->\n).*(<!-- package tree: end -->)", re.DOTALL)
 _COMPARED = ("paper", "official", "calibrated")
 _NEEDED = {"model": {"path": "M"}, "scorer": {"path": "S"}, "data": {"prompts": "P", "pairs": "Q"}}
 
@@ -42,11 +45,71 @@ def pages() -> dict[str, str]:
     """Map the name of every page that is written here to its text."""
     around = (HERE / "presets.md").read_text(encoding="utf-8")
     table = preset_table()
+    architecture = (HERE / "architecture.md").read_text(encoding="utf-8")
+    tree = package_tree(architecture)
     return {
+        "architecture.md": _TREE_MARKS.sub(lambda found: found[1] + tree + found[2], architecture),
         "configuration.md": configuration(),
         "commands.md": commands(),
         "presets.md": _MARKS.sub(lambda found: found[1] + table + found[2], around),
     }
+
+
+def package_tree(page: str) -> str:
+    """List every file of the package in import order, one line a file.
+
+    Args:
+        page: The architecture page. Its descriptions are kept; a file without one gets the
+            first line of its docstring.
+    """
+    old = _TREE_MARKS.search(page)
+    described: dict[str, str] = {}
+    folder = ""
+    for line in old[0].splitlines() if old else ():
+        if entry := re.fullmatch(r"( *)(\S+)(?: {2,}(.*))?", line):
+            depth, name = len(entry[1]) // 2, entry[2]
+            folder = "/".join([*folder.split("/")[: depth - 1], ""]) if depth > 1 else ""
+            described[folder + name] = entry[3] or ""
+            folder += name if name.endswith("/") else ""
+    lines = ["src/csr_vlm/"]
+    for path in _package_files(page):
+        name = path.relative_to(PACKAGE).as_posix() + ("/" if path.is_dir() else "")
+        label = (
+            "  " * len(path.relative_to(PACKAGE).parts)
+            + name.rstrip("/").split("/")[-1]
+            + name[len(name.rstrip("/")) :]
+        )
+        lines.append(f"{label:30}  {described.get(name) or _first_line(path)}".rstrip())
+    return "\n".join(["```text", *lines, "```", ""])
+
+
+def _package_files(page: str) -> Iterator[Path]:
+    """Yield folders and files, the folders in import order, without ``__init__.py`` and data below ``assets``."""
+    order = re.findall(r"\w+", page.split("<!-- import order -->")[1].split("```")[1].removeprefix("text"))
+    for name in order:
+        if (PACKAGE / f"{name}.py").is_file():
+            yield PACKAGE / f"{name}.py"
+        else:
+            yield from _folder_files(PACKAGE / name)
+
+
+def _folder_files(folder: Path) -> Iterator[Path]:
+    yield folder
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        if path.is_dir() and path.name not in {"assets", "__pycache__"}:
+            yield from _folder_files(path)
+        elif path.suffix in {".py", ".yaml"} and path.name not in {"__init__.py", "__main__.py"}:
+            yield path
+
+
+def _first_line(path: Path) -> str:
+    """Return the first line of a module's docstring; of a folder, its ``__init__.py``'s."""
+    source = path / "__init__.py" if path.is_dir() else path
+    if source.suffix != ".py":
+        return ""
+    docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+    line = re.sub(r":\w+:|`", "", docstring.partition("\n")[0]).rstrip(".")
+    return line if line[1:2].isupper() else line[:1].lower() + line[1:]
 
 
 def configuration() -> str:

@@ -1,4 +1,4 @@
-"""Where the reference cases lie: ../shared/data beside the checkout, or $CSR_SHARED_DATA."""
+"""Locate the reference cases: in $CSR_SHARED_DATA, in the checkout's shared/data, or in shared/data beside it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ from pathlib import Path
 
 import pytest
 
-SHARED = Path(os.environ.get("CSR_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+ROOT = Path(__file__).parents[1]
+
+
+def _locate() -> Path:
+    """Return the folder of the reference cases; the last candidate where none exists."""
+    if folder := os.environ.get("CSR_SHARED_DATA"):
+        return Path(folder)
+    inside, beside = ROOT / "shared" / "data", ROOT.parent / "shared" / "data"
+    return inside if inside.is_dir() else beside
+
+
+SHARED = _locate()
 
 
 def shared(name: str) -> Path:
-    """Return the path of a shared file or folder; skip the test or module without it."""
+    """Return the path of a reference file or folder; skip the test or module where it is absent."""
     path = SHARED / name
     if not path.exists():
-        pytest.skip(f"no reference cases: {path} is absent (set CSR_SHARED_DATA)", allow_module_level=True)
+        pytest.skip(f"no reference cases: {path} does not exist (set CSR_SHARED_DATA)", allow_module_level=True)
     return path

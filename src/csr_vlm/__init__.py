@@ -1,7 +1,7 @@
-"""Calibrated Self-Rewarding for vision-language models.
+"""Align vision-language models with Calibrated Self-Rewarding.
 
-``from csr_vlm import Run, Recipe, search, score, make_pairs``; importing the package itself
-loads no heavy library. docs/python.md has examples.
+``from csr_vlm import Recipe, Run, make_pairs, score, search``. Importing the package loads no heavy
+library; docs/python.md has examples.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from csr_vlm.api import Recipe, Run, Scored, make_pairs, score, search
+    from csr_vlm.api import Recipe, Run, ScoredSentence, make_pairs, score, search
 
-__all__ = ["Recipe", "Run", "Scored", "make_pairs", "score", "search"]
+__all__ = ["Recipe", "Run", "ScoredSentence", "make_pairs", "score", "search"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
-"""The method from Python: recipes, runs, and single parts on pictures, prompts and scorers of one's own.
+"""Use the method from Python: recipes, runs, and single parts on your own images, prompts and scorers.
 
-Everything here is a few lines on top of what the command line uses.
+Every function is a thin layer over what the command line uses.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from csr_vlm.store.run import Run
 if TYPE_CHECKING:
     from csr_vlm.scoring.scorer import Scorer
 
-__all__ = ["Recipe", "Run", "Scored", "make_pairs", "score", "search"]
+__all__ = ["Recipe", "Run", "ScoredSentence", "make_pairs", "score", "search"]
 
-Picture = str | Path
+ImagePath = str | Path
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a run, checked; docs/configuration.md lists them all.
+    """Hold the validated settings of a run; docs/configuration.md lists them all.
 
     Example:
         >>> recipe = Recipe.of(
@@ -46,16 +46,16 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path, *overrides: str) -> Recipe:
-        """Read a YAML file, with ``"dotted.key=value"`` on top.
+        """Load a YAML file and apply ``"dotted.key=value"`` overrides.
 
         Raises:
-            CsrError: It cannot be read, or an option is unknown or out of bounds.
+            CsrError: The file cannot be read, or an option is unknown or out of bounds.
         """
         return cls(load_config(Path(path), overrides))
 
     @classmethod
     def of(cls, **settings: Any) -> Recipe:
-        """Take the settings as plain data: what a recipe file would hold.
+        """Build a recipe from plain data: the content of a recipe file.
 
         Raises:
             CsrError: An option is missing, unknown or out of bounds.
@@ -64,132 +64,139 @@ class Recipe:
 
     @classmethod
     def demo(cls, out: str | Path, *, seed: int = 0, prompts: int = 256, scenes: int = 1000) -> Recipe:
-        """Draw pictures of the embedded world into ``out`` and return what ``csr demo`` runs on them.
+        """Draw images of the embedded world into ``out`` and return the recipe that ``csr demo`` runs.
 
         Args:
-            seed: Of the pictures and of the run.
-            prompts: Pictures to learn from.
-            scenes: Test scenes.
+            out: Directory for the images.
+            seed: Random seed of the images and of the run.
+            prompts: Number of training images.
+            scenes: Number of test scenes.
         """
         from csr_vlm.world.demo import demo_config
 
         return cls(demo_config(Path(out), seed, prompts, scenes))
 
     def changed(self, *overrides: str) -> Recipe:
-        """Return another recipe with ``"dotted.key=value"`` on top of this one."""
+        """Return a copy of this recipe with ``"dotted.key=value"`` overrides applied."""
         return Recipe(load_config(None, overrides, base=self.config.dump()))
 
-    def run(self, out: str | Path, tell: Reporter | None = None) -> Run:
-        """Run the whole method in a directory, or go on with what is there; see :func:`csr_vlm.pipeline.loop.align`.
+    def run(self, out: str | Path, reporter: Reporter | None = None) -> Run:
+        """Run the whole method in a directory, or resume the run there; see :func:`csr_vlm.pipeline.loop.align`.
 
         Args:
-            tell: What hears of the progress; nobody by default.
+            out: Run directory.
+            reporter: Receives progress; silent by default.
 
         Raises:
-            CsrError: The directory holds a run with other settings, or something a user can mend went wrong.
+            CsrError: The directory holds a run with other settings, or a stage cannot be done.
         """
         from csr_vlm.pipeline.loop import align
 
         run = Run.create(Path(out), self.config)
-        align(run, tell or Silent())
+        align(run, reporter or Silent())
         return run
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A sentence and how well it suits a picture."""
+class ScoredSentence:
+    """Represent a sentence and its relevance to an image."""
 
     text: str
     cosine: float
-    """cos(F_I(picture), F_T(sentence)), in -1..1; R_I (eq. 3) is 100 times that, or 0 where it is negative."""
+    """cos(F_I(image), F_T(sentence)), in -1..1; R_I (eq. 3) is max(100 * cosine, 0)."""
 
 
 def score(
-    captions: Iterable[tuple[Picture, str]], scorer: str | Scorer, *, device: str = "auto", delimiters: str = "."
-) -> list[list[Scored]]:
-    """Cut captions into sentences and score each against its picture.
+    captions: Iterable[tuple[ImagePath, str]], scorer: str | Scorer, *, device: str = "auto", delimiters: str = "."
+) -> list[list[ScoredSentence]]:
+    """Split captions into sentences and score each sentence against the caption's image.
 
     Args:
-        captions: (picture, caption) each.
-        scorer: A directory or hub id as in ``scorer.path``, or a scorer object of your own.
-        device: Torch device; auto takes cuda where there is one.
+        captions: Pairs of (image path, caption).
+        scorer: Directory or hub id as in ``scorer.path``, or your own scorer object.
+        device: Torch device; auto selects cuda if available.
         delimiters: Characters that end a sentence.
 
     Returns:
-        For each caption its sentences.
+        The scored sentences of each caption.
 
     Raises:
-        CsrError: A picture cannot be read or the scorer cannot be loaded.
+        CsrError: An image cannot be read or the scorer cannot be loaded.
     """
     from csr_vlm.method.sentences import SentenceRule
     from csr_vlm.models.devices import resolve_device
     from csr_vlm.scoring.registry import load_scorer
     from csr_vlm.scoring.scorer import ScorerGroup
 
-    asked = _prompts(captions, DataConfig.model_fields["max_image_pixels"].default)
+    prompts = _prompts(captions, DataConfig.model_fields["max_image_pixels"].default)
     rule = SentenceRule(delimiters)
-    sentences = [list(rule.cut(prompt.text)) for prompt in asked]
+    sentences_by_caption = [list(rule.cut(prompt.text)) for prompt in prompts]
     if isinstance(scorer, str):
         group = load_scorer(scorer_config(path=scorer), resolve_device(device))
     else:
         group = ScorerGroup([scorer])
-    items = [(prompt, sentence) for prompt, own in zip(asked, sentences, strict=True) for sentence in own]
+    items = [
+        (prompt, sentence)
+        for prompt, sentences in zip(prompts, sentences_by_caption, strict=True)
+        for sentence in sentences
+    ]
     cosines = iter(row[group.name] for row in group.score(items))
-    return [[Scored(sentence, next(cosines)) for sentence in own] for own in sentences]
+    return [[ScoredSentence(sentence, next(cosines)) for sentence in sentences] for sentences in sentences_by_caption]
 
 
 def search(
-    prompts: Iterable[Prompt | tuple[Picture, str]],
+    prompts: Iterable[Prompt | tuple[ImagePath, str]],
     recipe: Recipe,
     *,
     adapter: str | Path | None = None,
     scorer: Scorer | None = None,
-    tell: Reporter | None = None,
+    reporter: Reporter | None = None,
 ) -> list[Tree]:
-    """Search the responses of a policy to prompts of your own, sentence by sentence (section 3.2.1).
+    """Search a policy's responses to your own prompts, sentence by sentence (section 3.2.1).
 
     Args:
-        prompts: (picture, question) each.
-        recipe: Names model, scorer and search; its data is not read.
+        prompts: Prompts, or pairs of (image path, question).
+        recipe: Settings of model, scorer and search; its data is not read.
         adapter: LoRA on the model, such as ``run.trained_adapter()``; ``model.adapter`` by default.
-        scorer: One of your own in place of the recipe's, called as ``scorer.name`` there.
-        tell: What hears of the progress.
+        scorer: Your own scorer in place of the recipe's; its name must be the recipe's ``scorer.name``.
+        reporter: Receives log lines; silent by default.
 
     Returns:
-        One tree a prompt, with every node and everything measured about it.
+        One tree per prompt, with every node and its measurements.
 
     Raises:
-        CsrError: A picture cannot be read, or a model cannot be loaded.
+        CsrError: An image cannot be read, or a model cannot be loaded.
     """
     from csr_vlm.pipeline import tasks
     from csr_vlm.scoring.scorer import ScorerGroup
 
     config = recipe.config
-    asked = _prompts(prompts, config.data.max_image_pixels)
+    checked_prompts = _prompts(prompts, config.data.max_image_pixels)
     if scorer is not None and scorer.name != config.scorer.used:
         raise CsrError(
-            f"the scorer calls itself {scorer.name!r}, and the recipe goes by {config.scorer.used!r}",
+            f"the scorer's name is {scorer.name!r}, but the recipe uses {config.scorer.used!r}",
             f'recipe.changed("scorer.name={scorer.name}")',
         )
-    own = config.model.adapter if adapter is None else adapter
-    engine, group = tasks.engine_and_scorer(config, None if own is None else Path(own), (tell or Silent()).say)
+    adapter = config.model.adapter if adapter is None else adapter
+    adapter_path = None if adapter is None else Path(adapter)
+    engine, group = tasks.load_engine_and_scorer(config, adapter_path, (reporter or Silent()).log)
     if scorer is not None:
         group = ScorerGroup([scorer])
-    return tasks.search_trees(asked, asked, engine, group, config, iteration=1)
+    return tasks.search_trees(checked_prompts, checked_prompts, engine, group, config, iteration=1)
 
 
 def make_pairs(
     source: Run | Sequence[Tree], recipe: Recipe | None = None, *, iteration: int | None = None
 ) -> list[Pair]:
-    """Derive preference pairs (section 3.2.2) from a ledger; nothing is generated again.
+    """Derive preference pairs (section 3.2.2) from a ledger, without generating again.
 
     Args:
-        source: A run, or what :func:`search` found.
-        recipe: Settings of the reward and of the pairs; a run's own by default.
-        iteration: Whose ledger; the last one generated by default.
+        source: A run, or trees from :func:`search`.
+        recipe: Settings of reward and pairs; by default those of the run. Required for trees.
+        iteration: Iteration of the run's ledger; the last one generated by default.
 
     Raises:
-        CsrError: The run has no such ledger, or it lacks a score that the settings ask for.
+        CsrError: The run has no such ledger, or it lacks a score that the settings use.
     """
     if isinstance(source, Run):
         from csr_vlm.pipeline import stages
@@ -197,30 +204,28 @@ def make_pairs(
         number = iteration or max(source.iterations_done("generate"), default=1)
         return stages.derive_pairs(source, number, (recipe or Recipe(source.config)).config)[0]
     if recipe is None:
-        raise CsrError("trees of a search know no settings", "give the recipe: make_pairs(trees, recipe)")
+        raise CsrError("trees have no settings of their own", "pass the recipe: make_pairs(trees, recipe)")
     config = recipe.config
-    found = [
+    pairs_or_reasons = [
         method_pairs.make_pairs(tree.prompt, tree.nodes, config.method, config.scorer.used, config.seed)
         for tree in source
     ]
-    return [pair for pairs in found if not isinstance(pairs, str) for pair in pairs]
+    return [pair for pairs in pairs_or_reasons if not isinstance(pairs, str) for pair in pairs]
 
 
-def _prompts(given: Iterable[Prompt | tuple[Picture, str]], max_pixels: int) -> list[Prompt]:
-    """Number what comes without ids, and look at every picture once.
+def _prompts(items: Iterable[Prompt | tuple[ImagePath, str]], max_pixels: int) -> list[Prompt]:
+    """Convert pairs to prompts with numbers as ids, and decode every image once.
 
     Raises:
-        CsrError: A picture cannot be used.
+        CsrError: An image cannot be used.
     """
     prompts = [
         item if isinstance(item, Prompt) else Prompt(str(number), str(item[0]), item[1])
-        for number, item in enumerate(given)
+        for number, item in enumerate(items)
     ]
     for prompt in prompts:
         try:
             load_image(prompt.image, max_pixels)
         except BadImage as error:
-            raise CsrError(
-                f"the picture {prompt.image} cannot be used: {error}", "check the path and the file"
-            ) from None
+            raise CsrError(f"the image {prompt.image} cannot be used: {error}", "check the path and the file") from None
     return prompts

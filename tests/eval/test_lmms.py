@@ -1,4 +1,4 @@
-"""The bridge to lmms-eval, end to end: an offline task, the shipped models, a run's adapter."""
+"""Test the integration of lmms-eval end to end: an offline task, the shipped models, a run's adapter."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def process(doc, results):
 
 
 def write_task(folder: Path, num_pictures: int = 1) -> Path:
-    """Yes/no questions about pictures of the world, half of them true."""
+    """Write a task of yes/no questions about drawn scenes, half of which have the answer yes."""
     folder.mkdir()
     rows = []
     for at, scene in enumerate(make_scenes(HARBOUR, Split.DEVELOPMENT, 3, 12)):
@@ -94,7 +94,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(autouse=True)
 def _loud(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silencing libraries is for a process of its own: it would last."""
+    """Keep libraries from being silenced: that would outlast the test."""
     monkeypatch.setattr(console, "quiet_libraries", lambda: None)
 
 
@@ -102,7 +102,7 @@ def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_a_run_is_measured_on_a_task_and_read_back(run: Run, tmp_path: Path) -> None:
+def test_a_run_is_evaluated_on_a_task(run: Run, tmp_path: Path) -> None:
     folder = write_task(tmp_path / "tasks")
     shown = invoke("eval", "lmms", run.root, "--tasks", "harbour_yes_no", "--include", folder, "--json", "-q")
     assert shown.exit_code == 0, shown.exception
@@ -122,10 +122,10 @@ def test_a_run_is_measured_on_a_task_and_read_back(run: Run, tmp_path: Path) -> 
     assert of_task["metrics"]["harbour_yes_no_right"]["test"] == "McNemar, exact"
 
 
-def test_questions_with_several_images_are_refused_not_scored(run: Run, tmp_path: Path) -> None:
+def test_questions_with_several_images_are_refused(run: Run, tmp_path: Path) -> None:
     folder = write_task(tmp_path / "pairs", num_pictures=2)
     shown = invoke("eval", "lmms", run.root, "--tasks", "harbour_yes_no", "--include", folder, "--iteration", 0, "-q")
-    assert "12 questions have no image or several" in str(shown.exception)
+    assert "12 questions do not have exactly one image" in str(shown.exception)
 
 
 def test_a_failing_request_ends_the_evaluation(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +140,8 @@ def test_a_failing_request_ends_the_evaluation(run: Run, tmp_path: Path, monkeyp
     assert isinstance(shown.exception, RuntimeError)
 
 
-def test_the_papers_tasks_are_there(tmp_path: Path) -> None:
-    """Names and folders are lmms-eval's; no data is loaded."""
+def test_lmms_eval_has_the_papers_tasks(tmp_path: Path) -> None:
+    """Look up tasks and folders in lmms-eval; no data is loaded."""
     import lmms_eval
     from lmms_eval.tasks import TaskManager
 

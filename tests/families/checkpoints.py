@@ -1,12 +1,13 @@
-"""Tiny checkpoints of many model families, as users have theirs: directories that load by name.
+"""Build tiny checkpoints of many model families: directories that load by name like a user's model.
 
-Each is built from its configuration with random weights, a real tokenizer, image processor
-and chat template, and saved. Nothing is trained: the tests ask whether generation, scoring,
-training and merging agree with each other, not whether the answers make sense. The weights
-are drawn large enough for every image and token to matter to what follows.
+Each is built from its configuration with random weights, a real tokenizer, image processor and
+chat template, and saved. Nothing is trained: the tests check that generation, scoring, training
+and merging agree, not that the responses make sense. The weights are large enough for every image
+and token to influence the tokens after it.
 
-A checkpoint is kept under ``.cache/families`` and made again when this file or a library
-that it depends on changes. ``python -m tests.families.checkpoints`` makes all of them.
+Checkpoints are cached under ``.cache/families`` and built again if this file or a library that they
+depend on changes. ``python -m tests.families.checkpoints`` builds all of them. To add a family, write
+a function that returns its model and processor, and add it to ``FAMILIES``.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ WIDTH = 32
 IMAGE = 32
 PATCH = 8
 PAD, BOS, _, EOS, IMAGE_ID = range(5)
-"""Ids of the world's tokenizer."""
+"""Special token ids of the world's tokenizer."""
 
 Checkpoint = tuple[Any, Any]
-"""A model and its processor."""
+"""(model, processor)."""
 
 
 @cache
@@ -45,7 +46,7 @@ def _trained() -> str:
 
 
 def tokenizer(*tokens: str, **named: str) -> Any:
-    """Make the world's tokenizer with further special tokens, some of them named."""
+    """Return the world's tokenizer with additional special tokens, some of them named."""
     made = hf.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained()),
         pad_token="<pad>",
@@ -60,13 +61,13 @@ def tokenizer(*tokens: str, **named: str) -> Any:
 
 
 def chat(image: str) -> str:
-    """The world's chat template with a family's own image placeholder."""
+    """Return the world's chat template with a family's image placeholder."""
     assert CHAT_TEMPLATE.count(f"{SPECIAL[IMAGE_ID]}\n") == 1
     return CHAT_TEMPLATE.replace(f"{SPECIAL[IMAGE_ID]}\n", image)
 
 
 def llama(words: Any, **changes: Any) -> dict[str, Any]:
-    """A language model's options, as most families name them."""
+    """Return a language model's options under the names that most families use."""
     return {
         "model_type": "llama",
         "vocab_size": len(words),
@@ -86,7 +87,7 @@ def llama(words: Any, **changes: Any) -> dict[str, Any]:
 
 
 def vit(model_type: str, **changes: Any) -> dict[str, Any]:
-    """A vision tower's options, as most families name them."""
+    """Return a vision tower's options under the names that most families use."""
     return {
         "model_type": model_type,
         "hidden_size": WIDTH,
@@ -334,7 +335,7 @@ def gemma3() -> Checkpoint:
         image_token_id=words.image_token_id,
         boi_token_id=words.boi_token_id,
         eoi_token_id=words.eoi_token_id,
-        # Tied, untrained and scaled by the root of the width, it would repeat itself for ever.
+        # Tied and untrained embeddings, which Gemma scales by the root of the width, would repeat one token forever.
         tie_word_embeddings=False,
     )
     processor = hf.Gemma3Processor(
@@ -436,7 +437,7 @@ FAMILIES: dict[str, Callable[[], Checkpoint]] = {
 
 
 def checkpoint(name: str) -> Path:
-    """Return the directory of a family's checkpoint, made first if need be.
+    """Return the directory of a family's checkpoint; build it if it is not cached.
 
     Raises:
         ImportError: The family's processor needs a library that is not installed.
@@ -446,7 +447,7 @@ def checkpoint(name: str) -> Path:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=directory.parent) as temporary:
             _save(*FAMILIES[name](), Path(temporary) / name)
-            # Another process may have been quicker; its checkpoint is the same.
+            # Another process may have built the same checkpoint in the meantime.
             with suppress(OSError):
                 (Path(temporary) / name).rename(directory)
     return directory
@@ -461,18 +462,18 @@ def recipe_hash() -> str:
 
 
 def _save(model: Any, processor: Any, directory: Path) -> None:
-    _draw_weights(model)
-    _let_sentences_end(model.get_output_embeddings().weight, processor.tokenizer)
+    _initialize_weights(model)
+    _favor_sentence_ends(model.get_output_embeddings().weight, processor.tokenizer)
     model.generation_config = hf.GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
 
 
-def _draw_weights(model: torch.nn.Module, gain: float = 1.5) -> None:
-    """Draw every matrix anew, so that what goes in matters to what comes out.
+def _initialize_weights(model: torch.nn.Module, gain: float = 1.5) -> None:
+    """Initialize every matrix so that the inputs influence the outputs.
 
-    Matrices are normal with deviation gain / sqrt(inputs); the library's own, 0.02, would
-    leave all tokens about equally likely. Vectors (norms, biases) get a little noise.
+    Matrices are normal with standard deviation gain / sqrt(inputs); with the library's 0.02, all
+    tokens would be about equally likely. Vectors (norms, biases) get a little noise.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -484,8 +485,8 @@ def _draw_weights(model: torch.nn.Module, gain: float = 1.5) -> None:
                 parameter.add_(0.1 * noise)
 
 
-def _let_sentences_end(head: torch.Tensor, words: Any) -> None:
-    """Make full stops, and words that begin with a space, likelier than chance would have them."""
+def _favor_sentence_ends(head: torch.Tensor, words: Any) -> None:
+    """Increase the probability of periods and of words that begin with a space."""
     with torch.no_grad():
         head[words.convert_tokens_to_ids(".")] *= 4.0
         head[[index for token, index in words.get_vocab().items() if token.startswith("Ġ")]] *= 2.0

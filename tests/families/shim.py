@@ -1,4 +1,4 @@
-"""Lets a CUDA build of torchvision be imported beside a CPU build of torch."""
+"""Make a CUDA build of torchvision importable with a CPU build of torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import types
 
 
 def without_compiled_torchvision() -> None:
-    """Keep torchvision from registering operators that its CUDA build cannot find here.
+    """Prevent torchvision from registering compiled operators, which its CUDA build cannot load here.
 
-    Processors use only what torchvision does in Python: resizing and normalising. Where its
-    compiled operators load, as in a matching build, this changes nothing that they use.
+    Processors use only torchvision's Python code, for resizing and normalizing, so this does not
+    affect them.
     """
     name = "torchvision._meta_registrations"
     sys.modules.setdefault(name, types.ModuleType(name))

@@ -1,7 +1,7 @@
-"""Every family through the whole method: search, log-probabilities, DPO, adapter, merge.
+"""Run every family through the whole method: search, log-probabilities, DPO, adapter, merge.
 
-The checkpoints are tiny and untrained (see checkpoints.py); what is tested is that every
-part reads prompts, images and responses of a family as every other part does.
+The checkpoints are tiny and untrained (see checkpoints.py). The tests check that all parts encode
+prompts, images and responses of a family in the same way.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from csr_vlm.config.schema import MethodConfig, ModelConfig, ScorerConfig, TrainingConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Finish, Pair, Prompt
-from csr_vlm.generation.self_check import plain_logprobs, self_check
+from csr_vlm.generation.self_check import logprobs_from_pixels, self_check
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import Tree, search
-from csr_vlm.models.checkpoints import tensor_files
-from csr_vlm.models.families import FAMILIES as KNOWN
+from csr_vlm.models.checkpoints import checkpoint_tensors
+from csr_vlm.models.families import FAMILIES as KNOWN_FAMILIES
 from csr_vlm.models.families import Family
-from csr_vlm.models.policy import Policy, load_policy
+from csr_vlm.models.loading import load_policy
+from csr_vlm.models.policy import Policy
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.training import dpo
 from csr_vlm.training.collator import PairCollator, training_row
-from csr_vlm.training.packing import obstacle
+from csr_vlm.training.packing import packing_obstacle
 from csr_vlm.world.demo import assets
 from tests.families.checkpoints import FAMILIES, checkpoint
 
 SIZES = ((72, 72), (90, 48), (40, 64))
-"""Widths and heights: tiles and token counts differ between them in many families."""
+"""(width, height) of the images; in many families they differ in tiles and token counts."""
 METHOD = MethodConfig.model_validate(
     {
         "search": {"num_candidates": 4, "max_sentences": 2, "max_sentence_tokens": 12},
@@ -54,12 +55,12 @@ TRAINING = TrainingConfig.model_validate(
     }
 )
 TOLERANCE = 1e-4
-"""Nats a response; responses have up to 24 tokens of about -5 nats each."""
+"""Nats per response; responses have up to 24 tokens of about -5 nats each."""
 
 
 @dataclass
 class Case:
-    """What a family's tests share: one search, one training, one merge."""
+    """Hold what a family's tests share: one search, one training, one merge."""
 
     config: ModelConfig
     policy: Policy
@@ -67,7 +68,7 @@ class Case:
     trees: list[Tree]
     pairs: list[Pair]
     trained: dict[str, torch.Tensor]
-    """Every parameter of the model as the trainer left it."""
+    """Parameters of the model after training, by name."""
     result: dict[str, Any]
     adapter: Path
     directory: Path
@@ -75,19 +76,19 @@ class Case:
 
 @pytest.fixture(scope="module")
 def directory() -> Iterator[Path]:
-    with TemporaryDirectory() as found:
-        yield Path(found)
+    with TemporaryDirectory() as path:
+        yield Path(path)
 
 
 @cache
 def prompts(directory: Path) -> list[Prompt]:
-    made = []
+    prompts = []
     for number, (width, height) in enumerate(SIZES):
         noise = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(number))
         path = directory / f"{number}.png"
         Image.fromarray(noise.byte().numpy()).save(path)
-        made.append(Prompt(str(number), str(path), ("Describe this image.", "What is here?")[number % 2]))
-    return made
+        prompts.append(Prompt(str(number), str(path), ("Describe this image.", "What is here?")[number % 2]))
+    return prompts
 
 
 def model_of(name: str) -> ModelConfig:
@@ -116,8 +117,8 @@ def case(name: str, directory: Path) -> Case:
         seed=0,
         scorer="clip",
     )
-    found = [make_pairs(tree.prompt, tree.nodes, METHOD, "clip", 0) for tree in trees]
-    pairs = [pair for some in found if not isinstance(some, str) for pair in some]
+    made = [make_pairs(tree.prompt, tree.nodes, METHOD, "clip", 0) for tree in trees]
+    pairs = [pair for result in made if not isinstance(result, str) for pair in result]
     adapter = directory / name / "adapter"
     trained, result = trained_on(pairs, config, adapter, previous=None)
     return Case(config, policy, asked, trees, pairs, trained, result, adapter, directory / name)
@@ -126,7 +127,7 @@ def case(name: str, directory: Path) -> Case:
 def trained_on(
     pairs: Sequence[Pair], config: ModelConfig, adapter: Path, previous: Path | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Train two steps; return all parameters as they are then, and what training reported."""
+    """Train two steps; return all parameters after training, and the result of training."""
     kept: dict[str, torch.Tensor] = {}
     save = dpo.save_adapter
 
@@ -148,37 +149,37 @@ def family(request: pytest.FixtureRequest, directory: Path) -> Case:
 
 
 def logprobs(policy: Policy, case: Case) -> torch.Tensor:
-    """Of the chosen responses, end to end."""
+    """Return the log-probabilities of the chosen responses, concatenated."""
     policy.model.eval()
     asked = [pair.prompt for pair in case.pairs]
     return torch.cat(policy.teacher_forced(asked, [pair.chosen.token_ids for pair in case.pairs]))
 
 
-def test_the_checkpoints_cover_the_table() -> None:
-    made = {checkpoint_type(name) for name in FAMILIES}
-    assert set(KNOWN) <= made
+def test_the_checkpoints_cover_all_known_families() -> None:
+    built = {checkpoint_type(name) for name in FAMILIES}
+    assert set(KNOWN_FAMILIES) <= built
     assert len(FAMILIES) >= 12
 
 
-def test_the_page_names_every_family() -> None:
+def test_the_docs_page_lists_every_family() -> None:
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     assert all(f"| {name} | `{checkpoint_type(name)}` |" in page for name in FAMILIES)
 
 
 @pytest.mark.parametrize(
-    ("name", "refused"),
-    [("llava_next", None), ("qwen2_vl", "other probabilities"), ("paligemma", "cannot be driven")],
+    ("name", "error"),
+    [("llava_next", None), ("qwen2_vl", "teacher forcing differ"), ("paligemma", "cannot be used for generation")],
 )
-def test_an_unknown_family_is_tried_and_refused_where_that_goes_wrong(
-    name: str, refused: str | None, directory: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_unknown_family_is_rejected_only_if_the_self_check_fails(
+    name: str, error: str | None, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = load_policy(model_of(name), None)
-    monkeypatch.setattr("csr_vlm.models.policy.family_of", lambda _: Family())
+    monkeypatch.setattr("csr_vlm.models.encoding.family_of", lambda _: Family())
     prompt = prompts(directory)[1]
-    if refused is None:
+    if error is None:
         assert self_check(policy, prompt) < TOLERANCE
     else:
-        with pytest.raises(CsrError, match=refused):
+        with pytest.raises(CsrError, match=error):
             self_check(policy, prompt)
 
 
@@ -186,7 +187,7 @@ def checkpoint_type(name: str) -> str:
     return {"llava_clip": "llava", "llava_siglip": "llava", "pixtral": "llava"}.get(name, name)
 
 
-def test_search_goes_on_from_its_own_sentences_and_scores_them(family: Case) -> None:
+def test_search_extends_its_sentences_and_scores_them(family: Case) -> None:
     nodes = [node for tree in family.trees for node in tree.nodes]
     assert {node.depth for node in nodes} == {1, 2}
     assert all(
@@ -198,30 +199,30 @@ def test_search_goes_on_from_its_own_sentences_and_scores_them(family: Case) -> 
     scored = [node for node in nodes if node.sentence]
     assert scored
     assert all(-1.0 <= node.cosines["clip"] <= 1.0 for node in scored)
-    assert not {token for node in nodes for token in node.token_ids} & set(family.policy.barred_ids)
+    assert not {token for node in nodes for token in node.token_ids} & set(family.policy.image_token_ids)
     assert len(family.pairs) >= 2
 
 
-def test_generated_logprobs_are_teacher_forced_ones(family: Case) -> None:
+def test_generated_logprobs_equal_teacher_forced_ones(family: Case) -> None:
     responses = [response for pair in family.pairs for response in (pair.chosen, pair.rejected)]
     asked = [pair.prompt for pair in family.pairs for _ in range(2)]
     ids = [response.token_ids for response in responses]
     together = family.policy.teacher_forced(asked, ids)
-    for prompt, response, found in zip(asked, responses, together, strict=True):
-        assert abs(float(found.sum()) - response.logprob) < TOLERANCE
-        alone = plain_logprobs(family.policy, prompt, response.token_ids)
+    for prompt, response, forced in zip(asked, responses, together, strict=True):
+        assert abs(float(forced.sum()) - response.logprob) < TOLERANCE
+        alone = logprobs_from_pixels(family.policy, prompt, response.token_ids)
         assert abs(float(alone.sum()) - response.logprob) < TOLERANCE
     assert self_check(family.policy, asked[0]) < TOLERANCE
     pictures = [prompt.image for prompt in family.prompts]
     swapped = [replace(p, image=pictures[(pictures.index(p.image) + 1) % len(pictures)]) for p in asked]
     wrong = family.policy.teacher_forced(swapped, ids)
     assert all(
-        abs(float(found.sum()) - response.logprob) > 100 * TOLERANCE
-        for response, found in zip(responses, wrong, strict=True)
+        abs(float(forced.sum()) - response.logprob) > 100 * TOLERANCE
+        for response, forced in zip(responses, wrong, strict=True)
     )
 
 
-def test_dpo_moves_the_language_models_adapter_and_nothing_else(family: Case) -> None:
+def test_dpo_moves_only_the_language_models_adapter(family: Case) -> None:
     assert family.result["reference"] == "ledger"
     assert family.result["reference_difference"] < TOLERANCE
     assert family.result["first_loss"] == pytest.approx(math.log(2), abs=TOLERANCE)
@@ -242,12 +243,12 @@ def test_dpo_moves_the_language_models_adapter_and_nothing_else(family: Case) ->
     assert len(linears) == 14
 
 
-def test_packed_pairs_have_the_loss_and_gradients_of_unpacked_ones(family: Case, tmp_path: Path) -> None:
+def test_packed_pairs_have_the_loss_and_gradients_of_unpacked_pairs(family: Case, tmp_path: Path) -> None:
     policy = dpo.trainable_policy(family.config, TRAINING, family.adapter)
-    hindered = obstacle(policy.base_model.config) is not None
-    assert hindered == (policy.base_model.config.model_type in {"gemma3", "paligemma"})
-    if hindered:
-        assert "left to right" in family.result["packing_obstacle"]
+    has_obstacle = packing_obstacle(policy.base_model.config) is not None
+    assert has_obstacle == (policy.base_model.config.model_type in {"gemma3", "paligemma"})
+    if has_obstacle:
+        assert "causal attention" in family.result["packing_obstacle"]
         return
     assert family.result["packing_obstacle"] is None
     pairs = [branching(pair, common) for pair, common in zip(family.pairs, (0, 1, 3), strict=False)]
@@ -260,7 +261,7 @@ def test_packed_pairs_have_the_loss_and_gradients_of_unpacked_ones(family: Case,
         processing_class=policy.processor,
     )
     trainer.precompute_ref_logps, trainer.first_loss = True, 0.0
-    found = []
+    results = []
     for packing in (True, False):
         trainer.model.zero_grad()
         batch = PairCollator(policy, packing=packing)(rows)
@@ -268,8 +269,8 @@ def test_packed_pairs_have_the_loss_and_gradients_of_unpacked_ones(family: Case,
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
-        found.append((float(loss.detach()), gradients))
-    (packed_loss, packed), (plain_loss, plain) = found
+        results.append((float(loss.detach()), gradients))
+    (packed_loss, packed), (plain_loss, plain) = results
     assert packed_loss == pytest.approx(plain_loss, rel=1e-5)
     assert abs(plain_loss - math.log(2)) > 1e-3
     assert packed.keys() == plain.keys()
@@ -278,12 +279,12 @@ def test_packed_pairs_have_the_loss_and_gradients_of_unpacked_ones(family: Case,
 
 
 def branching(pair: Pair, common: int) -> Pair:
-    """Make both sides begin with the same tokens; the reference is off, so that the loss is not log 2."""
+    """Make both sides begin with the same tokens, and change the reference so that the loss is not log 2."""
     rejected = replace(pair.rejected, token_ids=pair.chosen.token_ids[:common] + pair.rejected.token_ids[common:])
     return replace(pair, rejected=replace(rejected, logprob=pair.chosen.logprob - 3.0))
 
 
-def test_the_adapter_reloads_to_the_policy_that_was_trained(family: Case) -> None:
+def test_the_saved_adapter_restores_the_trained_policy(family: Case) -> None:
     started = dpo.trainable_policy(family.config, TRAINING, family.adapter)
     for name, value in started.model.named_parameters():
         assert torch.equal(value, family.trained[name])
@@ -292,15 +293,15 @@ def test_the_adapter_reloads_to_the_policy_that_was_trained(family: Case) -> Non
     assert not torch.allclose(logprobs(family.policy, family), reloaded, atol=TOLERANCE)
 
 
-def test_the_second_iteration_goes_on_from_the_first(family: Case, tmp_path: Path) -> None:
+def test_the_second_iteration_starts_from_the_first_adapter(family: Case, tmp_path: Path) -> None:
     policy = load_policy(family.config, family.adapter)
 
-    def again(responses: list[Any]) -> list[Any]:
-        found = policy.teacher_forced([pair.prompt for pair in family.pairs], [r.token_ids for r in responses])
-        return [replace(r, logprob=float(lp.sum())) for r, lp in zip(responses, found, strict=True)]
+    def with_logprobs(responses: list[Any]) -> list[Any]:
+        logprobs = policy.teacher_forced([pair.prompt for pair in family.pairs], [r.token_ids for r in responses])
+        return [replace(r, logprob=float(lp.sum())) for r, lp in zip(responses, logprobs, strict=True)]
 
-    chosen = again([pair.chosen for pair in family.pairs])
-    rejected = again([pair.rejected for pair in family.pairs])
+    chosen = with_logprobs([pair.chosen for pair in family.pairs])
+    rejected = with_logprobs([pair.rejected for pair in family.pairs])
     pairs = [replace(p, chosen=c, rejected=r) for p, c, r in zip(family.pairs, chosen, rejected, strict=True)]
     _, result = trained_on(pairs, family.config, tmp_path / "adapter", previous=family.adapter)
     assert result["reference"] == "ledger"
@@ -310,13 +311,13 @@ def test_the_second_iteration_goes_on_from_the_first(family: Case, tmp_path: Pat
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_merged_model_is_the_policy(family: Case) -> None:
+def test_the_merged_model_equals_the_adapted_policy(family: Case) -> None:
     merged = family.directory / "model"
     dpo.merge(family.config, family.adapter, merged)
     AutoModelForImageTextToText.from_pretrained(merged)
     tower = family.policy.base_model.config.vision_config.model_type
-    if tower in ("clip_vision_model", "siglip_vision_model"):  # what other programs look for
-        assert {name.split(".")[1] for name in tensor_files(merged) if name.startswith("vision_tower.")} <= {
+    if tower in ("clip_vision_model", "siglip_vision_model"):  # the names that other programs need
+        assert {name.split(".")[1] for name in checkpoint_tensors(merged) if name.startswith("vision_tower.")} <= {
             "vision_model"
         }
     plain = load_policy(ModelConfig(path=str(merged), device="cpu"), None)

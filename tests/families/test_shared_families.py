@@ -1,4 +1,4 @@
-"""Every family decodes with shared attention as it does on the plain path."""
+"""Compare shared attention with plain attention in every family."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from PIL import Image
 from csr_vlm.config.schema import ModelConfig, SearchConfig
 from csr_vlm.core.records import Expansion, Prompt
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.models.policy import load_policy
+from csr_vlm.models.loading import load_policy
 from tests.families.checkpoints import FAMILIES, checkpoint
 
 TOLERANCE = 1e-4
-"""Nats a sentence of at most twelve tokens."""
+"""Nats per sentence of at most twelve tokens."""
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_shared_attention_writes_what_the_plain_path_writes(name: str, tmp_path: Path) -> None:
+def test_shared_attention_equals_plain_attention(name: str, tmp_path: Path) -> None:
     try:
         config = ModelConfig(path=str(checkpoint(name)), device="cpu")
     except ImportError as error:
@@ -33,8 +33,8 @@ def test_shared_attention_writes_what_the_plain_path_writes(name: str, tmp_path:
     plain = TransformersEngine(policy, attention="plain").propose(requests, settings)
     engine = TransformersEngine(policy, attention="shared")
     shared = engine.propose(requests, settings)
-    for families in zip(plain, shared, strict=True):
-        for left, right in zip(*families, strict=True):
+    for groups in zip(plain, shared, strict=True):
+        for left, right in zip(*groups, strict=True):
             assert left.token_ids == right.token_ids
             assert abs(left.logprob - right.logprob) < TOLERANCE
     assert engine.counters.prefill_tokens == sum(len(policy.encode(prompt).input_ids) for prompt in prompts)

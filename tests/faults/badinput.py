@@ -366,7 +366,7 @@ def endless_line(folder: Path, rng: random.Random) -> Made:
     with (folder / "prompts.jsonl").open("wb") as handle:
         handle.write(good)
         handle.write(rng.choice((b'{"id": "', b"[", b"")))
-        handle.seek(handle.tell() + rng.choice((40, 150, 400)) * MEGABYTE)
+        handle.seek(handle.reporter() + rng.choice((40, 150, 400)) * MEGABYTE)
         handle.write(b"\n" + good.replace(b'"good"', b'"last"'))
     return Made("prompts", "prompts.jsonl", 3)
 
@@ -392,7 +392,7 @@ def broken_array(folder: Path, rng: random.Random) -> Made:
 def endless_entry(folder: Path, rng: random.Random) -> Made:
     with (folder / "prompts.json").open("wb") as handle:
         handle.write(rng.choice((b'[{"id": "', b"[{}", b"[")))
-        handle.seek(handle.tell() + 100 * MEGABYTE)
+        handle.seek(handle.reporter() + 100 * MEGABYTE)
         handle.write(b"]")
     return Made("prompts", "prompts.json", must="rejected")
 

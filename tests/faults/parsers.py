@@ -17,8 +17,9 @@ from csr_vlm.cli.sanitize import printable
 from csr_vlm.config.load import load_config
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.errors import CsrError
-from csr_vlm.data.formats import json_array, jsonl
-from csr_vlm.data.formats.rows import BadRow, entry_of
+from csr_vlm.data import json_array
+from csr_vlm.data.formats import jsonl
+from csr_vlm.data.rows import BadRow, parse_row
 from csr_vlm.evaluation import pope
 from csr_vlm.method.sentences import SentenceRule
 
@@ -29,7 +30,7 @@ def array(content: bytes) -> None:
     """A JSON array reads as the standard library reads it, or not at all."""
     text = content.decode("utf-8", "surrogateescape")
     try:
-        found = list(json_array._items(io.StringIO(text)))
+        found = list(json_array._elements(io.StringIO(text)))
     except (ValueError, RecursionError):
         found = None
     try:
@@ -45,11 +46,11 @@ def array(content: bytes) -> None:
 def lines(content: bytes) -> None:
     """Every line that is not blank is one row, and a good row's parts can be stored."""
     wanted = sum(bool(line.strip()) for line in content.split(b"\n"))
-    found = [jsonl._parsed(line) for line in jsonl._lines(io.BytesIO(content)) if line is not None and line.strip()]
+    found = [jsonl._parse(line) for line in jsonl._lines(io.BytesIO(content)) if line is not None and line.strip()]
     assert len(found) == wanted
     for row in found:
         with suppress(BadRow):
-            entry = entry_of(row, ROOT)
+            entry = parse_row(row, ROOT)
             f"{entry.row_id}{entry.text}".encode()
             assert isinstance(entry.image, bytes) or entry.image.is_relative_to(ROOT)
 
@@ -92,7 +93,7 @@ def main() -> None:
     import atheris
 
     name, *options = sys.argv[1:]
-    atheris.instrument_func(json_array._items)
+    atheris.instrument_func(json_array._elements)
     atheris.Setup([sys.argv[0], *options], atheris.instrument_func(PARSERS[name]))
     atheris.Fuzz()
 

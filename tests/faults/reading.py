@@ -31,8 +31,8 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.data.external_pairs import count_pairs, read_text_pairs
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
-from csr_vlm.method.audit import tree_signs
-from csr_vlm.models.checkpoints import read_tensors, tensor_files, tensors_of
+from csr_vlm.method.audit import tree_metrics
+from csr_vlm.models.checkpoints import checkpoint_tensors, file_tensors, read_tensors
 from csr_vlm.pipeline import stages
 from csr_vlm.store import ledger, tables
 from csr_vlm.store.run import Run
@@ -114,7 +114,7 @@ def recipe(folder: Path, made: Made) -> Outcome:
 
 def weights(folder: Path, made: Made) -> Outcome:
     try:
-        for _, tensor in read_tensors(tensors_of(folder / made.target)):
+        for _, tensor in read_tensors(file_tensors(folder / made.target)):
             tensor.float().sum()
     finally:
         assert not (folder / "ran").exists(), "code that came with the weights ran"
@@ -122,21 +122,21 @@ def weights(folder: Path, made: Made) -> Outcome:
 
 
 def checkpoint(folder: Path, made: Made) -> Outcome:
-    found = tensor_files(folder / made.target)
+    found = checkpoint_tensors(folder / made.target)
     for _ in read_tensors(found or {}):
         pass
     return Outcome("", "accepted")
 
 
 def model(folder: Path, made: Made) -> Outcome:
-    from csr_vlm.models.policy import load_base
+    from csr_vlm.models.loading import load_base
 
     load_base(ModelConfig(path=str(folder), device="cpu"))
     return Outcome("", "accepted")
 
 
 def adapter(folder: Path, made: Made) -> Outcome:
-    from csr_vlm.models.policy import load_adapter
+    from csr_vlm.models.loading import load_adapter
 
     load_adapter(deepcopy(_base_model()), folder)
     return Outcome("", "accepted")
@@ -158,7 +158,7 @@ def run(folder: Path, made: Made) -> Outcome:
     attempt(lambda: stages.check_inputs(opened, Silent()))
     attempt(lambda: list(opened.prompts()))
     attempt(opened.heldout)
-    attempt(lambda: [tree_signs(nodes, [], opened.config.method, "clip") for nodes in ledger.trees(opened, 1)])
+    attempt(lambda: [tree_metrics(nodes, [], opened.config.method, "clip") for nodes in ledger.trees(opened, 1)])
     attempt(lambda: list(stages.derive_pairs(opened, 1, opened.config)[0]))
     attempt(lambda: list(tables.read_pairs(opened.pairs_path(1))))
     attempt(opened.write_manifest)
@@ -173,7 +173,7 @@ READERS = {reader.__name__: reader for reader in (prompts, pairs, recipe, weight
 
 @cache
 def _base_model() -> Any:
-    from csr_vlm.models.policy import load_base
+    from csr_vlm.models.loading import load_base
     from csr_vlm.world.demo import assets
 
     return load_base(ModelConfig(path=str(assets() / "llava"), device="cpu"))[0]

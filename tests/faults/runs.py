@@ -8,7 +8,7 @@ from PIL import Image
 
 from csr_vlm.config.load import resolve
 from csr_vlm.core.progress import Silent
-from csr_vlm.core.records import Fate, Finish, Node
+from csr_vlm.core.records import Finish, Node, NodeStatus
 from csr_vlm.pipeline import stages
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
@@ -36,7 +36,7 @@ def write_run(root: Path) -> Run:
     for index, prompts in enumerate(tables.prompt_groups(run.prompts_path)):
         nodes = [node for prompt in prompts for node in tree(prompt.prompt_id)]
         tables.write_nodes(run.iteration(1) / "ledger" / f"part-{index:06d}-0123456789abcdef.parquet", nodes)
-    run.mark_done(1, "generate", nodes=8 * PROMPTS, fates={"finished": 8 * PROMPTS}, seconds=1.0)
+    run.mark_done(1, "generate", nodes=8 * PROMPTS, statuses={"finished": 8 * PROMPTS}, seconds=1.0)
     stages.make_pairs(run, 1, Silent())
     log = [{"step": 1, "loss": 0.69, "rewards/chosen": 0.0, "rewards/margins": 0.0, "rewards/accuracies": 0.5}]
     adapter = run.iteration(1) / "adapter"
@@ -69,7 +69,7 @@ def tree(prompt_id: str, iteration: int = 1) -> list[Node]:
                     token_logprobs=(-0.5, -0.25, -0.125),
                     text=f" Sentence {node_id}.",
                     finish=Finish.EOS if "." in node_id else Finish.DELIMITER,
-                    fate=Fate.FINISHED if "." in node_id else Fate.TOP,
+                    status=NodeStatus.FINISHED if "." in node_id else NodeStatus.TOP,
                     cosines={"clip": 0.1 + len(found) / 50, "clip:others": 0.1},
                 )
             )

@@ -31,7 +31,7 @@ def test_bad_input_is_counted_and_explained(tmp_path: Path) -> None:
     assert found.growth < 150
 
 
-def test_cases_come_from_their_seed(tmp_path: Path) -> None:
+def test_cases_depend_only_on_their_seed(tmp_path: Path) -> None:
     def written(seed: int, name: str) -> list[bytes]:
         contents = []
         for place, case in enumerate(badinput.cases(seed, 40)):
@@ -46,7 +46,7 @@ def test_cases_come_from_their_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("defect", ["traceback", "hang", "crash", "misjudged"])
-def test_a_defect_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str) -> None:
+def test_defects_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str) -> None:
     def bad(folder: Path, made: badinput.Made) -> reading.Outcome:
         if defect == "traceback":
             raise RuntimeError("left the reader")

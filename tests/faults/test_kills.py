@@ -86,7 +86,7 @@ def check_end(what: str, ended: Ended) -> bool:
     elif what.startswith("SIG"):
         assert ended.code == 128 + signal.Signals[what], ended.said
         assert f"stopped by {what}" in ended.said
-        assert "Go on with: csr run " in ended.said
+        assert "Resume with: csr run " in ended.said
     else:
         assert ended.code == 1, ended.said
         wanted = "cannot be written\nwhy: Input/output error" if what == "EIO" else "the disk is full"
@@ -134,7 +134,7 @@ def unfinished(run: Run) -> str:
     return "export"
 
 
-def test_a_file_that_may_not_grow_is_a_full_disk(zygote: Zygote, reference: Reference, folder: Path) -> None:
+def test_a_file_size_limit_is_reported_as_a_full_disk(zygote: Zygote, reference: Reference, folder: Path) -> None:
     """The limit strikes inside Arrow's own writer, which words the system's error its own way."""
     run = tiny_run(folder / "limited")
     ended = zygote.run(run.root, largest_file=4_000)
@@ -155,7 +155,7 @@ def can_mount() -> bool:
 
 
 @pytest.mark.skipif(not FULL, reason="make test-faults")
-def test_a_full_disk_is_named_and_gone_on_from_once_there_is_room(folder: Path, reference: Reference) -> None:
+def test_a_full_disk_is_reported_and_the_run_resumes_once_there_is_space(folder: Path, reference: Reference) -> None:
     if shutil.which("unshare") is None or not can_mount():
         pytest.skip("no file system can be mounted here")
     disk = folder / "disk"

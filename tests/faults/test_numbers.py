@@ -10,23 +10,21 @@ import torch
 from trl import DPOTrainer
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.generation.decoding import Row, _refuse_nonsense
+from csr_vlm.generation.decoding import PartialCandidate, _require_finite
 from csr_vlm.training.dpo import CsrTrainer
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_no_distribution_name_the_prompt(value: float) -> None:
-    rows = [Row(1, place, (), np.zeros(1), prompt_id=name) for place, name in enumerate(("good", "bad"))]
+def test_the_error_for_non_finite_logits_names_the_prompt(value: float) -> None:
+    rows = [PartialCandidate(1, place, (), np.zeros(1), prompt_id=name) for place, name in enumerate(("good", "bad"))]
     logits = torch.tensor([[0.0, -torch.inf], [value, 1.0]])
     with pytest.raises(CsrError, match="prompt bad: the policy computes logits that are not finite"):
-        _refuse_nonsense(logits, rows)
-    _refuse_nonsense(logits[:1], rows[:1])
+        _require_finite(logits, rows)
+    _require_finite(logits[:1], rows[:1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_none_stops_the_training_and_names_the_prompts(
-    monkeypatch: pytest.MonkeyPatch, value: float
-) -> None:
+def test_a_non_finite_loss_stops_training_and_names_the_prompts(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     trainer = object.__new__(CsrTrainer)
     trainer.first_loss = 0.6931
     trainer.state = SimpleNamespace(global_step=4)
@@ -35,8 +33,8 @@ def test_a_loss_that_is_none_stops_the_training_and_names_the_prompts(
         trainer.compute_loss(None, {"prompt_ids": ["a", "b"]})
 
 
-def test_a_first_loss_that_is_none_is_no_log_2(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_non_finite_first_loss_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = object.__new__(CsrTrainer)
-    monkeypatch.setattr(CsrTrainer, "_plain_loss", lambda *args: float("nan"))
+    monkeypatch.setattr(CsrTrainer, "_sigmoid_loss", lambda *args: float("nan"))
     with pytest.raises(CsrError, match="the first DPO loss is nan"):
         trainer.compute_loss(None, {})

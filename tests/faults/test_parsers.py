@@ -43,12 +43,12 @@ BYTES = st.lists(PIECES | st.binary(max_size=6) | VALUES.map(lambda value: repr(
 @given(content=BYTES)
 @example(content=b"[" * 5000)
 @example(content=b"9" * 5000)
-def test_parsers_hold_for_all_bytes(name: str, content: bytes) -> None:
+def test_parsers_hold_for_arbitrary_bytes(name: str, content: bytes) -> None:
     PARSERS[name](content)
 
 
 @given(value=st.lists(VALUES, max_size=6), cut=st.integers(0, 200))
-def test_an_array_reads_whole_and_a_cut_one_does_not(value: list[object], cut: int) -> None:
+def test_a_complete_array_is_read_and_a_truncated_one_is_rejected(value: list[object], cut: int) -> None:
     import json
 
     content = json.dumps(value).encode()
@@ -58,7 +58,7 @@ def test_an_array_reads_whole_and_a_cut_one_does_not(value: list[object], cut: i
 
 @pytest.mark.skipif(not FULL or importlib.util.find_spec("atheris") is None, reason="make test-faults, with atheris")
 @pytest.mark.parametrize("name", PARSERS)
-def test_parsers_hold_where_the_branches_lead(name: str, tmp_path: Path) -> None:
+def test_parsers_hold_under_coverage_guided_fuzzing(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.faults.parsers", name, "-max_total_time=30", "-verbosity=0"]
     done = subprocess.run([*command, f"-artifact_prefix={tmp_path}/"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -63,7 +63,7 @@ def install(plan: dict[str, Any], root: Path) -> None:
 
 def work(order: dict[str, Any]) -> None:
     """Run what a fork runs; it ends as the command line ends."""
-    from csr_vlm.cli.error_messages import tell as tell_error
+    from csr_vlm.cli.error_messages import print_error as tell_error
     from csr_vlm.cli.signals import stoppable
     from csr_vlm.core.errors import CsrError
     from csr_vlm.core.progress import Silent
@@ -77,8 +77,8 @@ def work(order: dict[str, Any]) -> None:
         install(order["plan"], root)
     try:
         run = Run.open(root)
-        with stoppable(Silent(), root) as tell:
-            align(run, tell)
+        with stoppable(Silent(), root) as reporter:
+            align(run, reporter)
     except CsrError as error:
         tell_error(error)
         sys.exit(1)
@@ -140,8 +140,9 @@ def serve() -> None:
     from csr_vlm.cli.console import quiet_libraries
 
     quiet_libraries()
-    for module in ("loop", "cli.app", "training.dpo", "generation.transformers_engine", "generation.selfcheck",
-                   "scoring.load", "scoring.transformers_encoder", "world.evaluate", "evaluation.heldout"):  # fmt: skip
+    for module in ("pipeline.loop", "cli.app", "training.dpo", "generation.transformers_engine",
+                   "generation.self_check", "scoring.registry", "scoring.transformers_encoder",
+                   "world.scene_evaluation", "evaluation.heldout"):  # fmt: skip
         __import__(f"csr_vlm.{module}")
     __import__("matplotlib.pyplot")
 

@@ -1,4 +1,4 @@
-"""POPE equals the official script."""
+"""POPE equals the official script on its reference cases."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def labels_of(case) -> list[bool]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_answers_and_metrics_are_the_official_ones(case):
+def test_parsed_answers_and_metrics_equal_the_official_ones(case):
     expected = case["expected"]
-    said = [parse_official(answer) for answer in case["answers"]]
+    parsed = [parse_official(answer) for answer in case["answers"]]
     if "parsed" in expected:
-        assert ["yes" if yes else "no" for yes in said] == expected["parsed"]
-    found = score(labels_of(case), said)
+        assert ["yes" if yes else "no" for yes in parsed] == expected["parsed"]
+    metrics = score(labels_of(case), parsed)
     for name in ("TP", "FP", "TN", "FN"):
-        assert found[name] == expected[name]
+        assert metrics[name] == expected[name]
     for name in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
         if name in expected:
-            assert found[name] == pytest.approx(expected[name], abs=1e-12)
-    assert bool(found["undefined"]) == (expected["error"] == "ZeroDivisionError")
+            assert metrics[name] == pytest.approx(expected[name], abs=1e-12)
+    assert bool(metrics["undefined"]) == (expected["error"] == "ZeroDivisionError")
 
 
 @pytest.mark.parametrize("setting", ["random", "popular", "adversarial"])
-def test_the_published_files_are_recognised(setting):
+def test_published_question_files_are_recognized(setting):
     found = read_questions(FOLDER / f"coco_pope_{setting}.json")
     assert found.setting == setting
     assert found.name == f"POPE on COCO val2014, {setting}, 3,000 questions"
@@ -43,9 +43,9 @@ def test_the_published_files_are_recognised(setting):
     assert sum(question.label for question in found.questions) == 1500
 
 
-def test_an_altered_published_file_is_not_taken_for_it(tmp_path):
+def test_an_altered_question_file_is_not_recognized_as_published(tmp_path):
     lines = (FOLDER / "coco_pope_random.json").read_text(encoding="utf-8").splitlines()
     (tmp_path / "coco_pope_random.json").write_text("\n".join(lines[1:]), encoding="utf-8")
-    assert "none of POPE's present files" in read_questions(tmp_path / "coco_pope_random.json").name
+    assert "none of POPE's current files" in read_questions(tmp_path / "coco_pope_random.json").name
     (tmp_path / "coco_pope_random.json").write_text("\n".join(lines[:2910]), encoding="utf-8")
     assert "older file" in read_questions(tmp_path / "coco_pope_random.json").name

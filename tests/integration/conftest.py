@@ -11,7 +11,8 @@ import torch
 from csr_vlm.config.load import resolve
 from csr_vlm.config.schema import ModelConfig, RunConfig, ScorerConfig
 from csr_vlm.core.records import Prompt
-from csr_vlm.models.policy import Policy, load_policy
+from csr_vlm.models.loading import load_policy
+from csr_vlm.models.policy import Policy
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.scoring.scorer import ScorerGroup
 from csr_vlm.world.dataset import write_images, write_prompts

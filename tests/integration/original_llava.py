@@ -1,8 +1,8 @@
-"""Tiny checkpoints in the original LLaVA layouts, and what such a checkpoint computes.
+"""Build tiny checkpoints in the original LLaVA layouts and compute their reference logits.
 
-The parts are plain modules (CLIP's vision tower, a projector, Llama); their own names are
-the original's names, and :meth:`Parts.logits` runs them as LLaVA's code does. Nothing here
-knows transformers' LLaVA, so it can judge a conversion to it.
+The parts are standard modules (CLIP's vision tower, a projector, Llama) whose parameter names are
+those of the original, and :meth:`Parts.logits` runs them as LLaVA's code does. Nothing here uses
+transformers' LLaVA, so it is an independent reference for the conversion.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WORDS = "a cat dog red blue boat tree is in the picture what this USER ASSISTANT
 VOCABULARY = ["<unk>", "<s>", "</s>", *WORDS]
 SIDE, PATCH, WIDTH, VISION_WIDTH = 24, 8, 32, 16
 PROMPT = [1, *range(3, 9)]
-"""BOS and words, which the image's features follow."""
+"""BOS and words, followed by the image features."""
 ANSWER = list(range(9, 15))
 INVERSE_FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
 POSITIONS = "model.vision_tower.vision_tower.vision_model.embeddings.position_ids"
@@ -36,7 +36,7 @@ POSITIONS = "model.vision_tower.vision_tower.vision_model.embeddings.position_id
 
 @dataclass
 class Parts:
-    """What a LLaVA is made of."""
+    """Hold the parts of a LLaVA model."""
 
     llm: Any
     vision: CLIPVisionModel
@@ -44,7 +44,7 @@ class Parts:
 
     @torch.inference_mode()
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the logits of PROMPT, image, ANSWER: of shape (1, length, words)."""
+        """Return the logits of PROMPT, image, ANSWER, of shape (1, tokens, vocabulary)."""
         states = self.vision(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
         embed = self.llm.get_input_embeddings()
         before, after = embed(torch.tensor([PROMPT])), embed(torch.tensor([ANSWER]))
@@ -52,14 +52,14 @@ class Parts:
         return self.llm(inputs_embeds=inputs).logits
 
     def tensors(self, *, vision: bool) -> dict[str, torch.Tensor]:
-        """All tensors by original name, with the leftovers that old versions wrote."""
-        found = dict(self.llm.state_dict())
-        found |= {f"model.mm_projector.{name}": tensor for name, tensor in self.projector.state_dict().items()}
-        found[INVERSE_FREQUENCIES] = torch.ones(4)
+        """Return all tensors by original name, with the obsolete ones that old versions wrote."""
+        tensors = dict(self.llm.state_dict())
+        tensors |= {f"model.mm_projector.{name}": tensor for name, tensor in self.projector.state_dict().items()}
+        tensors[INVERSE_FREQUENCIES] = torch.ones(4)
         if vision:
-            found |= self.vision_tensors("model.vision_tower.vision_tower.vision_model.")
-            found[POSITIONS] = torch.arange(10)
-        return {name: tensor.clone() for name, tensor in found.items()}
+            tensors |= self.vision_tensors("model.vision_tower.vision_tower.vision_model.")
+            tensors[POSITIONS] = torch.arange(10)
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def vision_tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         return {f"{prefix}{name}": tensor for name, tensor in self.vision.state_dict().items()}
@@ -101,7 +101,7 @@ def make_parts(kind: str = "mlp2x_gelu", seed: int = 0) -> Parts:
 
 
 def settings(kind: str = "mlp2x_gelu", vision: str = "", **changes: Any) -> dict[str, Any]:
-    """config.json as LLaVA-1.5 has it."""
+    """Return the content of config.json, like LLaVA-1.5's."""
     return {
         "_name_or_path": "somewhere/vicuna",
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -133,7 +133,7 @@ def settings(kind: str = "mlp2x_gelu", vision: str = "", **changes: Any) -> dict
 
 
 def write_vision(parts: Parts, directory: Path, *, weights: bool = True) -> Path:
-    """Write a vision tower as CLIP checkpoints have it, the text tower's tensors beside it."""
+    """Write a vision tower like a CLIP checkpoint, with a tensor of the text tower."""
     directory.mkdir(parents=True)
     parts.vision.config.save_pretrained(directory)
     size = {"height": SIDE, "width": SIDE}
@@ -159,7 +159,7 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def write_spaced_tokenizer(directory: Path, prepend: str) -> None:
-    """One token a character; a space is put before a text, or before every stretch of it, as Llama's does."""
+    """Write a tokenizer of single characters that prepends a space to a text or, like Llama's, to each part of it."""
     characters = sorted({*"".join(VOCABULARY), "\n", *map(chr, range(33, 127)), "▁"})
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *characters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))

@@ -1,4 +1,4 @@
-"""Analysis of a real run: attention that adds up, pairs from elsewhere, the report's part."""
+"""Test the analysis of a real run: attention, external pairs, the section in the report."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from csr_vlm.cli.app import app
 from csr_vlm.config.schema import ModelConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
-from csr_vlm.evaluation.attention import attention_rows, use_readable_attention
-from csr_vlm.evaluation.introspection import analyse
-from csr_vlm.models.policy import Policy, load_policy
+from csr_vlm.evaluation.attention import response_attention, use_eager_attention
+from csr_vlm.evaluation.introspection import analyze
+from csr_vlm.models.loading import load_policy
+from csr_vlm.models.policy import Policy
 from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
-from csr_vlm.training.pair_encoding import response_ids
+from csr_vlm.training.pair_encoding import tokenize_response
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 
@@ -28,7 +29,7 @@ from tests.integration.conftest import small_config
 @pytest.fixture(scope="module")
 def eager() -> Policy:
     policy = load_policy(ModelConfig(path=str(assets() / "llava"), device="cpu"), adapter=None)
-    use_readable_attention(policy)
+    use_eager_attention(policy)
     return policy
 
 
@@ -41,25 +42,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return made
 
 
-def test_rows_are_distributions_over_what_they_may_see(eager: Policy, prompts) -> None:
-    ids = response_ids(eager, prompts[0], "There is a red boat.")
-    found = attention_rows(eager, prompts[0], ids)
+def test_attention_is_a_distribution_over_earlier_positions(eager: Policy, prompts) -> None:
+    ids = tokenize_response(eager, prompts[0], "There is a red boat.")
+    found = response_attention(eager, prompts[0], ids)
     layers = eager.base_model.config.text_config.num_hidden_layers
     assert found.weights.shape == (layers, len(ids), found.start + len(ids))
     assert int(found.image.sum()) == 36, "72 x 72 pixels in patches of 12"
     assert torch.allclose(found.weights.sum(dim=-1), torch.ones(layers, len(ids)), atol=1e-5)
-    for at in range(len(ids)):
-        assert found.weights[:, at, found.start + at :].abs().max() == 0, "nothing later is seen"
-        assert found.weights[:, at, found.start + at - 1].min() > 0, "the row stands just before its token"
+    for index in range(len(ids)):
+        assert found.weights[:, index, found.start + index :].abs().max() == 0, "later positions get no weight"
+        assert found.weights[:, index, found.start + index - 1].min() > 0, "the query is the position before its token"
 
 
-def test_an_answer_is_encoded_as_the_policy_generates_it(eager: Policy, run: Run) -> None:
+def test_a_response_is_encoded_as_the_policy_generates_it(eager: Policy, run: Run) -> None:
     for pair in list(tables.read_pairs(run.pairs_path(1)))[:5]:
-        ids = response_ids(eager, pair.prompt, pair.chosen.text)
+        ids = tokenize_response(eager, pair.prompt, pair.chosen.text)
         assert (ids if pair.chosen.complete else ids[:-1]) == pair.chosen.token_ids
 
 
-def test_a_run_is_analysed_with_pairs_from_elsewhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_analyzed_with_external_pairs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = list(tables.read_pairs(run.pairs_path(1)))
     external = Path(pairs[0].prompt.image).parent / "external.jsonl"
     rows = [
@@ -75,14 +76,14 @@ def test_a_run_is_analysed_with_pairs_from_elsewhere(run: Run, monkeypatch: pyte
     external.write_text("\n".join([*(json.dumps(row) for row in rows), "not json"]))
     monkeypatch.setattr(console, "quiet_libraries", lambda: None)
     options = ["--responses", "4", "--pairs", "8", "--external", str(external), "--json", "--quiet"]
-    shown = CliRunner().invoke(app, ["analyse", str(run.root), *options])
+    shown = CliRunner().invoke(app, ["analyze", str(run.root), *options])
     found = json.loads(shown.stdout)
-    assert "What changed inside the model" in (run.root / "report.html").read_text()
+    assert "Changes inside the model" in (run.root / "report.html").read_text()
     assert found == json.loads((run.root / "analysis.json").read_text())
-    own, foreign = found["separability"]
-    assert (own["pairs"], foreign["pairs"]) == ("iteration 1", "external")
-    assert foreign["before"]["auc"]["value"] > own["before"]["auc"]["value"], "nonsense is easy to tell"
-    assert foreign["before"]["margin"]["n"] == 6
+    generated, other = found["separability"]
+    assert (generated["pairs"], other["pairs"]) == ("iteration 1", "external")
+    assert other["before"]["auc"]["value"] > generated["before"]["auc"]["value"], "nonsense is easy to separate"
+    assert other["before"]["margin"]["n"] == 6
     layers = found["attention"]["layers"]
     assert len(layers) == 4
     assert all(0 < layer["mass"]["before"] < 1 for layer in layers)
@@ -90,10 +91,10 @@ def test_a_run_is_analysed_with_pairs_from_elsewhere(run: Run, monkeypatch: pyte
     assert sum(found["relevance"]["after"]) == pytest.approx(1.0)
 
 
-def test_the_log_probabilities_before_training_are_the_ledgers(run: Run) -> None:
-    """Under the policy that generated them, the ledger says what a forward pass says."""
+def test_logprobs_before_training_equal_the_ledgers(run: Run) -> None:
+    """Under the policy that generated them, the ledger's log-probabilities equal those of a forward pass."""
     pairs = list(tables.read_pairs(run.pairs_path(1)))
-    found = analyse(run, Silent(), num_responses=2, num_pairs=len(pairs))["separability"][0]["before"]
+    found = analyze(run, Silent(), num_responses=2, num_pairs=len(pairs))["separability"][0]["before"]
     sides = [[r.logprob / len(r.token_ids) for r in (pair.chosen, pair.rejected)] for pair in pairs]
     stored = [chosen - rejected for chosen, rejected in sides]
     assert found["margin"]["value"] == pytest.approx(sum(stored) / len(stored), abs=1e-4)
@@ -103,5 +104,5 @@ def test_pairs_without_both_sides_are_refused(run: Run) -> None:
     pairs = list(tables.read_pairs(run.pairs_path(1)))
     path = Path(pairs[0].prompt.image).parent / "half.jsonl"
     path.write_text(json.dumps({"id": "a", "image": pairs[0].prompt.image, "text": "Look.", "chosen": "A boat."}))
-    with pytest.raises(CsrError, match="no usable pair"):
-        analyse(run, Silent(), num_responses=2, num_pairs=2, external=path)
+    with pytest.raises(CsrError, match="contains no usable pair"):
+        analyze(run, Silent(), num_responses=2, num_pairs=2, external=path)

@@ -1,4 +1,4 @@
-"""The main claim, small: one seed, three iterations, 500 test scenes. ``make evidence`` has it in full."""
+"""Test the main claim at a small scale: one seed, three iterations, 500 test scenes. See also ``make evidence``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_hallucination_falls_by_four_fifths(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_there_is_still_said(run: Run) -> None:
+def test_real_objects_are_still_named(run: Run) -> None:
     """Silence hallucinates nothing; 500 scenes leave a standard error of 0.002 on recall, 0.006 on companions."""
     before, after = values(run, 0), values(run, ITERATIONS)
     assert after["recall"] > before["recall"] - 0.01
@@ -48,11 +48,11 @@ def test_what_is_there_is_still_said(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_every_iteration_is_better_and_called_healthy(run: Run) -> None:
+def test_every_iteration_improves_and_passes_its_gates(run: Run) -> None:
     rates = [values(run, number)["chair_s"] for number in range(ITERATIONS + 1)]
     assert rates[1] < rates[0] - 0.1
     assert rates[2] < rates[1]
-    assert rates[3] < rates[2] + 0.01, "there is little left to mend"
+    assert rates[3] < rates[2] + 0.01, "little is left to improve"
     for number in range(1, ITERATIONS + 1):
         assert not run.result(number, "audit")["stopped"]
         assert not run.result(number, "gate")["stopped"]

@@ -1,4 +1,4 @@
-"""A packed ledger gives the scores, pairs and questions that its parts gave."""
+"""Test that a compacted ledger yields the same scores, pairs and questions."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tests.integration.conftest import small_config
 from tests.integration.test_cli import csr
 
 
-def test_nothing_that_comes_after_the_search_sees_a_difference(tmp_path: Path) -> None:
+def test_scores_pairs_and_questions_of_a_compacted_ledger_are_the_same(tmp_path: Path) -> None:
     config = small_config(tmp_path, iterations=1, generation={"prompts_per_part": 3})
     loose = Run.create(tmp_path / "loose", config)
     stages.check_inputs(loose, Silent())
     stages.generate(loose, 1, Silent())
     shutil.copytree(loose.root, tmp_path / "packed")
     packed = Run.open(tmp_path / "packed")
-    number = len(loose.ledger_parts(1))
-    told = json.loads(csr("compact", packed.root, "--json").stdout)
-    assert number > 2
-    assert (told["before"], told["after"], len(packed.ledger_parts(1))) == (number, 1, 1)
+    num_parts = len(loose.ledger_parts(1))
+    summary = json.loads(csr("compact", packed.root, "--json").stdout)
+    assert num_parts > 2
+    assert (summary["before"], summary["after"], len(packed.ledger_parts(1))) == (num_parts, 1, 1)
 
     second = scorer_config(path=str(assets() / "clip"), name="second", others=2)
     for run in (loose, packed):
@@ -38,5 +38,5 @@ def test_nothing_that_comes_after_the_search_sees_a_difference(tmp_path: Path) -
     assert packed.pairs_path(1).read_bytes() == loose.pairs_path(1).read_bytes()
     assert packed.questions_path(1).read_bytes() == loose.questions_path(1).read_bytes()
     assert packed.result(1, "pairs")["questions"] > 0
-    asked_here = stages.ask(packed, 1, packed.config, Silent())
-    assert list(tables.read_pairs(packed.questions_path(1))) == asked_here
+    in_this_process = stages.question_pairs(packed, 1, packed.config, Silent())
+    assert list(tables.read_pairs(packed.questions_path(1))) == in_this_process

@@ -1,4 +1,4 @@
-"""Runs that start from what an earlier run, or the user, has trained; and sending adapters on."""
+"""Test runs that start from an earlier run's or a user's adapter, and pushing adapters to the Hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from csr_vlm.config.schema import ModelConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.generation.self_check import self_check
-from csr_vlm.models.policy import load_base, load_policy
+from csr_vlm.models.loading import load_base, load_policy
 from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
@@ -51,22 +51,22 @@ def continued(run: Run, tmp_path: Path, **model: object) -> Run:
     return again
 
 
-def test_a_run_goes_on_from_the_adapter_of_another(finished: Run, tmp_path: Path) -> None:
+def test_a_run_continues_from_the_adapter_of_another(finished: Run, tmp_path: Path) -> None:
     again = continued(finished, tmp_path, adapter=str(finished.root / "adapter"))
     result = again.result(1, "train")
     assert result["reference"] == "ledger"
     assert result["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
-    # It is the aligned policy that generated, not the base.
+    # The aligned policy generated, not the base model.
     (part, *_), (old, *_) = again.ledger_parts(1), finished.ledger_parts(1)
     assert [n.token_logprobs for n in tables.read_nodes(part)] != [n.token_logprobs for n in tables.read_nodes(old)]
 
 
-def test_a_run_goes_on_from_a_merged_model(finished: Run, tmp_path: Path) -> None:
+def test_a_run_continues_from_a_merged_model(finished: Run, tmp_path: Path) -> None:
     merge(finished.config.model, finished.root / "adapter", tmp_path / "model")
     again = continued(finished, tmp_path, path=str(tmp_path / "model"))
     assert again.result(1, "train")["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
-    own = continued(finished, tmp_path / "other", adapter=str(finished.root / "adapter"))
-    left, right = (list(tables.read_nodes(run.ledger_parts(1)[0])) for run in (again, own))
+    from_adapter = continued(finished, tmp_path / "other", adapter=str(finished.root / "adapter"))
+    left, right = (list(tables.read_nodes(run.ledger_parts(1)[0])) for run in (again, from_adapter))
     assert [node.token_ids for node in left] == [node.token_ids for node in right]
 
 
@@ -78,12 +78,12 @@ def user_adapter(where: Path, **settings: object) -> Path:
     return where / "adapter"
 
 
-def test_a_run_goes_on_from_a_users_own_adapter(finished: Run, tmp_path: Path) -> None:
-    own = user_adapter(tmp_path, r=16, lora_alpha=1, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+def test_a_run_continues_from_a_users_adapter(finished: Run, tmp_path: Path) -> None:
+    adapter = user_adapter(tmp_path, r=16, lora_alpha=1, target_modules=r".*language_model.*\.(q_proj|v_proj)")
     config = small_config(
         finished.root.parent,
         **SHORT,
-        model={"path": LLAVA, "device": "cpu", "adapter": str(own)},
+        model={"path": LLAVA, "device": "cpu", "adapter": str(adapter)},
         training={"lora": {"r": 16, "alpha": 1}, "trl": {"num_train_epochs": 1, "per_device_train_batch_size": 4}},
     )
     run = Run.create(tmp_path / "run", config)
@@ -93,7 +93,7 @@ def test_a_run_goes_on_from_a_users_own_adapter(finished: Run, tmp_path: Path) -
     assert (saved["r"], saved["lora_alpha"]) == (16, 1)
 
 
-def test_adapters_that_do_not_fit_are_refused(finished: Run, tmp_path: Path) -> None:
+def test_adapters_that_do_not_fit_are_rejected(finished: Run, tmp_path: Path) -> None:
     pairs = list(tables.read_pairs(finished.pairs_path(1)))
     config = finished.config
 
@@ -113,7 +113,7 @@ def test_adapters_that_do_not_fit_are_refused(finished: Run, tmp_path: Path) -> 
     settings = json.loads((renamed / "adapter_config.json").read_text(encoding="utf-8"))
     settings["target_modules"] = r".*language_model.*\.q_proj"
     (renamed / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    with pytest.raises(CsrError, match="have no place"):
+    with pytest.raises(CsrError, match="names do not match"):
         load_policy(config.model, renamed)
 
 
@@ -123,7 +123,7 @@ def test_a_reference_that_is_not_the_policy_stops_training(finished: Run, tmp_pa
         replace(p, chosen=replace(p.chosen, logprob=p.chosen.logprob - 5.0))
         for p in tables.read_pairs(finished.pairs_path(1))
     ]
-    # Sixteen pairs spread over all are checked beforehand; here that check is told to pass.
+    # The check of sixteen pairs before training is replaced by one that passes.
     blind = config.training.model_copy(update={"reference_tolerance": 5.5})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("csr_vlm.training.dpo.reference_difference", lambda *_: 0.0)
@@ -144,14 +144,14 @@ def test_a_reference_that_is_not_the_policy_stops_training(finished: Run, tmp_pa
     assert result["first_loss"] == pytest.approx(math.log(1 + math.exp(-0.5)), abs=1e-3)
 
 
-def test_the_self_check_passes_the_shipped_model_and_refuses_wrong_positions(
+def test_the_self_check_accepts_the_shipped_model_and_rejects_wrong_positions(
     finished: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = load_policy(finished.config.model, None)
     prompt = next(finished.prompts())
     assert self_check(policy, prompt) < 1e-4
     monkeypatch.setattr(type(policy), "step_positions", lambda _, positions: (positions + 7)[:, None])
-    with pytest.raises(CsrError, match="other probabilities"):
+    with pytest.raises(CsrError, match="generation and teacher forcing differ"):
         self_check(policy, prompt)
 
 
@@ -167,13 +167,13 @@ def test_the_card_says_what_the_adapter_is(finished: Run) -> None:
 
 
 def test_the_licence_of_the_base_model_is_on_the_card(tmp_path: Path) -> None:
-    from csr_vlm.report.card import base_licence
+    from csr_vlm.report.card import base_license
 
-    assert base_licence(str(tmp_path)) is None
+    assert base_license(str(tmp_path)) is None
     (tmp_path / "README.md").write_text("---\nlicense: llama2\nlanguage: en\n---\n# A model\n", encoding="utf-8")
-    assert base_licence(str(tmp_path)) == "llama2"
+    assert base_license(str(tmp_path)) == "llama2"
     (tmp_path / "README.md").write_text("---\n: [\n---\n", encoding="utf-8")
-    assert base_licence(str(tmp_path)) is None
+    assert base_license(str(tmp_path)) is None
 
 
 def test_a_dry_run_shows_what_would_be_sent(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:

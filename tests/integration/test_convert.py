@@ -1,4 +1,4 @@
-"""Conversion against the computation that the original checkpoint stands for."""
+"""Compare converted models with the computation that the original checkpoint describes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from csr_vlm.convert import conversion
 from csr_vlm.convert.conversion import convert
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
-from csr_vlm.models.policy import load_policy
+from csr_vlm.models.loading import load_policy
 from tests.integration.original_llava import (
     ANSWER,
     PROMPT,
@@ -43,7 +43,7 @@ PATCHES = 9
 
 
 def logits_of(model: Any) -> torch.Tensor:
-    """What the converted model says about the same words and picture, over the words it had before."""
+    """Return the converted model's logits for the same tokens and image, over the original vocabulary."""
     ids = torch.tensor([[*PROMPT, *[WORDS] * PATCHES, *ANSWER]])
     with torch.inference_mode():
         return model(input_ids=ids, pixel_values=PIXELS).logits[..., :WORDS]
@@ -60,7 +60,7 @@ def loaded(directory: Path) -> Any:
 def write_full(
     directory: Path, parts: Parts, *, kind: str = "mlp2x_gelu", inside: bool = False, form: str = "bin", **changes: Any
 ) -> Path:
-    """A checkpoint as LLaVA-1.5's, its vision tower inside or beside it."""
+    """Write a checkpoint like LLaVA-1.5's, with its vision tower inside or in a folder beside it."""
     vision = write_vision(parts, directory / "clip", weights=not inside)
     source = directory / "original"
     write_config(source, settings(kind, str(vision), **changes))
@@ -75,31 +75,31 @@ def parts() -> Parts:
 
 
 @pytest.fixture(scope="module")
-def plain(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted LLaVA-1.5."""
-    directory = tmp_path_factory.mktemp("plain")
+def converted(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a converted LLaVA-1.5."""
+    directory = tmp_path_factory.mktemp("converted")
     convert(write_full(directory, parts), directory / "out")
     return directory / "out"
 
 
 @pytest.mark.parametrize("form", ["bin", "bin-sharded", "safetensors", "safetensors-sharded"])
-@pytest.mark.parametrize("inside", [False, True], ids=["tower beside", "tower inside"])
+@pytest.mark.parametrize("inside", [False, True], ids=["separate tower", "tower inside"])
 @pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear"])
 def test_the_converted_model_computes_the_same(tmp_path: Path, kind: str, inside: bool, form: str) -> None:
     parts = make_parts(kind)
-    found = convert(write_full(tmp_path, parts, kind=kind, inside=inside, form=form), tmp_path / "out")
+    summary = convert(write_full(tmp_path, parts, kind=kind, inside=inside, form=form), tmp_path / "out")
     assert torch.equal(logits_of(loaded(tmp_path / "out")), parts.logits(PIXELS))
-    assert found["dropped"] == 1 + inside
-    assert found["checked"]
+    assert summary["dropped"] == 1 + inside
+    assert summary["checked"]
 
 
-def test_other_weights_compute_something_else(plain: Path) -> None:
-    difference = logits_of(loaded(plain)) - make_parts(seed=1).logits(PIXELS)
+def test_other_weights_give_other_logits(converted: Path) -> None:
+    difference = logits_of(loaded(converted)) - make_parts(seed=1).logits(PIXELS)
     assert difference.abs().max() > 0.1
 
 
-def test_the_embeddings_grow_by_image_and_pad(plain: Path, parts: Parts) -> None:
-    model, processor = loaded(plain), AutoProcessor.from_pretrained(plain)
+def test_the_embeddings_are_extended_by_image_and_pad(converted: Path, parts: Parts) -> None:
+    model, processor = loaded(converted), AutoProcessor.from_pretrained(converted)
     assert processor.tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [WORDS, WORDS + 1]
     assert model.config.image_token_id == WORDS
     assert model.config.text_config.pad_token_id == model.generation_config.pad_token_id == WORDS + 1
@@ -113,8 +113,8 @@ def test_the_embeddings_grow_by_image_and_pad(plain: Path, parts: Parts) -> None
         assert torch.allclose(new[WORDS:], old.mean(dim=0), atol=1e-6)
 
 
-def test_the_prompt_is_vicunas_first(plain: Path) -> None:
-    processor = AutoProcessor.from_pretrained(plain)
+def test_the_chat_template_is_vicuna_v1(converted: Path) -> None:
+    processor = AutoProcessor.from_pretrained(converted)
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
     again = {"role": "user", "content": "And that?"}
@@ -130,8 +130,8 @@ def test_the_prompt_is_vicunas_first(plain: Path) -> None:
 
 
 @pytest.mark.parametrize("prepend", ["first", "always"])
-def test_the_tokens_are_llavas(tmp_path: Path, parts: Parts, prepend: str) -> None:
-    """Llama's tokenizer puts a space before a text; LLaVA tokenises what follows an image as a text of its own."""
+def test_prompts_are_tokenized_as_by_llava(tmp_path: Path, parts: Parts, prepend: str) -> None:
+    """Llama's tokenizer prepends a space to a text, and LLaVA tokenizes the text after an image separately."""
     source = write_full(tmp_path, parts)
     write_spaced_tokenizer(source, prepend)
     vocabulary = len(AutoTokenizer.from_pretrained(source))
@@ -154,7 +154,7 @@ def test_the_tokens_are_llavas(tmp_path: Path, parts: Parts, prepend: str) -> No
 
 
 @pytest.mark.parametrize("aspect", ["pad", "resize", None])
-def test_pictures_are_made_square_as_the_original_does(tmp_path: Path, parts: Parts, aspect: str | None) -> None:
+def test_images_are_made_square_as_by_the_original(tmp_path: Path, parts: Parts, aspect: str | None) -> None:
     convert(write_full(tmp_path, parts, image_aspect_ratio=aspect), tmp_path / "out")
     images = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
     mean, std = torch.tensor(images.image_mean), torch.tensor(images.image_std)
@@ -173,35 +173,35 @@ def test_pictures_are_made_square_as_the_original_does(tmp_path: Path, parts: Pa
     assert torch.allclose(found, expected, atol=0.03)
 
 
-def test_it_serves_as_a_policy(plain: Path, prompts: list[Prompt]) -> None:
-    policy = load_policy(ModelConfig(path=str(plain), device="cpu"), adapter=None)
+def test_a_converted_model_loads_as_a_policy(converted: Path, prompts: list[Prompt]) -> None:
+    policy = load_policy(ModelConfig(path=str(converted), device="cpu"), adapter=None)
     (logprobs,) = policy.teacher_forced([prompts[0]], [ANSWER])
     assert torch.isfinite(logprobs).all()
-    assert WORDS in policy.barred_ids
+    assert WORDS in policy.image_token_ids
     assert policy.eos_ids == {2}
 
 
 def test_the_weights_are_sharded_and_cast(tmp_path: Path, parts: Parts) -> None:
     source = write_full(tmp_path, parts)
-    found = convert(source, tmp_path / "out", dtype="bfloat16", shard_bytes=20_000)
+    summary = convert(source, tmp_path / "out", dtype="bfloat16", shard_bytes=20_000)
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 2
     assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert sum(tensor.numel() for tensor in tensors.values()) == found["parameters"]
+    assert sum(tensor.numel() for tensor in tensors.values()) == summary["parameters"]
     assert loaded(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_the_type_is_the_embeddings(tmp_path: Path, parts: Parts) -> None:
-    """LLaVA's own checkpoints are in half precision, the CLIP they name in single."""
+def test_the_default_dtype_is_that_of_the_embeddings(tmp_path: Path, parts: Parts) -> None:
+    """LLaVA's checkpoints are in half precision, but the CLIP that they name is in single precision."""
     source = write_full(tmp_path, parts)
     write_weights(source, {name: tensor.half() for name, tensor in parts.tensors(vision=False).items()}, "bin")
     assert convert(source, tmp_path / "out")["dtype"] == "float16"
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
 
 
-def test_a_projector_alone_joins_its_language_model(tmp_path: Path, parts: Parts) -> None:
+def test_a_projector_is_combined_with_its_language_model(tmp_path: Path, parts: Parts) -> None:
     whole = parts.tensors(vision=False)
     base, source = tmp_path / "vicuna", tmp_path / "original"
     parts.llm.save_pretrained(base)
@@ -211,12 +211,12 @@ def test_a_projector_alone_joins_its_language_model(tmp_path: Path, parts: Parts
     torch.save({name: whole[name] for name in whole if "mm_projector" in name}, source / "mm_projector.bin")
     with pytest.raises(CsrError, match="holds a projector only"):
         convert(source, tmp_path / "out", vision=str(vision))
-    found = convert(source, tmp_path / "out", base=str(base), vision=str(vision))
-    assert found["kind"] == "projector"
+    summary = convert(source, tmp_path / "out", base=str(base), vision=str(vision))
+    assert summary["kind"] == "projector"
     assert torch.equal(logits_of(loaded(tmp_path / "out")), parts.logits(PIXELS))
 
 
-def test_vilas_three_folders(tmp_path: Path) -> None:
+def test_the_three_folders_of_vila_are_combined(tmp_path: Path) -> None:
     parts = make_parts("linear")
     source = tmp_path / "vila"
     parts.llm.save_pretrained(source / "llm")
@@ -227,8 +227,8 @@ def test_vilas_three_folders(tmp_path: Path) -> None:
     write_weights(source / "mm_projector", projector, "safetensors")
     root = {"model_type": "llava_llama", "architectures": ["LlavaLlamaModel"], "hidden_size": 7}
     write_config(source, root | {"mm_vision_select_layer": -2, "image_aspect_ratio": "resize"})
-    found = convert(source, tmp_path / "out")
-    assert found["kind"] == "vila"
+    summary = convert(source, tmp_path / "out")
+    assert summary["kind"] == "vila"
     assert torch.equal(logits_of(loaded(tmp_path / "out")), parts.logits(PIXELS))
     write_config(source / "mm_projector", {"mm_projector_type": "mlp_downsample"})
     with pytest.raises(CsrError, match="mm_projector_type mlp_downsample, which cannot be converted"):
@@ -237,7 +237,7 @@ def test_vilas_three_folders(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Parts]:
-    """A LoRA, its base, and what the two compute together: the projector was trained as well."""
+    """Return a LoRA, its base, and the parts with the LoRA; the projector was trained as well."""
     directory = tmp_path_factory.mktemp("lora")
     parts = make_parts()
     base = write_full(directory, parts)
@@ -257,7 +257,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Parts
     return source, base, parts
 
 
-def test_a_lora_becomes_one_that_peft_loads(tmp_path: Path, adapted: tuple[Path, Path, Parts]) -> None:
+def test_peft_loads_a_converted_lora(tmp_path: Path, adapted: tuple[Path, Path, Parts]) -> None:
     source, base, parts = adapted
     expected = parts.logits(PIXELS)
     vision = str(base.parent / "clip")
@@ -272,8 +272,8 @@ def test_a_lora_becomes_one_that_peft_loads(tmp_path: Path, adapted: tuple[Path,
     adapted_modules = {name for name, _ in with_adapter.named_modules() if name.endswith("lora_A")}
     assert len(adapted_modules) == 6
     assert all("language_model" in name for name in adapted_modules)
-    recorded = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
-    assert recorded["base_model_name_or_path"] == str(tmp_path / "out")
+    adapter_config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == str(tmp_path / "out")
     again = load_policy(ModelConfig(path=str(tmp_path / "out"), device="cpu"), tmp_path / "out" / "adapter")
     assert torch.allclose(logits_of(again.model), expected, atol=1e-5)
 
@@ -299,14 +299,16 @@ def test_a_lora_can_be_merged(tmp_path: Path, adapted: tuple[Path, Path, Parts])
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end True"),
         ({"model_type": "llava_qwen"}, "model_type llava_qwen"),
         ({"s2": True}, "s2 True"),
-        ({"intermediate_size": 65}, r"is \(64, 32\) where config.json asks for \(65, 32\)"),
+        ({"intermediate_size": 65}, r"has shape \(64, 32\), but config.json requires \(65, 32\)"),
         ({"num_hidden_layers": 3}, r"9 missing: language_model.model.layers.2"),
         ({"num_hidden_layers": 1}, r"9 left over: model.layers.1"),
         ({"mm_vision_tower": None}, "does not name its vision tower"),
         ({"mm_vision_tower": "/nowhere"}, "/nowhere"),
     ],
 )
-def test_what_cannot_be_converted_is_named(tmp_path: Path, parts: Parts, changes: dict[str, Any], message: str) -> None:
+def test_unsupported_options_are_named_in_the_error(
+    tmp_path: Path, parts: Parts, changes: dict[str, Any], message: str
+) -> None:
     source = write_full(tmp_path, parts)
     config = json.loads((source / "config.json").read_text()) | changes
     write_config(source, config)
@@ -315,7 +317,7 @@ def test_what_cannot_be_converted_is_named(tmp_path: Path, parts: Parts, changes
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_and_surplus_tensors_are_listed(tmp_path: Path, parts: Parts) -> None:
+def test_missing_and_extra_tensors_are_listed(tmp_path: Path, parts: Parts) -> None:
     source = write_full(tmp_path, parts)
     tensors = parts.tensors(vision=False) | {"model.surprise.weight": torch.ones(1)}
     del tensors["model.mm_projector.2.bias"]
@@ -333,7 +335,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, parts: Parts) -> None:
         convert(source, tmp_path / "out")
 
 
-class _Evil:
+class _Malicious:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("executed"),))
 
@@ -341,39 +343,39 @@ class _Evil:
 def test_a_bin_file_cannot_run_code(tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     source = write_full(tmp_path, parts)
-    torch.save(parts.tensors(vision=False) | {"model.norm.weight": _Evil()}, source / "pytorch_model.bin")
+    torch.save(parts.tensors(vision=False) | {"model.norm.weight": _Malicious()}, source / "pytorch_model.bin")
     with pytest.raises(CsrError, match="cannot be read as plain tensors"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "executed").exists()
 
 
-def test_an_old_bin_file_is_read_too(tmp_path: Path, parts: Parts) -> None:
-    """Before PyTorch 1.6 files were no archives and could not be mapped."""
+def test_an_old_bin_file_is_read(tmp_path: Path, parts: Parts) -> None:
+    """Files written before PyTorch 1.6 are not archives and cannot be memory-mapped."""
     source = write_full(tmp_path, parts)
     torch.save(parts.tensors(vision=False), source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     convert(source, tmp_path / "out")
     assert torch.equal(logits_of(loaded(tmp_path / "out")), parts.logits(PIXELS))
 
 
-def test_a_directory_in_use_is_left_alone(tmp_path: Path, parts: Parts) -> None:
+def test_a_directory_that_is_not_empty_is_rejected(tmp_path: Path, parts: Parts) -> None:
     source = write_full(tmp_path, parts)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
-    with pytest.raises(CsrError, match="is there already"):
+    with pytest.raises(CsrError, match="already exists"):
         convert(source, tmp_path / "out")
     assert (tmp_path / "out" / "precious").exists()
 
 
-def test_the_check_notices_a_changed_bit(tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_detects_a_changed_weight(tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     source, write = write_full(tmp_path, parts), conversion._write_weights
 
-    def damaging(directory: Path, *others: Any) -> None:
-        write(directory, *others)
+    def write_damaged(directory: Path, *arguments: Any) -> None:
+        write(directory, *arguments)
         tensors = load_file(directory / "model.safetensors")
         tensors["language_model.model.norm.weight"][3] += 1e-6
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(conversion, "_write_weights", damaging)
+    monkeypatch.setattr(conversion, "_write_weights", write_damaged)
     with pytest.raises(CsrError, match=r"the check failed: language_model\.model\.norm\.weight"):
         convert(source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "original"]
@@ -388,7 +390,7 @@ def test_the_check_notices_a_changed_bit(tmp_path: Path, parts: Parts, monkeypat
         ({}, "layers.5.", "adapted but absent: model.layers.5."),
     ],
 )
-def test_what_is_no_plain_lora_is_refused(
+def test_a_lora_that_is_not_plain_is_rejected(
     tmp_path: Path, adapted: tuple[Path, Path, Parts], changes: dict[str, Any], rename: str | None, message: str
 ) -> None:
     source, base, _ = adapted
@@ -403,7 +405,7 @@ def test_what_is_no_plain_lora_is_refused(
         convert(tmp_path / "lora", tmp_path / "out", base=str(base), vision=str(base.parent / "clip"))
 
 
-def test_the_command_line(
+def test_the_command_line_prints_a_summary_or_an_error(
     tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def csr(*arguments: object) -> tuple[object, str, str]:
@@ -414,10 +416,10 @@ def test_the_command_line(
 
     source = write_full(tmp_path, parts, inside=True)
     code, shown, _ = csr("convert", source, "--out", tmp_path / "out", "--dtype", "bfloat16", "--json")
-    found = json.loads(shown)
+    summary = json.loads(shown)
     assert code == 0
-    assert found["dtype"] == "bfloat16"
-    assert found["rows added to the embeddings"] == 64 - WORDS
-    code, shown, complaint = csr("convert", source, "--out", tmp_path / "out")
+    assert summary["dtype"] == "bfloat16"
+    assert summary["rows added to the embeddings"] == 64 - WORDS
+    code, shown, stderr = csr("convert", source, "--out", tmp_path / "out")
     assert (code, shown) == (1, "")
-    assert "is there already" in complaint
+    assert "already exists" in stderr

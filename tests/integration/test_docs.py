@@ -1,6 +1,6 @@
-"""Every command of the documentation that needs neither a GPU nor the network, run; and the Python page, as printed.
+"""Run every documented command that needs neither a GPU nor the network, and the Python page as printed.
 
-What is printed is run with fewer pictures and scenes than a reader would use.
+Commands run with fewer images and scenes than printed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ SMALLER = {
     ("world", "export"): ["--prompts=16"],
     ("world", "coco"): ["--scenes=10"],
 }
-"""What is added to a command that begins so; what it says itself comes first."""
+"""Arguments added to commands that begin with these words, unless the command sets them."""
 STOPPED = 3
-"""Exit code of an audit that says stop: a true answer for so few pictures."""
+"""Exit code of an audit that says stop, which is correct for so few images."""
 RUNNABLE = [
     page
     for page in PAGES
@@ -39,7 +39,7 @@ RUNNABLE = [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as after cloning: the recipes are there; what one page makes, the next may find."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
@@ -49,8 +49,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smaller(arguments: list[str]) -> list[str]:
     for start, more in SMALLER.items():
         if tuple(arguments[: len(start)]) == start:
-            said = {word.partition("=")[0] for word in arguments}
-            return [*arguments, *(word for word in more if word.partition("=")[0] not in said)]
+            given = {word.partition("=")[0] for word in arguments}
+            return [*arguments, *(word for word in more if word.partition("=")[0] not in given)]
     return arguments
 
 
@@ -77,11 +77,11 @@ def steps(block: Block) -> Iterator[str | list[str]]:
         yield "\n".join(shell)
 
 
-def run_shell(script: str, place: Path) -> None:
+def run_shell(script: str, reader_folder: Path) -> None:
     command = ["bash", "-euo", "pipefail", "-c", script]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        command, cwd=place, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+        command, cwd=reader_folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"{script}\n{done.stderr}"
 
@@ -92,19 +92,19 @@ def only_on_installing(script: str) -> bool:
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
-def test_the_commands_of_a_page_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def test_the_commands_of_a_page_run(page: Path, reader_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(reader_folder)
     for block in blocks(page):
         for step in steps(block) if block.is_shell else ():
             if isinstance(step, list):
                 if "--install-completion" not in step:
                     run_csr(step)
             elif step.strip() and not only_on_installing(step):
-                run_shell(step, place)
+                run_shell(step, reader_folder)
 
 
-def test_the_python_page_runs_as_it_is_printed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def test_the_python_page_runs_as_it_is_printed(reader_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(reader_folder)
     page = ROOT / "docs" / "python.md"
     ran = 0
     for block in blocks(page):

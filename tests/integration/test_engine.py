@@ -1,4 +1,4 @@
-"""The engine's promises: log-probabilities, invariance, delimiters, diversity, bars."""
+"""Check the engine: log-probabilities, invariances, delimiters, diversity, and masked image tokens."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def expansions(prompts: Sequence[Prompt], prefixes: dict[str, tuple[int, ...]] |
 
 
 def first_sentences(policy: Policy, prompts: Sequence[Prompt]) -> dict[str, tuple[int, ...]]:
-    found = TransformersEngine(policy).propose(expansions(prompts), CONFIG)
-    return {p.prompt_id: family[0].token_ids for p, family in zip(prompts, found, strict=True)}
+    answers = TransformersEngine(policy).propose(expansions(prompts), CONFIG)
+    return {p.prompt_id: siblings[0].token_ids for p, siblings in zip(prompts, answers, strict=True)}
 
 
 def test_logprobs_equal_a_teacher_forced_pass(policy: Policy, prompts: list[Prompt]) -> None:
     prefixes = first_sentences(policy, prompts)
-    families = TransformersEngine(policy).propose(expansions(prompts, prefixes), CONFIG)
+    answers = TransformersEngine(policy).propose(expansions(prompts, prefixes), CONFIG)
     other_image = [replace(p, image=q.image) for p, q in zip(prompts, [*prompts[1:], prompts[0]], strict=True)]
     wrong_image_differences = []
-    for place in range(4):
-        chosen = [family[place] for family in families]
+    for index in range(4):
+        chosen = [siblings[index] for siblings in answers]
         full = [prefixes[p.prompt_id] + c.token_ids for p, c in zip(prompts, chosen, strict=True)]
-        for asked, is_right in ((prompts, True), (other_image, False)):
-            for candidate, ids, logprobs in zip(chosen, full, policy.teacher_forced(asked, full), strict=True):
+        for inputs, is_right in ((prompts, True), (other_image, False)):
+            for candidate, ids, logprobs in zip(chosen, full, policy.teacher_forced(inputs, full), strict=True):
                 start = len(ids) - len(candidate.token_ids)
                 difference = abs(float(logprobs[start:].sum()) - candidate.logprob)
                 if is_right:
@@ -50,11 +50,11 @@ def test_logprobs_equal_a_teacher_forced_pass(policy: Policy, prompts: list[Prom
     assert np.median(wrong_image_differences) > 0.1
 
 
-def tokens(families: Sequence[Sequence[Candidate]]) -> list[list[tuple[int, ...]]]:
-    return [[candidate.token_ids for candidate in family] for family in families]
+def tokens(answers: Sequence[Sequence[Candidate]]) -> list[list[tuple[int, ...]]]:
+    return [[candidate.token_ids for candidate in siblings] for siblings in answers]
 
 
-def test_tokens_do_not_depend_on_batch_size_order_or_company(policy: Policy, prompts: list[Prompt]) -> None:
+def test_tokens_do_not_depend_on_batch_size_order_or_other_prompts(policy: Policy, prompts: list[Prompt]) -> None:
     prefixes = first_sentences(policy, prompts)
     requests = expansions(prompts, prefixes)
     together = tokens(TransformersEngine(policy, max_rows=512).propose(requests, CONFIG))
@@ -63,18 +63,18 @@ def test_tokens_do_not_depend_on_batch_size_order_or_company(policy: Policy, pro
     assert tokens(TransformersEngine(policy).propose(requests[3:4], CONFIG)) == together[3:4]
 
 
-def test_seed_and_place_change_the_sample(policy: Policy, prompts: list[Prompt]) -> None:
+def test_seed_and_sibling_index_change_the_sample(policy: Policy, prompts: list[Prompt]) -> None:
     config = SearchConfig(max_sentence_tokens=20, temperature=2.0)
     base = expansions(prompts)
     other = [replace(request, seed=(1, *request.seed[1:])) for request in base]
     engine = TransformersEngine(policy)
     first = tokens(engine.propose(base, config))
     assert first != tokens(engine.propose(other, config))
-    assert any(len(set(family)) > 1 for family in first)
+    assert any(len(set(siblings)) > 1 for siblings in first)
 
 
 @pytest.mark.parametrize("attention", ["plain", "shared"])
-def test_the_first_sibling_is_greedy_where_asked_for_and_the_others_stay(
+def test_greedy_first_decodes_the_first_sibling_greedily_and_keeps_the_others(
     policy: Policy, prompts: list[Prompt], attention: Literal["plain", "shared"]
 ) -> None:
     drawn = SearchConfig(max_sentence_tokens=20, temperature=2.0)
@@ -83,14 +83,14 @@ def test_the_first_sibling_is_greedy_where_asked_for_and_the_others_stay(
     sampled = tokens(engine.propose(requests, drawn))
     greedy = tokens(engine.propose(requests, drawn.model_copy(update={"temperature": 1e-4})))
     mixed = tokens(engine.propose(requests, drawn.model_copy(update={"greedy_first": True})))
-    assert [family[0] for family in mixed] == [family[0] for family in greedy]
-    assert [family[1:] for family in mixed] == [family[1:] for family in sampled]
+    assert [siblings[0] for siblings in mixed] == [siblings[0] for siblings in greedy]
+    assert [siblings[1:] for siblings in mixed] == [siblings[1:] for siblings in sampled]
     assert mixed != sampled
 
 
 def test_a_candidate_is_one_sentence(policy: Policy, prompts: list[Prompt]) -> None:
-    for family in TransformersEngine(policy).propose(expansions(prompts), CONFIG):
-        for candidate in family:
+    for siblings in TransformersEngine(policy).propose(expansions(prompts), CONFIG):
+        for candidate in siblings:
             assert candidate.finish is Finish.DELIMITER
             assert candidate.sentence.count(".") == 1
             assert candidate.sentence.endswith(".")
@@ -117,7 +117,7 @@ def script(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
         (" There are 3. There", " There are 3."),
     ],
 )
-def test_delimiters_survive_what_only_looks_like_an_end(
+def test_periods_that_do_not_end_a_sentence_are_skipped(
     policy: Policy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch, text: str, expected: str
 ) -> None:
     ids = policy.tokenizer(text, add_special_tokens=False).input_ids
@@ -144,7 +144,7 @@ def test_the_end_of_a_response_right_after_a_delimiter_belongs_to_the_next_node(
     assert (ending.token_ids, ending.sentence, ending.finish) == ((eos,), "", Finish.EOS)
 
 
-def test_a_sentence_without_end_stops_at_its_budget(
+def test_a_sentence_without_a_delimiter_stops_at_its_token_limit(
     policy: Policy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     word = policy.tokenizer(" boat", add_special_tokens=False).input_ids
@@ -155,7 +155,7 @@ def test_a_sentence_without_end_stops_at_its_budget(
 
 
 def test_image_placeholders_are_never_chosen(policy: Policy, prompts: list[Prompt]) -> None:
-    (image_token,) = policy.barred_ids
+    (image_token,) = policy.image_token_ids
     head = policy.base_model.lm_head
 
     def prefer_image(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
@@ -165,31 +165,31 @@ def test_image_placeholders_are_never_chosen(policy: Policy, prompts: list[Promp
     handle = head.register_forward_hook(prefer_image)
     try:
         for config in (CONFIG, SearchConfig(max_sentence_tokens=8, decoding="diverse")):
-            families = TransformersEngine(policy).propose(expansions(prompts[:2]), config)
-            assert all(image_token not in ids for family in tokens(families) for ids in family)
-            # The raw distribution stays raw: the bar shows in the choice only.
-            assert all(c.token_logprobs[0] < -50 for family in families for c in family)
+            answers = TransformersEngine(policy).propose(expansions(prompts[:2]), config)
+            assert all(image_token not in ids for siblings in tokens(answers) for ids in siblings)
+            # Recorded log-probabilities are those of the raw distribution, without the mask.
+            assert all(c.token_logprobs[0] < -50 for siblings in answers for c in siblings)
     finally:
         handle.remove()
 
 
-def test_diverse_siblings_differ_and_keep_clean_logprobs(policy: Policy, prompts: list[Prompt]) -> None:
+def test_diverse_siblings_differ_and_record_unpenalized_logprobs(policy: Policy, prompts: list[Prompt]) -> None:
     config = SearchConfig(max_sentence_tokens=20, decoding="diverse", diversity_penalty=3.0)
     requests = expansions(prompts)
-    families = TransformersEngine(policy).propose(requests, config)
+    answers = TransformersEngine(policy).propose(requests, config)
     same = TransformersEngine(policy).propose(
         requests, SearchConfig(max_sentence_tokens=20, decoding="diverse", diversity_penalty=0.0)
     )
-    assert all(len(set(family)) > 1 for family in tokens(families))
-    assert all(len(set(family)) == 1 for family in tokens(same))
-    for place in range(4):
-        chosen = [family[place] for family in families]
+    assert all(len(set(siblings)) > 1 for siblings in tokens(answers))
+    assert all(len(set(siblings)) == 1 for siblings in tokens(same))
+    for index in range(4):
+        chosen = [siblings[index] for siblings in answers]
         forced = policy.teacher_forced(prompts, [c.token_ids for c in chosen])
         for candidate, logprobs in zip(chosen, forced, strict=True):
             assert abs(float(logprobs.sum()) - candidate.logprob) < 1e-4
 
 
-def test_greedy_responses_are_transformers_own(policy: Policy, prompts: list[Prompt]) -> None:
+def test_greedy_responses_equal_those_of_transformers_generate(policy: Policy, prompts: list[Prompt]) -> None:
     ours = TransformersEngine(policy).respond(prompts[:4], max_new_tokens=40)
     for prompt, response in zip(prompts[:4], ours, strict=True):
         inputs = policy.model_inputs([policy.encode(prompt)], [()], "left")

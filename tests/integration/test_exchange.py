@@ -1,4 +1,4 @@
-"""Exported pairs in another trainer, and pairs from outside in this one."""
+"""Train on exported pairs in TRL, and on external pairs in the loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from csr_vlm.pipeline import stages
 from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
-from csr_vlm.training.pair_encoding import count_sentences, response_ids, scored_pairs
+from csr_vlm.training.pair_encoding import count_sentences, encode_pairs, tokenize_response
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 from tests.integration.test_cli import csr
@@ -33,7 +33,7 @@ RULE = SentenceRule(".")
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of one iteration, whose pairs are exported."""
+    """Return a run of one iteration, whose pairs are exported."""
     whole = {"between": "responses", "per_prompt": 4, "min_margin": 0.0}
     config = small_config(tmp_path_factory.mktemp("world"), iterations=1, method={"pairs": whole})
     run = Run.create(tmp_path_factory.mktemp("searched"), config)
@@ -50,7 +50,7 @@ def external_config(run: Run, pairs: Path, **changes: Any) -> RunConfig:
     return run.config.model_copy(update={"data": data} | changes)
 
 
-def test_the_trl_export_trains_in_trls_own_trainer(searched: Run, tmp_path: Path) -> None:
+def test_the_trl_export_trains_in_trls_dpo_trainer(searched: Run, tmp_path: Path) -> None:
     from datasets import load_dataset
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
@@ -65,7 +65,7 @@ def test_the_trl_export_trains_in_trls_own_trainer(searched: Run, tmp_path: Path
             max_steps=2,
             per_device_train_batch_size=4,
             learning_rate=1e-3,
-            max_length=None,  # The default would cut image tokens off.
+            max_length=None,  # The default would truncate image tokens.
             bf16=False,
             use_cpu=True,
             gradient_checkpointing=False,
@@ -82,14 +82,14 @@ def test_the_trl_export_trains_in_trls_own_trainer(searched: Run, tmp_path: Path
     assert trainer.state.global_step == len(losses) == 2
     assert float(losses[0]) == pytest.approx(0.693147, abs=1e-4)
     assert isfinite(float(losses[1]))
-    assert float(losses[1]) != pytest.approx(0.693147, abs=1e-6), "the second batch meets a policy that has moved"
+    assert float(losses[1]) != pytest.approx(0.693147, abs=1e-6), "the policy changed after the first step"
     moved = [p for name, p in trainer.model.named_parameters() if "lora_B" in name and p.abs().sum() > 0]
     assert moved
 
 
 @pytest.fixture(scope="module")
 def external(searched: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose prompts and first pairs come from an export with images in it; then it searches."""
+    """Return a run whose prompts and first pairs come from an export with embedded images."""
     path = export(searched, "rlaifv", tmp_path_factory.mktemp("out"))
     config = external_config(searched, path, iterations=2, preset="external", data={"prompts": str(path)})
     run = Run.create(tmp_path_factory.mktemp("external"), config)
@@ -97,27 +97,27 @@ def external(searched: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def test_a_runs_own_pairs_come_back_as_they_were(searched: Run, external: Run) -> None:
-    """Same ids and log-probabilities: text from outside is tokenised as the policy samples it."""
-    own, back = (list(tables.read_pairs(run.pairs_path(1))) for run in (searched, external))
-    both = list(zip(own, back, strict=True))
+def test_exported_pairs_are_tokenized_as_sampled(searched: Run, external: Run) -> None:
+    """External texts get the same token ids and log-probabilities as the sampled responses."""
+    exported, imported = (list(tables.read_pairs(run.pairs_path(1))) for run in (searched, external))
+    both = list(zip(exported, imported, strict=True))
     same = [
         (a, b)
         for a, b in both
         if (a.chosen.token_ids, a.rejected.token_ids) == (b.chosen.token_ids, b.rejected.token_ids)
     ]
-    assert len(same) >= 0.9 * len(both), "now and then the model spells a word in other tokens"
+    assert len(same) >= 0.9 * len(both), "the model sometimes samples a non-canonical tokenization"
     for a, b in same:
         assert b.chosen.logprob == pytest.approx(a.chosen.logprob, abs=1e-3)
         assert b.rejected.logprob == pytest.approx(a.rejected.logprob, abs=1e-3)
         assert b.chosen.num_sentences == a.chosen.num_sentences
-    assert external.result(1, "train")["reference_difference"] < 1e-3, "what is stored is the model's own"
+    assert external.result(1, "train")["reference_difference"] < 1e-3, "the stored log-probabilities are the policy's"
     first = [float(run.result(1, "train")["log"][0]["loss"]) for run in (searched, external)]
     assert first[0] == pytest.approx(first[1], abs=0.05)
 
 
-def test_pairs_of_unfinished_responses_are_exported_as_whole_ones(searched: Run, tmp_path: Path) -> None:
-    """Another trainer ends every response; a sentence that goes on would be taught to stop there."""
+def test_an_export_holds_pairs_of_complete_responses(searched: Run, tmp_path: Path) -> None:
+    """Other trainers end every response, so incomplete ones would teach the policy to stop early."""
     shutil.copytree(searched.root, tmp_path / "run")
     changed = searched.config.dump() | {"preset": "calibrated"}
     changed["method"]["pairs"] |= {"between": "siblings", "per_prompt": 12}
@@ -129,7 +129,7 @@ def test_pairs_of_unfinished_responses_are_exported_as_whole_ones(searched: Run,
     assert stages.whole_response_pairs(run, 1) == list(tables.read_pairs(searched.pairs_path(1)))
 
 
-def test_after_pairs_from_outside_the_loop_searches(searched: Run, external: Run) -> None:
+def test_later_iterations_search_after_external_pairs(searched: Run, external: Run) -> None:
     made = searched.result(1, "pairs")["pairs"]
     assert external.result(0, "prompts")["pairs"] == {"accepted": made, "dropped": {}, "examples": []}
     assert external.result(1, "pairs")["pairs"] == made
@@ -143,43 +143,43 @@ def test_after_pairs_from_outside_the_loop_searches(searched: Run, external: Run
     assert "is not generated" in refused.stderr
 
 
-def test_images_that_came_as_bytes_go_through_the_whole_loop(external: Run) -> None:
+def test_images_that_come_as_bytes_are_used_in_the_whole_loop(external: Run) -> None:
     kept = {path for path in (external.root / "images").rglob("*") if path.is_file()}
     assert {Path(prompt.image) for prompt in [*external.prompts(), *external.heldout()]} == kept
     assert {Path(pair.prompt.image) for pair in tables.read_pairs(external.pairs_path(2))} <= kept
 
 
-def test_no_usable_pair_is_said_before_a_model_is_loaded(searched: Run, tmp_path: Path) -> None:
+def test_unusable_pairs_are_rejected_before_a_model_is_loaded(searched: Run, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text("[]")
     model = searched.config.model.model_copy(update={"path": "./nowhere"})
-    own_root = {"image_root": None}
-    run = Run.create(tmp_path / "run", external_config(searched, tmp_path / "p.json", data=own_root, model=model))
+    data = {"image_root": None}
+    run = Run.create(tmp_path / "run", external_config(searched, tmp_path / "p.json", data=data, model=model))
     with pytest.raises(CsrError, match="no usable pair"):
         align(run, Silent())
 
 
-def test_a_response_ends_as_the_policy_ends_its_own(policy: Policy, prompts: list[Prompt]) -> None:
-    ids = response_ids(policy, prompts[0], "There is a red boat.")
+def test_a_tokenized_response_ends_with_an_end_of_sequence_token(policy: Policy, prompts: list[Prompt]) -> None:
+    ids = tokenize_response(policy, prompts[0], "There is a red boat.")
     assert policy.tokenizer.decode(ids[:-1]).strip() == "There is a red boat."
     assert ids[-1] in policy.eos_ids
     assert not set(ids[:-1]) & policy.eos_ids
 
 
-def test_a_template_without_an_end_gets_one(policy: Policy, prompts: list[Prompt]) -> None:
+def test_an_end_of_sequence_token_is_added_if_the_template_has_none(policy: Policy, prompts: list[Prompt]) -> None:
     template = policy.processor.chat_template
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy.processor, "chat_template", template.replace("</s>", " "))
-        assert response_ids(policy, prompts[0], "There is a boat.")[-1] == policy.tokenizer.eos_token_id
-        without = response_ids(policy, prompts[0], "There is a boat.")
-    assert without == response_ids(policy, prompts[0], "There is a boat.")
+        assert tokenize_response(policy, prompts[0], "There is a boat.")[-1] == policy.tokenizer.eos_token_id
+        without = tokenize_response(policy, prompts[0], "There is a boat.")
+    assert without == tokenize_response(policy, prompts[0], "There is a boat.")
 
 
-def test_a_response_that_holds_a_picture_is_refused(policy: Policy, prompts: list[Prompt]) -> None:
+def test_a_response_with_an_image_placeholder_is_rejected(policy: Policy, prompts: list[Prompt]) -> None:
     pairs = [
         TextPair(prompts[0], "There is a boat. <image>", "There is a fish."),
         TextPair(prompts[1], "There is a boat.", "There is a fish."),
     ]
-    refused, pair = scored_pairs(pairs, policy, 1, RULE)
+    refused, pair = encode_pairs(pairs, policy, 1, RULE)
     assert refused == "placeholder"
     assert pair.prompt == prompts[1]
     assert pair.chosen.logprob < 0
@@ -190,5 +190,5 @@ def test_a_response_that_holds_a_picture_is_refused(policy: Policy, prompts: lis
     ("text", "number"),
     [("", 0), ("A boat", 1), ("A boat.", 1), ("A boat. A fish.", 2), ("It is 3.5 m. Yes.", 2), ("Dr. Low. And", 2)],
 )
-def test_sentences_are_counted_as_the_search_cuts_them(text: str, number: int) -> None:
+def test_sentences_are_counted_as_in_the_search(text: str, number: int) -> None:
     assert count_sentences(text, RULE) == number

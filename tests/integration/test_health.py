@@ -1,4 +1,4 @@
-"""Many settings from one ledger, and the audit on the command line."""
+"""Test sweeps over one ledger, and the audit on the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from csr_vlm.cli.app import app
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS
-from csr_vlm.models.policy import load_base
+from csr_vlm.models.loading import load_base
 from csr_vlm.pipeline import gates, stages
 from csr_vlm.pipeline.sweep import points, sweep
 from csr_vlm.store import tables
@@ -66,13 +66,13 @@ def test_points_of_a_sweep_differ(run: Run, swept: list[dict[str, Any]]) -> None
 def test_a_sweep_leaves_the_run_alone(run: Run, swept: list[dict[str, Any]]) -> None:
     assert not run.is_done(1, "train")
     assert not (run.root / "adapter").exists()
-    own, _ = stages.derive_pairs(run, 1, run.config)
-    assert list(tables.read_pairs(run.pairs_path(1))) == own
+    derived, _ = stages.derive_pairs(run, 1, run.config)
+    assert list(tables.read_pairs(run.pairs_path(1))) == derived
 
 
 def test_sweeping_again_computes_nothing(run: Run, swept: list[dict[str, Any]], monkeypatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (run.root / "sweeps").rglob("*")}
-    monkeypatch.setattr(stages, "measure", lambda *_: pytest.fail("it measured again"))
+    monkeypatch.setattr("csr_vlm.pipeline.sweep.evaluate_policy", lambda *_: pytest.fail("it evaluated again"))
     assert sweep(run, [AXIS], 1, run.root / "sweeps", Silent()) == swept
     shown = invoke("sweep", run.root, AXIS, "--json", "--quiet")
     assert shown.exit_code == 0, shown.output
@@ -92,56 +92,56 @@ def test_every_point_keeps_an_adapter_that_loads(run: Run, swept: list[dict[str,
 @pytest.mark.parametrize(
     "axis", ["seed=1,2", "method.search.num_candidates=2,3", "model.dtype=bfloat16", "iterations=2,3"]
 )
-def test_what_made_the_ledger_cannot_be_swept(run: Run, axis: str) -> None:
-    with pytest.raises(CsrError, match="made the ledger and cannot be swept") as caught:
+def test_settings_of_the_ledger_cannot_be_swept(run: Run, axis: str) -> None:
+    with pytest.raises(CsrError, match="determines the ledger and cannot be swept") as caught:
         sweep(run, [axis], 1, run.root / "refused", Silent())
     assert "start a run for each value" in caught.value.hint
     assert not (run.root / "refused").exists()
 
 
-def test_what_made_a_column_of_the_ledger_cannot_be_swept(run: Run) -> None:
-    with pytest.raises(CsrError, match="made the ledger's column 'clip'") as caught:
+def test_settings_of_a_ledger_column_cannot_be_swept(run: Run) -> None:
+    with pytest.raises(CsrError, match="determines the ledger's column 'clip'") as caught:
         sweep(run, ["scorer.path=elsewhere"], 1, run.root / "refused", Silent())
     assert "csr score RUN" in caught.value.hint
 
 
 @pytest.mark.parametrize("axis", ["method.lambda", "=1", "method.lambda="])
-def test_what_is_no_axis(axis: str) -> None:
-    with pytest.raises(CsrError, match="is no axis"):
+def test_an_invalid_axis_is_refused(axis: str) -> None:
+    with pytest.raises(CsrError, match="is not a valid sweep axis"):
         list(points([axis]))
 
 
 def test_a_point_without_pairs_is_an_error(run: Run) -> None:
-    with pytest.raises(CsrError, match="these settings leave no pairs"):
+    with pytest.raises(CsrError, match="these settings yield no pairs"):
         sweep(run, ["method.pairs.min_margin=99"], 1, run.root / "none", Silent())
 
 
-def test_the_audit_prints_every_sign(run: Run) -> None:
+def test_the_audit_prints_every_metric(run: Run) -> None:
     shown = invoke("audit", run.root, "--json")
     found = json.loads(shown.stdout)
     assert found["iteration"] == 1
-    assert found["signs"] == pytest.approx(gates.pair_signs(run, 1, run.config))
-    assert [finding["sign"] for finding in found["findings"]] == [
-        sign for sign in PAIR_BOUNDS if sign in found["signs"]
+    assert found["metrics"] == pytest.approx(gates.pair_metrics(run, 1, run.config))
+    assert [check["metric"] for check in found["checks"]] == [
+        metric for metric in PAIR_BOUNDS if metric in found["metrics"]
     ]
-    assert found["signs"]["relevance_win"] > 0.8, "the calibrated pairs prefer what suits the image"
-    assert found["signs"]["scorer_agreement"] > 0.5
+    assert found["metrics"]["relevance_win"] > 0.8, "the calibrated pairs prefer what suits the image"
+    assert found["metrics"]["scorer_agreement"] > 0.5
     assert shown.exit_code == (3 if found["verdict"] == "stop" else 0)
 
 
-def test_the_audit_fails_where_pairs_are_not_worth_training_on(run: Run) -> None:
+def test_the_audit_fails_for_pairs_not_worth_training_on(run: Run) -> None:
     bad = invoke("audit", run.root, "method.pairs.min_margin=99", "--json")
     found = json.loads(bad.stdout)
     assert bad.exit_code == 3
     assert found["verdict"] == "stop"
-    assert found["signs"]["pairs"] == 0
+    assert found["metrics"]["pairs"] == 0
     table = invoke("audit", run.root, "method.pairs.min_margin=99")
     assert table.exit_code == 3
     assert "iteration 1: stop" in table.output
-    assert not run.is_done(1, "audit"), "looking is not judging"
+    assert not run.is_done(1, "audit"), "csr audit writes no marker"
 
 
-def test_the_audit_passes_pairs_that_are(run: Run, monkeypatch) -> None:
+def test_the_audit_passes_within_the_bounds(run: Run, monkeypatch) -> None:
     lenient = {name: type(b)(-9.0, -9.0, False, b.reason) for name, b in PAIR_BOUNDS.items()}
     monkeypatch.setattr("csr_vlm.method.audit.PAIR_BOUNDS", lenient)
     shown = invoke("audit", run.root, "--json")
@@ -160,11 +160,11 @@ def test_the_audit_of_a_trained_iteration_has_its_responses_too(run: Run) -> Non
         shown = invoke("audit", run.root, "--json")
         assert shown.exit_code == 3
         found = json.loads(shown.stdout)
-        judged = {finding["sign"]: finding for finding in found["findings"]}
+        judged = {check["metric"]: check for check in found["checks"]}
         assert judged.keys() >= RESPONSE_BOUNDS.keys() - {"chosen_drop"}
         assert judged["sentences_ratio"]["verdict"] == "stop"
         other = json.loads(invoke("audit", run.root, "method.lambda=1.0", "--json").stdout)
-        assert "sentences_ratio" not in other["signs"], "other settings were not trained"
+        assert "sentences_ratio" not in other["metrics"], "other settings were not trained"
     finally:
         for number in (0, 1):
             (run.iteration(number) / "done" / "evaluate.json").unlink()

@@ -1,4 +1,4 @@
-"""The policy as its own judge, against its own logits."""
+"""Compare the policy as judge with a direct computation from its logits."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ SENTENCES = ["There is a red boat.", "There is a blue fish.", "There is a green 
 
 def judge_of(adapter: Path | None = None, batch_size: int = 256, **judge: str) -> JudgeScorer:
     settings = ScorerConfig.model_validate({"path": "judge:policy", "batch_size": batch_size, "judge": judge})
-    (found,) = load_scorer(settings, "cpu", policy=MODEL, adapter=adapter).scorers
-    assert isinstance(found, JudgeScorer)
-    return found
+    (judge_scorer,) = load_scorer(settings, "cpu", policy=MODEL, adapter=adapter).scorers
+    assert isinstance(judge_scorer, JudgeScorer)
+    return judge_scorer
 
 
 @torch.inference_mode()
 def p_yes(policy: Policy, prompt: Prompt, question: str) -> float:
-    """P(yes) / (P(yes) + P(no)), one question at a time, by the processor and the model alone."""
+    """Compute P(yes) / (P(yes) + P(no)) of one question, with the processor and the model alone."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
     text = policy.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    picture = Image.open(prompt.image).convert("RGB")
+    image = Image.open(prompt.image).convert("RGB")
     inputs = policy.processor(
-        images=[picture],
+        images=[image],
         text=[text],
         return_tensors="pt",
         add_special_tokens=not text.startswith(policy.tokenizer.bos_token),
@@ -55,25 +55,25 @@ def p_yes(policy: Policy, prompt: Prompt, question: str) -> float:
     return yes / (yes + no)
 
 
-def test_the_score_is_the_share_of_yes(policy: Policy, prompts: list[Prompt]) -> None:
+def test_the_score_is_the_probability_of_yes_over_yes_and_no(policy: Policy, prompts: list[Prompt]) -> None:
     items = [(prompt, sentence) for prompt in prompts[:3] for sentence in SENTENCES]
-    found = [row["clip"] for row in judge_of(**QUESTIONS).score(items)]
+    scores = [row["clip"] for row in judge_of(**QUESTIONS).score(items)]
     kinds = ["boat", "fish", "tree"]
     expected = [p_yes(policy, prompt, f"Is there a {kind} in the image?") for prompt in prompts[:3] for kind in kinds]
-    assert found == pytest.approx(expected, abs=1e-4)
-    assert max(found) - min(found) > 0.5, "it can tell"
+    assert scores == pytest.approx(expected, abs=1e-4)
+    assert max(scores) - min(scores) > 0.5, "the judge distinguishes the sentences"
 
 
-def test_what_is_there_is_judged_truer_than_what_is_not(prompts: list[Prompt]) -> None:
+def test_objects_in_the_image_score_higher_than_absent_ones(prompts: list[Prompt]) -> None:
     scenes = list(make_scenes(HARBOUR, Split.DEVELOPMENT, 0, 12))[:6]
     kinds = sorted({item.kind for scene in scenes for item in scene.objects})[:12]
     judge = judge_of(**QUESTIONS)
-    there, absent = [], []
+    present_scores, absent_scores = [], []
     for scene, prompt in zip(scenes, prompts[:6], strict=True):
         present = {item.kind for item in scene.objects}
         for kind, row in zip(kinds, judge.score([(prompt, f"There is a red {kind}.") for kind in kinds]), strict=True):
-            (there if kind in present else absent).append(row["clip"])
-    assert sum(there) / len(there) > sum(absent) / len(absent) + 0.4
+            (present_scores if kind in present else absent_scores).append(row["clip"])
+    assert sum(present_scores) / len(present_scores) > sum(absent_scores) / len(absent_scores) + 0.4
 
 
 def test_order_and_batches_do_not_matter(prompts: list[Prompt]) -> None:
@@ -82,31 +82,35 @@ def test_order_and_batches_do_not_matter(prompts: list[Prompt]) -> None:
     singly = [row["clip"] for row in judge_of(batch_size=1, **QUESTIONS).score(items)]
     assert singly == pytest.approx(whole, abs=1e-4)
     shuffled = random.Random(0).sample(range(len(items)), len(items))
-    mixed = judge_of(batch_size=5, **QUESTIONS).score([items[at] for at in shuffled])
-    assert [row["clip"] for row in mixed] == pytest.approx([whole[at] for at in shuffled], abs=1e-4)
+    mixed = judge_of(batch_size=5, **QUESTIONS).score([items[index] for index in shuffled])
+    assert [row["clip"] for row in mixed] == pytest.approx([whole[index] for index in shuffled], abs=1e-4)
 
 
-def test_a_question_is_asked_once_and_forgotten_when_told(prompts: list[Prompt], monkeypatch) -> None:
+def test_a_question_is_asked_once_until_the_cache_is_dropped(prompts: list[Prompt], monkeypatch) -> None:
     judge = judge_of(**QUESTIONS)
-    asked = []
-    ask = judge._ask
-    monkeypatch.setattr(judge, "_ask", lambda questions: asked.append(len(questions)) or ask(questions))
+    num_questions = []
+    probabilities = judge._probabilities
+    monkeypatch.setattr(
+        judge,
+        "_probabilities",
+        lambda questions: num_questions.append(len(questions)) or probabilities(questions),
+    )
     item = (prompts[0], "There is a red boat.")
     first = judge.score([item, (prompts[0], "There is a blue boat."), item])
     assert first[0] == first[1] == first[2]
     assert judge.score([item]) == first[:1]
-    assert asked == [1], "all of them are the same question about the same image"
+    assert num_questions == [1], "all of them are the same question about the same image"
     judge.forget()
     judge.score([item])
-    assert asked == [1, 1]
+    assert num_questions == [1, 1]
 
 
-def test_the_pattern_decides_what_is_asked() -> None:
+def test_the_pattern_selects_the_question() -> None:
     judge = judge_of(**QUESTIONS, otherwise="Is it right that {sentence}")
     assert judge.question("There is a red boat.") == "Is there a boat in the image?"
     assert judge.question("A boat.") == "Is it right that A boat."
-    plain = judge_of()
-    assert plain.question("A boat.") == "A boat. Is that true of the image? Answer yes or no."
+    default = judge_of()
+    assert default.question("A boat.") == "A boat. Is that true of the image? Answer yes or no."
     optional = judge_of(pattern=r"a (red )?(boat)", question="Is there a {0}{1}?")
     assert optional.question("See a boat.") == "Is there a boat?"
     assert optional.question("See a red boat.") == "Is there a red boat?"
@@ -122,18 +126,18 @@ def test_the_pattern_decides_what_is_asked() -> None:
         ({"pattern": "ghost", "otherwise": "Is there a {0}?"}, "otherwise"),
     ],
 )
-def test_a_question_that_cannot_be_filled_in(judge: dict[str, str], option: str) -> None:
-    with pytest.raises(CsrError, match=rf"scorer\.judge\.{option} cannot be filled in") as caught:
+def test_a_template_that_cannot_be_formatted(judge: dict[str, str], option: str) -> None:
+    with pytest.raises(CsrError, match=rf"scorer\.judge\.{option} cannot be formatted") as caught:
         judge_of(**judge).question("A boat.")
     assert "{sentence}" in caught.value.hint
 
 
-def test_a_pattern_that_is_none() -> None:
-    with pytest.raises(CsrError, match="is no regular expression"):
+def test_an_invalid_pattern_is_rejected() -> None:
+    with pytest.raises(CsrError, match="is not a valid regular expression"):
         scorer_config(path="judge:policy", judge={"pattern": "(boat"})
 
 
-def test_the_adapter_is_asked_not_the_base(prompts: list[Prompt], tmp_path: Path) -> None:
+def test_the_judge_uses_the_adapter(prompts: list[Prompt], tmp_path: Path) -> None:
     torch.manual_seed(0)
     trained = trainable_policy(MODEL, TrainingConfig(), None)
     with torch.no_grad():

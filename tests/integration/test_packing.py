@@ -1,4 +1,4 @@
-"""Packed pairs: the losses, gradients and metrics are those of TRL's trainer on rows of their own."""
+"""Compare packed pairs with TRL's trainer on unpacked rows: losses, gradients and metrics are the same."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from trl import DPOTrainer
 
 from csr_vlm.config.schema import ModelConfig, TrainingConfig
 from csr_vlm.core.records import Pair, Prompt, Response
-from csr_vlm.models.policy import EncodedPrompt, Policy
+from csr_vlm.models.encoding import EncodedPrompt
+from csr_vlm.models.policy import Policy
 from csr_vlm.training import packing
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.dpo import CsrTrainer, train, trainable_policy, trainer_arguments
-from csr_vlm.training.packing import freeze_pictures, num_shared, obstacle, pack, visible
+from csr_vlm.training.packing import (
+    common_prefix_length,
+    disable_vision_gradients,
+    pack,
+    packed_attention_mask,
+    packing_obstacle,
+)
 from csr_vlm.world.demo import assets
 
 MODEL = ModelConfig(path=str(assets() / "llava"), device="cpu")
@@ -29,7 +36,7 @@ SENTENCES = (
     ("There is a red boat. There is a fish.", "There is a red boat."),
     ("A red boat.", "There is a blue tree. There is a bird."),
 )
-"""Chosen and rejected: with shared tokens, with a few, one the beginning of the other, with none."""
+"""Chosen and rejected, with a long common beginning, a short one, one that is all of rejected, and none."""
 LOSSES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
     "sigmoid_norm"
@@ -42,7 +49,7 @@ CONFIG = TrainingConfig.model_validate(
 
 @pytest.fixture(scope="module")
 def pairs(prompts: list[Prompt], policy: Policy) -> list[Pair]:
-    """Pairs as a search would make them, with their log-probabilities under the shipped model."""
+    """Build pairs as a search would, with their log-probabilities under the shipped model."""
     made = []
     for prompt, (chosen, rejected) in zip(prompts, SENTENCES, strict=False):
         sides = [response(policy, prompt, text) for text in (chosen, rejected)]
@@ -57,46 +64,48 @@ def response(policy: Policy, prompt: Prompt, text: str) -> Response:
 
 
 @dataclass
-class Both:
-    """TRL's trainer and ours, on the same model and the same pairs."""
+class Trainers:
+    """Hold TRL's trainer and ours, on the same model and the same pairs."""
 
     stock: Any
     packed: Any
-    plain_batch: dict[str, Any]
+    unpacked_batch: dict[str, Any]
     packed_batch: dict[str, Any]
 
 
-def trainer_for(kind: type, pairs: list[Pair], work: Path, training: TrainingConfig = CONFIG) -> tuple[Any, Policy]:
+def trainer_for(
+    trainer_class: type, pairs: list[Pair], work: Path, training: TrainingConfig = CONFIG
+) -> tuple[Any, Policy]:
     torch.manual_seed(0)
     policy = trainable_policy(MODEL, training, None)
     noise = torch.Generator().manual_seed(1)
     for name, parameter in policy.model.named_parameters():
-        # A fresh adapter's second matrix is zero, and hides the first one's gradient.
+        # The second matrix of a new adapter is zero, which makes the first one's gradient zero.
         if "lora_B" in name:
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=noise)
-    made = kind(
+    trainer = trainer_class(
         model=policy.model,
         args=trainer_arguments(training, work, 0, "cpu"),
         train_dataset=Dataset.from_list([training_row(pair) for pair in pairs]),
         data_collator=PairCollator(policy),
         processing_class=policy.processor,
     )
-    made.precompute_ref_logps = True
-    made.label_smoothing = 0.1
-    made.first_loss = 0.0
-    return made, policy
+    trainer.precompute_ref_logps = True
+    trainer.label_smoothing = 0.1
+    trainer.first_loss = 0.0
+    return trainer, policy
 
 
 @pytest.fixture(scope="module")
-def both(pairs: list[Pair], tmp_path_factory: pytest.TempPathFactory) -> Both:
+def trainers(pairs: list[Pair], tmp_path_factory: pytest.TempPathFactory) -> Trainers:
     rows = [training_row(pair) for pair in pairs]
     stock, policy = trainer_for(DPOTrainer, pairs, tmp_path_factory.mktemp("stock"))
     packed, _ = trainer_for(CsrTrainer, pairs, tmp_path_factory.mktemp("packed"))
-    return Both(stock, packed, PairCollator(policy)(rows), PairCollator(policy, packing=True)(rows))
+    return Trainers(stock, packed, PairCollator(policy)(rows), PairCollator(policy, packing=True)(rows))
 
 
 def outcome(trainer: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
-    """One batch's loss, gradients and metrics."""
+    """Compute the loss, the gradients and the metrics of one batch."""
     trainer.model.train()
     trainer.model.zero_grad()
     trainer._metrics["train"].clear()
@@ -118,60 +127,64 @@ def assert_same(ours: Any, stock: Any) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_and_its_gradients_are_trls(both: Both, loss: str) -> None:
-    for trainer in (both.stock, both.packed):
+def test_every_loss_and_its_gradients_equal_trls(trainers: Trainers, loss: str) -> None:
+    for trainer in (trainers.stock, trainers.packed):
         trainer.loss_types, trainer.loss_weights = [loss], [1.0]
-    assert_same(outcome(both.packed, both.packed_batch), outcome(both.stock, both.plain_batch))
+    assert_same(outcome(trainers.packed, trainers.packed_batch), outcome(trainers.stock, trainers.unpacked_batch))
 
 
-def test_losses_add_up_and_count_shared_tokens_as_trl_does(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
-    for trainer in (both.stock, both.packed):
+def test_weighted_losses_and_common_tokens_count_as_in_trl(trainers: Trainers, monkeypatch: pytest.MonkeyPatch) -> None:
+    for trainer in (trainers.stock, trainers.packed):
         monkeypatch.setattr(trainer, "loss_types", ["sigmoid", "sft"])
         monkeypatch.setattr(trainer, "loss_weights", [1.0, 0.3])
         monkeypatch.setattr(trainer, "ld_alpha", 0.5)
-    assert_same(outcome(both.packed, both.packed_batch), outcome(both.stock, both.plain_batch))
+    assert_same(outcome(trainers.packed, trainers.packed_batch), outcome(trainers.stock, trainers.unpacked_batch))
 
 
 @pytest.mark.parametrize("index", range(len(SENTENCES)))
-def test_each_pair_by_itself(both: Both, pairs: list[Pair], index: int, policy: Policy) -> None:
+def test_each_pair_alone(trainers: Trainers, pairs: list[Pair], index: int, policy: Policy) -> None:
     rows = [training_row(pairs[index])]
-    for trainer in (both.stock, both.packed):
+    for trainer in (trainers.stock, trainers.packed):
         trainer.loss_types, trainer.loss_weights = ["sigmoid", "sft"], [1.0, 1.0]
     batches = [PairCollator(policy, packing=packing)(rows) for packing in (True, False)]
-    assert_same(outcome(both.packed, batches[0]), outcome(both.stock, batches[1]))
+    assert_same(outcome(trainers.packed, batches[0]), outcome(trainers.stock, batches[1]))
 
 
-def test_our_trainer_takes_unpacked_batches_as_trl_does(both: Both) -> None:
-    for trainer in (both.stock, both.packed):
+def test_our_trainer_computes_unpacked_batches_exactly_as_trl(trainers: Trainers) -> None:
+    for trainer in (trainers.stock, trainers.packed):
         trainer.loss_types, trainer.loss_weights = ["sigmoid"], [1.0]
-    ours, stock = outcome(both.packed, both.plain_batch), outcome(both.stock, both.plain_batch)
+    ours, stock = outcome(trainers.packed, trainers.unpacked_batch), outcome(trainers.stock, trainers.unpacked_batch)
     assert ours[0] == stock[0]
     assert all(torch.equal(ours[1][name], gradient) for name, gradient in stock[1].items())
 
 
-def test_a_mask_that_lets_one_side_see_the_other_would_be_noticed(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
-    for trainer in (both.stock, both.packed):
+def test_a_mask_that_lets_one_side_attend_to_the_other_fails(
+    trainers: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for trainer in (trainers.stock, trainers.packed):
         trainer.loss_types, trainer.loss_weights = ["sigmoid"], [1.0]
-    stock = outcome(both.stock, both.plain_batch)
-    causal = torch.ones(both.packed_batch["packed"]["parts"].shape[1:] * 2, dtype=torch.bool).tril()
-    monkeypatch.setattr(packing, "visible", lambda parts: causal.expand(len(parts), 1, -1, -1))
-    assert abs(outcome(both.packed, both.packed_batch)[0] - stock[0]) > 1e-3
+    stock = outcome(trainers.stock, trainers.unpacked_batch)
+    causal = torch.ones(trainers.packed_batch["packed"]["segment_ids"].shape[1:] * 2, dtype=torch.bool).tril()
+    monkeypatch.setattr(
+        packing, "packed_attention_mask", lambda segment_ids: causal.expand(len(segment_ids), 1, -1, -1)
+    )
+    assert abs(outcome(trainers.packed, trainers.packed_batch)[0] - stock[0]) > 1e-3
 
 
-def test_wrong_positions_would_be_noticed(both: Both) -> None:
-    for trainer in (both.stock, both.packed):
+def test_wrong_positions_fail(trainers: Trainers) -> None:
+    for trainer in (trainers.stock, trainers.packed):
         trainer.loss_types, trainer.loss_weights = ["sigmoid"], [1.0]
-    stock = outcome(both.stock, both.plain_batch)
-    packed = dict(both.packed_batch["packed"])
-    packed["position_ids"] = torch.arange(packed["parts"].shape[1]).expand_as(packed["parts"])
-    assert abs(outcome(both.packed, both.packed_batch | {"packed": packed})[0] - stock[0]) > 1e-3
+    stock = outcome(trainers.stock, trainers.unpacked_batch)
+    packed = dict(trainers.packed_batch["packed"])
+    packed["position_ids"] = torch.arange(packed["segment_ids"].shape[1]).expand_as(packed["segment_ids"])
+    assert abs(outcome(trainers.packed, trainers.packed_batch | {"packed": packed})[0] - stock[0]) > 1e-3
 
 
-def test_eager_attention_takes_packed_rows_too(both: Both, pairs: list[Pair], tmp_path: Path) -> None:
+def test_eager_attention_accepts_packed_rows(trainers: Trainers, pairs: list[Pair], tmp_path: Path) -> None:
     trainer, policy = trainer_for(CsrTrainer, pairs, tmp_path)
     policy.base_model.set_attn_implementation("eager")
-    both.stock.loss_types, both.stock.loss_weights = ["sigmoid"], [1.0]
-    assert_same(outcome(trainer, both.packed_batch), outcome(both.stock, both.plain_batch))
+    trainers.stock.loss_types, trainers.stock.loss_weights = ["sigmoid"], [1.0]
+    assert_same(outcome(trainer, trainers.packed_batch), outcome(trainers.stock, trainers.unpacked_batch))
 
 
 @pytest.mark.parametrize(
@@ -182,41 +195,43 @@ def test_eager_attention_takes_packed_rows_too(both: Both, pairs: list[Pair], tm
         {"gradient_checkpointing": True},
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
     ],
-    ids=["plain", "accumulated", "checkpointed", "sft"],
+    ids=["default", "accumulated", "checkpointed", "sft"],
 )
-def test_training_ends_where_it_would_without_packing(pairs: list[Pair], tmp_path: Path, changes: dict) -> None:
+def test_training_gives_the_same_result_with_and_without_packing(
+    pairs: list[Pair], tmp_path: Path, changes: dict
+) -> None:
     training = CONFIG.model_copy(update={"trl": {**CONFIG.trl, **changes}})
-    auto, off = both_ways(pairs, training, tmp_path)
+    auto, off = train_both_ways(pairs, training, tmp_path)
     assert auto["reference"] == off["reference"] == "ledger"
     assert auto["packing_obstacle"] is None
 
 
-def test_training_against_the_models_own_reference(pairs: list[Pair], tmp_path: Path) -> None:
+def test_packed_training_with_the_reference_model(pairs: list[Pair], tmp_path: Path) -> None:
     training = CONFIG.model_copy(update={"reference": "model"})
-    auto, _ = both_ways(pairs, training, tmp_path)
+    auto, _ = train_both_ways(pairs, training, tmp_path)
     assert auto["reference"] == "model"
 
 
-def both_ways(pairs: list[Pair], training: TrainingConfig, where: Path) -> tuple[dict, dict]:
-    """Train with and without packing; what comes out must be the same, and must have moved."""
-    results, adapters, widths = [], [], []
-    for way in ("auto", "off"):
+def train_both_ways(pairs: list[Pair], training: TrainingConfig, directory: Path) -> tuple[dict, dict]:
+    """Train with and without packing; require the same result, and that training changed something."""
+    results, adapters, kinds = [], [], []
+    for packing_option in ("auto", "off"):
         with pytest.MonkeyPatch.context() as patch:
-            seen = watch_widths(patch)
+            seen = record_batches(patch)
             results.append(
                 train(
                     pairs,
                     MODEL,
-                    training.model_copy(update={"packing": way}),
+                    training.model_copy(update={"packing": packing_option}),
                     previous=None,
-                    adapter=where / way,
-                    work=where / "work",
+                    adapter=directory / packing_option,
+                    work=directory / "work",
                     seed=1,
                 )
             )
-        widths.append(set(seen))
-        adapters.append(load_file(where / way / "adapter_model.safetensors"))
-    assert [{"packed"}, {"plain"}] == widths
+        kinds.append(set(seen))
+        adapters.append(load_file(directory / packing_option / "adapter_model.safetensors"))
+    assert kinds == [{"packed"}, {"unpacked"}]
     losses = [[float(entry["loss"]) for entry in result["log"]] for result in results]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert abs(losses[0][0] - losses[0][-1]) > 1e-3
@@ -227,43 +242,43 @@ def both_ways(pairs: list[Pair], training: TrainingConfig, where: Path) -> tuple
     return results[0], results[1]
 
 
-def watch_widths(patch: pytest.MonkeyPatch) -> list[str]:
-    """Note of every batch that reaches the loss whether it is packed."""
+def record_batches(patch: pytest.MonkeyPatch) -> list[str]:
+    """Record for every batch that reaches the loss whether it is packed."""
     seen: list[str] = []
     original = CsrTrainer._compute_loss
 
-    def watched(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append("packed" if "packed" in inputs else "plain")
+    def recorded(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append("packed" if "packed" in inputs else "unpacked")
         return original(self, model, inputs, *args, **kwargs)
 
-    patch.setattr(CsrTrainer, "_compute_loss", watched)
+    patch.setattr(CsrTrainer, "_compute_loss", recorded)
     return seen
 
 
-def test_layout_of_a_pair(policy: Policy) -> None:
+def test_packed_tensors_of_a_pair(policy: Policy) -> None:
     prompt = EncodedPrompt(torch.tensor([1, 9, 9, 5]), torch.arange(4), {}, {})
     packed = pack([prompt], [[20, 21, 22]], [[20, 31, 32, 33]], pad_id=0)
     assert packed["input_ids"].tolist() == [[1, 9, 9, 5, 20, 21, 22, 31, 32, 33]]
-    assert packed["parts"].tolist() == [[0, 0, 0, 0, 0, 1, 1, 2, 2, 2]]
+    assert packed["segment_ids"].tolist() == [[0, 0, 0, 0, 0, 1, 1, 2, 2, 2]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 5, 6, 7]]
     assert packed["targets"].tolist() == [[20, 21, 22, 31, 32, 33]]
-    # 21 and 31 are both predicted where 20 stands.
-    assert packed["readers"].tolist() == [[3, 4, 5, 4, 7, 8]]
-    assert packed["slots"].tolist() == [[0, 1, 2, 0], [0, 3, 4, 5]]
-    seen = visible(packed["parts"])[0, 0]
-    assert seen[7].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 7]
-    assert seen[6].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
+    # Both 21 and 31 are predicted by 20.
+    assert packed["predictor_index"].tolist() == [[3, 4, 5, 4, 7, 8]]
+    assert packed["target_index"].tolist() == [[0, 1, 2, 0], [0, 3, 4, 5]]
+    mask = packed_attention_mask(packed["segment_ids"])[0, 0]
+    assert mask[7].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 7]
+    assert mask[6].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_shorter_rows_are_padded_and_padding_sees_itself() -> None:
+def test_shorter_rows_are_padded_and_padding_attends_to_itself() -> None:
     short = EncodedPrompt(torch.tensor([1, 5]), torch.arange(2), {}, {})
     packed = pack([short, short], [[20, 21], [40]], [[31], [40, 41]], pad_id=0)
-    assert packed["parts"].tolist() == [[0, 0, 1, 1, 2], [0, 0, 0, 2, 3]]
+    assert packed["segment_ids"].tolist() == [[0, 0, 1, 1, 2], [0, 0, 0, 2, 3]]
     assert packed["targets"].tolist() == [[20, 21, 31], [40, 41, -100]]
-    assert visible(packed["parts"]).any(dim=-1).all()
+    assert packed_attention_mask(packed["segment_ids"]).any(dim=-1).all()
 
 
-def test_positions_in_three_dimensions_go_on_for_both_sides() -> None:
+def test_three_dimensional_positions_continue_on_both_sides() -> None:
     positions = torch.tensor([[0, 1, 1, 2], [0, 1, 2, 3], [0, 1, 1, 2]])
     prompt = EncodedPrompt(torch.tensor([1, 9, 9, 5]), positions, {}, {})
     packed = pack([prompt], [[20, 21]], [[20, 31]], pad_id=0)
@@ -272,15 +287,15 @@ def test_positions_in_three_dimensions_go_on_for_both_sides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "rejected", "found"), [([1, 2], [1, 3], 1), ([1, 2], [1, 2, 3], 2), ([2], [1], 0), ([4, 5], [4, 5], 2)]
+    ("chosen", "rejected", "length"), [([1, 2], [1, 3], 1), ([1, 2], [1, 2, 3], 2), ([2], [1], 0), ([4, 5], [4, 5], 2)]
 )
-def test_what_both_begin_with(chosen: list[int], rejected: list[int], found: int) -> None:
-    assert num_shared(chosen, rejected) == num_shared(rejected, chosen) == found
+def test_the_length_of_the_common_prefix(chosen: list[int], rejected: list[int], length: int) -> None:
+    assert common_prefix_length(chosen, rejected) == common_prefix_length(rejected, chosen) == length
 
 
 @pytest.fixture
-def other(policy: Policy) -> Iterator[Any]:
-    """The model's configuration, to be changed and put back."""
+def text_config(policy: Policy) -> Iterator[Any]:
+    """Provide the text configuration of the model, and restore it afterwards."""
     text = policy.base_model.config.get_text_config()
     kept = dict(text.__dict__)
     yield text
@@ -288,59 +303,61 @@ def other(policy: Policy) -> Iterator[Any]:
     text.__dict__.update(kept)
 
 
-def test_rows_beyond_the_attention_window_stay_apart(other: Any, policy: Policy, pairs: list[Pair]) -> None:
+def test_rows_beyond_the_attention_window_are_not_packed(text_config: Any, policy: Policy, pairs: list[Pair]) -> None:
     rows = [training_row(pair) for pair in pairs]
     width = PairCollator(policy)(rows)["input_ids"].shape[1]
     for size, packs in ((width, True), (width - 1, False)):
-        other.sliding_window = size
+        text_config.sliding_window = size
         batch = PairCollator(policy, packing=True)(rows)
         assert ("packed" in batch) == packs == ("pixel_values" not in batch)
 
 
-def test_what_stands_in_the_way_is_said(other: Any, policy: Policy) -> None:
+def test_the_obstacles_to_packing(text_config: Any, policy: Policy) -> None:
     config = policy.base_model.config
-    other._attn_implementation = "sdpa"  # whatever a search before has installed
-    assert obstacle(config) is None
-    other.layer_types = ["full_attention", "linear_attention"]
-    assert "linear_attention" in str(obstacle(config))
-    other.layer_types = ["full_attention"]
-    other.output_router_logits = False
-    assert "experts" in str(obstacle(config))
-    other._attn_implementation = "flash_attention_2"
-    assert "flash_attention_2" in str(obstacle(config))
+    text_config._attn_implementation = "sdpa"  # An earlier search may have installed another.
+    assert packing_obstacle(config) is None
+    text_config.layer_types = ["full_attention", "linear_attention"]
+    assert "linear_attention" in str(packing_obstacle(config))
+    text_config.layer_types = ["full_attention"]
+    text_config.output_router_logits = False
+    assert "experts" in str(packing_obstacle(config))
+    text_config._attn_implementation = "flash_attention_2"
+    assert "flash_attention_2" in str(packing_obstacle(config))
 
 
-def test_an_obstacle_means_plain_rows_and_is_told(
+def test_with_an_obstacle_rows_are_not_packed_and_the_result_names_it(
     pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("csr_vlm.training.dpo.obstacle", lambda _: "the reason")
-    seen = watch_widths(monkeypatch)
+    monkeypatch.setattr("csr_vlm.training.dpo.packing_obstacle", lambda _: "the reason")
+    seen = record_batches(monkeypatch)
     result = train(pairs, MODEL, CONFIG, previous=None, adapter=tmp_path / "a", work=tmp_path / "w", seed=1)
     assert result["packing_obstacle"] == "the reason"
-    assert set(seen) == {"plain"}
+    assert set(seen) == {"unpacked"}
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_pictures_are_read_once_a_pair_and_without_gradients(pairs: list[Pair], tmp_path: Path, frozen: bool) -> None:
+def test_images_are_encoded_once_per_pair_and_without_gradients(
+    pairs: list[Pair], tmp_path: Path, frozen: bool
+) -> None:
     training = CONFIG.model_copy(update={"trl": {**CONFIG.trl, "gradient_checkpointing": True}})
     trainer, policy = trainer_for(CsrTrainer, pairs, tmp_path, training)
     trainer.model.train()
     policy.base_model.gradient_checkpointing_enable()
     if frozen:
-        freeze_pictures(policy.base_model)
+        disable_vision_gradients(policy.base_model)
     seen = []
     inner = policy.base_model.model
     inner.multi_modal_projector.register_forward_hook(lambda _m, _a, output: seen.append(output))
     batch = PairCollator(policy, packing=True)([training_row(pair) for pair in pairs])
     trainer.compute_loss(trainer.model, batch).backward()
     assert [len(output) for output in seen] == [len(pairs)]
-    # Without freezing, checkpointing makes the tower's embeddings ask for gradients.
+    # Otherwise checkpointing makes the tower's embeddings require gradients.
     assert seen[0].requires_grad is not frozen
 
 
-def test_a_projector_that_trains_keeps_its_gradients(pairs: list[Pair]) -> None:
+def test_a_trained_projector_keeps_its_gradients(pairs: list[Pair]) -> None:
     policy = trainable_policy(MODEL, CONFIG.model_copy(update={"projector_learning_rate": 0.1}), None)
-    freeze_pictures(policy.base_model)
+    disable_vision_gradients(policy.base_model)
     inner = policy.base_model.model
     pixels = PairCollator(policy)([training_row(pairs[0])])["pixel_values"]
     features = inner.get_image_features(pixels, return_dict=True).pooler_output[0]

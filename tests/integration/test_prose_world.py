@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from csr_vlm.config.schema import ModelConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
-from csr_vlm.models.policy import load_policy
+from csr_vlm.models.loading import load_policy
 from csr_vlm.world import build as building
 from csr_vlm.world.base_models import Sizes
 from csr_vlm.world.build import dialogue_ids, file_hashes, picture_text, pixels

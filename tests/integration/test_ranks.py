@@ -1,4 +1,4 @@
-"""Two processes of torchrun do what one does."""
+"""Compare two processes of torchrun with one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from csr_vlm.store.run import Run
 from tests.processes import CSR, finished, launch, ledger, require_every_node_once, sharing_config
 
 LOSS_TOLERANCE = 2e-5
-"""Rounding, after three steps at a high learning rate."""
+"""Rounding error after three steps at a high learning rate."""
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
         command = CSR if processes == 1 else launch(processes)
         done = finished(*command, "run", made[processes].root, "--json", "--quiet")
         assert done.returncode == 0, done.stderr
-        # One process speaks, however many work.
+        # Only the leader prints.
         assert json.loads(done.stdout)["adapter"] == str(made[processes].root / "adapter")
     return made
 
@@ -49,7 +49,7 @@ def test_training_takes_the_same_steps(runs: dict[int, Run]) -> None:
     for left, right in zip(one["log"], two["log"], strict=True):
         for name in ("loss", "rewards/margins", "logps/chosen"):
             assert right[name] == pytest.approx(left[name], abs=LOSS_TOLERANCE, rel=LOSS_TOLERANCE)
-    # It is the steps that agree, not a policy that stands still.
+    # The policy has moved, so the steps are what agrees.
     assert abs(one["log"][2]["rewards/margins"] - one["log"][0]["rewards/margins"]) > 100 * LOSS_TOLERANCE
     weights = [load_file(run.root / "adapter" / "adapter_model.safetensors") for run in (runs[1], runs[2])]
     assert weights[0].keys() == weights[1].keys()
@@ -58,13 +58,13 @@ def test_training_takes_the_same_steps(runs: dict[int, Run]) -> None:
     assert largest < 0.05 * moved
 
 
-def test_nothing_is_left_over(runs: dict[int, Run]) -> None:
+def test_no_temporary_files_are_left(runs: dict[int, Run]) -> None:
     names = {path.name for path in runs[2].root.rglob("*")}
     assert not {name for name in names if name.endswith((".tmp", ".pt", ".bin"))}
     assert "trainer" not in names
 
 
-def test_what_cannot_be_shared_is_refused_in_one_line(runs: dict[int, Run], tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_divided_is_rejected_in_one_line(runs: dict[int, Run], tmp_path: Path) -> None:
     odd = sharing_config(runs[1].root.parent, training={"trl": {"per_device_train_batch_size": 1}})
     run = Run.create(tmp_path / "odd", odd)
     (run.root / "prompts.parquet").write_bytes(runs[1].prompts_path.read_bytes())
@@ -75,5 +75,5 @@ def test_what_cannot_be_shared_is_refused_in_one_line(runs: dict[int, Run], tmp_
                 (run.root / path.relative_to(runs[1].root)).write_bytes(path.read_bytes())
     done = finished(*launch(2), "train", run.root, "--quiet")
     assert done.returncode != 0
-    assert "error: a step of 1 pairs cannot be dealt out evenly to 2 processes" in done.stderr
+    assert "error: a step of 1 pairs cannot be split evenly among 2 processes" in done.stderr
     assert "csr_vlm/" not in done.stderr  # no traceback of ours; torchrun writes one of its own

@@ -1,4 +1,4 @@
-"""CLIP, SigLIP, SigLIP 2 and open_clip against direct computations, on tiny random checkpoints."""
+"""Compare CLIP, SigLIP, SigLIP 2 and open_clip with direct computations, on tiny random checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoProcessor
 from csr_vlm.config.schema import ModelConfig, ScorerConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
-from csr_vlm.core.records import Prompt, others_column
+from csr_vlm.core.records import Prompt, negatives_column
 from csr_vlm.pipeline import stages
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.store import tables
@@ -47,7 +47,7 @@ def loaded(path: Path) -> tuple[Any, Any]:
 
 
 def direct(kind: str, path: Path, image: str, sentence: str) -> float:
-    """One image and one sentence, as the models' documentation does it."""
+    """Score one image and one sentence as the models' documentation does."""
     model, processor = loaded(path)
     pixels = processor.image_processor(images=[Image.open(image).convert("RGB")], return_tensors="pt")
     if kind == "clip":
@@ -60,16 +60,16 @@ def direct(kind: str, path: Path, image: str, sentence: str) -> float:
     return torch.cosine_similarity(output.image_embeds, output.text_embeds).item()
 
 
-def test_the_cosine_is_that_of_a_direct_computation(checkpoint, prompts: list[Prompt]) -> None:
+def test_the_cosine_equals_a_direct_computation(checkpoint, prompts: list[Prompt]) -> None:
     kind, path = checkpoint
     items = [(prompt, sentence) for prompt in prompts[:2] for sentence in SENTENCES]
-    found = [row["clip"] for row in scorer_of(path).score(items)]
+    scores = [row["clip"] for row in scorer_of(path).score(items)]
     expected = [direct(kind, path, prompt.image, sentence) for prompt, sentence in items]
-    assert found == pytest.approx(expected, abs=2e-6)
-    assert max(found) - min(found) > 1e-3, "all alike: the comparison would prove nothing"
+    assert scores == pytest.approx(expected, abs=2e-6)
+    assert max(scores) - min(scores) > 1e-3, "equal scores would make the comparison meaningless"
 
 
-def test_neither_order_nor_company_nor_batch_size_matters(checkpoint, prompts: list[Prompt]) -> None:
+def test_scores_do_not_depend_on_order_other_items_or_batch_size(checkpoint, prompts: list[Prompt]) -> None:
     _, path = checkpoint
     items = [(prompt, sentence) for prompt in prompts[:3] for sentence in [*SENTENCES, LONG]]
     whole = dict(zip(items, (row["clip"] for row in scorer_of(path).score(items)), strict=True))
@@ -112,24 +112,26 @@ def test_each_image_and_each_sentence_is_embedded_once(tmp_path: Path, prompts: 
     assert seen["embed_images"] == [2, 1]
 
 
-def test_damaged_weights_name_the_prompt(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_not_a_number_names_the_prompt(tmp_path: Path, prompts: list[Prompt]) -> None:
     weights = write_clip(tmp_path) / "model.safetensors"
     tensors = load_file(weights)
     tensors["text_projection.weight"][:] = torch.nan
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(CsrError, match=f"scorer clip gives nan to prompt {prompts[0].prompt_id}"):
+    with pytest.raises(CsrError, match=f"scorer clip returned nan for prompt {prompts[0].prompt_id}"):
         scorer_of(tmp_path).score([(prompts[0], "A boat.")])
 
 
-def test_other_models_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CsrError, match="is a llava model; scorers are clip, siglip, siglip2"):
+def test_other_model_types_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(
+        CsrError, match="'llava' is not a supported scorer type; expected one of: clip, siglip, siglip2"
+    ):
         scorer_of(assets() / "llava")
     with pytest.raises(CsrError, match="no such directory"):
         scorer_of(tmp_path / "nothing")
 
 
-def test_the_policys_vision_tower_can_take_the_scorers_place(tmp_path: Path, prompts: list[Prompt]) -> None:
-    """The world's policy has its scorer's tower, so a scorer whose own was ruined recovers through it."""
+def test_the_scorer_can_use_the_policys_vision_tower(tmp_path: Path, prompts: list[Prompt]) -> None:
+    """The world's policy has the scorer's tower, so a scorer with a zeroed tower recovers with it."""
     policy = ModelConfig(path=str(assets() / "llava"))
     tensors = load_file(assets() / "clip" / "model.safetensors")
     for name in tensors:
@@ -140,28 +142,28 @@ def test_the_policys_vision_tower_can_take_the_scorers_place(tmp_path: Path, pro
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     items = [(prompts[0], sentence) for sentence in SENTENCES]
     whole = scorer_of(assets() / "clip").score(items)
-    ruined = ScorerConfig(path=str(tmp_path))
-    mended = ruined.model_copy(update={"vision": "policy"})
-    assert load_scorer(mended, "cpu", policy=policy).score(items) == whole
-    assert load_scorer(ruined, "cpu", policy=policy).score(items) != whole
-    with pytest.raises(CsrError, match="there is no policy"):
-        load_scorer(mended, "cpu")
+    zeroed = ScorerConfig(path=str(tmp_path))
+    repaired = zeroed.model_copy(update={"vision": "policy"})
+    assert load_scorer(repaired, "cpu", policy=policy).score(items) == whole
+    assert load_scorer(zeroed, "cpu", policy=policy).score(items) != whole
+    with pytest.raises(CsrError, match="needs a policy"):
+        load_scorer(repaired, "cpu")
 
 
-def test_a_vision_tower_of_another_shape_is_refused(tmp_path: Path) -> None:
+def test_a_vision_tower_of_another_shape_is_rejected(tmp_path: Path) -> None:
     config = ScorerConfig(path=str(write_clip(tmp_path)), vision="policy")
-    with pytest.raises(CsrError, match=r"embeddings.* is \(.*128.*\) there and \(.*16.*\) here"):
+    with pytest.raises(CsrError, match=r"embeddings.* is \(.*128.*\) in the policy and \(.*16.*\) in the scorer"):
         load_scorer(config, "cpu", policy=ModelConfig(path=str(assets() / "llava")))
 
 
-def test_open_clip_is_asked_for_where_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_open_clip_has_a_hint_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(CsrError, match="needs open_clip") as caught:
         scorer_of("open_clip:ViT-B-32/laion2b_s34b_b79k")
     assert caught.value.hint == "pip install 'csr-vlm[openclip]'"
 
 
-def test_open_clip_against_a_direct_computation(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_open_clip_equals_a_direct_computation(tmp_path: Path, prompts: list[Prompt]) -> None:
     open_clip = pytest.importorskip("open_clip", exc_type=(ImportError, RuntimeError))
     tower = {"layers": 1, "width": 32, "patch_size": 16, "image_size": 32, "head_width": 16}
     text = {"layers": 1, "width": 32, "heads": 2, "context_length": 77, "vocab_size": 49408}
@@ -179,15 +181,15 @@ def test_open_clip_against_a_direct_computation(tmp_path: Path, prompts: list[Pr
             image, words = model.eval().encode_image(pixels), model.encode_text(tokens)
             expected.append(torch.cosine_similarity(image, words).item())
     scorer = scorer_of(f"open_clip:{tmp_path}")
-    found = scorer.score([(prompts[0], sentence) for sentence in SENTENCES])
-    assert [row["clip"] for row in found] == pytest.approx(expected, abs=2e-6)
+    rows = scorer.score([(prompts[0], sentence) for sentence in SENTENCES])
+    assert [row["clip"] for row in rows] == pytest.approx(expected, abs=2e-6)
     assert scorer.num_over_length(["A boat.", "boat " * 75, "boat " * 76]) == {"clip": 1}
     with pytest.raises(CsrError, match="cannot be loaded"):
         scorer_of("open_clip:ViT-B-32/never_trained")
 
 
-def test_a_run_with_two_scorers_counts_long_sentences_over_its_restarts(tmp_path: Path) -> None:
-    """The second scorer reads five tokens; the sentences of the world have six."""
+def test_a_resumed_run_with_two_scorers_counts_all_long_sentences(tmp_path: Path) -> None:
+    """The second scorer accepts five tokens; the sentences of the world have six."""
     short = write_clip(tmp_path / "short")
     settings = json.loads((short / "config.json").read_text())
     settings["text_config"]["max_position_embeddings"] = 5
@@ -211,7 +213,7 @@ def test_a_run_with_two_scorers_counts_long_sentences_over_its_restarts(tmp_path
     first = run.result(1, "generate")
     nodes = [node for part in run.ledger_parts(1) for node in tables.read_nodes(part) if node.sentence]
     columns = {"clip", "short"}
-    assert all(set(node.cosines) == columns | {others_column(name) for name in columns} for node in nodes)
+    assert all(set(node.cosines) == columns | {negatives_column(name) for name in columns} for node in nodes)
     assert first["sentences_over_length"]["clip"] == 0
     assert 0.9 * len(nodes) < first["sentences_over_length"]["short"] <= len(nodes)
     # As if killed after the first of two parts.

@@ -1,4 +1,4 @@
-"""Shared attention against the plain path, and what must not change whatever shares the batch."""
+"""Compare shared attention with plain decoding, and check that results do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from csr_vlm.config.schema import MethodConfig, SearchConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Node, Prompt
 from csr_vlm.generation.counters import Counters
-from csr_vlm.generation.decoding import Decoding, Writer
+from csr_vlm.generation.decoding import DecodingSettings, TokenSampler
 from csr_vlm.generation.scheduler import Scheduler
-from csr_vlm.generation.shared_attention import Blocks, Shelf
+from csr_vlm.generation.shared_attention import KVCache, SiblingLayout
 from csr_vlm.generation.shared_model import SharedModel
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.search import search
@@ -54,23 +54,23 @@ def same_tokens(left: dict[Any, Node], right: dict[Any, Node]) -> bool:
 
 
 @pytest.mark.parametrize("name", DECODINGS)
-def test_search_writes_what_the_plain_path_writes(
+def test_shared_attention_and_plain_decoding_give_the_same_search(
     policy: Policy, prompts: list[Prompt], scorer: ScorerGroup, name: str
 ) -> None:
     method = settings(**DECODINGS[name])
-    found = {
+    nodes = {
         attention: ledger(TransformersEngine(policy, attention=attention), prompts[:6], method, scorer)
         for attention in ("plain", "shared")
     }
-    assert same_tokens(found["plain"], found["shared"])
-    assert len({node.depth for node in found["shared"].values()}) > 2
-    for key, node in found["shared"].items():
-        assert abs(node.logprob - found["plain"][key].logprob) < 1e-4
+    assert same_tokens(nodes["plain"], nodes["shared"])
+    assert len({node.depth for node in nodes["shared"].values()}) > 2
+    for key, node in nodes["shared"].items():
+        assert abs(node.logprob - nodes["plain"][key].logprob) < 1e-4
     other = ledger(TransformersEngine(policy), prompts[:6], settings(temperature=2.0), scorer)
-    assert not same_tokens(found["shared"], other), "the test can fail"
+    assert not same_tokens(nodes["shared"], other), "the test must be able to fail"
 
 
-def test_search_does_not_depend_on_rows_order_or_company(
+def test_search_does_not_depend_on_the_number_of_rows_or_on_other_prompts(
     policy: Policy, prompts: list[Prompt], scorer: ScorerGroup
 ) -> None:
     method = settings()
@@ -82,7 +82,7 @@ def test_search_does_not_depend_on_rows_order_or_company(
     assert same_tokens(alone, {key: node for key, node in together.items() if key[0] == prompts[2].prompt_id})
 
 
-def test_nothing_is_read_or_seen_twice(policy: Policy, prompts: list[Prompt], scorer: ScorerGroup) -> None:
+def test_no_image_and_no_token_is_processed_twice(policy: Policy, prompts: list[Prompt], scorer: ScorerGroup) -> None:
     engine = TransformersEngine(policy, max_rows=32, attention="shared")
     nodes = ledger(engine, prompts, settings(), scorer)
     asked_again = [replace(prompt, prompt_id=f"{prompt.prompt_id}-again") for prompt in prompts[:3]]
@@ -98,23 +98,23 @@ def test_nothing_is_read_or_seen_twice(policy: Policy, prompts: list[Prompt], sc
 
 
 def scheduler_of(policy: Policy, max_rows: int, max_prompts: int) -> Scheduler:
-    writer = Writer(policy, Decoding.of(SearchConfig(max_sentence_tokens=20)))
-    return Scheduler(SharedModel(policy, Counters()), writer, max_rows=max_rows, max_prompts=max_prompts)
+    sampler = TokenSampler(policy, DecodingSettings.from_search(SearchConfig(max_sentence_tokens=20)))
+    return Scheduler(SharedModel(policy, Counters()), sampler, max_rows=max_rows, max_prompts=max_prompts)
 
 
-def test_never_more_rows_or_prompts_than_allowed(
+def test_rows_and_prompts_stay_within_their_limits(
     policy: Policy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler = scheduler_of(policy, max_rows=10, max_prompts=2)
-    rows, held = [], []
-    choose = Writer.choose
+    num_rows, num_prompts = [], []
+    choose = TokenSampler.choose
 
-    def counted(self: Writer, logits: torch.Tensor, live: Sequence[Any]) -> torch.Tensor:
-        rows.append(len(live))
-        held.append(len(scheduler._held))
-        return choose(self, logits, live)
+    def counted(self: TokenSampler, logits: torch.Tensor, candidates: Sequence[Any]) -> torch.Tensor:
+        num_rows.append(len(candidates))
+        num_prompts.append(len(scheduler._active))
+        return choose(self, logits, candidates)
 
-    monkeypatch.setattr(Writer, "choose", counted)
+    monkeypatch.setattr(TokenSampler, "choose", counted)
     scheduler.submit(expansions(prompts))
     answered = []
     while len(answered) < len(prompts):
@@ -123,13 +123,13 @@ def test_never_more_rows_or_prompts_than_allowed(
             assert len(candidates) == 4
             scheduler.release(request.prompt.prompt_id)
     assert sorted(answered) == sorted(prompt.prompt_id for prompt in prompts)
-    assert (max(rows), max(held)) == (8, 2)
-    assert not scheduler._held
-    assert not scheduler._prompts.owners
-    assert not scheduler._families.owners
+    assert (max(num_rows), max(num_prompts)) == (8, 2)
+    assert not scheduler._active
+    assert not scheduler._prompt_cache.owners
+    assert not scheduler._group_cache.owners
 
 
-def test_storage_does_not_grow_with_prompts(policy: Policy, prompts: list[Prompt]) -> None:
+def test_caches_do_not_grow_with_the_number_of_prompts(policy: Policy, prompts: list[Prompt]) -> None:
     scheduler = scheduler_of(policy, max_rows=16, max_prompts=4)
     sizes = []
     for _ in range(3):
@@ -139,35 +139,37 @@ def test_storage_does_not_grow_with_prompts(policy: Policy, prompts: list[Prompt
             for request, _ in scheduler.collect():
                 waiting.remove(request.prompt.prompt_id)
                 scheduler.release(request.prompt.prompt_id)
-        sizes.append(scheduler._prompts.data.numel() + scheduler._families.data.numel())
+        sizes.append(scheduler._prompt_cache.data.numel() + scheduler._group_cache.data.numel())
     assert sizes[0] == sizes[1] == sizes[2]
 
 
-def test_a_partial_response_from_elsewhere_is_read_again(policy: Policy, prompts: list[Prompt]) -> None:
+def test_a_partial_response_that_is_not_cached_is_prefilled(policy: Policy, prompts: list[Prompt]) -> None:
     first = TransformersEngine(policy).propose(expansions(prompts), SearchConfig(max_sentence_tokens=20))
-    prefixes = {p.prompt_id: family[0].token_ids for p, family in zip(prompts, first, strict=True)}
+    prefixes = {p.prompt_id: siblings[0].token_ids for p, siblings in zip(prompts, first, strict=True)}
     requests = expansions(prompts, prefixes)
-    found = [
+    plain, shared = (
         TransformersEngine(policy, attention=attention).propose(requests, SearchConfig(max_sentence_tokens=20))
         for attention in ("plain", "shared")
-    ]
-    assert tokens(found[0]) == tokens(found[1])
+    )
+    assert tokens(plain) == tokens(shared)
 
 
-def test_what_cannot_share_falls_back_with_a_notice(
+def test_a_model_that_fails_the_check_falls_back_with_a_warning(
     policy: Policy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = SearchConfig(max_sentence_tokens=8)
     expected = tokens(TransformersEngine(policy, attention="plain").propose(expansions(prompts[:2]), config))
-    # As if the model counted positions in a way that is not known.
-    right = SharedModel.step
-    monkeypatch.setattr(SharedModel, "step", lambda self, ids, positions, step: right(self, ids, positions + 7, step))
-    said: list[str] = []
-    engine = TransformersEngine(policy, notice=said.append)
+    # As if the model counted positions in an unknown way.
+    decode = SharedModel.decode
+    monkeypatch.setattr(
+        SharedModel, "decode", lambda self, ids, positions, step: decode(self, ids, positions + 7, step)
+    )
+    warnings: list[str] = []
+    engine = TransformersEngine(policy, warn=warnings.append)
     assert tokens(engine.propose(expansions(prompts[:2]), config)) == expected
-    assert len(said) == 1
-    assert "differ" in said[0]
-    with pytest.raises(CsrError, match="shared attention"):
+    assert len(warnings) == 1
+    assert "log-probabilities differ" in warnings[0]
+    with pytest.raises(CsrError, match="does not support shared attention"):
         TransformersEngine(policy, attention="shared").propose(expansions(prompts[:2]), config)
 
 
@@ -175,36 +177,37 @@ def test_a_model_whose_attention_raises_falls_back(
     policy: Policy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
-        raise NotImplementedError("scores that are capped")
+        raise NotImplementedError("capped scores")
 
-    monkeypatch.setattr(SharedModel, "step", broken)
-    said: list[str] = []
-    TransformersEngine(policy, notice=said.append).propose(expansions(prompts[:1]), SearchConfig(max_sentence_tokens=2))
-    assert "scores that are capped" in said[0]
+    monkeypatch.setattr(SharedModel, "decode", broken)
+    warnings: list[str] = []
+    engine = TransformersEngine(policy, warn=warnings.append)
+    engine.propose(expansions(prompts[:1]), SearchConfig(max_sentence_tokens=2))
+    assert "NotImplementedError: capped scores" in warnings[0]
 
 
-class Box:
+class Owner:
     slot = -1
 
 
-def test_a_shelf_closes_gaps_and_keeps_what_it_holds() -> None:
-    shelf: Shelf[Box] = Shelf(8)
-    boxes = [Box() for _ in range(5)]
-    kept = [torch.full((2, 2, 3, length, 4), float(length)) for length in (3, 9, 5, 7, 2)]
-    for box, kv in zip(boxes, kept, strict=True):
-        shelf.put(box, kv)
-    shelf.take(boxes[1])
-    shelf.take(boxes[4])
-    assert sorted(boxes[index].slot for index in (0, 2, 3)) == [0, 1, 2]
+def test_a_cache_closes_gaps_and_keeps_its_content() -> None:
+    cache: KVCache[Owner] = KVCache(8)
+    owners = [Owner() for _ in range(5)]
+    stored = [torch.full((2, 2, 3, length, 4), float(length)) for length in (3, 9, 5, 7, 2)]
+    for owner, kv in zip(owners, stored, strict=True):
+        cache.insert(owner, kv)
+    cache.remove(owners[1])
+    cache.remove(owners[4])
+    assert sorted(owners[index].slot for index in (0, 2, 3)) == [0, 1, 2]
     for index in (0, 2, 3):
-        assert torch.equal(shelf.of(boxes[index]), kept[index])
-    assert shelf.layer(0)[0].shape == (3, 3, 7, 4)
+        assert torch.equal(cache.read(owners[index]), stored[index])
+    assert cache.layer(0)[0].shape == (3, 3, 7, 4)
 
 
 def test_siblings_take_turns_in_a_block() -> None:
-    # A path of two tokens, then two steps of two siblings: P P a b a b; another family has no path.
-    # Prompts of ten and of four tokens; room for one token more.
-    blocks = Blocks([10, 4], [2, 0], [2, 2], [6, 2], width=7, device=torch.device("cpu"))
-    seen = [["".join("." if cell else "x" for cell in row) for row in family] for family in blocks.hidden(2).tolist()]
-    assert seen == [["xxx.x..", "xx.x.x."], ["x......", ".x....."]]
-    assert blocks.token_index()[:, :6].tolist() == [[10, 11, 12, 12, 13, 13], [4, 4, 5, 5, 6, 6]]
+    # A path of two tokens, then two steps of two siblings: P P a b a b; another group has no path.
+    # Prompts of ten and of four tokens; capacity for one token more.
+    layout = SiblingLayout([10, 4], [2, 0], [2, 2], [6, 2], width=7, device=torch.device("cpu"))
+    visible = [["".join("." if cell else "x" for cell in row) for row in group] for group in layout.mask(2).tolist()]
+    assert visible == [["xxx.x..", "xx.x.x."], ["x......", ".x....."]]
+    assert layout.token_index()[:, :6].tolist() == [[10, 11, 12, 12, 13, 13], [4, 4, 5, 5, 6, 6]]

@@ -1,4 +1,4 @@
-"""DPO: what moves, what the reference is, and what the adapter amounts to."""
+"""Test DPO: which parameters change, the reference, and the adapter."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from csr_vlm.core.records import Pair, Prompt
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import search
-from csr_vlm.models.policy import load_base, load_policy
+from csr_vlm.models.loading import load_base, load_policy
 from csr_vlm.pipeline.loop import align
 from csr_vlm.pipeline.stages import check_inputs
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.store.run import Run
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.dpo import merge, reference_difference, train, trainable_policy, trainer_arguments
-from csr_vlm.training.reporting import EndOfReport
+from csr_vlm.training.reporting import FinishWandbRun
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
 
@@ -51,7 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> object:
 def pairs(config, prompts: list[Prompt], policy) -> list[Pair]:
     engine = TransformersEngine(policy)
     scorer = load_scorer(config.scorer, "cpu")
-    scorer.compare_among(prompts, config.scorer.others)
+    scorer.set_negative_images(prompts, config.scorer.others)
     trees = search(
         prompts,
         lambda requests: engine.propose(requests, config.method.search),
@@ -61,17 +61,17 @@ def pairs(config, prompts: list[Prompt], policy) -> list[Pair]:
         seed=0,
         scorer="clip",
     )
-    made = [make_pairs(t.prompt, t.nodes, config.method, "clip", 0) for t in trees]
-    return [found[0] for found in made if not isinstance(found, str)]
+    results = [make_pairs(t.prompt, t.nodes, config.method, "clip", 0) for t in trees]
+    return [result[0] for result in results if not isinstance(result, str)]
 
 
-def run_training(pairs: Sequence[Pair], config, where: Path, previous: Path | None = None, training=CONFIG) -> dict:
+def run_training(pairs: Sequence[Pair], config, directory: Path, previous: Path | None = None, training=CONFIG) -> dict:
     return train(
-        pairs, config.model, training, previous=previous, adapter=where / "adapter", work=where / "work", seed=1
+        pairs, config.model, training, previous=previous, adapter=directory / "adapter", work=directory / "work", seed=1
     )
 
 
-def test_the_first_loss_is_log_two_and_the_reference_is_the_ledgers(pairs, config, tmp_path: Path) -> None:
+def test_the_first_loss_is_log_two_and_the_reference_comes_from_the_ledger(pairs, config, tmp_path: Path) -> None:
     result = run_training(pairs, config, tmp_path)
     assert result["reference"] == "ledger"
     assert result["reference_difference"] < 1e-4
@@ -80,7 +80,7 @@ def test_the_first_loss_is_log_two_and_the_reference_is_the_ledgers(pairs, confi
     assert not (tmp_path / "work").exists()
 
 
-def test_the_ledgers_reference_trains_like_trls_own(pairs, config, tmp_path: Path) -> None:
+def test_training_with_the_ledgers_reference_equals_training_with_trls(pairs, config, tmp_path: Path) -> None:
     from_model = CONFIG.model_copy(update={"reference": "model"})
     ledger = run_training(pairs, config, tmp_path / "a")
     model = run_training(pairs, config, tmp_path / "b", training=from_model)
@@ -90,31 +90,33 @@ def test_the_ledgers_reference_trains_like_trls_own(pairs, config, tmp_path: Pat
     assert losses[0][0] != losses[0][-1]
 
 
-def test_a_wrong_ledger_is_noticed_and_not_used(pairs, config, tmp_path: Path) -> None:
+def test_a_wrong_ledger_is_detected_and_not_used(pairs, config, tmp_path: Path) -> None:
     wrong = [replace(p, chosen=replace(p.chosen, logprob=p.chosen.logprob - 1.0)) for p in pairs]
     result = run_training(wrong, config, tmp_path)
     assert result["reference"] == "model"
     assert result["reference_difference"] == pytest.approx(1.0, abs=1e-3)
 
 
-def test_only_the_language_models_adapter_moves(pairs, config, tmp_path: Path) -> None:
+def test_only_the_language_models_adapter_is_trained(pairs, config, tmp_path: Path) -> None:
     run_training(pairs, config, tmp_path)
-    moved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert moved
-    assert all("language_model" in name and "lora_" in name for name in moved)
-    assert not any("vision" in name or "projector" in name for name in moved)
-    assert all(tensor.abs().sum() > 0 for name, tensor in moved.items() if "lora_B" in name)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert saved
+    assert all("language_model" in name and "lora_" in name for name in saved)
+    assert not any("vision" in name or "projector" in name for name in saved)
+    assert all(tensor.abs().sum() > 0 for name, tensor in saved.items() if "lora_B" in name)
 
 
-def test_the_second_iteration_goes_on_from_the_first(pairs, config, prompts, tmp_path: Path) -> None:
+def test_the_second_iteration_continues_from_the_first(pairs, config, prompts, tmp_path: Path) -> None:
     run_training(pairs, config, tmp_path / "one")
     first = tmp_path / "one" / "adapter"
     started = trainable_policy(config.model, CONFIG, first)
     merged = load_policy(config.model, first)
     ids = [pair.chosen.token_ids for pair in pairs[:4]]
-    asked = [pair.prompt for pair in pairs[:4]]
+    asked_prompts = [pair.prompt for pair in pairs[:4]]
     started.model.eval()
-    for left, right in zip(started.teacher_forced(asked, ids), merged.teacher_forced(asked, ids), strict=True):
+    for left, right in zip(
+        started.teacher_forced(asked_prompts, ids), merged.teacher_forced(asked_prompts, ids), strict=True
+    ):
         assert torch.allclose(left, right, atol=1e-4)
     # The base's log-probabilities are no longer the policy's.
     assert reference_difference(started, pairs) > 1e-3
@@ -129,19 +131,19 @@ def test_adapter_on_the_base_and_merged_model_give_the_same_logits(pairs, config
     run_training(pairs, config, tmp_path)
     merge(config.model, tmp_path / "adapter", tmp_path / "model")
     base, _ = load_base(config.model)
-    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    merged_model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     collator = PairCollator(load_policy(config.model, None))
     batch = collator([training_row(pair) for pair in pairs[:4]])
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
     with torch.inference_mode():
-        without = base(**inputs).logits
+        unadapted = base(**inputs).logits
         adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()(**inputs).logits
-        merged = plain(**inputs).logits
+        merged = merged_model(**inputs).logits
     assert torch.allclose(adapted, merged, atol=1e-4)
-    assert not torch.allclose(adapted, without, atol=1e-3)
+    assert not torch.allclose(adapted, unadapted, atol=1e-3)
 
 
-def test_the_collator_marks_exactly_the_response(pairs, config) -> None:
+def test_the_completion_mask_marks_exactly_the_response(pairs, config) -> None:
     policy = load_policy(config.model, None)
     batch = PairCollator(policy)([training_row(pair) for pair in pairs[:2]])
     assert batch["input_ids"].shape[0] == batch["pixel_values"].shape[0] == 4
@@ -152,25 +154,25 @@ def test_the_collator_marks_exactly_the_response(pairs, config) -> None:
     assert batch["ref_chosen_logps"].tolist() == pytest.approx([p.chosen.logprob for p in pairs[:2]])
 
 
-def test_the_projector_trains_at_its_own_rate_when_asked(pairs, config, tmp_path: Path) -> None:
+def test_the_projector_trains_at_its_own_learning_rate(pairs, config, tmp_path: Path) -> None:
     training = CONFIG.model_copy(update={"projector_learning_rate": 1e-2})
     run_training(pairs, config, tmp_path, training=training)
-    moved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    projector = {name: tensor for name, tensor in moved.items() if "multi_modal_projector" in name}
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    projector = {name: tensor for name, tensor in saved.items() if "multi_modal_projector" in name}
     assert projector
     base = load_file(assets() / "llava" / "model.safetensors")
     changes = []
     for name, tensor in projector.items():
         original = next(t for key, t in base.items() if key.endswith(name.split("multi_modal_projector.")[-1]))
         changes.append((tensor - original.float()).abs().max())
-    # Adam's first step is its learning rate in size: 1e-2 here, 1e-3 for the LoRA.
+    # The size of Adam's first step is the learning rate: 1e-2 here, 1e-3 for the LoRA.
     assert max(changes) > 5e-3
     previous = tmp_path / "adapter"
     again = run_training(pairs, config, tmp_path / "again", previous=previous, training=training)
     assert again["num_pairs"] == len(pairs)
 
 
-def test_what_cannot_be_trained_says_why(pairs, config, tmp_path: Path) -> None:
+def test_invalid_trainings_are_refused_with_a_reason(pairs, config, tmp_path: Path) -> None:
     with pytest.raises(CsrError, match="no pairs"):
         run_training([], config, tmp_path)
     with pytest.raises(CsrError, match=r"training\.trl.*learning_rat"):
@@ -182,8 +184,8 @@ def test_what_cannot_be_trained_says_why(pairs, config, tmp_path: Path) -> None:
         run_training(pairs, config, tmp_path, training=CONFIG.model_copy(update={"trl": {"output_dir": "x"}}))
 
 
-class Writer:
-    """What TensorBoard's callback asks of a writer."""
+class SummaryWriter:
+    """Provide the methods that TensorBoard's callback calls on its writer."""
 
     def __init__(self, log_dir: str) -> None:
         self._path = Path(log_dir) / "scalars.txt"
@@ -199,35 +201,35 @@ class Writer:
 
 
 class Board(TensorBoardCallback):
-    """The library's own callback without the package: everything but the file format."""
+    """Run the library's callback without the tensorboard package, with another file format."""
 
     def __init__(self) -> None:
-        self._SummaryWriter = Writer
+        self._SummaryWriter = SummaryWriter
         self.tb_writer = None
         self.logging_dir = os.getenv("TENSORBOARD_LOGGING_DIR")
 
 
-def test_report_to_reaches_trl_and_outlives_the_trainer(pairs, config, tmp_path: Path, monkeypatch) -> None:
+def test_report_to_is_passed_to_trl_and_reports_outlive_the_trainer(pairs, config, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Board)
     trl = {**CONFIG.trl, "report_to": ["tensorboard"], "num_train_epochs": 1}
-    where = tmp_path / "mine" / "iteration-1"
-    found = run_training(pairs, config, where, training=CONFIG.model_copy(update={"trl": trl}))
-    lines = (where / "tensorboard" / "scalars.txt").read_text().split("\n")
+    directory = tmp_path / "llava" / "iteration-1"
+    result = run_training(pairs, config, directory, training=CONFIG.model_copy(update={"trl": trl}))
+    lines = (directory / "tensorboard" / "scalars.txt").read_text().split("\n")
     steps = [line for line in lines if line.startswith("train/loss ")]
-    assert steps == [f"train/loss {number}" for number in range(1, len(found["log"]) + 1)]
-    assert not (where / "work").exists()
-    assert trainer_arguments(CONFIG, where / "work", 0, "cpu").run_name == "mine-iteration-1"
-    assert trainer_arguments(CONFIG, where / "work", 0, "cpu").report_to == []
+    assert steps == [f"train/loss {number}" for number in range(1, len(result["log"]) + 1)]
+    assert not (directory / "work").exists()
+    assert trainer_arguments(CONFIG, directory / "work", 0, "cpu").run_name == "llava-iteration-1"
+    assert trainer_arguments(CONFIG, directory / "work", 0, "cpu").report_to == []
 
 
 @pytest.mark.parametrize(
     ("report_to", "message"),
     [
-        ("tensorbord", "'tensorbord' is unknown (did you mean tensorboard?)"),
+        ("tensorbord", "'tensorbord' is not a valid tracker (did you mean tensorboard?)"),
         (["none", "wandb"], "wandb is not installed (pip install wandb)"),
     ],
 )
-def test_a_service_that_cannot_be_is_refused_before_the_work(
+def test_an_unavailable_tracker_is_refused_before_any_work(
     config, tmp_path: Path, monkeypatch, report_to, message: str
 ) -> None:
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", list)
@@ -237,20 +239,20 @@ def test_a_service_that_cannot_be_is_refused_before_the_work(
     assert not (tmp_path / "prompts.parquet").exists()
 
 
-def test_every_iteration_is_a_wandb_run_of_its_own(monkeypatch) -> None:
-    ended = []
-    wandb = SimpleNamespace(run=None, finish=lambda: ended.append(wandb.run))
+def test_every_iteration_gets_its_own_wandb_run(monkeypatch) -> None:
+    finished = []
+    wandb = SimpleNamespace(run=None, finish=lambda: finished.append(wandb.run))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    callback = EndOfReport()
-    wandb.run = "begun by the training"
+    callback = FinishWandbRun()
+    wandb.run = "started by the training"
     callback.on_train_end(None, None, None)
-    assert ended == ["begun by the training"]
-    EndOfReport().on_train_end(None, None, None)
-    assert len(ended) == 1, "the user's own is left alone"
+    assert finished == ["started by the training"]
+    FinishWandbRun().on_train_end(None, None, None)
+    assert len(finished) == 1, "a run that was open before is not finished"
 
 
 @pytest.mark.parametrize("name", sorted(presets()))
-def test_every_presets_training_is_one_that_trl_takes(name: str, tmp_path: Path) -> None:
+def test_trl_accepts_the_training_of_every_preset(name: str, tmp_path: Path) -> None:
     required = {"model": {"path": "m"}, "scorer": {"path": "s"}, "data": {"prompts": "p", "pairs": "q"}}
     training = resolve({"preset": name, **required}).training
     arguments = trainer_arguments(training, tmp_path, 0, "cpu")
@@ -260,12 +262,12 @@ def test_every_presets_training_is_one_that_trl_takes(name: str, tmp_path: Path)
     assert arguments.max_length is None
 
 
-def test_the_official_preset_runs_as_it_stands(tmp_path: Path, prompts) -> None:
+def test_the_official_preset_runs_unchanged(tmp_path: Path, prompts) -> None:
     config = small_config(tmp_path, preset="official", iterations=1, training={})
     run = Run.create(tmp_path / "run", config)
     align(run, Silent())
-    moved = load_file(run.root / "adapter" / "adapter_model.safetensors")
-    assert any("multi_modal_projector" in name for name in moved)
-    fates = run.result(1, "generate")["fates"]
-    assert fates["bottom"] > 0
+    saved = load_file(run.root / "adapter" / "adapter_model.safetensors")
+    assert any("multi_modal_projector" in name for name in saved)
+    statuses = run.result(1, "generate")["statuses"]
+    assert statuses["bottom"] > 0
     assert run.result(1, "train")["reference"] == "ledger"

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from csr_vlm.config.schema import ModelConfig, ScorerConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.models.policy import Policy, load_policy
+from csr_vlm.models.loading import load_policy
+from csr_vlm.models.policy import Policy
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.scoring.scorer import ScorerGroup
 from csr_vlm.world.base_models import EOS, SPECIAL, Sizes
@@ -26,10 +27,9 @@ from csr_vlm.world.build import (
     file_hashes,
     picture_text,
     pixels,
-    started,
 )
 from csr_vlm.world.corpus import Turn, sentence
-from csr_vlm.world.demo import assets, policy_in, verify_assets
+from csr_vlm.world.demo import assets, verify_assets
 from csr_vlm.world.scene_evaluation import evaluate, evaluate_scorer
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
 
@@ -103,22 +103,6 @@ def test_training_ids_are_generations(policy: Policy, prompts) -> None:
     answer = [label for label in labels if label != -100]
     assert policy.tokenizer.decode(answer) == " There is a red boat.</s>"
     assert ids[len(prompt_ids) :] == answer
-
-
-def test_another_family_reads_and_sees_in_training_what_it_does_in_generation(tmp_path: Path, prompts) -> None:
-    plan = started(replace(SMALL, family="idefics3", sizes=Sizes()), assets())
-    build(HARBOUR, tmp_path, replace(plan, policy_phases=SMALL.policy_phases))
-    policy = load_policy(ModelConfig(path=str(policy_in(tmp_path)), device="cpu"), None)
-    assert policy.model.config.model_type == "idefics3"
-    encoded = policy.encode(prompts[0])
-    picture = picture_text(policy.processor)
-    assert picture.count("<image>") == 9
-    ids, _ = dialogue_ids(policy.processor, [Turn(prompts[0].text, "There is a red boat.")], picture)
-    assert ids[: len(encoded.input_ids)] == encoded.input_ids.tolist()
-    scene = next(make_scenes(HARBOUR, Split.DEVELOPMENT, 0, 1))
-    assert torch.allclose(encoded.per_image["pixel_values"][0], pixels([scene]), atol=1e-5)
-    with pytest.raises(CsrError, match="no base model"):
-        policy_in(tmp_path / "clip")
 
 
 def test_the_builder_makes_the_same_loadable_models_from_a_seed(tmp_path: Path) -> None:

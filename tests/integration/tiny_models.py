@@ -1,4 +1,4 @@
-"""Checkpoints of a few thousand random weights, made in a moment, in the real formats."""
+"""Write checkpoints with a few thousand random weights in the real formats."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_siglip(directory: Path) -> Path:
 
 
 def write_naflex(directory: Path) -> Path:
-    """SigLIP 2 that takes images of any shape."""
+    """Write a SigLIP 2 that accepts images of any shape."""
     torch.manual_seed(0)
     tokenizer = fast_tokenizer(train_tokenizer(HARBOUR, lowercase=False))
     config = Siglip2Config(
@@ -63,7 +63,7 @@ def write_naflex(directory: Path) -> Path:
 def _write(model: torch.nn.Module, processor: object, directory: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
-            # Fresh models are so alike in every input that a wrong tower would not show.
+            # With the default initialization outputs are nearly equal for all inputs, and a wrong tower would not show.
             parameter.normal_(0.0, 0.3)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""``csr`` with FSDP or DeepSpeed on CPUs: accelerate offers them on GPUs only, so it is told that there are some."""
+"""Run ``csr`` with FSDP or DeepSpeed on CPUs by making accelerate, which offers both on GPUs only, believe in GPUs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from csr_vlm.cli import main
 from csr_vlm.training import distribution, dpo
 
-whole_weights = dpo.whole_weights
+gather_trained_weights = dpo.gather_trained_weights
 
 
 def as_if_gpu(self: PartialState, *_: object, **__: object) -> tuple[str, DistributedType]:
@@ -20,13 +20,13 @@ def on_cpu(self: PartialState) -> None:
     self.device = torch.device("cpu")
 
 
-def really_in_pieces(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    for name, parameter in model.named_parameters() if distribution.asked_for(2) == "FSDP" else ():
-        assert parameter.to_local().numel() < parameter.numel(), f"{name} is whole in this process"
-    return whole_weights(model)
+def check_shards_and_gather(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    for name, parameter in model.named_parameters() if distribution.requested_distribution(2) == "FSDP" else ():
+        assert parameter.to_local().numel() < parameter.numel(), f"{name} is not sharded"
+    return gather_trained_weights(model)
 
 
 PartialState._prepare_backend = as_if_gpu
 PartialState.set_device = on_cpu
-dpo.whole_weights = really_in_pieces
+dpo.gather_trained_weights = check_shards_and_gather
 main()

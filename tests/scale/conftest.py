@@ -1,4 +1,4 @@
-"""These take minutes: they are collected only where they are asked for (make test-scale)."""
+"""Collect these tests, which take minutes, only on request (make test-scale)."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import pytest
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    asked = any("tests/scale" in str(argument) for argument in config.invocation_params.args)
-    return None if asked else True
+    requested = any("tests/scale" in str(argument) for argument in config.invocation_params.args)
+    return None if requested else True

@@ -1,4 +1,4 @@
-"""FSDP2 and DeepSpeed on CPUs, against DDP on the same pairs."""
+"""Compare FSDP2 and DeepSpeed on CPUs with DDP on the same pairs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ FSDP2 = {
         "fsdp_config"
     ].items()
 }
-"""What ``accelerate launch`` makes of the configuration that is shipped."""
+"""Environment that ``accelerate launch`` sets for the shipped configuration."""
 
 
 @pytest.fixture(scope="module")
 def paired(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with pairs and no policy yet. accelerate must not be told to use the CPU: it would forget the rest."""
+    """Return a run with pairs and no trained policy. With use_cpu, accelerate would ignore FSDP and DeepSpeed."""
     root = tmp_path_factory.mktemp("paired")
     config = sharing_config(root)
     trl = {**config.training.trl, "use_cpu": False}
@@ -58,7 +58,7 @@ def by_ddp(paired: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def require_the_same(run: Run, other: Run, tolerance: float) -> None:
+def require_equal_training(run: Run, other: Run, tolerance: float) -> None:
     left, right = (r.result(1, "train")["log"] for r in (other, run))
     assert [entry["loss"] for entry in right] == pytest.approx([entry["loss"] for entry in left], abs=tolerance)
     assert left[0]["loss"] != left[-1]["loss"]
@@ -68,8 +68,8 @@ def require_the_same(run: Run, other: Run, tolerance: float) -> None:
         torch.testing.assert_close(weights[1][name].float(), value.float(), atol=10 * tolerance, rtol=0)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="plays a GPU where there is none")
-def test_fsdp2_trains_what_ddp_trains(paired: Run, by_ddp: Run, tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="simulates a GPU")
+def test_fsdp2_trains_like_ddp(paired: Run, by_ddp: Run, tmp_path: Path) -> None:
     run = copy_of(paired, tmp_path)
     command = (*launch(2)[:-2], AS_IF_GPU)
     done = finished(*command, "train", run.root, "--quiet", ACCELERATE_USE_FSDP="true", **FSDP2)
@@ -77,22 +77,22 @@ def test_fsdp2_trains_what_ddp_trains(paired: Run, by_ddp: Run, tmp_path: Path) 
     result = run.result(1, "train")
     assert result["distribution"] == {"type": "FSDP", "processes": 2}
     assert result["packing_obstacle"] is None
-    require_the_same(run, by_ddp, 1e-6)
+    require_equal_training(run, by_ddp, 1e-6)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_fsdp_that_becomes_something_else_is_refused(paired: Run, tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines without a GPU")
+def test_fsdp_that_accelerate_replaces_is_rejected(paired: Run, tmp_path: Path) -> None:
     run = copy_of(paired, tmp_path, use_cpu=True)
     done = finished(*launch(2), "train", run.root, "--quiet", ACCELERATE_USE_FSDP="true", **FSDP2)
     assert done.returncode != 0
-    assert "error: FSDP over 2 processes was asked for, but accelerate set up MULTI_CPU over 2" in done.stderr
+    assert "error: FSDP over 2 processes was requested, but accelerate set up MULTI_CPU over 2" in done.stderr
     assert not run.is_done(1, "train")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="plays a GPU where there is none")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="simulates a GPU")
 @pytest.mark.skipif(util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_trains_what_ddp_trains(paired: Run, by_ddp: Run, tmp_path: Path, stage: int) -> None:
+def test_deepspeed_trains_like_ddp(paired: Run, by_ddp: Run, tmp_path: Path, stage: int) -> None:
     run = copy_of(paired, tmp_path)
     configuration = ROOT / "recipes" / "accelerate" / f"zero{stage}.yaml"
     done = finished(
@@ -104,4 +104,4 @@ def test_deepspeed_trains_what_ddp_trains(paired: Run, by_ddp: Run, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr
     assert run.result(1, "train")["distribution"] == {"type": "DEEPSPEED", "processes": 2}
-    require_the_same(run, by_ddp, 2e-5)
+    require_equal_training(run, by_ddp, 2e-5)

@@ -1,4 +1,4 @@
-"""Four processes, some of which die or hang: the results stay, and nobody waits in vain."""
+"""Run four processes, some of which die or hang: the results do not change, and the others end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from csr_vlm.scale.torchrun import PATIENCE
+from csr_vlm.scale.torchrun import TIMEOUT_VARIABLE
 from csr_vlm.store.run import Run
 from tests.processes import (
     CSR,
@@ -45,7 +45,7 @@ def test_four_processes_give_the_same_ledger_and_pairs(alone: Run, tmp_path: Pat
     assert losses[1] == pytest.approx(losses[0], abs=2e-5)
 
 
-def test_a_killed_process_ends_all_and_another_number_goes_on(alone: Run, tmp_path: Path) -> None:
+def test_a_killed_process_ends_all_and_any_number_resumes(alone: Run, tmp_path: Path) -> None:
     run = another(alone, tmp_path)
     with started(*launch(3), "generate", run.root, "--quiet") as process:
         wait_for(lambda: parts(run), process)
@@ -64,29 +64,29 @@ def test_a_killed_process_ends_all_and_another_number_goes_on(alone: Run, tmp_pa
 
 def test_a_process_that_hangs_is_named(alone: Run, tmp_path: Path) -> None:
     run = another(alone, tmp_path)
-    with started(*launch(2), "generate", run.root, "--quiet", **{PATIENCE: "6"}) as process:
+    with started(*launch(2), "generate", run.root, "--quiet", **{TIMEOUT_VARIABLE: "6"}) as process:
         wait_for(lambda: parts(run), process)
         victim = next(child for child in below(process, "csr_vlm.cli") if child.environ().get("RANK") == "1")
         victim.send_signal(signal.SIGSTOP)
-        _, told = process.communicate(timeout=300)
+        _, stderr = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert "error: rank 1 of 2 has given no sign of life for 6 s" in told
+    assert "error: rank 1 of 2 has sent no heartbeat for 6 s" in stderr
     assert finished(*CSR, "generate", run.root, "--quiet").returncode == 0
     assert ledger(run.root) == ledger(alone.root)
 
 
-def test_a_run_that_others_work_in_is_refused(alone: Run, tmp_path: Path) -> None:
+def test_a_second_command_on_the_same_run_is_rejected(alone: Run, tmp_path: Path) -> None:
     run = another(alone, tmp_path)
     with started(*launch(2), "generate", run.root, "--quiet") as process:
         wait_for(lambda: parts(run), process)
         second = finished(*CSR, "generate", run.root, "--quiet")
         assert second.returncode == 1
-        assert "another process works in" in second.stderr
+        assert "is in use by another process" in second.stderr
         assert process.wait(timeout=300) == 0
     assert ledger(run.root) == ledger(alone.root)
 
 
-def test_training_goes_on_after_a_kill(alone: Run, tmp_path: Path) -> None:
+def test_training_resumes_after_a_kill(alone: Run, tmp_path: Path) -> None:
     adapters = []
     for kill in (False, True):
         run = another(alone, tmp_path / str(kill))
@@ -104,7 +104,7 @@ def test_training_goes_on_after_a_kill(alone: Run, tmp_path: Path) -> None:
     assert adapters[0] == adapters[1]
 
 
-def test_scoring_is_shared_as_well(alone: Run, tmp_path: Path) -> None:
+def test_scoring_on_three_processes_gives_the_same_ledger(alone: Run, tmp_path: Path) -> None:
     ledgers = []
     for command in (CSR, launch(3)):
         run = another(alone, tmp_path / str(len(ledgers)))

@@ -6,7 +6,8 @@ from typing import Any
 
 from csr_vlm.config.load import resolve
 from csr_vlm.config.schema import MethodConfig, RunConfig
-from csr_vlm.core.records import Fate, Finish, Node, Prompt
+from csr_vlm.core.progress import SilentProgress
+from csr_vlm.core.records import Finish, Node, NodeStatus, Prompt
 from csr_vlm.world.corpus import sentence
 from csr_vlm.world.scenes import HARBOUR, Scene
 
@@ -33,7 +34,7 @@ def node(
     cosine: float | None = 0.2,
     logprobs: tuple[float, ...] = (-1.0,),
     ids: tuple[int, ...] | None = None,
-    fate: Fate = Fate.PRUNED,
+    status: NodeStatus = NodeStatus.PRUNED,
     finish: Finish = Finish.DELIMITER,
     prompt_id: str = "p",
     iteration: int = 1,
@@ -48,7 +49,7 @@ def node(
         token_logprobs=logprobs,
         text=text,
         finish=finish,
-        fate=fate,
+        status=status,
         cosines={} if cosine is None else {"clip": cosine},
     )
 
@@ -56,3 +57,13 @@ def node(
 def true_caption(scene: Scene) -> str:
     """Name every object in reading order and nothing else."""
     return " ".join(sentence(HARBOUR, (item.kind, item.color)) for item in scene.objects)
+
+
+class CountedProgress(SilentProgress):
+    """Appends each advance to a list."""
+
+    def __init__(self, counts: list[int]) -> None:
+        self.counts = counts
+
+    def advance(self, number: int = 1) -> None:
+        self.counts.append(number)

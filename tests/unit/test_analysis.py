@@ -1,4 +1,4 @@
-"""Attention to the image and separability of pairs, on numbers that can be worked by hand."""
+"""Test attention to the image and separability of pairs on numbers that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -9,56 +9,57 @@ import pytest
 import torch
 
 from csr_vlm.config.load import resolve
+from csr_vlm.core.batching import evenly_spaced
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
-from csr_vlm.evaluation.attention import Rows, compare_attention, sinks, tallies
-from csr_vlm.evaluation.introspection import analyse, relevance, spread
-from csr_vlm.evaluation.separability import LogProbs, auc_metric, implicit_reward, separability
+from csr_vlm.evaluation.attention import ResponseAttention, attention_sinks, compare_attention, tallies
+from csr_vlm.evaluation.introspection import analyze, relevance
+from csr_vlm.evaluation.separability import PairLogprobs, auc_metric, implicit_reward, separability
 from csr_vlm.report.html import render
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 from tests.unit.builders import REQUIRED
 from tests.unit.test_report import Page, row
 
-HEADING = "What changed inside the model"
+HEADING = "Changes inside the model"
 # A prompt of four positions, the second and third being the image, and two response tokens: the
 # row that predicts the first sees four positions, the second one's sees five.
 IMAGE = torch.tensor([False, True, True, False, False])
 FIRST, SECOND = [0.10, 0.30, 0.30, 0.30, 0.0], [0.10, 0.10, 0.20, 0.30, 0.30]
 
 
-def rows(*lines: list[float]) -> Rows:
-    return Rows(torch.tensor([list(lines)]), IMAGE, start=4)
+def attention(*rows: list[float]) -> ResponseAttention:
+    return ResponseAttention(torch.tensor([list(rows)]), IMAGE, start=4)
 
 
 def test_views_by_hand():
-    item = rows(FIRST, SECOND)
+    item = attention(FIRST, SECOND)
     found = tallies(item, torch.tensor([[True, False, False, False, False]]))
-    # On the image 0.6 and 0.3; evenly it would be 2/4 and 2/5.
+    # The image gets 0.6 and 0.3; uniform attention would give it 2/4 and 2/5.
     assert found["mass"] == [(pytest.approx(0.9), 2.0)]
     assert found["relative"] == [(pytest.approx(0.6 / 0.5 + 0.3 / 0.4), 2.0)]
-    # Without the first position 0.6 / 0.9 and 0.3 / 0.9; evenly 2/3 and 2/4.
+    # Without the first position 0.6 / 0.9 and 0.3 / 0.9; uniform 2/3 and 2/4.
     assert found["beyond_sinks"] == [(pytest.approx(1.0 + (1 / 3) / 0.5), 2.0)]
 
 
-def test_even_attention_is_one_whatever_the_length():
-    even = rows([0.25, 0.25, 0.25, 0.25, 0.0], [0.2] * 5)
-    found = tallies(even, torch.tensor([[True, False, False, False, False]]))
+def test_uniform_attention_is_one_at_any_length():
+    uniform = attention([0.25, 0.25, 0.25, 0.25, 0.0], [0.2] * 5)
+    found = tallies(uniform, torch.tensor([[True, False, False, False, False]]))
     assert found["relative"][0][0] / 2 == pytest.approx(1.0)
     assert found["beyond_sinks"][0][0] / 2 == pytest.approx(1.0)
 
 
 def test_sinks_are_those_of_either_policy_and_the_first_position():
-    one = rows([0.0, 0.1, 0.1, 0.8, 0.0], [0.0, 0.1, 0.1, 0.2, 0.6])  # position 3: 0.5, position 4: 0.3
-    other = rows([0.0, 0.9, 0.1, 0.0, 0.0], [0.0, 0.1, 0.9, 0.0, 0.0])  # positions 1 and 2: 0.5
-    assert sinks([one]).tolist() == [[True, False, False, True, True]]
-    assert sinks([one, other]).tolist() == [[True] * 5]
+    one = attention([0.0, 0.1, 0.1, 0.8, 0.0], [0.0, 0.1, 0.1, 0.2, 0.6])  # position 3: 0.5, position 4: 0.3
+    other = attention([0.0, 0.9, 0.1, 0.0, 0.0], [0.0, 0.1, 0.9, 0.0, 0.0])  # positions 1 and 2: 0.5
+    assert attention_sinks([one]).tolist() == [[True, False, False, True, True]]
+    assert attention_sinks([one, other]).tolist() == [[True] * 5]
 
 
-def test_a_sink_that_grows_does_not_pass_for_a_look_away():
-    """The first position takes half of every weight; between the others nothing changed."""
+def test_a_growing_sink_is_not_mistaken_for_less_attention_to_the_image():
+    """The first position takes half of every weight; the ratios between the others are unchanged."""
     halved = [[0.5 * weight for weight in line] for line in (FIRST, SECOND)]
-    before, after = rows(FIRST, SECOND), rows(*([line[0] + 0.5, *line[1:]] for line in halved))
+    before, after = attention(FIRST, SECOND), attention(*([line[0] + 0.5, *line[1:]] for line in halved))
     (found,) = compare_attention([before] * 3, [after] * 3)
     assert found["mass"].value == pytest.approx(-0.225)
     assert found["beyond_sinks"].value == pytest.approx(0.0, abs=1e-6)
@@ -73,7 +74,7 @@ def test_separability_by_hand():
     assert found["auc"]["value"] == pytest.approx(3.5 / 9)
 
 
-def test_the_interval_of_an_auc():
+def test_the_interval_of_an_auc_contains_the_true_value():
     rng = np.random.default_rng(0)
     apart = auc_metric(rng.normal(1.0, 1, 300).tolist(), rng.normal(0.0, 1, 300).tolist())
     assert apart.low < 0.760 < apart.high, "P(N(1, 2) > 0) = 0.760"
@@ -82,8 +83,8 @@ def test_the_interval_of_an_auc():
     assert same.low < 0.5 < same.high
 
 
-def test_the_implicit_reward_is_what_training_added():
-    added = implicit_reward(LogProbs((-0.1,), (-0.9,)), LogProbs((-0.3,), (-0.4,)))
+def test_the_implicit_reward_is_the_difference_of_logprobs():
+    added = implicit_reward(PairLogprobs((-0.1,), (-0.9,)), PairLogprobs((-0.3,), (-0.4,)))
     assert added.chosen == pytest.approx((0.2,))
     assert added.rejected == pytest.approx((-0.5,))
 
@@ -92,7 +93,7 @@ def test_the_implicit_reward_is_what_training_added():
     ("number", "taken"), [(2, [0, 5]), (3, [0, 3, 6]), (10, list(range(10))), (99, list(range(10)))]
 )
 def test_items_are_spread_evenly(number, taken):
-    assert spread(range(10), number) == taken
+    assert evenly_spaced(range(10), number) == taken
 
 
 def new_run(root: Any) -> Run:
@@ -104,7 +105,7 @@ def new_run(root: Any) -> Run:
     return run
 
 
-def test_relevance_is_counted_in_the_same_bins(tmp_path):
+def test_relevance_histograms_share_their_bins(tmp_path):
     found = relevance(new_run(tmp_path))
     assert found is not None
     assert (found["edges"][0], found["edges"][-1]) == (10.0, 50.0)
@@ -113,21 +114,28 @@ def test_relevance_is_counted_in_the_same_bins(tmp_path):
     assert len(found["edges"]) == len(found["after"]) + 1
 
 
-def test_a_run_that_is_not_trained_is_refused(tmp_path):
-    with pytest.raises(CsrError, match="no finished iteration to analyse"):
-        analyse(Run.create(tmp_path, resolve(REQUIRED)), Silent())
+def test_an_untrained_run_is_refused(tmp_path):
+    with pytest.raises(CsrError, match="no finished iteration to analyze"):
+        analyze(Run.create(tmp_path, resolve(REQUIRED)), Silent())
 
 
 def analysis(iteration: int, change: float) -> dict[str, Any]:
     view = {"before": 0.9, "after": 0.9 + change, "value": change, "low": change - 0.01, "high": change + 0.01}
     metric = {"value": 0.75, "low": 0.7, "high": 0.8, "n": 9}
-    told = {"margin": metric, "preferred": metric, "auc": metric}
-    apart = {"pairs": "iteration 1", "from": 0, "to": 1, "before": told, "after": told, "implicit_reward": told}
-    easier = {**told, "auc": metric | {"value": 0.95}}
+    metrics = {"margin": metric, "preferred": metric, "auc": metric}
+    separability_row = {
+        "pairs": "iteration 1",
+        "from": 0,
+        "to": 1,
+        "before": metrics,
+        "after": metrics,
+        "implicit_reward": metrics,
+    }
+    easier = {**metrics, "auc": metric | {"value": 0.95}}
     return {
         "iteration": iteration,
         "attention": {"layers": [{"mass": view, "relative": view, "beyond_sinks": view}], "protocol": {"pass": "one"}},
-        "separability": [apart, apart | {"pairs": "external", "before": easier}],
+        "separability": [separability_row, separability_row | {"pairs": "external", "before": easier}],
         "relevance": None,
         "rewards": {},
     }
@@ -136,17 +144,17 @@ def analysis(iteration: int, change: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (0.01, "looks at the picture as much as before"),
-        (0.2, "1 look at the picture noticeably more than before and 0 less"),
+        (0.01, "Attention to the image is unchanged"),
+        (0.2, "1 attend significantly more to the image than before and 0 less"),
     ],
 )
-def test_the_report_says_what_the_attention_did(tmp_path, change, words):
+def test_the_report_describes_the_change_in_attention(tmp_path, change, words):
     run = new_run(tmp_path)
     files.write_json(tmp_path / "analysis.json", analysis(1, change))
     text = Page(render(run)).text
     assert HEADING in text
     assert words in text
-    assert "pairs from elsewhere are easier for it to tell apart" in text
+    assert "External pairs are easier for it to separate" in text
 
 
 def test_an_analysis_of_another_iteration_is_not_shown(tmp_path):

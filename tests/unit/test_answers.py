@@ -1,4 +1,4 @@
-"""From prompts to captions and answers, and the protocol that stays beside them."""
+"""Test how prompts become captions and answers, and the protocol that is stored beside them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from csr_vlm.config.load import load_config
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Finish, Prompt
 from csr_vlm.evaluation import answers
-from csr_vlm.evaluation.answers import Asked, Decoding, finished_part, image_id_of
-from csr_vlm.evaluation.compare import Measured, compare, read_documents
-from csr_vlm.evaluation.reproduction import numbers_of
+from csr_vlm.evaluation.answers import AnswerSettings, EvaluationPrompt, complete_sentences, image_id_of
+from csr_vlm.evaluation.compare import EvaluatedPolicy, compare, read_documents
+from csr_vlm.evaluation.reproduction import collect_results
 from csr_vlm.store.run import Run
 from tests.unit.test_chair import write_annotations
 
-ASKED = [
-    Asked(Prompt("a", "/x/1.png", "Describe."), None, 1),
-    Asked(Prompt("b", "/x/2.png", "Describe."), None, 2),
-    Asked(Prompt("7", "/x/2.png", "A dog?"), 7, 2),
+PROMPTS = [
+    EvaluationPrompt(Prompt("a", "/x/1.png", "Describe."), None, 1),
+    EvaluationPrompt(Prompt("b", "/x/2.png", "Describe."), None, 2),
+    EvaluationPrompt(Prompt("7", "/x/2.png", "A dog?"), 7, 2),
 ]
-SAID = [(" A dog. It is", Finish.LENGTH), (" A cat.", Finish.EOS), (" Yes. It", Finish.LENGTH)]
+RESPONSES = [(" A dog. It is", Finish.LENGTH), (" A cat.", Finish.EOS), (" Yes. It", Finish.LENGTH)]
 
 
-DEFAULT = Decoding(64)
+DEFAULT = AnswerSettings(64)
 
 
 def respond(prompts):
-    return SAID[: len(prompts)]
+    return RESPONSES[: len(prompts)]
 
 
 def test_captions_lose_their_unfinished_sentence_and_answers_lose_nothing():
-    rows, protocol = answers.answer(ASKED, respond, Decoding(64), {"iteration": 1})
+    rows, protocol = answers.answer_prompts(PROMPTS, respond, AnswerSettings(64), {"iteration": 1})
     assert rows == [
         {"id": "a", "image_id": 1, "caption": "A dog."},
         {"id": "b", "image_id": 2, "caption": "A cat."},
@@ -43,7 +43,7 @@ def test_captions_lose_their_unfinished_sentence_and_answers_lose_nothing():
     ]
     assert (protocol["unfinished"], protocol["empty"], protocol["num_prompts"]) == (2, 0, 3)
     assert protocol["decoding"] == "greedy"
-    kept, _ = answers.answer(ASKED, respond, Decoding(64, drop_unfinished=False), {})
+    kept, _ = answers.answer_prompts(PROMPTS, respond, AnswerSettings(64, drop_unfinished=False), {})
     assert kept[0]["caption"] == "A dog. It is"
 
 
@@ -58,46 +58,56 @@ def test_captions_lose_their_unfinished_sentence_and_answers_lose_nothing():
         ("", ""),
     ],
 )
-def test_the_finished_part(text, kept):
-    assert finished_part(text) == kept
+def test_an_incomplete_last_sentence_is_dropped(text, kept):
+    assert complete_sentences(text) == kept
 
 
-def test_the_protocol_is_named_by_what_was_chosen_and_not_by_who_answered():
-    def named(decoding=DEFAULT, origin=None, asked=ASKED):
-        return answers.answer(asked, respond, decoding, origin or {})[1]["id"]
+def test_the_protocol_id_depends_on_prompts_and_settings_but_not_on_the_policy():
+    def protocol_id(settings=DEFAULT, policy=None, prompts=PROMPTS):
+        return answers.answer_prompts(prompts, respond, settings, policy or {})[1]["id"]
 
-    assert named() == named(origin={"model": "other"})
-    assert len({named(), named(Decoding(512)), named(Decoding(64, 0.5)), named(asked=ASKED[:2])}) == 4
+    assert protocol_id() == protocol_id(policy={"model": "other"})
+    assert (
+        len(
+            {
+                protocol_id(),
+                protocol_id(AnswerSettings(512)),
+                protocol_id(AnswerSettings(64, 0.5)),
+                protocol_id(prompts=PROMPTS[:2]),
+            }
+        )
+        == 4
+    )
 
 
-def test_names_of_images():
+def test_image_ids_are_parsed_from_file_names():
     assert image_id_of("val2014/COCO_val2014_000000310196.jpg") == 310196
     assert image_id_of("000000310196.jpg") == 310196
     assert image_id_of("images/harbour-test-1-000003.png") == "harbour-test-1-000003.png"
 
 
-def test_prompts_keep_ids_as_they_are_written(tmp_path):
+def test_prompts_keep_their_ids(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "COCO_val2014_000000000042.jpg")
     rows = [
         {"question_id": 1, "image": "COCO_val2014_000000000042.jpg", "text": "A dog?", "label": "no"},
-        {"id": "b", "image": "COCO_val2014_000000000042.jpg", "text": "Describe.", "image_id": "mine"},
+        {"id": "b", "image": "COCO_val2014_000000000042.jpg", "text": "Describe.", "image_id": "custom"},
     ]
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = answers.read_asked(path)
+    found = answers.read_evaluation_prompts(path)
     assert [(item.prompt.prompt_id, item.question_id, item.image_id) for item in found] == [
         ("1", 1, 42),
-        ("b", None, "mine"),
+        ("b", None, "custom"),
     ]
-    assert len(answers.read_asked(path, limit=1)) == 1
+    assert len(answers.read_evaluation_prompts(path, limit=1)) == 1
     with pytest.raises(CsrError, match="line 1: missing") as raised:
-        answers.read_asked(path, tmp_path / "elsewhere")
+        answers.read_evaluation_prompts(path, tmp_path / "elsewhere")
     assert "--images" in raised.value.hint
 
 
-def test_a_protocol_of_other_answers_is_not_taken(tmp_path):
+def test_a_protocol_of_other_answers_is_ignored(tmp_path):
     path = tmp_path / "a.jsonl"
-    rows, protocol = answers.answer(ASKED[:2], respond, Decoding(64), {})
+    rows, protocol = answers.answer_prompts(PROMPTS[:2], respond, AnswerSettings(64), {})
     answers.write_answers(path, rows, protocol)
     assert answers.read_protocol(path) == protocol | {"sha256": answers.read_protocol(path)["sha256"]}
     assert [caption.text for caption in answers.read_captions(path)] == ["A dog.", "A cat."]
@@ -111,10 +121,10 @@ def test_a_protocol_of_other_answers_is_not_taken(tmp_path):
 def test_bad_captions_are_refused(tmp_path, row):
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps(row))
-    with pytest.raises(CsrError, match="row 1: no image_id or no caption"):
+    with pytest.raises(CsrError, match="row 1: image_id or caption is missing"):
         answers.read_captions(path)
     path.write_text("")
-    with pytest.raises(CsrError, match="holds no caption"):
+    with pytest.raises(CsrError, match="contains no captions"):
         answers.read_captions(path)
 
 
@@ -122,10 +132,10 @@ def run(*arguments: object):
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])
 
 
-def test_chair_says_how_its_captions_were_made(tmp_path):
+def test_chair_reports_how_its_captions_were_generated(tmp_path):
     annotations = write_annotations(tmp_path / "annotations")
     path = tmp_path / "a.jsonl"
-    answers.write_answers(path, *answers.answer(ASKED[:2], respond, Decoding(64), {"iteration": 1}))
+    answers.write_answers(path, *answers.answer_prompts(PROMPTS[:2], respond, AnswerSettings(64), {"iteration": 1}))
     common = ("chair", "--captions", path, "--annotations", annotations)
     found = json.loads(run(*common, "--json").stdout)
     assert (found["chair_s"], found["chair_i"], found["n"]) == (0.5, 0.5, 2)
@@ -147,31 +157,33 @@ def new_run(folder):
     return run
 
 
-def test_results_are_stored_with_the_policy_that_answered_and_compared(tmp_path):
+def test_results_are_stored_with_the_policy_that_answered_and_can_be_compared(tmp_path):
     annotations, run_ = write_annotations(tmp_path / "annotations"), new_run(tmp_path / "run")
-    said = [[(" A cat.", Finish.EOS), (" A cat.", Finish.EOS)], [(" A dog.", Finish.EOS), (" A cat.", Finish.EOS)]]
-    for number, texts in enumerate(said):
+    responses = [[(" A cat.", Finish.EOS), (" A cat.", Finish.EOS)], [(" A dog.", Finish.EOS), (" A cat.", Finish.EOS)]]
+    for number, texts in enumerate(responses):
         path = tmp_path / f"{number}.jsonl"
-        answered = answers.answer(ASKED[:2], lambda _, texts=texts: texts, Decoding(64), {"iteration": number})
+        answered = answers.answer_prompts(
+            PROMPTS[:2], lambda _, texts=texts: texts, AnswerSettings(64), {"iteration": number}
+        )
         answers.write_answers(path, *answered)
         shown = run("chair", "--captions", path, "--annotations", annotations, "--store", run_.root)
         assert shown.exit_code == 0, shown.output
-    (found,) = compare(Measured(run_, 0), Measured(run_, 1))
+    (found,) = compare(EvaluatedPolicy(run_, 0), EvaluatedPolicy(run_, 1))
     assert (found.evaluation, found.protocol["max_new_tokens"]) == ("chair", 64)
     assert (found.metrics["chair_s"].before, found.metrics["chair_s"].after) == (1.0, 0.5)
     assert (found.metrics["recall"].before, found.metrics["recall"].after) == (0.0, 1 / 3)
-    assert numbers_of(run_).by_iteration[1]["chair_s"].metric.value == 50.0
+    assert collect_results(run_).by_iteration[1]["chair_s"].metric.value == 50.0
 
 
-def test_nothing_is_stored_with_a_policy_that_did_not_answer(tmp_path):
+def test_nothing_is_stored_with_another_policy(tmp_path):
     annotations, run_ = write_annotations(tmp_path / "annotations"), new_run(tmp_path / "run")
     path = tmp_path / "a.jsonl"
     common = ("chair", "--captions", path, "--annotations", annotations, "--store", run_.root)
     path.write_text('{"image_id": 1, "caption": "A dog."}\n{"image_id": 1, "caption": "A cat."}\n')
-    assert "nobody knows which iteration" in run(*common).exception.message
+    assert "by an unknown iteration" in run(*common).exception.message
     assert "iteration 2 of" in run(*common, "--iteration", 2).exception.message
-    assert "1 ids come twice" in run(*common, "--iteration", 1).exception.message
-    answers.write_answers(path, *answers.answer(ASKED[:2], respond, Decoding(64), {"iteration": 1}))
+    assert "repeated row ids: 1" in run(*common, "--iteration", 1).exception.message
+    answers.write_answers(path, *answers.answer_prompts(PROMPTS[:2], respond, AnswerSettings(64), {"iteration": 1}))
     assert "are by iteration 1" in run(*common, "--iteration", 0).exception.message
     assert not run_.evaluation_path(1, "chair").exists()
 
@@ -181,7 +193,7 @@ def test_an_image_without_annotations_is_refused(tmp_path):
     path.write_text('{"image_id": 99, "caption": "A dog."}')
     result = run("chair", "--captions", path, "--annotations", write_annotations(tmp_path / "annotations"))
     assert isinstance(result.exception, CsrError)
-    assert "know nothing of 1 images, such as 99" in result.exception.message
+    assert "lack 1 images, such as 99" in result.exception.message
 
 
 def test_chair_prompts_are_drawn_by_seed(tmp_path):
@@ -190,20 +202,20 @@ def test_chair_prompts_are_drawn_by_seed(tmp_path):
     assert run(*common, "--images", 2).exit_code == 0
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert {(row["image_id"], row["image"]) for row in rows} == {(1, "COCO_val2014_000000000001.jpg"), (2, "two.png")}
-    assert "name 2 images" in run(*common).exception.message
+    assert "name only 2 images" in run(*common).exception.message
 
 
 def test_pope_shows_all_parsers_side_by_side(tmp_path):
-    questions, said = tmp_path / "pope_random.jsonl", tmp_path / "a.jsonl"
+    questions, answer_file = tmp_path / "pope_random.jsonl", tmp_path / "a.jsonl"
     questions.write_text("".join(json.dumps({"question_id": at, "text": "?", "label": label}) + "\n"
                                  for at, label in enumerate(("yes", "no", "no"))))  # fmt: skip
-    said.write_text("".join(json.dumps({"question_id": at, "answer": text}) + "\n"
+    answer_file.write_text("".join(json.dumps({"question_id": at, "answer": text}) + "\n"
                             for at, text in enumerate(("Yes", "No!", "No"))))  # fmt: skip
-    found = json.loads(run("pope", "--questions", questions, "--answers", said, "--json").stdout)
+    found = json.loads(run("pope", "--questions", questions, "--answers", answer_file, "--json").stdout)
     assert (found["accuracy"], found["precision"], found["recall"]) == (2 / 3, 0.5, 1.0)
     assert found["parsers"]["strict"]["settings"]["random"]["accuracy"] == 1.0
     assert found["protocol"]["questions"][0]["n"] == 3
-    shown = run("pope", "--questions", tmp_path / "pope_random.jsonl", "--answers", said).stdout
+    shown = run("pope", "--questions", tmp_path / "pope_random.jsonl", "--answers", answer_file).stdout
     assert "official, random" in shown
     assert "lenient, random" in shown
 
@@ -211,16 +223,16 @@ def test_pope_shows_all_parsers_side_by_side(tmp_path):
 def test_pope_is_stored_by_setting_and_as_the_mean(tmp_path):
     run_ = new_run(tmp_path / "run")
     options = []
-    for setting, said in (("random", "Yes"), ("popular", "No")):
-        questions, mine = tmp_path / f"pope_{setting}.jsonl", tmp_path / f"{setting}.jsonl"
+    for setting, text in (("random", "Yes"), ("popular", "No")):
+        questions, answer_file = tmp_path / f"pope_{setting}.jsonl", tmp_path / f"{setting}.jsonl"
         questions.write_text("".join(json.dumps({"question_id": at, "text": "?", "label": label}) + "\n"
                                      for at, label in enumerate(("yes", "no"))))  # fmt: skip
-        mine.write_text("".join(json.dumps({"question_id": at, "answer": said}) + "\n" for at in range(2)))
-        options += ["--questions", questions, "--answers", mine]
+        answer_file.write_text("".join(json.dumps({"question_id": at, "answer": text}) + "\n" for at in range(2)))
+        options += ["--questions", questions, "--answers", answer_file]
     assert run("pope", *options, "--store", run_.root, "--iteration", 0).exit_code == 0
     stored = read_documents(run_, 0)["pope"]
     values = {name: metric["value"] for name, metric in stored["metrics"].items()}
     assert (values["f1_random"], values["f1_popular"], values["mean_f1"]) == (2 / 3, 0.0, 1 / 3)
     assert (values["mean_accuracy"], values["precision_popular"], values["mean_precision"]) == (0.5, None, None)
     assert stored["rows"][0]["tallies"]["f1_random"] == [2, 2]
-    assert numbers_of(run_).by_iteration[0]["pope"].metric.value == pytest.approx(100 / 3)
+    assert collect_results(run_).by_iteration[0]["pope"].metric.value == pytest.approx(100 / 3)

@@ -97,5 +97,5 @@ def test_pairs_of_trees_are_those_of_the_method():
     assert expected
     assert make_pairs(trees, recipe) == expected
     assert make_pairs(trees, recipe.changed("method.lambda=0")) != expected
-    with pytest.raises(CsrError, match="give the recipe"):
+    with pytest.raises(CsrError, match="pass the recipe"):
         make_pairs(trees)

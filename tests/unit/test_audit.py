@@ -1,4 +1,4 @@
-"""The signs of health on hand-worked trees, their bounds, and pairs that must fail them."""
+"""Test the quality metrics on hand-worked trees, their bounds, and pairs that must fail them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Fate, Finish, Node, others_column
+from csr_vlm.core.records import Finish, Node, NodeStatus, negatives_column
 from csr_vlm.method import audit
-from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS, Bound, Finding, TreeSigns, Verdict
+from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS, Bound, Check, TreeMetrics, Verdict
 from csr_vlm.method.pairs import make_pairs
 from tests.unit.builders import method, node, prompt
 
@@ -22,103 +22,108 @@ BOUNDS = PAIR_BOUNDS | RESPONSE_BOUNDS
 # Lambda 1, so R(s) is 100 times the cosine: boat 40, car 10, fish 50. Their middle is 30, so
 # boat and fish are there to be seen; from worst to best it is 40. R(y) is the mean.
 TREE = [
-    node("0", "A boat.", cosine=0.40, ids=(1,), fate=Fate.TOP),
-    node("1", "A car.", cosine=0.10, ids=(2,), fate=Fate.TOP),
-    node("0.0", "", cosine=None, ids=(0,), fate=Fate.FINISHED, finish=Finish.EOS),  # 40
-    node("0.1", " A fish.", cosine=0.50, ids=(3, 0), fate=Fate.FINISHED, finish=Finish.EOS),  # 45
-    node("1.0", " A boat.", cosine=0.40, ids=(1, 0), fate=Fate.FINISHED, finish=Finish.EOS),  # 25
-    node("1.1", " A car.", cosine=0.10, ids=(2, 0), fate=Fate.FINISHED, finish=Finish.EOS),  # 10, a repeat
+    node("0", "A boat.", cosine=0.40, ids=(1,), status=NodeStatus.TOP),
+    node("1", "A car.", cosine=0.10, ids=(2,), status=NodeStatus.TOP),
+    node("0.0", "", cosine=None, ids=(0,), status=NodeStatus.FINISHED, finish=Finish.EOS),  # 40
+    node("0.1", " A fish.", cosine=0.50, ids=(3, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),  # 45
+    node("1.0", " A boat.", cosine=0.40, ids=(1, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),  # 25
+    node("1.1", " A car.", cosine=0.10, ids=(2, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),  # 10, a repeat
 ]
 
 
-def signs_of(nodes: list[Node], weight: float = 1.0, seed: int = 0, **sections: object) -> TreeSigns:
+def tree_metrics_of(nodes: list[Node], weight: float = 1.0, seed: int = 0, **sections: object) -> TreeMetrics:
     how = method(weight, **sections)
     pairs = make_pairs(prompt(nodes[0].prompt_id), nodes, how, "clip", seed)
-    return audit.tree_signs(nodes, [] if isinstance(pairs, str) else pairs, how, "clip")
+    return audit.tree_metrics(nodes, [] if isinstance(pairs, str) else pairs, how, "clip")
 
 
-def verdict_of(trees: list[TreeSigns], sign: str) -> Verdict:
-    found = {finding.sign: finding for finding in audit.findings(audit.pair_signs(trees), PAIR_BOUNDS)}
-    return found[sign].verdict
+def verdict_of(trees: list[TreeMetrics], metric: str) -> Verdict:
+    actual = {check.metric: check for check in audit.checks(audit.pair_metrics(trees), PAIR_BOUNDS)}
+    return actual[metric].verdict
 
 
 def test_one_pair_of_whole_responses():
     # Boat and fish over car and car.
-    found = signs_of(TREE)
-    assert found.pairs == 1
-    assert (found.wins, found.losses) == (1, 0), "boat and fish, 2, against a car, -1, said again, 0"
-    assert found.margin == pytest.approx(35 / 40)
-    assert found.length_gap == 0
-    assert found.omission_gap == -2, "the rejected has neither boat nor fish, the chosen both"
-    assert found.repeat_gap == -1, "the rejected says the car twice"
+    actual = tree_metrics_of(TREE)
+    assert actual.pairs == 1
+    assert (actual.wins, actual.losses) == (1, 0), "boat and fish, 2, against a car, -1, said again, 0"
+    assert actual.margin == pytest.approx(35 / 40)
+    assert actual.length_gap == 0
+    assert actual.omission_gap == -2, "the rejected has neither boat nor fish, the chosen both"
+    assert actual.repeat_gap == -1, "the rejected says the car twice"
 
 
 def test_several_pairs_of_whole_responses_add_up():
     # Boat and fish over car and car, over car and boat, over the boat alone.
-    found = signs_of(TREE, pairs={"per_prompt": 3})
-    assert found.pairs == 3
-    assert (found.wins, found.losses) == (3, 0), "2 to -1; 2 to car and boat, 0; 2 to the boat, 1"
-    assert found.margin == pytest.approx((35 + 20 + 5) / 40)
-    assert found.length_gap == 0 + 0 + 1
-    assert found.omission_gap == -2 - 1 - 1
-    assert found.repeat_gap == -1 + 0 + 0
+    actual = tree_metrics_of(TREE, pairs={"per_prompt": 3})
+    assert actual.pairs == 3
+    assert (actual.wins, actual.losses) == (3, 0), "2 to -1; 2 to car and boat, 0; 2 to the boat, 1"
+    assert actual.margin == pytest.approx((35 + 20 + 5) / 40)
+    assert actual.length_gap == 0 + 0 + 1
+    assert actual.omission_gap == -2 - 1 - 1
+    assert actual.repeat_gap == -1 + 0 + 0
 
 
-def test_pairs_of_siblings_are_judged_where_they_differ():
+def test_pairs_of_siblings():
     # Fish over ending, boat over car at the start, and boat over the car again.
-    found = signs_of(TREE, pairs={"between": "siblings", "per_prompt": 9})
-    assert found.pairs == 3
-    assert (found.wins, found.losses) == (3, 0), "2 to 1; 1 to -1; car and boat, 0, to car and car, -1"
+    actual = tree_metrics_of(TREE, pairs={"between": "siblings", "per_prompt": 9})
+    assert actual.pairs == 3
+    assert (actual.wins, actual.losses) == (3, 0), "2 to 1; 1 to -1; car and boat, 0, to car and car, -1"
     # Boat and fish after it, 90, to car and boat after it, 50.
-    assert found.margin == pytest.approx((50 + 40 + 30) / 40)
-    assert found.length_gap == 1 + 0 + 0
-    assert found.omission_gap == -1 - 1 - 1
-    assert found.repeat_gap == 0 + 0 - 1
+    assert actual.margin == pytest.approx((50 + 40 + 30) / 40)
+    assert actual.length_gap == 1 + 0 + 0
+    assert actual.omission_gap == -1 - 1 - 1
+    assert actual.repeat_gap == 0 + 0 - 1
 
 
-def test_equal_relevance_is_neither_won_nor_lost():
+def test_equal_relevance_is_neither_a_win_nor_a_loss():
     # Rewards differ by R_T alone; both sentences have the same R_I.
     nodes = [
-        node("0", "A boat.", cosine=0.3, logprobs=(-0.1,), ids=(1,), fate=Fate.FINISHED, finish=Finish.EOS),
-        node("1", "A fish.", cosine=0.3, logprobs=(-2.0,), ids=(2,), fate=Fate.FINISHED, finish=Finish.EOS),
+        node("0", "A boat.", cosine=0.3, logprobs=(-0.1,), ids=(1,), status=NodeStatus.FINISHED, finish=Finish.EOS),
+        node("1", "A fish.", cosine=0.3, logprobs=(-2.0,), ids=(2,), status=NodeStatus.FINISHED, finish=Finish.EOS),
     ]
     for between in ("responses", "siblings"):
-        found = signs_of(nodes, 0.5, pairs={"between": between})
-        assert (found.pairs, found.wins, found.losses) == (1, 0, 0)
-        assert "relevance_win" not in audit.pair_signs([found])
+        actual = tree_metrics_of(nodes, 0.5, pairs={"between": between})
+        assert (actual.pairs, actual.wins, actual.losses) == (1, 0, 0)
+        assert "relevance_win" not in audit.pair_metrics([actual])
 
 
 def test_length_correlation_is_pearsons_r_over_complete_responses():
     # Lengths 1, 2, 2, 2 against rewards 40, 45, 25, 10: covariance -10, variances 3/4 and 750.
-    assert signs_of(TREE).correlation == pytest.approx(-10 / math.sqrt(0.75 * 750))
-    cut = [*TREE, node("1.2", " A tree", cosine=0.9, ids=(4,), fate=Fate.TRUNCATED, finish=Finish.LENGTH)]
-    assert signs_of(cut).correlation == pytest.approx(-10 / math.sqrt(0.75 * 750)), "what is cut off does not count"
+    assert tree_metrics_of(TREE).correlation == pytest.approx(-10 / math.sqrt(0.75 * 750))
+    cut = [*TREE, node("1.2", " A tree", cosine=0.9, ids=(4,), status=NodeStatus.TRUNCATED, finish=Finish.LENGTH)]
+    assert tree_metrics_of(cut).correlation == pytest.approx(-10 / math.sqrt(0.75 * 750)), (
+        "what is cut off does not count"
+    )
 
 
-def test_length_does_not_decide_between_siblings():
-    assert signs_of(TREE, pairs={"between": "siblings"}).correlation is None
+def test_length_correlation_is_undefined_between_siblings():
+    assert tree_metrics_of(TREE, pairs={"between": "siblings"}).correlation is None
 
 
-def test_what_is_out_of_the_running_shows_nothing():
-    bright = [replace(node("2", "A sun.", cosine=0.99), fate=fate) for fate in (Fate.DUPLICATE, Fate.FILTERED)]
-    assert signs_of([*TREE, *bright]) == signs_of(TREE)
-
-
-def test_no_length_correlation_without_variety():
-    assert signs_of(TREE[:4]).correlation is None, "two responses always lie on a line"
-    flat = [node(str(i), f"Thing {i}.", cosine=i / 10, ids=(i, 0), fate=Fate.FINISHED) for i in range(4)]
-    assert signs_of(flat).correlation is None, "all are of one length"
-    same = [replace(n, cosines={"clip": 0.25}) if n.sentence else n for n in TREE]
-    assert signs_of(same).correlation is None, "all earn the same"
-
-
-def test_pooling_counts_pairs_and_prompts():
-    trees = [
-        TreeSigns(3, 2, 1, 1.5, 3, -3, 0, 0.5, 0.75),
-        TreeSigns(1, 1, 0, 0.5, -1, 1, 1, None, None),
-        TreeSigns(0, 0, 0, 0.0, 0, 0, 0, -0.1, 0.25),
+def test_duplicates_and_filtered_nodes_are_ignored():
+    bright = [
+        replace(node("2", "A sun.", cosine=0.99), status=status)
+        for status in (NodeStatus.DUPLICATE, NodeStatus.FILTERED)
     ]
-    assert audit.pair_signs(trees) == pytest.approx(
+    assert tree_metrics_of([*TREE, *bright]) == tree_metrics_of(TREE)
+
+
+def test_length_correlation_requires_variation():
+    assert tree_metrics_of(TREE[:4]).correlation is None, "two responses always lie on a line"
+    flat = [node(str(i), f"Thing {i}.", cosine=i / 10, ids=(i, 0), status=NodeStatus.FINISHED) for i in range(4)]
+    assert tree_metrics_of(flat).correlation is None, "all are of one length"
+    same = [replace(n, cosines={"clip": 0.25}) if n.sentence else n for n in TREE]
+    assert tree_metrics_of(same).correlation is None, "all earn the same"
+
+
+def test_pooling_over_pairs_and_prompts():
+    trees = [
+        TreeMetrics(3, 2, 1, 1.5, 3, -3, 0, 0.5, 0.75),
+        TreeMetrics(1, 1, 0, 0.5, -1, 1, 1, None, None),
+        TreeMetrics(0, 0, 0, 0.0, 0, 0, 0, -0.1, 0.25),
+    ]
+    assert audit.pair_metrics(trees) == pytest.approx(
         {
             "prompts_with_pairs": 2 / 3,
             "pairs": 4.0,
@@ -133,62 +138,63 @@ def test_pooling_counts_pairs_and_prompts():
     )
 
 
-@pytest.mark.parametrize("trees", [[], [TreeSigns(0, 0, 0, 0.0, 0, 0, 0, None, None)]])
-def test_an_iteration_without_pairs_says_so_and_no_more(trees):
-    signs = audit.pair_signs(trees)
-    assert signs == {"prompts_with_pairs": 0.0, "pairs": 0.0}
-    (finding,) = audit.findings(signs, PAIR_BOUNDS)
-    assert finding.verdict is Verdict.STOP
-    assert "there is nothing more to learn" in finding.reason
+@pytest.mark.parametrize("trees", [[], [TreeMetrics(0, 0, 0, 0.0, 0, 0, 0, None, None)]])
+def test_an_iteration_without_pairs_has_no_other_metrics(trees):
+    metrics = audit.pair_metrics(trees)
+    assert metrics == {"prompts_with_pairs": 0.0, "pairs": 0.0}
+    (check,) = audit.checks(metrics, PAIR_BOUNDS)
+    assert check.verdict is Verdict.STOP
+    assert "too few prompts yield pairs" in check.reason
 
 
-def with_others(nodes: list[Node], others: dict[str, float]) -> list[Node]:
+def with_negatives(nodes: list[Node], negatives: dict[str, float]) -> list[Node]:
     return [
-        replace(n, cosines={**n.cosines, others_column("clip"): others[n.sentence]}) if n.sentence else n for n in nodes
+        replace(n, cosines={**n.cosines, negatives_column("clip"): negatives[n.sentence]}) if n.sentence else n
+        for n in nodes
     ]
 
 
 def test_scorer_agreement_counts_each_sentence_once():
     # Boat above its others, fish level with them, car below: (1 + 1/2 + 0) / 3.
-    nodes = with_others(TREE, {"A boat.": 0.2, "A fish.": 0.5, "A car.": 0.3})
-    assert signs_of(nodes).own_above_others == pytest.approx(0.5)
+    nodes = with_negatives(TREE, {"A boat.": 0.2, "A fish.": 0.5, "A car.": 0.3})
+    assert tree_metrics_of(nodes).scorer_agreement == pytest.approx(0.5)
 
 
-def test_scorer_agreement_of_several_scorers_is_of_their_sum():
-    nodes = with_others(TREE, {"A boat.": 0.2, "A fish.": 0.4, "A car.": 0.3})
+def test_scorer_agreement_of_several_scorers_uses_their_sum():
+    nodes = with_negatives(TREE, {"A boat.": 0.2, "A fish.": 0.4, "A car.": 0.3})
     # The second scorer takes 0.3 from the boat's lead of 0.2, and adds 0.3 to the car's -0.2.
     second = {"A boat.": (0.0, 0.3), "A fish.": (0.0, 0.0), "A car.": (0.3, 0.0)}
     both = [
         replace(
             n,
-            cosines={**n.cosines, "two": second[n.sentence][0], others_column("two"): second[n.sentence][1]},
+            cosines={**n.cosines, "two": second[n.sentence][0], negatives_column("two"): second[n.sentence][1]},
         )
         if n.sentence
         else n
         for n in nodes[:4]
     ]
-    assert audit.tree_signs(both, [], method(), "clip").own_above_others == pytest.approx(2 / 3)
-    assert audit.tree_signs(both, [], method(), "clip+two").own_above_others == pytest.approx(2 / 3)
-    assert audit.tree_signs(both[1:2], [], method(), "clip").own_above_others == 0.0
-    assert audit.tree_signs(both[1:2], [], method(), "clip+two").own_above_others == 1.0
+    assert audit.tree_metrics(both, [], method(), "clip").scorer_agreement == pytest.approx(2 / 3)
+    assert audit.tree_metrics(both, [], method(), "clip+two").scorer_agreement == pytest.approx(2 / 3)
+    assert audit.tree_metrics(both[1:2], [], method(), "clip").scorer_agreement == 0.0
+    assert audit.tree_metrics(both[1:2], [], method(), "clip+two").scorer_agreement == 1.0
 
 
-def test_a_ledger_without_other_images():
-    assert signs_of(TREE).own_above_others is None
-    assert "scorer_agreement" not in audit.pair_signs([signs_of(TREE)])
+def test_a_ledger_without_negative_images():
+    assert tree_metrics_of(TREE).scorer_agreement is None
+    assert "scorer_agreement" not in audit.pair_metrics([tree_metrics_of(TREE)])
     with pytest.raises(CsrError, match="has no score by 'clip:others'"):
-        signs_of(TREE, reward={"image_score": "contrast"})
+        tree_metrics_of(TREE, reward={"image_score": "contrast"})
 
 
-def test_what_was_seen_can_be_told_by_contrast():
+def test_relevant_sentences_are_found_by_contrast():
     # By cosine 40, 10, 50; with other images 36, 0, 48.
-    nodes = with_others(TREE, {"A boat.": 0.36, "A car.": 0.0, "A fish.": 0.48})
-    found = signs_of(nodes, reward={"image_score": "contrast"})
+    nodes = with_negatives(TREE, {"A boat.": 0.36, "A car.": 0.0, "A fish.": 0.48})
+    actual = tree_metrics_of(nodes, reward={"image_score": "contrast"})
     # Contrasts: boat 4, car 10, fish 2; above half of the best is the car alone. Best is car and
     # car at 10, worst boat and fish at 3.
-    assert (found.wins, found.losses) == (1, 0)
-    assert found.omission_gap == -1
-    assert found.repeat_gap == 1, "and it is said twice"
+    assert (actual.wins, actual.losses) == (1, 0)
+    assert actual.omission_gap == -1
+    assert actual.repeat_gap == 1, "and it is said twice"
 
 
 @pytest.mark.parametrize(
@@ -205,20 +211,20 @@ def test_what_was_seen_can_be_told_by_contrast():
         (Bound(1.0, math.inf, True, ""), 1e9, Verdict.WARN),
     ],
 )
-def test_on_which_side_of_a_bound(bound, value, expected):
+def test_verdicts_at_bounds(bound, value, expected):
     assert bound.judge(value) is expected
 
 
-@pytest.mark.parametrize("sign", BOUNDS)
-def test_every_bound_warns_before_it_stops(sign):
-    bound = BOUNDS[sign]
-    worse = 1 if bound.high else -1
+@pytest.mark.parametrize("metric", BOUNDS)
+def test_every_bound_warns_before_it_stops(metric):
+    bound = BOUNDS[metric]
+    worse = 1 if bound.higher_is_worse else -1
     assert worse * bound.stop >= worse * bound.warn
     inside, beyond, at_stop = (
-        audit.findings({sign: value}, BOUNDS)[0]
+        audit.checks({metric: value}, BOUNDS)[0]
         for value in (bound.warn - worse * 1e-6, bound.warn + worse * 1e-6, bound.stop)
     )
-    assert inside == Finding(sign, inside.value, Verdict.GO, "")
+    assert inside == Check(metric, inside.value, Verdict.GO, "")
     assert beyond.verdict is not Verdict.GO
     assert beyond.reason
     assert "{" not in beyond.reason
@@ -226,40 +232,40 @@ def test_every_bound_warns_before_it_stops(sign):
         assert at_stop.verdict is Verdict.STOP
 
 
-def test_no_gap_at_all_is_well():
-    assert {f.verdict for f in audit.findings({"omission_gap": 0.0, "repeat_gap": 0.0}, PAIR_BOUNDS)} == {Verdict.GO}
+def test_a_gap_of_0_passes():
+    assert {f.verdict for f in audit.checks({"omission_gap": 0.0, "repeat_gap": 0.0}, PAIR_BOUNDS)} == {Verdict.GO}
 
 
-def test_rewards_that_fall_with_length_are_judged_as_those_that_rise():
-    rise, fall = (audit.findings({"length_correlation": r}, PAIR_BOUNDS)[0] for r in (1.0, -1.0))
+def test_negative_length_correlations_count_like_positive_ones():
+    rise, fall = (audit.checks({"length_correlation": r}, PAIR_BOUNDS)[0] for r in (1.0, -1.0))
     assert rise.verdict is fall.verdict is PAIR_BOUNDS["length_correlation"].judge(1.0)
     assert rise.verdict is not Verdict.GO
     assert "-1.00" in fall.reason
 
 
-def test_signs_without_a_bound_are_not_judged():
-    assert audit.findings({"pairs": 0.0, "margin": -9.0, "length_gap": 7.0}, PAIR_BOUNDS) == []
+def test_metrics_without_a_bound_are_not_checked():
+    assert audit.checks({"pairs": 0.0, "margin": -9.0, "length_gap": 7.0}, PAIR_BOUNDS) == []
 
 
 @given(st.lists(st.sampled_from(list(Verdict))))
-def test_the_worst_finding_decides(verdicts):
-    found = [Finding("sign", 0.0, verdict, "") for verdict in verdicts]
+def test_the_most_severe_verdict_decides(verdicts):
+    actual = [Check("metric", 0.0, verdict, "") for verdict in verdicts]
     expected = Verdict.STOP if Verdict.STOP in verdicts else Verdict.WARN if Verdict.WARN in verdicts else Verdict.GO
-    assert audit.worst(found) is expected
+    assert audit.worst_verdict(actual) is expected
 
 
-def test_findings_are_kept_as_plain_data():
-    kept = audit.dump([Finding("unfinished_gain", 0.5, Verdict.STOP, "why")])
-    assert kept == [{"sign": "unfinished_gain", "value": 0.5, "verdict": "stop", "reason": "why"}]
+def test_checks_are_dumped_as_plain_data():
+    kept = audit.dump([Check("unfinished_gain", 0.5, Verdict.STOP, "why")])
+    assert kept == [{"metric": "unfinished_gain", "value": 0.5, "verdict": "stop", "reason": "why"}]
     assert type(kept[0]["verdict"]) is str
 
 
 BASE = {"sentences": 5.0, "relevance": 30.0, "repeats": 0.2, "complete": 0.75}
 
 
-def test_responses_against_the_bases():
+def test_response_metrics_compare_with_the_base_model():
     now = {"sentences": 4.0, "relevance": 31.5, "repeats": 0.5, "complete": 0.5}
-    assert audit.response_signs(BASE, now, -2.0) == pytest.approx(
+    assert audit.response_metrics(BASE, now, -2.0) == pytest.approx(
         {
             "sentences_ratio": 0.8,
             "relevance_gain": 1.5,
@@ -270,21 +276,23 @@ def test_responses_against_the_bases():
     )
 
 
-def test_a_policy_like_the_base_is_well_whatever_the_base_is_like():
+def test_a_policy_equal_to_the_base_passes():
     rambling = BASE | {"complete": 0.0, "repeats": 3.0, "relevance": 0.0}
     for base in (BASE, rambling):
-        assert {f.verdict for f in audit.findings(audit.response_signs(base, base, 0.0), RESPONSE_BOUNDS)} == {
+        assert {f.verdict for f in audit.checks(audit.response_metrics(base, base, 0.0), RESPONSE_BOUNDS)} == {
             Verdict.GO
         }
 
 
-def test_a_silent_policy_is_stopped_and_a_silent_base_is_no_measure():
+def test_a_collapsed_policy_is_stopped_but_not_measured_against_a_collapsed_base():
     silent = {"sentences": 0.0, "relevance": 0.0, "repeats": 0.0, "complete": 1.0}
-    found = audit.findings(audit.response_signs(BASE, silent, None), RESPONSE_BOUNDS)
-    assert {f.sign for f in found if f.verdict is Verdict.STOP} >= {"sentences_ratio", "relevance_gain"}
-    assert "chosen_drop" not in {f.sign for f in found}
-    assert "sentences_ratio" not in audit.response_signs(silent, BASE, None)
-    assert audit.worst(audit.findings(audit.response_signs(silent, silent, None), RESPONSE_BOUNDS)) is Verdict.GO
+    actual = audit.checks(audit.response_metrics(BASE, silent, None), RESPONSE_BOUNDS)
+    assert {f.metric for f in actual if f.verdict is Verdict.STOP} >= {"sentences_ratio", "relevance_gain"}
+    assert "chosen_drop" not in {f.metric for f in actual}
+    assert "sentences_ratio" not in audit.response_metrics(silent, BASE, None)
+    assert (
+        audit.worst_verdict(audit.checks(audit.response_metrics(silent, silent, None), RESPONSE_BOUNDS)) is Verdict.GO
+    )
 
 
 # What must fail, and what must not.
@@ -301,7 +309,7 @@ def random_trees(number: int = 200) -> list[list[Node]]:
                 cosine=rng.uniform(0, 0.5),
                 logprobs=(-3 * rng.random(),),
                 ids=(i, 0),
-                fate=Fate.FINISHED,
+                status=NodeStatus.FINISHED,
                 finish=Finish.EOS,
                 prompt_id=f"prompt-{tree}",
             )
@@ -312,48 +320,48 @@ def random_trees(number: int = 200) -> list[list[Node]]:
 
 
 @pytest.mark.parametrize("between", ["responses", "siblings"])
-def test_pairs_at_random_are_found_out(between):
+def test_random_pairs_are_stopped(between):
     pairs = {"between": between, "per_prompt": 2}
-    at_random = [signs_of(tree, 1.0, pairs=pairs | {"selection": "random"}) for tree in random_trees()]
-    by_reward = [signs_of(tree, 1.0, pairs=pairs) for tree in random_trees()]
-    assert audit.pair_signs(at_random)["pairs"] == 400
+    at_random = [tree_metrics_of(tree, 1.0, pairs=pairs | {"selection": "random"}) for tree in random_trees()]
+    by_reward = [tree_metrics_of(tree, 1.0, pairs=pairs) for tree in random_trees()]
+    assert audit.pair_metrics(at_random)["pairs"] == 400
     # 400 pairs, two a prompt: a standard error of at most 0.036.
-    assert audit.pair_signs(at_random)["relevance_win"] == pytest.approx(0.5, abs=0.1)
+    assert audit.pair_metrics(at_random)["relevance_win"] == pytest.approx(0.5, abs=0.1)
     assert verdict_of(at_random, "relevance_win") is Verdict.STOP
-    assert audit.pair_signs(by_reward)["relevance_win"] == 1.0
+    assert audit.pair_metrics(by_reward)["relevance_win"] == 1.0
     assert verdict_of(by_reward, "relevance_win") is Verdict.GO
 
 
 @pytest.mark.parametrize("between", ["responses", "siblings"])
-def test_a_prior_that_likes_what_is_false_is_found_out(between):
+def test_a_language_prior_that_prefers_false_sentences_is_stopped(between):
     nodes = [
-        node("0", "A boat.", cosine=0.1, logprobs=(-0.1,), ids=(1,), fate=Fate.FINISHED, finish=Finish.EOS),
-        node("1", "A fish.", cosine=0.4, logprobs=(-3.0,), ids=(2,), fate=Fate.FINISHED, finish=Finish.EOS),
+        node("0", "A boat.", cosine=0.1, logprobs=(-0.1,), ids=(1,), status=NodeStatus.FINISHED, finish=Finish.EOS),
+        node("1", "A fish.", cosine=0.4, logprobs=(-3.0,), ids=(2,), status=NodeStatus.FINISHED, finish=Finish.EOS),
     ]
-    by_prior, by_image = ([signs_of(nodes, weight, pairs={"between": between})] for weight in (0.0, 1.0))
-    assert audit.pair_signs(by_prior)["relevance_win"] == 0.0
+    by_prior, by_image = ([tree_metrics_of(nodes, weight, pairs={"between": between})] for weight in (0.0, 1.0))
+    assert audit.pair_metrics(by_prior)["relevance_win"] == 0.0
     assert verdict_of(by_prior, "relevance_win") is Verdict.STOP
-    assert audit.pair_signs(by_image)["relevance_win"] == 1.0
+    assert audit.pair_metrics(by_image)["relevance_win"] == 1.0
     assert verdict_of(by_image, "relevance_win") is Verdict.GO
 
 
 SHORT_OR_LONG = [
-    node("0", "A boat.", cosine=0.50, ids=(1,), fate=Fate.TOP),
+    node("0", "A boat.", cosine=0.50, ids=(1,), status=NodeStatus.TOP),
     node("1", "A car.", cosine=0.10, ids=(2,)),
-    node("0.0", "", cosine=None, ids=(0,), fate=Fate.FINISHED, finish=Finish.EOS),
-    node("0.1", " A fish.", cosine=0.40, ids=(3, 0), fate=Fate.FINISHED, finish=Finish.EOS),
+    node("0.0", "", cosine=None, ids=(0,), status=NodeStatus.FINISHED, finish=Finish.EOS),
+    node("0.1", " A fish.", cosine=0.40, ids=(3, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),
 ]
 """The boat alone, or boat and fish, both of them there."""
 
 
-def test_a_reward_that_prefers_silence_is_found_out():
-    by_mean = [signs_of(SHORT_OR_LONG)]  # 50 against 45
-    found = audit.pair_signs(by_mean)
-    assert found["omission_gap"] == 1.0
-    assert found["length_gap"] == -1.0
+def test_a_reward_that_prefers_short_responses_is_noticed():
+    by_mean = [tree_metrics_of(SHORT_OR_LONG)]  # 50 against 45
+    actual = audit.pair_metrics(by_mean)
+    assert actual["omission_gap"] == 1.0
+    assert actual["length_gap"] == -1.0
     assert verdict_of(by_mean, "omission_gap") is not Verdict.GO
-    by_sum = [signs_of(SHORT_OR_LONG, reward={"response": "sum"})]  # 50 against 90
-    assert audit.pair_signs(by_sum)["omission_gap"] == -1.0
+    by_sum = [tree_metrics_of(SHORT_OR_LONG, reward={"response": "sum"})]  # 50 against 90
+    assert audit.pair_metrics(by_sum)["omission_gap"] == -1.0
     assert verdict_of(by_sum, "omission_gap") is Verdict.GO
 
 
@@ -362,31 +370,39 @@ def chain(num_sentences: int) -> list[Node]:
     nodes, path = [], ""
     for i in range(num_sentences):
         before, path = path, f"{path}.0".lstrip(".")
-        nodes.append(node(path, f" Thing {i}.", cosine=0.3 + 0.01 * (i % 2), ids=(i + 1,), fate=Fate.TOP))
+        nodes.append(node(path, f" Thing {i}.", cosine=0.3 + 0.01 * (i % 2), ids=(i + 1,), status=NodeStatus.TOP))
         if before:
             nodes.append(
-                node(f"{before}.1", "", cosine=None, ids=(0,), fate=Fate.FINISHED, finish=Finish.EOS, logprobs=(-1.0,))
+                node(
+                    f"{before}.1",
+                    "",
+                    cosine=None,
+                    ids=(0,),
+                    status=NodeStatus.FINISHED,
+                    finish=Finish.EOS,
+                    logprobs=(-1.0,),
+                )
             )
     return nodes
 
 
-def test_a_sum_is_found_to_count_sentences():
-    by_sum = [signs_of(chain(6), reward={"response": "sum"})]
-    assert audit.pair_signs(by_sum)["length_correlation"] == pytest.approx(1.0, abs=0.01)
+def test_a_reward_that_grows_with_length_is_noticed():
+    by_sum = [tree_metrics_of(chain(6), reward={"response": "sum"})]
+    assert audit.pair_metrics(by_sum)["length_correlation"] == pytest.approx(1.0, abs=0.01)
     assert verdict_of(by_sum, "length_correlation") is PAIR_BOUNDS["length_correlation"].judge(1.0)
-    by_mean = [signs_of(chain(6), reward={"response": "mean"})]
-    assert abs(audit.pair_signs(by_mean)["length_correlation"]) < 0.75
+    by_mean = [tree_metrics_of(chain(6), reward={"response": "mean"})]
+    assert abs(audit.pair_metrics(by_mean)["length_correlation"]) < 0.75
 
 
-def test_a_reward_for_saying_it_again_is_found_out():
+def test_a_reward_for_repetition_is_noticed():
     # The boat is the best sentence, so by sum the response that says it twice wins.
     nodes = [
-        node("0", "A boat.", cosine=0.50, ids=(1,), fate=Fate.TOP),
-        node("0.0", " A boat.", cosine=0.50, ids=(1, 0), fate=Fate.FINISHED, finish=Finish.EOS),
-        node("0.1", " A fish.", cosine=0.40, ids=(3, 0), fate=Fate.FINISHED, finish=Finish.EOS),
+        node("0", "A boat.", cosine=0.50, ids=(1,), status=NodeStatus.TOP),
+        node("0.0", " A boat.", cosine=0.50, ids=(1, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),
+        node("0.1", " A fish.", cosine=0.40, ids=(3, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),
     ]
-    by_sum = [signs_of(nodes, reward={"response": "sum"})]
-    assert audit.pair_signs(by_sum)["repeat_gap"] == 1.0
+    by_sum = [tree_metrics_of(nodes, reward={"response": "sum"})]
+    assert audit.pair_metrics(by_sum)["repeat_gap"] == 1.0
     assert verdict_of(by_sum, "repeat_gap") is not Verdict.GO
-    at_a_cost = [signs_of(nodes, reward={"response": "sum", "repeat_penalty": 2.0})]  # 100 - 20 against 90
-    assert audit.pair_signs(at_a_cost)["repeat_gap"] == -1.0
+    at_a_cost = [tree_metrics_of(nodes, reward={"response": "sum", "repeat_penalty": 2.0})]  # 100 - 20 against 90
+    assert audit.pair_metrics(at_a_cost)["repeat_gap"] == -1.0

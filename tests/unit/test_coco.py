@@ -1,4 +1,4 @@
-"""The world in COCO's format gives the numbers that the world's own evaluation gives."""
+"""Test that the world in COCO's format yields the same metrics as the world's own evaluation."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def texts(number: int) -> list[str]:
     return [" ".join(rng.choices(parts, k=rng.randrange(8))) for _ in range(number)]
 
 
-def simple_judgement(scene, text: str):
-    """The world's rule in three lines: words are runs of letters, a kind is its own word."""
+def reference_judgement(scene, text: str):
+    """Judge a text by the world's rule: words are runs of letters, and each kind is named by its own word."""
     words = re.findall("[a-z]+", text.lower())
     named = [word for word in words if word in HARBOUR.kinds]
     colors = [before for before, word in pairwise(["", *words]) if word in HARBOUR.kinds]
@@ -45,12 +45,12 @@ def simple_judgement(scene, text: str):
     return tuple(named), tuple(absent), scene.kinds & set(named), pairs[True], pairs[False]
 
 
-def test_chair_judges_the_world_as_its_own_rule_does():
+def test_the_worlds_judgement_equals_the_reference():
     for index, text in enumerate(texts(400)):
         scene = SCENES[index % len(SCENES)]
         found = judge(HARBOUR, scene, text)
         measured = (found.mentioned, found.hallucinated, found.recalled, found.colors_right, found.colors_wrong)
-        assert measured == simple_judgement(scene, text), text
+        assert measured == reference_judgement(scene, text), text
         assert [kind for kind, _ in mentions(HARBOUR, text)] == list(found.mentioned)
 
 
@@ -61,19 +61,19 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_the_command_gives_the_worlds_numbers(folder):
-    said = texts(len(SCENES))
+def test_the_chair_command_yields_the_worlds_metrics(folder):
+    captions_of_scenes = texts(len(SCENES))
     captions = folder / "captions.jsonl"
     rows = [
         {"id": scene.scene_id, "image_id": f"{scene.scene_id}.png", "caption": text}
-        for scene, text in zip(SCENES, said, strict=True)
+        for scene, text in zip(SCENES, captions_of_scenes, strict=True)
     ]
     captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--captions", captions, "--annotations", folder / "annotations", "--synonyms", folder / "synonyms.txt"]
     result = CliRunner().invoke(app, ["eval", "chair", *map(str, arguments), "--words", "plain", "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    judged = [judge(HARBOUR, scene, text) for scene, text in zip(SCENES, said, strict=True)]
+    judged = [judge(HARBOUR, scene, text) for scene, text in zip(SCENES, captions_of_scenes, strict=True)]
     for name, metric in pooled([tallies(item, s.kinds) for item, s in zip(judged, SCENES, strict=True)]).items():
         assert found[name] == metric.value
         assert found["intervals"][name] == [metric.low, metric.high]
@@ -81,21 +81,21 @@ def test_the_command_gives_the_worlds_numbers(folder):
     assert [row["mentioned"] for row in found["sentences"]] == [list(item.mentioned) for item in judged]
 
 
-def test_annotations_say_what_the_scenes_show(folder):
+def test_annotations_describe_the_scenes(folder):
     content = json.loads((folder / "annotations" / "instances_test.json").read_text())
     names = {category["id"]: category["name"] for category in content["categories"]}
     assert list(names.values()) == list(HARBOUR.kinds)
     for image, scene in zip(content["images"], SCENES, strict=True):
-        mine = [item for item in content["annotations"] if item["image_id"] == image["id"]]
-        assert {names[item["category_id"]] for item in mine} == scene.kinds
+        instances = [item for item in content["annotations"] if item["image_id"] == image["id"]]
+        assert {names[item["category_id"]] for item in instances} == scene.kinds
         assert (folder / "images" / image["file_name"]).is_file()
-        for item in mine:
+        for item in instances:
             left, top, width, height = item["bbox"]
             assert 0 <= left <= image["width"] - width
             assert 0 <= top <= image["height"] - height
 
 
-def test_questions_are_worded_as_the_models_know_them_and_true(folder):
+def test_questions_use_the_models_wording_and_have_correct_labels(folder):
     for setting in SETTINGS:
         questions = read_questions(folder / f"pope_{setting}.jsonl").questions
         assert len(questions) == 4 * len(SCENES)
@@ -105,6 +105,6 @@ def test_questions_are_worded_as_the_models_know_them_and_true(folder):
             assert question.label == (kind in scene.kinds)
 
 
-def test_scenes_that_models_learn_from_are_refused(tmp_path):
+def test_training_scenes_are_refused(tmp_path):
     with pytest.raises(CsrError, match="not for evaluation"):
         write_coco(HARBOUR, Split.PROMPTS, 0, 10, tmp_path)

@@ -1,4 +1,4 @@
-"""Comparing stored evaluations, the rules about the outcome, and the gate that stops a run."""
+"""Test comparisons of stored evaluations, stop rules, and the gate that stops a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from csr_vlm.cli.app import app
 from csr_vlm.config.load import resolve
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
-from csr_vlm.evaluation.compare import Measured, broken_rules, compare, parse_rule
+from csr_vlm.evaluation.compare import EvaluatedPolicy, compare, parse_rule, triggered_rules
 from csr_vlm.evaluation.statistics import pooled
 from csr_vlm.pipeline import gates, stages
 from csr_vlm.report.html import render
@@ -68,7 +68,7 @@ def new_run(root: Path, *measured: dict[str, Any], **evaluation: Any) -> Run:
 
 def test_differences_by_hand(tmp_path):
     run = new_run(tmp_path, document(BASE), document(BETTER))
-    (found,) = compare(Measured(run, 0), Measured(run, 1))
+    (found,) = compare(EvaluatedPolicy(run, 0), EvaluatedPolicy(run, 1))
     assert found.evaluation == "world"
     # CHAIR_S 3/4 to 1/4, CHAIR_I 4/11 to 1/8, recall 7/8 both times.
     assert found.metrics["chair_s"].value == pytest.approx(-0.5)
@@ -80,47 +80,52 @@ def test_differences_by_hand(tmp_path):
 
 
 def test_the_order_of_the_rows_does_not_matter(tmp_path):
-    turned = document(BETTER)
-    turned["rows"].reverse()
+    reversed_rows = document(BETTER)
+    reversed_rows["rows"].reverse()
     straight = new_run(tmp_path / "a", document(BASE), document(BETTER))
-    other = new_run(tmp_path / "b", document(BASE), turned)
-    assert compare(Measured(straight, 0), Measured(straight, 1)) == compare(Measured(other, 0), Measured(other, 1))
+    other = new_run(tmp_path / "b", document(BASE), reversed_rows)
+    assert compare(EvaluatedPolicy(straight, 0), EvaluatedPolicy(straight, 1)) == compare(
+        EvaluatedPolicy(other, 0), EvaluatedPolicy(other, 1)
+    )
 
 
-def test_a_policy_does_not_differ_from_itself(tmp_path):
+def test_a_policy_compared_with_itself_has_zero_differences(tmp_path):
     run = new_run(tmp_path, document(BASE))
-    (found,) = compare(Measured(run, 0), Measured(run, 0))
+    (found,) = compare(EvaluatedPolicy(run, 0), EvaluatedPolicy(run, 0))
     assert {(d.value, d.low, d.high, d.p) for d in found.metrics.values()} == {(0.0, 0.0, 0.0, 1.0)}
 
 
-def test_a_metric_of_some_prompts_is_compared_on_those(tmp_path):
+def test_a_metric_of_only_some_prompts_is_compared_on_those(tmp_path):
     old, new = document(BASE), document(BETTER)
     for side, answer in ((old, 0), (new, 1)):
         side["rows"][2]["tallies"]["yes_no_absent"] = (answer, 1)
     run = new_run(tmp_path, old, new)
-    found = compare(Measured(run, 0), Measured(run, 1))[0].metrics["yes_no_absent"]
+    found = compare(EvaluatedPolicy(run, 0), EvaluatedPolicy(run, 1))[0].metrics["yes_no_absent"]
     assert (found.before, found.after, found.n) == (0.0, 1.0, 1)
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (document(BETTER, seed=7), r"different protocols: seed \(1 against 7\)"),
-        (document(BETTER, prompt="Look."), r"prompt \(nothing against Look.\)"),
-        (document(BETTER[:3]), "1 prompts were answered by one policy only"),
-        ({"protocol": {"world": "harbour", "seed": 1}, "metrics": {}, "rows": [{"id": "a"}]}, "does not say what each"),
+        (document(BETTER, seed=7), r"different protocols: seed \(1 vs. 7\)"),
+        (document(BETTER, prompt="Look."), r"prompt \(missing vs. Look.\)"),
+        (document(BETTER[:3]), "1 prompts were answered by only one of the policies"),
+        (
+            {"protocol": {"world": "harbour", "seed": 1}, "metrics": {}, "rows": [{"id": "a"}]},
+            "has no per-prompt tallies",
+        ),
     ],
 )
-def test_what_cannot_be_compared_is_refused(tmp_path, other, message):
+def test_evaluations_that_are_not_comparable_are_refused(tmp_path, other, message):
     run = new_run(tmp_path, document(BASE), other)
     with pytest.raises(CsrError, match=message):
-        compare(Measured(run, 0), Measured(run, 1))
+        compare(EvaluatedPolicy(run, 0), EvaluatedPolicy(run, 1))
 
 
-def test_nothing_in_common(tmp_path):
+def test_policies_without_a_common_evaluation_are_refused(tmp_path):
     run = new_run(tmp_path, document(BASE))
-    with pytest.raises(CsrError, match=r"nothing to compare: .*iteration 1 has no evaluation"):
-        compare(Measured(run, 0), Measured(run, 1))
+    with pytest.raises(CsrError, match=r"nothing to compare: .*iteration 1 has no evaluation in common"):
+        compare(EvaluatedPolicy(run, 0), EvaluatedPolicy(run, 1))
 
 
 @pytest.mark.parametrize(
@@ -138,32 +143,32 @@ def test_nothing_in_common(tmp_path):
         ("nonsense > 0", None),
     ],
 )
-def test_rules(tmp_path, text, holds):
+def test_a_rule_triggers_where_its_condition_holds(tmp_path, text, holds):
     run = new_run(tmp_path, document(BASE), document(SILENT))  # recall 7/8 to 3/8
-    found = compare(Measured(run, 0), Measured(run, 1))
+    found = compare(EvaluatedPolicy(run, 0), EvaluatedPolicy(run, 1))
     if holds is None:
         with pytest.raises(CsrError, match="was not measured"):
-            broken_rules([parse_rule(text)], found)
+            triggered_rules([parse_rule(text)], found)
     else:
-        assert bool(broken_rules([parse_rule(text)], found)) is holds
+        assert bool(triggered_rules([parse_rule(text)], found)) is holds
 
 
 @pytest.mark.parametrize("text", ["", "recall", "recall = 1", "recall < much", "recall < -0.1 or 2", "< 1", "a b < 1"])
-def test_what_is_no_rule(text):
-    with pytest.raises(CsrError, match="is not a rule"):
+def test_an_invalid_rule_is_refused(text):
+    with pytest.raises(CsrError, match=r"is not a (valid )?rule"):
         parse_rule(text)
-    with pytest.raises(CsrError, match="is not a rule"):
+    with pytest.raises(CsrError, match=r"is not a (valid )?rule"):
         resolve(REQUIRED | {"evaluation": {"world": {}, "stop_if": [text]}})
 
 
 @given(st.floats(-1, 1), st.sampled_from(["<", "<=", ">", ">="]), st.floats(-1, 1))
-def test_a_rule_means_what_it_says(bound, sign, value):
+def test_a_rule_compares_with_its_operator(bound, sign, value):
     says = {"<": value < bound, "<=": value <= bound, ">": value > bound, ">=": value >= bound}[sign]
     assert parse_rule(f"recall {sign} {bound!r}").holds(value) is says
 
 
-def test_a_rule_needs_something_to_judge():
-    with pytest.raises(CsrError, match="stop_if needs an evaluation"):
+def test_a_rule_needs_an_evaluation():
+    with pytest.raises(CsrError, match="stop_if requires an evaluation"):
         resolve(REQUIRED | {"evaluation": {"heldout": 0, "stop_if": ["recall < 0"]}})
 
 
@@ -176,18 +181,18 @@ def test_the_gate_keeps_the_last_good_iteration(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["stopped_at"], manifest["final_iteration"]) == (2, 1)
     assert "recall went from 0.875 to 0.375" in manifest["stages"]["iteration-2"]["gate"]["reasons"][0]
-    assert "The run stopped after iteration 2 and kept iteration 1" in render(run)
-    assert "stopped after iteration 2; its result: iteration 1" in invoke("show", tmp_path).stdout
+    assert "The run stopped after iteration 2 and returned iteration 1" in render(run)
+    assert "stopped after iteration 2; the result is iteration 1" in invoke("show", tmp_path).stdout
 
 
-def test_the_gate_decides_once(tmp_path):
+def test_the_decision_of_the_gate_is_final(tmp_path):
     run = new_run(tmp_path, document(BASE), document(SILENT), stop_if=["recall < -0.1"])
     assert gates.gate(run, 1, Silent())
     files.write_json(run.evaluation_path(1, "world"), document(BETTER))
     assert gates.gate(Run.open(tmp_path), 1, Silent()), "going on with a stopped run does not start it again"
 
 
-def test_the_gate_can_look_at_the_iteration_before(tmp_path):
+def test_the_gate_can_compare_with_the_previous_iteration(tmp_path):
     measured = [document(SILENT), document(BETTER), document(BASE)]
     rules: dict[str, Any] = {"stop_if": ["chair_s > 0.4"]}
     against_base = new_run(tmp_path / "a", *measured, **rules)
@@ -197,16 +202,16 @@ def test_the_gate_can_look_at_the_iteration_before(tmp_path):
     assert steps.result(2, "gate")["against"] == 1
 
 
-def test_where_no_iteration_passes_the_base_stays(tmp_path):
+def test_the_result_is_the_base_model_where_no_iteration_passes(tmp_path):
     run = new_run(tmp_path, document(BASE), document(SILENT), stop_if=["recall < -0.1"])
     assert gates.gate(run, 1, Silent())
     stages.export(run, Silent())
     assert run.final == 0
     assert not (tmp_path / "adapter").exists()
-    assert "the base model stays as it is" in render(run)
+    assert "The result is the base model" in render(run)
 
 
-def test_without_rules_nothing_is_judged(tmp_path):
+def test_without_rules_every_iteration_passes(tmp_path):
     run = new_run(tmp_path, document(BASE), document(SILENT))
     assert not gates.gate(run, 1, Silent())
     assert run.result(1, "gate")["verdict"] == "go"
@@ -215,7 +220,7 @@ def test_without_rules_nothing_is_judged(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _loud(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silencing libraries is for a process of its own: it would last, and loads transformers."""
+    """Keep libraries from being silenced: that would outlast the test, and it loads transformers."""
     monkeypatch.setattr(console, "quiet_libraries", lambda: None)
 
 
@@ -237,7 +242,7 @@ def test_the_command_prints_json_and_fails_with_the_reason(tmp_path):
     assert "-0.500" in failed.stdout
 
 
-def test_two_runs_compare_their_results(tmp_path):
+def test_two_runs_are_compared_by_their_results(tmp_path):
     one = new_run(tmp_path / "one", document(BASE), document(BETTER))
     two = new_run(tmp_path / "two", document(BASE), document(SILENT))
     found = json.loads(invoke("compare", one.root, two.root, "--json").stdout)
@@ -246,14 +251,14 @@ def test_two_runs_compare_their_results(tmp_path):
 
 
 @pytest.mark.parametrize("order", [("RUN", "--json"), ("--json", "RUN"), ("run", "RUN", "--json")])
-def test_eval_takes_a_run_without_a_command(tmp_path, order):
+def test_eval_accepts_a_run_in_place_of_a_command(tmp_path, order):
     run = new_run(tmp_path, document(BASE), document(BETTER))
     shown = invoke("eval", *(run.root if part == "RUN" else part for part in order), "--quiet")
     assert shown.exit_code == 0, shown.output
     assert [row["iteration"] for row in json.loads(shown.stdout)["measured"]] == [0, 1]
 
 
-def test_eval_still_has_its_commands():
+def test_eval_has_commands():
     assert "world-seed" in invoke("eval", "world", "--help").output
     assert invoke("eval", "--help").output.count("world") >= 1
     assert isinstance(invoke("eval", "/nonexistent").exception, CsrError)

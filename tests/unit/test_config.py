@@ -1,4 +1,4 @@
-"""Configuration: precedence, presets, and errors that say what to do."""
+"""Test the configuration: precedence, presets, and helpful errors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= flat(inner, f"{prefix}.{key}".lstrip("."))
-    return found
+        actual |= flat(inner, f"{prefix}.{key}".lstrip("."))
+    return actual
 
 
 def differing(left: RunConfig, right: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -40,7 +40,7 @@ def refusal(*overrides: str) -> CsrError:
     return caught.value
 
 
-def test_the_presets_of_the_design():
+def test_all_documented_presets_exist():
     assert set(presets()) >= {"paper", "official", "calibrated", "only_rt", "only_ri", "random_pairs"}
 
 
@@ -52,23 +52,23 @@ def config_of(preset: str) -> RunConfig:
 
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_is_valid_and_resolves_to_itself(name):
-    found = config_of(name)
-    assert found.preset == name
-    assert resolve(found.dump()) == found
+    actual = config_of(name)
+    assert actual.preset == name
+    assert resolve(actual.dump()) == actual
 
 
 @pytest.mark.parametrize("name", presets())
-def test_a_preset_writes_no_option_twice_and_none_that_is_unknown(name):
+def test_every_setting_of_a_preset_takes_effect(name):
     resolved = flat(config_of(name).dump())
     assert flat(presets()[name]).items() <= resolved.items()
 
 
-def test_external_needs_pairs():
+def test_preset_external_requires_pairs():
     with pytest.raises(CsrError, match=r"set data\.pairs"):
         config(preset="external")
-    found = differing(config(preset="calibrated"), config_of("external"))
-    assert set(found) == {"preset", "iterations", "data.pairs"}
-    assert found["iterations"][1] == 1
+    actual = differing(config(preset="calibrated"), config_of("external"))
+    assert set(actual) == {"preset", "iterations", "data.pairs"}
+    assert actual["iterations"][1] == 1
 
 
 def test_the_default_preset_is_calibrated():
@@ -76,10 +76,10 @@ def test_the_default_preset_is_calibrated():
     assert differing(config(), config(preset="paper"))
 
 
-def test_paper_is_the_papers_method():
-    found = flat(config(preset="paper").dump())
+def test_preset_paper_is_the_published_method():
+    actual = flat(config(preset="paper").dump())
     assert (
-        found.items()
+        actual.items()
         >= {
             "iterations": 3,
             "method.lambda": 0.9,
@@ -96,13 +96,13 @@ def test_paper_is_the_papers_method():
             "training.projector_learning_rate": None,
         }.items()
     )
-    assert found["method.search.keep_top"] == found["method.search.keep_bottom"], "the same k at both ends"
+    assert actual["method.search.keep_top"] == actual["method.search.keep_bottom"], "the same k at both ends"
 
 
-def test_official_is_the_released_code():
-    found = flat(config(preset="official").dump())
+def test_preset_official_is_the_released_code():
+    actual = flat(config(preset="official").dump())
     assert (
-        found.items()
+        actual.items()
         >= {
             "method.lambda": 0.9,
             "method.search.steer_by": "logprob",
@@ -143,14 +143,14 @@ def test_official_is_the_released_code():
     ],
 )
 def test_an_ablation_differs_in_one_setting(name, key, value):
-    found = differing(config(preset="calibrated"), config(preset=name))
-    assert found.pop("preset") == ("calibrated", name)
+    actual = differing(config(preset="calibrated"), config(preset=name))
+    assert actual.pop("preset") == ("calibrated", name)
     # What is meant to fail is let run.
-    assert found.pop("evaluation.audit", None) == (None if name == "only_ri" else ("stop", "warn"))
+    assert actual.pop("evaluation.audit", None) == (None if name == "only_ri" else ("stop", "warn"))
     # Questions are answered by relevance, which two of them are to do without.
-    assert found.pop("method.pairs.questions.pattern", ("", ""))[1] == ""
-    assert list(found) == [key]
-    assert found[key][1] == value
+    assert actual.pop("method.pairs.questions.pattern", ("", ""))[1] == ""
+    assert list(actual) == [key]
+    assert actual[key][1] == value
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -172,13 +172,13 @@ def test_every_recipe_is_valid(recipe):
         ("lambda=0.7", "lambda", "method.lambda"),
     ],
 )
-def test_an_unknown_option_is_named_with_the_nearest_one(override, key, near):
+def test_the_error_for_an_unknown_option_suggests_the_closest_one(override, key, near):
     error = refusal(override)
     assert key in error.message
     assert f"did you mean {near}?" in error.hint
 
 
-def test_an_unknown_option_near_nothing_lists_what_there_is():
+def test_the_error_for_an_unknown_option_lists_all_options_if_none_is_close():
     error = refusal("method.pairs.zzzzzz=1")
     assert "method.pairs.zzzzzz" in error.message
     assert all(name in error.hint for name in ("selection", "min_margin", "require_complete"))
@@ -209,7 +209,7 @@ def test_an_unknown_option_near_nothing_lists_what_there_is():
         "method=3",
     ],
 )
-def test_what_is_out_of_bounds_is_refused_by_name(override):
+def test_values_out_of_bounds_are_rejected_by_name(override):
     key, _, value = override.partition("=")
     error = refusal(override)
     assert key in error.message
@@ -224,12 +224,12 @@ def test_the_bounds_themselves_are_allowed(bound):
 
 
 @pytest.mark.parametrize("missing", ["model", "scorer", "data"])
-def test_what_must_be_given_is_asked_for(missing):
+def test_missing_required_options_are_named(missing):
     with pytest.raises(CsrError, match=f"{missing} is missing"):
         resolve({key: value for key, value in REQUIRED.items() if key != missing})
 
 
-def test_an_unknown_preset_lists_the_known_ones():
+def test_the_error_for_an_unknown_preset_suggests_a_preset():
     error = refusal("preset=papr")
     assert "papr" in error.message
     assert "paper" in error.message
@@ -238,7 +238,7 @@ def test_an_unknown_preset_lists_the_known_ones():
 @pytest.mark.parametrize(
     "override", ["method.lamda=1", "method.lambda=7", "preset=papr", "method.search.steer_by=x", "seed=[1]", "nonsense"]
 )
-def test_errors_are_for_people(override):
+def test_error_messages_contain_no_technical_noise(override):
     error = refusal(override)
     for noise in ("Traceback", "pydantic", "http", "ValidationError", "type=", "\n"):
         assert noise not in str(error)
@@ -246,7 +246,7 @@ def test_errors_are_for_people(override):
 
 
 @pytest.mark.parametrize("override", ["method", "=3", "method..lambda=1", ".method=1", "method.=1"])
-def test_what_is_no_override_is_refused(override):
+def test_invalid_overrides_are_rejected(override):
     error = refusal(override)
     assert override in error.message
     assert "key=value" in error.hint
@@ -273,13 +273,13 @@ def test_what_is_no_override_is_refused(override):
     ],
 )
 def test_override_values(text, value):
-    found = overridden(f"training.trl.option={text}").training.trl["option"]
-    assert found == value
-    assert type(found) is type(value)
+    actual = overridden(f"training.trl.option={text}").training.trl["option"]
+    assert actual == value
+    assert type(actual) is type(value)
 
 
 def test_overrides_reach_every_depth():
-    found = overridden(
+    actual = overridden(
         "seed=5",
         "method.lambda=1e-4",
         "method.search.max_response_chars=null",
@@ -287,24 +287,24 @@ def test_overrides_reach_every_depth():
         "training.trl.learning_rate=2e-5",
         "evaluation.world.num_scenes=7",
     )
-    assert found.seed == 5
-    assert found.method.lambda_ == 1e-4
-    assert found.method.search.max_response_chars is None
-    assert found.training.merge is True
-    assert found.training.trl["learning_rate"] == 2e-5
-    assert found.training.trl["beta"] == 0.1, "the preset's neighbours stay"
-    assert found.evaluation.world is not None
-    assert found.evaluation.world.num_scenes == 7
+    assert actual.seed == 5
+    assert actual.method.lambda_ == 1e-4
+    assert actual.method.search.max_response_chars is None
+    assert actual.training.merge is True
+    assert actual.training.trl["learning_rate"] == 2e-5
+    assert actual.training.trl["beta"] == 0.1, "the preset's neighbours stay"
+    assert actual.evaluation.world is not None
+    assert actual.evaluation.world.num_scenes == 7
 
 
-def test_off_is_a_word_and_yes_is_true_where_truth_is_meant():
+def test_off_is_a_string_and_yes_is_true_for_boolean_options():
     assert overridden("training.packing=off").training.packing == "off"
     assert overridden("training.merge=yes").training.merge is True
     assert overridden("method.pairs.questions.no=No").method.pairs.questions.no == "No"
     assert yaml.safe_load("off") is False, "other readers are left alone"
 
 
-def test_an_override_of_nothing_asks_no_questions():
+def test_an_empty_pattern_disables_questions():
     assert overridden().method.pairs.questions.pattern
     assert overridden("method.pairs.questions.pattern=").method.pairs.questions.pattern == ""
 
@@ -313,38 +313,38 @@ def test_preset_then_recipe_then_overrides(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     settings = {"preset": "official", "method": {"lambda": 0.3, "search": {"keep_top": 3, "keep_bottom": 4}}}
     recipe.write_text(yaml.safe_dump(REQUIRED | settings))
-    found = load_config(recipe, ["method.search.keep_top=5", "method.search.keep_top=6"]).method
-    assert found.search.num_candidates == 5, "from the preset"
-    assert found.search.decoding == "diverse", "from the preset"
-    assert found.lambda_ == 0.3, "from the recipe, above the preset"
-    assert found.search.keep_bottom == 4, "from the recipe"
-    assert found.search.keep_top == 6, "from the last override"
-    assert found.search.top_p == 1.0, "a default"
+    actual = load_config(recipe, ["method.search.keep_top=5", "method.search.keep_top=6"]).method
+    assert actual.search.num_candidates == 5, "from the preset"
+    assert actual.search.decoding == "diverse", "from the preset"
+    assert actual.lambda_ == 0.3, "from the recipe, above the preset"
+    assert actual.search.keep_bottom == 4, "from the recipe"
+    assert actual.search.keep_top == 6, "from the last override"
+    assert actual.search.top_p == 1.0, "a default"
 
 
 def test_an_override_can_change_the_preset_below_a_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(REQUIRED | {"preset": "paper", "method": {"lambda": 0.3}}))
-    found = load_config(recipe, ["preset=official"])
-    assert found.method.reward.fusion == "sibling_rank"
-    assert found.method.lambda_ == 0.3
+    actual = load_config(recipe, ["preset=official"])
+    assert actual.method.reward.fusion == "sibling_rank"
+    assert actual.method.lambda_ == 0.3
 
 
 @pytest.mark.parametrize("content", ["", "- 1\n", "a: [1\n", "just text"])
-def test_a_recipe_that_holds_no_configuration(tmp_path, content):
+def test_a_recipe_without_a_configuration_is_rejected(tmp_path, content):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(content)
     with pytest.raises(CsrError, match=r"recipe\.yaml"):
         load_config(recipe)
 
 
-def test_a_recipe_that_is_not_there(tmp_path):
+def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(CsrError, match=r"nowhere\.yaml"):
         load_config(tmp_path / "nowhere.yaml")
 
 
 def test_dump_and_resolve_round_trip_through_yaml():
-    found = overridden(
+    actual = overridden(
         "preset=official",
         "method.lambda=1e-4",
         "training.trl.learning_rate=1e-7",
@@ -352,9 +352,9 @@ def test_dump_and_resolve_round_trip_through_yaml():
         "method.search.delimiters='.!?\"'",
         "evaluation.world.num_scenes=3",
     )
-    again = resolve(yaml.safe_load(yaml.safe_dump(found.dump(), sort_keys=False, allow_unicode=True)))
-    assert again == found
-    assert "lambda" in found.dump()["method"], "options are written by the names that users give them"
+    again = resolve(yaml.safe_load(yaml.safe_dump(actual.dump(), sort_keys=False, allow_unicode=True)))
+    assert again == actual
+    assert "lambda" in actual.dump()["method"], "options are written by the names that users give them"
 
 
 def test_the_presets_are_not_changed_by_use():

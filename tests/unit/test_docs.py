@@ -1,4 +1,4 @@
-"""The documentation against the program: references are current, commands parse, links lead somewhere."""
+"""Test the documentation against the program: references are current, commands parse, help fits the terminal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from docs.reference import HERE, pages, verbs
+from docs.reference import HERE, PACKAGE, package_tree, pages, verbs
 from typer.core import TyperGroup
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from csr_vlm.cli.app import app
 from csr_vlm.config.load import load_config, option_keys
@@ -55,10 +56,18 @@ def examples() -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["configuration.md", "commands.md", "presets.md"])
+@pytest.mark.parametrize("name", ["architecture.md", "configuration.md", "commands.md", "presets.md"])
 def test_the_reference_is_current(name):
     written = (HERE / name).read_text(encoding="utf-8")
     assert written == pages()[name], "run: make docs-pages"
+
+
+def test_the_architecture_page_describes_every_module():
+    tree = package_tree((HERE / "architecture.md").read_text(encoding="utf-8"))
+    described = {line.split()[0] for line in tree.splitlines() if len(line.split()) > 1}
+    modules = {path.name for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")}
+    assert modules
+    assert modules <= described
 
 
 def test_the_reference_has_every_key_and_verb():
@@ -77,6 +86,47 @@ def test_every_verb_has_an_example_of_itself_that_parses(words, command):
     assert own, f"{example!r} is no example of csr {' '.join(words)}"
     for arguments in found:
         parsed(arguments)
+
+
+@pytest.mark.parametrize("words", verbs(), ids=lambda words: "-".join(words) or "csr")
+def test_every_help_fits_80_columns(words):
+    shown = CliRunner().invoke(app, [*words, "--help"], prog_name="csr", env={"COLUMNS": "80"}).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    command: Any = get_command(app)
+    for word in words:
+        command = command.commands[word]
+    if isinstance(command, TyperGroup):
+        for name, verb in command.commands.items():
+            summary = verb.get_short_help_str(1000)
+            assert not summary.endswith("...")
+            assert re.search(rf"^  {name} +{re.escape(summary)}$", shown, re.MULTILINE), f"the summary of {name} is cut"
+
+
+def test_verbs_are_grouped_by_what_one_wants():
+    shown = CliRunner().invoke(app, ["--help"], prog_name="csr", env={"COLUMNS": "80"}).stdout
+    titles = re.findall(r"^(\w+):$", shown, re.MULTILINE)
+    assert titles == ["Options", "Run", "Inspect", "Evaluate", "Share", "Advanced"]
+
+
+def test_version_is_printed_by_option_and_verb():
+    from importlib.metadata import version
+
+    expected = f"csr-vlm {version('csr-vlm')}\n"
+    assert [CliRunner().invoke(app, [word]).stdout for word in ("--version", "version")] == [expected] * 2
+
+
+@pytest.mark.parametrize("words", [[], ["run"], ["eval"], ["eval", "chair"]], ids=" ".join)
+def test_help_is_that_of_the_verb(words):
+    runner = CliRunner()
+    expected = runner.invoke(app, [*words, "--help"], prog_name="csr").stdout
+    assert runner.invoke(app, ["help", *words], prog_name="csr").stdout == expected
+
+
+def test_help_of_an_unknown_verb_is_an_error():
+    with pytest.raises(USAGE, match="runn"):
+        CliRunner().invoke(app, ["help", "runn"], catch_exceptions=False, standalone_mode=False)
+    with pytest.raises(CsrError, match="csr run has no verb 'fast'"):
+        CliRunner().invoke(app, ["help", "run", "fast"], prog_name="csr", catch_exceptions=False)
 
 
 @pytest.mark.parametrize("arguments", COMMANDS)
@@ -127,6 +177,8 @@ def test_inline_commands_name_verbs(page):
     known = {" ".join(words) for words in verbs()}
     for found in INLINE.findall(page.read_text(encoding="utf-8")):
         first = found.split()[0]
+        if first.startswith("-"):
+            continue
         assert first in known, f"csr {first} in {page.name}"
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from csr_vlm.cli.app import app
 from csr_vlm.config.load import load_config
-from csr_vlm.training.distribution import shared_batch
+from csr_vlm.training.distribution import per_process_batch
 
 ROOT = Path(__file__).parents[2]
 SLURM = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
@@ -135,5 +135,5 @@ def test_accelerate_reads_its_configurations(path: Path) -> None:
 def test_recipes_for_eight_gpus_take_the_same_step_on_fewer(path: Path) -> None:
     trl = load_config(path).training.trl
     for processes in (1, 2, 4, 8, 16):
-        dealt = shared_batch(trl, processes)
+        dealt = per_process_batch(trl, processes)
         assert processes * dealt["per_device_train_batch_size"] * dealt["gradient_accumulation_steps"] == 32

@@ -1,4 +1,4 @@
-"""Pairs to other programs' files and back: the exact fields, and the same prompts and texts."""
+"""Export pairs to the formats of other programs and read them back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from csr_vlm.data.external_pairs import TextPair, count_pairs, read_text_pairs, 
 from csr_vlm.data.images import load_image
 from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.data.sources import PAIR_FORMATS
-from csr_vlm.pipeline.offline_pairs import check_pairs, supplies
+from csr_vlm.pipeline.offline_pairs import check_pairs, has_offline_pairs
 from tests.unit.builders import config
 
 FORMATS = sorted(PAIR_FORMATS)
@@ -34,8 +34,8 @@ def response(text: str, reward: float = 0.0) -> Response:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> list[Pair]:
-    """Three pairs over two pictures; the first prompt has two."""
-    found = []
+    """Return three pairs over two images; the first prompt has two pairs."""
+    pairs = []
     for name, color, text in (
         ("a", "red", 'A "red" café.'),
         ("a", "red", "Red\nand <b>."),
@@ -43,8 +43,8 @@ def pairs(tmp_path: Path) -> list[Pair]:
     ):
         path = tmp_path / f"{color}.png"
         Image.new("RGB", (4, 4), color).save(path)
-        found.append(Pair(Prompt(name, str(path), "What is this?"), 2, response(text, 2.0), response("A boat.", 1.0)))
-    return found
+        pairs.append(Pair(Prompt(name, str(path), "What is this?"), 2, response(text, 2.0), response("A boat.", 1.0)))
+    return pairs
 
 
 def export(pairs: list[Pair], form: str, out: Path, copy_images: bool = False) -> Path:
@@ -64,7 +64,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
 
 
-def test_the_formats_have_one_list() -> None:
+def test_configuration_and_export_list_the_same_formats() -> None:
     named = typing.get_args(DataConfig.model_fields["pairs_format"].annotation)
     assert set(named) - {"auto"} == {form.value for form in Format} == set(PAIR_FORMATS)
 
@@ -74,11 +74,11 @@ def test_the_formats_have_one_list() -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("named", [True, False])
-def test_what_is_exported_reads_back(pairs: list[Pair], tmp_path: Path, form: str, named: bool) -> None:
+def test_exported_pairs_are_read_back(pairs: list[Pair], tmp_path: Path, form: str, named: bool) -> None:
     path = export(pairs, form, tmp_path / "out")
-    found, report = read_back(path, images=tmp_path / "kept", pairs_format=form if named else "auto")
+    text_pairs, report = read_back(path, images=tmp_path / "kept", pairs_format=form if named else "auto")
     assert report.dump() == {"accepted": 3, "dropped": {}, "examples": []}
-    for text, pair in zip(found, pairs, strict=True):
+    for text, pair in zip(text_pairs, pairs, strict=True):
         assert (text.prompt.prompt_id, text.prompt.text) == (pair.prompt.prompt_id, pair.prompt.text)
         assert (text.chosen, text.rejected) == (pair.chosen.text, pair.rejected.text)
         assert load_image(text.prompt.image, 100).tobytes() == load_image(pair.prompt.image, 100).tobytes()
@@ -88,24 +88,24 @@ def test_what_is_exported_reads_back(pairs: list[Pair], tmp_path: Path, form: st
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_with_its_images_an_export_stands_alone(pairs: list[Pair], tmp_path: Path, form: str) -> None:
+def test_an_export_with_images_can_be_moved(pairs: list[Pair], tmp_path: Path, form: str) -> None:
     path = export(pairs, form, tmp_path / "out", copy_images=True)
     pixels = [load_image(pair.prompt.image, 100).tobytes() for pair in pairs]
     for pair in pairs:
         Path(pair.prompt.image).unlink(missing_ok=True)
     moved = (tmp_path / "out").rename(tmp_path / "moved")
-    found, _ = read_back(moved / path.name, images=tmp_path / "kept", image_root=None)
-    assert [load_image(text.prompt.image, 100).tobytes() for text in found] == pixels
+    text_pairs, _ = read_back(moved / path.name, images=tmp_path / "kept", image_root=None)
+    assert [load_image(text.prompt.image, 100).tobytes() for text in text_pairs] == pixels
     copied = [file for file in (moved / "images").rglob("*") if file.is_file()] if form not in EMBEDDING else []
     assert len(copied) == (0 if form in EMBEDDING else 2), "one copy of each picture"
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_pairs_are_prompts_as_well(pairs: list[Pair], tmp_path: Path, form: str) -> None:
+def test_pairs_can_be_read_as_prompts(pairs: list[Pair], tmp_path: Path, form: str) -> None:
     path = export(pairs, form, tmp_path / "out", copy_images=True)
     report = InputReport()
-    found = list(read_prompts(DataConfig(prompts=str(path)), report, images=tmp_path / "kept"))
-    assert [(prompt.prompt_id, prompt.text) for prompt in found] == [("a", "What is this?"), ("b/1", "What is this?")]
+    prompts = list(read_prompts(DataConfig(prompts=str(path)), report, images=tmp_path / "kept"))
+    assert [(prompt.prompt_id, prompt.text) for prompt in prompts] == [("a", "What is this?"), ("b/1", "What is this?")]
     assert report.dropped == {"duplicate id": 1}
 
 
@@ -116,14 +116,14 @@ def test_the_same_pairs_give_the_same_bytes(pairs: list[Pair], tmp_path: Path, f
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_no_pairs_are_a_file_as_well(tmp_path: Path, form: str) -> None:
+def test_an_empty_export_is_a_valid_file(tmp_path: Path, form: str) -> None:
     assert rows_of(export([], form, tmp_path)) == []
 
 
 # The exact fields
 
 
-def test_trl(pairs: list[Pair], tmp_path: Path) -> None:
+def test_the_fields_of_trl(pairs: list[Pair], tmp_path: Path) -> None:
     from datasets import load_dataset
 
     path = export(pairs[:1], "trl", tmp_path / "out")
@@ -144,7 +144,7 @@ def test_trl(pairs: list[Pair], tmp_path: Path) -> None:
         assert [row["images"][0].getpixel((0, 0)) for row in loaded] == [(255, 0, 0), (255, 0, 0), (0, 0, 255)]
 
 
-def test_llava(pairs: list[Pair], tmp_path: Path) -> None:
+def test_the_fields_of_llava(pairs: list[Pair], tmp_path: Path) -> None:
     question = {"from": "human", "value": "<image>\nWhat is this?"}
     assert rows_of(export(pairs[:1], "llava", tmp_path / "out")) == [
         {
@@ -156,7 +156,7 @@ def test_llava(pairs: list[Pair], tmp_path: Path) -> None:
     ]
 
 
-def test_llamafactory(pairs: list[Pair], tmp_path: Path) -> None:
+def test_the_fields_of_llamafactory(pairs: list[Pair], tmp_path: Path) -> None:
     out = tmp_path / "out"
     (row,) = rows_of(export(pairs[:1], "llamafactory", out, copy_images=True))
     (image,) = row["images"]
@@ -178,7 +178,7 @@ def test_llamafactory(pairs: list[Pair], tmp_path: Path) -> None:
     }
 
 
-def test_swift(pairs: list[Pair], tmp_path: Path) -> None:
+def test_the_fields_of_swift(pairs: list[Pair], tmp_path: Path) -> None:
     assert rows_of(export(pairs[:1], "swift", tmp_path / "out")) == [
         {
             "id": "a",
@@ -194,7 +194,7 @@ def test_swift(pairs: list[Pair], tmp_path: Path) -> None:
     assert entry["dataset_path"] == "pairs.jsonl", "relative to dataset_info.json"
 
 
-def test_rlaifv(pairs: list[Pair], tmp_path: Path) -> None:
+def test_the_fields_of_rlaifv(pairs: list[Pair], tmp_path: Path) -> None:
     path = export(pairs[:1], "rlaifv", tmp_path / "out")
     (row,) = rows_of(path)
     assert Image.open(io.BytesIO(row["image"].pop("bytes"))).getpixel((0, 0)) == (255, 0, 0)
@@ -214,35 +214,37 @@ def test_rlaifv(pairs: list[Pair], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "others"), [("llamafactory", {"mine": {"file_name": "x"}}), ("swift", [{"dataset_path": "mine.jsonl"}])]
+    ("form", "existing"), [("llamafactory", {"mine": {"file_name": "x"}}), ("swift", [{"dataset_path": "mine.jsonl"}])]
 )
-def test_data_sets_that_are_registered_already_stay(pairs: list[Pair], tmp_path: Path, form: str, others: Any) -> None:
-    (tmp_path / "dataset_info.json").write_text(json.dumps(others))
+def test_registered_datasets_are_kept(pairs: list[Pair], tmp_path: Path, form: str, existing: Any) -> None:
+    (tmp_path / "dataset_info.json").write_text(json.dumps(existing))
     for _ in range(2):
         export(pairs, form, tmp_path)
-    found = json.loads((tmp_path / "dataset_info.json").read_text())
-    assert len(found) == 2
-    assert found["mine"] == others["mine"] if form == "llamafactory" else found[0] == others[0]
+    registry = json.loads((tmp_path / "dataset_info.json").read_text())
+    assert len(registry) == 2
+    assert registry["mine"] == existing["mine"] if form == "llamafactory" else registry[0] == existing[0]
 
 
 @pytest.mark.parametrize("form", ["llamafactory", "swift"])
 @pytest.mark.parametrize("content", ["{broken", "3"])
-def test_a_registry_of_another_form_is_left_alone(pairs: list[Pair], tmp_path: Path, form: str, content: str) -> None:
+def test_a_registry_of_another_form_is_not_overwritten(
+    pairs: list[Pair], tmp_path: Path, form: str, content: str
+) -> None:
     (tmp_path / "dataset_info.json").write_text(content)
-    with pytest.raises(CsrError, match="no list of data sets"):
+    with pytest.raises(CsrError, match="not a valid list of datasets"):
         export(pairs, form, tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["dataset_info.json"]
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_image_that_is_gone_leaves_no_half_export(pairs: list[Pair], tmp_path: Path, form: str) -> None:
+def test_a_missing_image_leaves_no_partial_export(pairs: list[Pair], tmp_path: Path, form: str) -> None:
     Path(pairs[-1].prompt.image).unlink()
     with pytest.raises(CsrError, match=r"blue\.png cannot be read"):
         export(pairs, form, tmp_path / "out", copy_images=True)
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_file()]
 
 
-def test_an_export_where_no_folder_can_be(pairs: list[Pair], tmp_path: Path) -> None:
+def test_an_export_to_an_invalid_folder_is_an_error(pairs: list[Pair], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CsrError, match="cannot be written to"):
         export(pairs, "llava", tmp_path / "file")
@@ -278,19 +280,19 @@ def llava_row(**changes: Any) -> dict[str, Any]:
 def test_bad_pairs_are_counted_by_reason(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     (tmp_path / "p.json").write_text(json.dumps([llava_row(**changes), llava_row()]))
-    found, report = read_back(tmp_path / "p.json", image_root=None)
-    assert [(text.chosen, text.rejected) for text in found] == [("Good.", "Bad.")]
+    text_pairs, report = read_back(tmp_path / "p.json", image_root=None)
+    assert [(text.chosen, text.rejected) for text in text_pairs] == [("Good.", "Bad.")]
     assert report.examples == [f"p.json entry 1: {reason}"]
     with pytest.raises(CsrError, match="entry 1"):
         read_back(tmp_path / "p.json", image_root=None, on_bad_input="refuse")
 
 
-def test_a_named_format_is_held_to(pairs: list[Pair], tmp_path: Path) -> None:
+def test_a_configured_pair_format_is_enforced(pairs: list[Pair], tmp_path: Path) -> None:
     path = export(pairs, "trl", tmp_path / "out")
     assert not read_back(path, pairs_format="llava")[0]
 
 
-def test_pairs_are_checked_without_keeping_anything(pairs: list[Pair], tmp_path: Path) -> None:
+def test_checking_pairs_writes_nothing(pairs: list[Pair], tmp_path: Path) -> None:
     path = export(pairs, "rlaifv", tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
     assert check_pairs(DataConfig(prompts="-", pairs=str(path)), Silent()).accepted == 3
@@ -298,10 +300,10 @@ def test_pairs_are_checked_without_keeping_anything(pairs: list[Pair], tmp_path:
     export([], "llava", tmp_path / "none")
     with pytest.raises(CsrError, match="no usable pair") as caught:
         check_pairs(DataConfig(prompts="-", pairs=str(tmp_path / "none" / "pairs.json")), Silent())
-    assert caught.value.hint == "it is empty"
+    assert caught.value.hint == "the file is empty"
 
 
 def test_only_the_first_iteration_takes_them() -> None:
     given, none = config(data={"prompts": "p", "pairs": "p"}), config()
-    assert [supplies(given, number) for number in (1, 2, 3)] == [True, False, False]
-    assert not supplies(none, 1)
+    assert [has_offline_pairs(given, number) for number in (1, 2, 3)] == [True, False, False]
+    assert not has_offline_pairs(none, 1)

@@ -1,4 +1,4 @@
-"""What a full disk, a signal, damage and numbers that are none do, piece by piece."""
+"""Test full disks, signals, damaged files and non-finite numbers, each in isolation."""
 
 from __future__ import annotations
 
@@ -48,12 +48,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_content_is_on_the_disk_before_its_name_and_its_name_before_the_end(tmp_path: Path, calls: list[str]) -> None:
+def test_content_is_flushed_before_the_rename_and_the_rename_before_the_return(
+    tmp_path: Path, calls: list[str]
+) -> None:
     files.write_text(tmp_path / "new" / "a.txt", "x")
     assert calls == [f"flush {tmp_path.name}", f"flush .a.txt.{os.getpid()}.tmp", "rename to a.txt", "flush new"]
 
 
-def test_a_folder_is_on_the_disk_with_all_that_is_in_it(tmp_path: Path, calls: list[str]) -> None:
+def test_a_directory_is_flushed_with_all_its_files(tmp_path: Path, calls: list[str]) -> None:
     def fill(folder: Path) -> None:
         (folder / "sub").mkdir(parents=True)
         (folder / "sub" / "weights").write_text("w")
@@ -75,7 +77,7 @@ def test_a_folder_is_on_the_disk_with_all_that_is_in_it(tmp_path: Path, calls: l
         OSError(errno.EFBIG, "File too large"),
     ],
 )
-def test_a_full_disk_is_told_with_the_room_there_was(tmp_path: Path, raised: Exception) -> None:
+def test_the_error_for_a_full_disk_names_the_available_space(tmp_path: Path, raised: Exception) -> None:
     def write(temporary: Path) -> None:
         temporary.write_bytes(b"x" * 1000)
         raise raised
@@ -89,7 +91,7 @@ def test_a_full_disk_is_told_with_the_room_there_was(tmp_path: Path, raised: Exc
     assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
 
 
-def test_other_errors_of_the_disk_are_named_and_others_left_alone(tmp_path: Path) -> None:
+def test_disk_errors_are_explained_and_other_errors_passed_on(tmp_path: Path) -> None:
     def fail(error: Exception) -> Callable[[Path], None]:
         def write(temporary: Path) -> None:
             raise error
@@ -100,17 +102,17 @@ def test_other_errors_of_the_disk_are_named_and_others_left_alone(tmp_path: Path
         files.write_atomically(tmp_path / "a", fail(OSError(errno.EIO, "x")))
     with pytest.raises(ZeroDivisionError):
         files.write_atomically(tmp_path / "a", fail(ZeroDivisionError()))
-    with pytest.raises(FileNotFoundError), files.disk_troubles(tmp_path, of_disk_only=True):
+    with pytest.raises(FileNotFoundError), files.disk_errors(tmp_path, of_disk_only=True):
         raise FileNotFoundError(errno.ENOENT, "elsewhere")
 
 
 def test_a_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no ordinary file"):
-        files.open_ordinary(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        files.open_regular(tmp_path / "pipe")
 
 
-def test_a_changed_marker_is_noticed_and_an_old_one_without_a_digest_is_not_refused(tmp_path: Path) -> None:
+def test_a_changed_marker_is_rejected_but_one_without_a_digest_is_accepted(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     marker = run.iteration(1) / "done" / "generate.json"
     content = json.loads(marker.read_text())
@@ -121,17 +123,17 @@ def test_a_changed_marker_is_noticed_and_an_old_one_without_a_digest_is_not_refu
     del content["digest"]
     marker.write_text(json.dumps(content))
     assert run.result(1, "generate")["nodes"] == 8 * PROMPTS
-    with pytest.raises(CsrError, match=r"generate.json lacks 'nothing'"):
+    with pytest.raises(CsrError, match=r"generate.json has no key 'nothing'"):
         run.result(1, "generate")["nothing"]
 
 
-def test_a_ledger_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+def test_an_incomplete_ledger_is_rejected(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     first, second, _ = run.ledger_parts(1)
     contents = first.read_bytes(), second.read_bytes()
     assert len(list(ledger.trees(run, 1))) == PROMPTS - 1
     second.unlink()
-    with pytest.raises(CsrError, match="has 2 ledger parts where its prompts make 3"):
+    with pytest.raises(CsrError, match="has 2 ledger parts instead of 3"):
         list(ledger.trees(run, 1))
     second.write_bytes(contents[0])
     with pytest.raises(CsrError, match="does not hold the trees of its prompts"):
@@ -143,7 +145,7 @@ def test_a_ledger_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     assert len(list(ledger.trees(run, 1))) == PROMPTS - 1
 
 
-def test_other_prompts_than_those_that_were_checked_are_refused(tmp_path: Path) -> None:
+def test_prompts_that_changed_after_the_check_are_rejected(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     stages.check_inputs(run, Silent())
     tables.write_prompts(run.prompts_path, [prompt("x")], 4)
@@ -152,7 +154,7 @@ def test_other_prompts_than_those_that_were_checked_are_refused(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_log_probability_that_is_none_stops_the_search_and_names_the_prompt(value: float) -> None:
+def test_a_non_finite_log_probability_stops_the_search_and_names_the_prompt(value: float) -> None:
     def propose(requests: object) -> list[list[Candidate]]:
         return [[Candidate((1,), (-0.5,), " A.", Finish.DELIMITER), Candidate((2,), (value,), " B.", Finish.DELIMITER)]]
 
@@ -164,29 +166,29 @@ def test_a_log_probability_that_is_none_stops_the_search_and_names_the_prompt(va
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_the_work_at_the_next_finished_item(
+def test_a_signal_stops_after_the_current_work_item(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     number, done, before = signal.Signals[name], [], signal.getsignal(signal.Signals[name])
 
     def work() -> None:
-        with signals.stoppable(Silent(), tmp_path) as tell, tell.stage("work", 3) as advance:
+        with signals.stoppable(Silent(), tmp_path) as reporter, reporter.stage("work", 3) as progress:
             for item in range(3):
                 if item == 1:
                     os.kill(os.getpid(), number)
                 done.append(item)
-                advance(1)
+                progress.advance(1)
 
     with pytest.raises(SystemExit) as left:
         work()
     assert left.value.code == 128 + number
     assert done == [0, 1], "the item in hand is finished"
-    assert f"Go on with: csr run {tmp_path}" in capsys.readouterr().err
+    assert f"Resume with: csr run {tmp_path}" in capsys.readouterr().err
     assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize("twice", [True, False])
-def test_a_second_signal_or_the_end_of_patience_stops_at_once(
+def test_a_second_signal_or_a_timeout_stops_immediately(
     twice: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signals, "PATIENCE", 30 if twice else 1)
@@ -208,7 +210,7 @@ def test_a_second_signal_or_the_end_of_patience_stops_at_once(
 @pytest.mark.parametrize(
     "text", [bomb(30), "a: &a [*a]", "[" * 50_000, f"seed: {'9' * 6000}", "seed: 2020-99-99", "x" * 300_000]
 )
-def test_hostile_yaml_is_refused_in_a_moment(tmp_path: Path, text: str) -> None:
+def test_hostile_yaml_is_rejected_quickly(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     started = time.process_time()
     with pytest.raises(CsrError) as caught:
@@ -217,12 +219,12 @@ def test_hostile_yaml_is_refused_in_a_moment(tmp_path: Path, text: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
-def test_aliases_that_stand_for_little_are_allowed(tmp_path: Path) -> None:
+def test_small_aliases_are_allowed(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"{json.dumps(REQUIRED)[:-1]}, iterations: &two 2, seed: *two}}")
     assert load_config(tmp_path / "recipe.yaml").seed == 2
 
 
-def test_a_tar_header_that_promises_what_is_not_there_costs_no_time(tmp_path: Path) -> None:
+def test_a_tar_header_with_a_false_size_is_rejected_quickly(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(
         tar_header(b"a.jpg", b"\xff" * 12, b"0") + tar_header(b"b.jpg", b"\x80" + b"\x07" * 11, b"0")
     )
@@ -231,11 +233,11 @@ def test_a_tar_header_that_promises_what_is_not_there_costs_no_time(tmp_path: Pa
     assert time.process_time() - started < 1
 
 
-def test_what_is_printed_cannot_steer_the_terminal() -> None:
+def test_control_characters_are_escaped_in_printed_text() -> None:
     assert printable("a\x1b[2Jb\u202ec\ud800d\n\té🦊") == "a\\x1b[2Jb\\u202ec\\ud800d\n\té🦊"
 
 
-def test_a_run_is_what_a_run_leaves(tmp_path: Path) -> None:
+def test_the_synthetic_run_reads_like_a_real_one(tmp_path: Path) -> None:
     """The runs that bad input is made of read like real ones."""
     run = write_run(tmp_path / "run")
     assert Run.open(run.root).result(1, "pairs")["pairs"] > 0

@@ -1,4 +1,4 @@
-"""Prompts from every format: the same rows, whatever file they come in."""
+"""Read the same prompts from every format."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from PIL import Image
 from csr_vlm.config.schema import DataConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
+from csr_vlm.data import json_array
 from csr_vlm.data import prompts as reading
-from csr_vlm.data.formats import json_array
-from csr_vlm.data.formats.rows import BadRow, text_of
 from csr_vlm.data.images import SUFFIXES, load_image, suffix_of
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
-from csr_vlm.data.sources import PROMPT_FORMATS, open_source, recognise
+from csr_vlm.data.rows import BadRow, row_text
+from csr_vlm.data.sources import PROMPT_FORMATS, detect_format, open_source
 from csr_vlm.store import tables
 from tests.shared_data import SHARED
 
 CSR_FILE = SHARED / "csr_prompts_200.json"
 COLORS = ("red", "green", "blue")
-QUESTIONS = ("What is this?", "How many?", "Which colour?")
+QUESTIONS = ("What is this?", "How many?", "Which color?")
 
 
 def png(color: str) -> bytes:
@@ -44,7 +44,7 @@ def png(color: str) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three pictures, a.png to c.png."""
+    """Return a folder with three images, a.png to c.png."""
     root = tmp_path / "photos"
     root.mkdir()
     for name, color in zip("abc", COLORS, strict=True):
@@ -62,7 +62,7 @@ def color_of(prompt: Prompt) -> tuple[int, ...]:
     return load_image(prompt.image, 100).getpixel((0, 0))
 
 
-# Writers of the same three prompts: ids a to c, a picture and a question each.
+# Writers of the same three prompts: ids a to c, each with an image and a question.
 
 
 def as_jsonl(root: Path) -> Path:
@@ -170,13 +170,13 @@ WRITERS: dict[Callable[[Path], Path], str] = {
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
 def test_every_format_gives_the_same_prompts(folder: Path, tmp_path: Path, write: Callable[[Path], Path]) -> None:
     path = write(folder)
-    assert recognise(str(path)) == WRITERS[write]
-    found, report = read(str(path), images=tmp_path / "kept")
-    assert [(prompt.prompt_id, prompt.text) for prompt in found] == list(zip("abc", QUESTIONS, strict=True))
-    assert [color_of(prompt) for prompt in found] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+    assert detect_format(str(path)) == WRITERS[write]
+    prompts, report = read(str(path), images=tmp_path / "kept")
+    assert [(prompt.prompt_id, prompt.text) for prompt in prompts] == list(zip("abc", QUESTIONS, strict=True))
+    assert [color_of(prompt) for prompt in prompts] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
     assert report.dump() == {"accepted": 3, "dropped": {}, "examples": []}
     named, _ = read(str(path), images=tmp_path / "kept", format=WRITERS[write])
-    assert named == found
+    assert named == prompts
     assert count_rows(DataConfig(prompts=str(path))) == (0 if WRITERS[write] == "webdataset" else 3)
 
 
@@ -184,52 +184,56 @@ def test_every_known_format_is_tested() -> None:
     assert {*WRITERS.values(), "images"} == set(PROMPT_FORMATS)
 
 
-def test_a_folder_of_images_in_the_order_of_names(folder: Path) -> None:
+def test_a_folder_of_images_is_read_in_the_order_of_names(folder: Path) -> None:
     (folder / "old").mkdir()
     (folder / "old" / "z.PNG").write_bytes(png("red"))
     (folder / ".hidden.png").write_bytes(png("red"))
     (folder / "notes.txt").write_text("no picture")
     (folder / "bad.png").write_text("no picture")
-    found, report = read(str(folder))
-    assert [prompt.prompt_id for prompt in found] == ["a.png", "b.png", "c.png", "old/z.PNG"]
-    assert {prompt.text for prompt in found} == {"Describe this image in detail."}
+    prompts, report = read(str(folder))
+    assert [prompt.prompt_id for prompt in prompts] == ["a.png", "b.png", "c.png", "old/z.PNG"]
+    assert {prompt.text for prompt in prompts} == {"Describe this image in detail."}
     assert report.examples == ["bad.png: not an image"]
     assert count_rows(DataConfig(prompts=str(folder))) == 5
 
 
-def test_one_question_of_the_configuration_replaces_the_rows_own(folder: Path) -> None:
-    found, _ = read(str(as_jsonl(folder)), questions=["<image>Is it red?"])
-    assert [(prompt.prompt_id, prompt.text) for prompt in found] == [(n, "Is it red?") for n in "abc"]
+def test_a_configured_question_replaces_those_of_the_rows(folder: Path) -> None:
+    prompts, _ = read(str(as_jsonl(folder)), questions=["<image>Is it red?"])
+    assert [(prompt.prompt_id, prompt.text) for prompt in prompts] == [(n, "Is it red?") for n in "abc"]
 
 
-def test_several_questions_an_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_configured_questions_per_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[object] = []
     monkeypatch.setattr(reading, "load_image", lambda image, most: decoded.append(image))
-    found, report = read(str(folder), questions=["One?", "Two?"], limit=5)
-    assert [(p.prompt_id, p.text) for p in found[:3]] == [("a.png#1", "One?"), ("a.png#2", "Two?"), ("b.png#1", "One?")]
-    assert len(found) == report.accepted == 5, "the limit counts prompts, not images"
+    prompts, report = read(str(folder), questions=["One?", "Two?"], limit=5)
+    assert [(p.prompt_id, p.text) for p in prompts[:3]] == [
+        ("a.png#1", "One?"),
+        ("a.png#2", "Two?"),
+        ("b.png#1", "One?"),
+    ]
+    assert len(prompts) == report.accepted == 5, "the limit counts prompts, not images"
     assert len(decoded) == 3, "each image is decoded once"
 
 
-def test_a_mixed_list_of_sources(folder: Path, tmp_path: Path) -> None:
+def test_sources_of_different_formats_are_combined(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "d.png").write_bytes(png("white"))
-    found, _ = read([str(as_csr(folder)), str(other), str(as_tar(folder))], images=tmp_path / "kept")
-    assert [prompt.prompt_id for prompt in found] == ["a", "b", "c", "d.png"]
+    prompts, _ = read([str(as_csr(folder)), str(other), str(as_tar(folder))], images=tmp_path / "kept")
+    assert [prompt.prompt_id for prompt in prompts] == ["a", "b", "c", "d.png"]
     _, report = read([str(as_csr(folder)), str(as_jsonl(folder))])
     assert report.dropped == {"duplicate id": 3}, "ids are unique over all sources"
 
 
-def test_globs_and_ranges_of_shards(folder: Path, tmp_path: Path) -> None:
+def test_globs_and_ranges_of_shards_are_expanded(folder: Path, tmp_path: Path) -> None:
     for number in (0, 1, 2):
         with tarfile.open(tmp_path / f"shard-{number:03d}.tar", "w") as archive:
             add(archive, f"p{number}.png", png("red"))
             add(archive, f"p{number}.txt", b"What is it?")
     for path in ("shard-*.tar", "shard-{000..002}.tar"):
-        found, _ = read(str(tmp_path / path))
-        assert [(prompt.prompt_id, prompt.text) for prompt in found] == [(f"p{n}", "What is it?") for n in range(3)]
-    with pytest.raises(CsrError, match="nothing matches"):
+        prompts, _ = read(str(tmp_path / path))
+        assert [(prompt.prompt_id, prompt.text) for prompt in prompts] == [(f"p{n}", "What is it?") for n in range(3)]
+    with pytest.raises(CsrError, match="no file matches"):
         read(str(tmp_path / "none-*.tar"))
     with pytest.raises(CsrError, match=r"shard-003\.tar cannot be opened"):
         read(str(tmp_path / "shard-{002..003}.tar"))
@@ -238,28 +242,28 @@ def test_globs_and_ranges_of_shards(folder: Path, tmp_path: Path) -> None:
 # Bytes
 
 
-def test_images_that_come_as_bytes_are_kept_once_under_their_hash(folder: Path, tmp_path: Path) -> None:
+def test_images_that_come_as_bytes_are_stored_once_under_their_hash(folder: Path, tmp_path: Path) -> None:
     rows = [{"id": n, "image": png("red"), "text": "Q"} for n in ("one", "two")]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "same.parquet")
     kept = tmp_path / "kept"
-    found, _ = read(str(tmp_path / "same.parquet"), images=kept)
-    assert found[0].image == found[1].image
+    prompts, _ = read(str(tmp_path / "same.parquet"), images=kept)
+    assert prompts[0].image == prompts[1].image
     (file,) = [path for path in kept.rglob("*") if path.is_file()]
     assert file.read_bytes() == png("red")
     assert file == kept / file.name[:2] / file.name
     assert file.suffix == ".png"
     before = file.stat().st_mtime_ns
     again, _ = read(str(tmp_path / "same.parquet"), images=kept)
-    assert (again, file.stat().st_mtime_ns) == (found, before), "reading again changes nothing"
+    assert (again, file.stat().st_mtime_ns) == (prompts, before), "reading again writes nothing"
 
 
-def test_without_a_folder_bytes_are_checked_and_not_kept(folder: Path, tmp_path: Path) -> None:
+def test_without_a_folder_bytes_are_checked_but_not_stored(folder: Path, tmp_path: Path) -> None:
     half = {"id": "x", "image": {"bytes": png("red")[:40], "path": None}, "question": "Q"}
     pq.write_table(pa.Table.from_pylist([half, *encoded(folder)]), tmp_path / "r.parquet")
     before = sorted(tmp_path.rglob("*"))
-    found, report = read(str(tmp_path / "r.parquet"))
-    assert len(found) == 3
-    assert found[0].image.startswith("sha256:")
+    prompts, report = read(str(tmp_path / "r.parquet"))
+    assert len(prompts) == 3
+    assert prompts[0].image.startswith("sha256:")
     assert report.dropped.total() == 1
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -287,39 +291,39 @@ def test_the_suffix_of_an_encoded_image(form: str) -> None:
         {"conversations": [{"from": "human", "value": "<image>Hi  there"}, {"from": "gpt", "value": "no"}]},
     ],
 )
-def test_where_a_text_may_stand(row: dict[str, Any]) -> None:
-    assert text_of(row) == "Hi  there"
+def test_the_text_is_found_in_every_supported_field(row: dict[str, Any]) -> None:
+    assert row_text(row) == "Hi  there"
 
 
 @pytest.mark.parametrize(
     "row", [{}, {"text": ["Hi"]}, {"conversations": [{"from": "gpt", "value": "Hi"}]}, {"conversations": [None, 3]}]
 )
-def test_where_no_text_stands(row: dict[str, Any]) -> None:
-    assert text_of(row) == ""
+def test_a_row_without_a_question_has_an_empty_text(row: dict[str, Any]) -> None:
+    assert row_text(row) == ""
 
 
-def test_several_images_are_refused_and_a_list_of_one_is_not(folder: Path) -> None:
+def test_several_images_are_rejected_but_a_list_of_one_is_not(folder: Path) -> None:
     rows = [{"id": 1, "images": ["a.png"], "text": "Q"}, {"id": 2, "images": ["a.png", "b.png"], "text": "Q"}]
     (folder / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found, report = read(str(folder / "r.jsonl"))
-    assert len(found) == 1
+    prompts, report = read(str(folder / "r.jsonl"))
+    assert len(prompts) == 1
     assert report.dropped == {"several images": 1}
 
 
-def test_rows_without_ids_are_named_by_their_place(folder: Path, tmp_path: Path) -> None:
+def test_rows_without_ids_are_numbered(folder: Path, tmp_path: Path) -> None:
     rows = [{key: row[key] for key in ("image", "question")} for row in encoded(folder)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
-    found, _ = read(str(tmp_path / "train.parquet"))
-    assert [prompt.prompt_id for prompt in found] == ["train-1", "train-2", "train-3"]
+    prompts, _ = read(str(tmp_path / "train.parquet"))
+    assert [prompt.prompt_id for prompt in prompts] == ["train-1", "train-2", "train-3"]
 
 
 # COCO
 
 
-@pytest.mark.parametrize("there", ["000000123456.jpg", "COCO_train2014_000000123456.jpg"])
+@pytest.mark.parametrize("stored_name", ["000000123456.jpg", "COCO_train2014_000000123456.jpg"])
 @pytest.mark.parametrize("below", ["", "train2014", "train2017"])
 @pytest.mark.parametrize(
-    "given",
+    "name",
     [
         "COCO_train2014_000000123456.jpg",
         "000000123456.jpg",
@@ -328,25 +332,25 @@ def test_rows_without_ids_are_named_by_their_place(folder: Path, tmp_path: Path)
         "train2014/COCO_train2014_000000123456.jpg",
     ],
 )
-def test_an_image_of_coco_is_found_under_any_of_its_names(tmp_path: Path, there: str, below: str, given: str) -> None:
-    file = tmp_path / "root" / below / there
+def test_a_coco_image_is_found_under_any_of_its_names(tmp_path: Path, stored_name: str, below: str, name: str) -> None:
+    file = tmp_path / "root" / below / stored_name
     file.parent.mkdir(parents=True)
     Image.new("RGB", (2, 2)).save(file)
-    (tmp_path / "p.json").write_text(json.dumps([{"id": 1, "image": given, "input": "Q"}]))
-    found, _ = read(str(tmp_path / "p.json"), image_root=str(tmp_path / "root"))
-    assert [prompt.image for prompt in found] == [str(file.resolve())]
+    (tmp_path / "p.json").write_text(json.dumps([{"id": 1, "image": name, "input": "Q"}]))
+    prompts, _ = read(str(tmp_path / "p.json"), image_root=str(tmp_path / "root"))
+    assert [prompt.image for prompt in prompts] == [str(file.resolve())]
 
 
-def test_another_name_or_number_is_missing(tmp_path: Path) -> None:
+def test_an_image_with_another_name_or_number_is_missing(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "000000123456.jpg")
     names = ["COCO_train2014_000000123457.jpg", "photo_000000123456.jpg", "../000000123456.jpg"]
     (tmp_path / "p.json").write_text(json.dumps([{"id": n, "image": n, "input": "Q"} for n in names]))
-    found, report = read(str(tmp_path / "p.json"))
-    assert not found
+    prompts, report = read(str(tmp_path / "p.json"))
+    assert not prompts
     assert report.dropped == {"missing": 2, "image outside the image root": 1}
 
 
-def test_a_coco_name_cannot_lead_out_of_the_root(tmp_path: Path) -> None:
+def test_a_coco_name_cannot_leave_the_root(tmp_path: Path) -> None:
     (tmp_path / "root" / "train2017").mkdir(parents=True)
     Image.new("RGB", (2, 2)).save(tmp_path / "secret.jpg")
     (tmp_path / "root" / "train2017" / "000000123456.jpg").symlink_to(tmp_path / "secret.jpg")
@@ -355,28 +359,28 @@ def test_a_coco_name_cannot_lead_out_of_the_root(tmp_path: Path) -> None:
     assert report.dropped == {"image outside the image root": 1}
 
 
-@pytest.mark.skipif(not CSR_FILE.is_file(), reason="the sample of the published prompt file is not here")
-def test_the_published_prompt_file(tmp_path: Path) -> None:
+@pytest.mark.skipif(not CSR_FILE.is_file(), reason="the sample of the published prompt file is missing")
+def test_the_published_prompt_file_is_read(tmp_path: Path) -> None:
     rows = json.loads(CSR_FILE.read_text())
     (tmp_path / "train2014").mkdir()
     for row in rows[:-1]:
         (tmp_path / "train2014" / f"COCO_train2014_{row['image']}").write_bytes(png("red"))
-    found, report = read(str(CSR_FILE), image_root=str(tmp_path))
-    assert len(found) == 199
+    prompts, report = read(str(CSR_FILE), image_root=str(tmp_path))
+    assert len(prompts) == 199
     assert report.dropped == {"missing": 1}
-    assert found[0].prompt_id == rows[0]["id"]
-    assert not any("<image>" in prompt.text or prompt.text != prompt.text.strip() for prompt in found)
+    assert prompts[0].prompt_id == rows[0]["id"]
+    assert not any("<image>" in prompt.text or prompt.text != prompt.text.strip() for prompt in prompts)
 
 
 # Damage
 
 
 def dropped(path: Path, **settings: Any) -> tuple[list[str], dict[str, int]]:
-    found, report = read(str(path), **settings)
-    return [prompt.prompt_id for prompt in found], dict(report.dropped)
+    prompts, report = read(str(path), **settings)
+    return [prompt.prompt_id for prompt in prompts], dict(report.dropped)
 
 
-def test_a_json_array_that_breaks_off_keeps_what_came_before(folder: Path) -> None:
+def test_a_truncated_json_array_keeps_the_entries_before_the_break(folder: Path) -> None:
     path = as_csr(folder)
     text = path.read_text()
     path.write_text(text[: text.index('"c"')])
@@ -389,19 +393,19 @@ def test_a_json_array_that_breaks_off_keeps_what_came_before(folder: Path) -> No
         read(str(path), on_bad_input="refuse")
 
 
-def test_entries_that_are_no_objects_cost_no_other(folder: Path) -> None:
+def test_entries_that_are_not_objects_do_not_affect_others(folder: Path) -> None:
     good = json.loads(as_csr(folder).read_text())
     (folder / "m.json").write_text(json.dumps([1, good[0], None, "x", [good[1]], good[2], 12345]))
     assert dropped(folder / "m.json") == (["a", "c"], {"not a JSON object": 5})
 
 
-def test_bytes_that_are_no_utf_8_cost_their_entry_only(folder: Path) -> None:
+def test_invalid_utf_8_affects_only_its_entry(folder: Path) -> None:
     path = as_csr(folder)
     path.write_bytes(path.read_bytes().replace(b"How many", b"How \xff many"))
     assert dropped(path) == (["a", "c"], {"text or path that cannot be encoded or resolved": 1})
 
 
-def test_a_damaged_parquet_file_costs_itself_only(folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_parquet_file_does_not_affect_others(folder: Path, tmp_path: Path) -> None:
     path = as_parquet(folder)
     whole = path.read_bytes()
     shards = tmp_path / "shards"
@@ -415,7 +419,7 @@ def test_a_damaged_parquet_file_costs_itself_only(folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("write", [as_tar, as_gz])
-def test_a_tar_that_breaks_off_keeps_what_came_before(folder: Path, write: Callable[[Path], Path]) -> None:
+def test_a_truncated_tar_keeps_the_members_before_the_break(folder: Path, write: Callable[[Path], Path]) -> None:
     path = write(folder)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if write is as_gz else 512 * 5 + 20])
     ids, reasons = dropped(path)
@@ -436,38 +440,38 @@ def test_a_tar_is_never_extracted(tmp_path: Path) -> None:
         add(archive, "alone.txt", b"What?")
         add(archive, "mute.png", png("red"))
     kept = tmp_path / "kept"
-    found, report = read(str(path), images=kept)
-    assert [prompt.prompt_id for prompt in found] == ["../../escaped"]
-    assert Path(found[0].image).is_relative_to(kept)
+    prompts, report = read(str(path), images=kept)
+    assert [prompt.prompt_id for prompt in prompts] == ["../../escaped"]
+    assert Path(prompts[0].image).is_relative_to(kept)
     assert report.dropped == {"broken JSON": 1, "no prompt_id or no image": 1, "empty prompt": 1}
     assert not list(tmp_path.parent.rglob("escaped*"))
 
 
-def test_a_saved_data_set_has_splits(folder: Path, tmp_path: Path) -> None:
+def test_a_split_of_a_saved_dataset_is_selected(folder: Path, tmp_path: Path) -> None:
     from datasets import DatasetDict, load_from_disk
 
     DatasetDict({"test": load_from_disk(str(as_saved(folder)))}).save_to_disk(str(tmp_path / "splits"))
-    found, _ = read(str(tmp_path / "splits"), split="test", images=tmp_path / "kept")
-    assert [prompt.prompt_id for prompt in found] == ["a", "b", "c"]
+    prompts, _ = read(str(tmp_path / "splits"), split="test", images=tmp_path / "kept")
+    assert [prompt.prompt_id for prompt in prompts] == ["a", "b", "c"]
     with pytest.raises(CsrError, match="no split 'train'") as caught:
         read(str(tmp_path / "splits"))
-    assert "it has test" in caught.value.hint
+    assert "expected one of: test" in caught.value.hint
 
 
-def test_a_streamed_data_set(folder: Path, tmp_path: Path) -> None:
-    """A copy of a hub's folder is opened as the hub is; there is no network here."""
+def test_a_dataset_is_streamed(folder: Path, tmp_path: Path) -> None:
+    """A local copy of a hub repository is opened like the hub, without network access."""
     (tmp_path / "repo" / "data").mkdir(parents=True)
     as_parquet(folder).rename(tmp_path / "repo" / "data" / "train-0.parquet")
     config = {"format": "huggingface", "images": tmp_path / "kept"}
-    found, _ = read(str(tmp_path / "repo"), **config)
-    assert [(p.prompt_id, p.text) for p in found] == list(zip("abc", QUESTIONS, strict=True))
-    assert [color_of(prompt) for prompt in found] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+    prompts, _ = read(str(tmp_path / "repo"), **config)
+    assert [(p.prompt_id, p.text) for p in prompts] == list(zip("abc", QUESTIONS, strict=True))
+    assert [color_of(prompt) for prompt in prompts] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
     assert count_rows(DataConfig(prompts=str(tmp_path / "repo"), format="huggingface")) == 0
     with pytest.raises(CsrError, match="cannot be opened"):
         read(str(tmp_path / "repo"), split="nowhere", **config)
 
 
-def test_bad_lines_of_an_imagefolder(folder: Path) -> None:
+def test_bad_lines_of_an_imagefolder_are_dropped(folder: Path) -> None:
     rows = [{"file_name": "a.png", "question": "Q"}, {"images": ["a.png", "b.png"]}, {"question": "Q"}]
     (folder / "metadata.jsonl").write_text("\n".join([*map(json.dumps, rows), "{"]))
     ids, reasons = dropped(folder)
@@ -475,7 +479,7 @@ def test_bad_lines_of_an_imagefolder(folder: Path) -> None:
     assert reasons == {"several images": 1, "no prompt_id or no image": 1, "not a JSON object": 1}
 
 
-def test_an_imagefolder_in_subfolders(folder: Path) -> None:
+def test_an_imagefolder_may_have_metadata_in_subfolders(folder: Path) -> None:
     (folder / "train").mkdir()
     (folder / "a.png").rename(folder / "train" / "a.png")
     lines = [{"file_name": "a.png", "question": "Q"}, {"file_name": "../b.png", "question": "Q"}]
@@ -484,15 +488,15 @@ def test_an_imagefolder_in_subfolders(folder: Path) -> None:
     assert dropped(folder) == (["train/a.png", "train/../b.png"], {"image outside the image root": 1})
 
 
-def test_a_folder_of_shards(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_of_shards_is_read(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     as_gz(folder).rename(tmp_path / "shards" / "0.tgz")
     (tmp_path / "shards" / "README.md").write_text("Shards.")
-    assert recognise(str(tmp_path / "shards")) == "webdataset"
+    assert detect_format(str(tmp_path / "shards")) == "webdataset"
     assert dropped(tmp_path / "shards") == (["a", "b", "c"], {})
 
 
-# Recognition
+# Detection of formats
 
 
 @pytest.mark.parametrize(
@@ -506,14 +510,16 @@ def test_a_folder_of_shards(folder: Path, tmp_path: Path) -> None:
         ("0.tar.bz2", b"BZh", "webdataset"),
     ],
 )
-def test_content_tells_more_than_the_name(tmp_path: Path, name: str, content: bytes, form: str) -> None:
+def test_the_format_is_detected_by_content_before_the_name(
+    tmp_path: Path, name: str, content: bytes, form: str
+) -> None:
     (tmp_path / name).write_bytes(content)
-    assert recognise(str(tmp_path / name)) == form
+    assert detect_format(str(tmp_path / name)) == form
 
 
-def test_an_unknown_format_says_what_was_seen_and_what_is_known(tmp_path: Path) -> None:
+def test_an_unknown_format_is_rejected_with_the_supported_ones(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl.gz").write_bytes(b"\x1f\x8b")
-    with pytest.raises(CsrError, match="of no known format"):
+    with pytest.raises(CsrError, match="unknown format"):
         read(str(tmp_path / "prompts.jsonl.gz"))
     (tmp_path / "prompts.jsonl.gz").unlink()
     (tmp_path / "prompts.xml").write_text("<prompts/>")
@@ -526,21 +532,21 @@ def test_an_unknown_format_says_what_was_seen_and_what_is_known(tmp_path: Path) 
         read(str(tmp_path))
 
 
-def test_a_hub_id_is_one_that_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_recognized_unless_it_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert recognise("openbmb/RLAIF-V-Dataset") == "huggingface"
+    assert detect_format("openbmb/RLAIF-V-Dataset") == "huggingface"
     (source,) = open_source("openbmb/RLAIF-V-Dataset", "auto", "train", None)
     assert source.root is None
     for missing in ("data/prompts.jsonl", "./data", "data", "a/b/c"):
         with pytest.raises(CsrError, match="cannot be opened"):
-            recognise(missing)
+            detect_format(missing)
     (tmp_path / "my" / "photos").mkdir(parents=True)
     (tmp_path / "my" / "photos" / "a.png").write_bytes(png("red"))
-    assert recognise("my/photos") == "images"
+    assert detect_format("my/photos") == "images"
 
 
-def test_a_named_format_that_does_not_fit(folder: Path) -> None:
-    with pytest.raises(CsrError, match="is no folder"):
+def test_a_configured_format_that_does_not_fit_is_rejected(folder: Path) -> None:
+    with pytest.raises(CsrError, match="is not a folder"):
         read(str(as_jsonl(folder)), format="images")
 
 
@@ -560,44 +566,44 @@ def ids(*arguments: Any, **settings: Any) -> list[str]:
 
 
 def test_a_sample_has_its_size_and_keeps_the_order(many: Path) -> None:
-    found = ids(str(many), sample=30)
-    assert len(set(found)) == 30
-    assert found == sorted(found, key=int)
-    assert found == ids(str(many), sample=30)
-    assert found != ids(str(many), sample=30, seed=1)
+    sample = ids(str(many), sample=30)
+    assert len(set(sample)) == 30
+    assert sample == sorted(sample, key=int)
+    assert sample == ids(str(many), sample=30)
+    assert sample != ids(str(many), sample=30, seed=1)
     assert ids(str(many), sample=30, seed=1) == ids(str(many), sample=30, sample_seed=1)
     assert len(ids(str(many), sample=500)) == 200
-    assert ids(str(many), sample=30, limit=10) == found[:10]
+    assert ids(str(many), sample=30, limit=10) == sample[:10]
 
 
-def test_samples_are_nested_and_do_not_depend_on_the_order(many: Path) -> None:
+def test_samples_are_nested_and_independent_of_the_order(many: Path) -> None:
     assert set(ids(str(many), sample=30)) < set(ids(str(many), sample=60))
     backwards = many.with_name("back.jsonl")
     backwards.write_text("\n".join(reversed(many.read_text().splitlines())))
     assert set(ids(str(backwards), sample=30)) == set(ids(str(many), sample=30))
 
 
-def test_every_row_is_drawn_as_often_as_any_other(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_is_uniform(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "load_image", lambda image, most: None)
-    drawn = [int(n) for seed in range(60) for n in ids(str(many), sample=20, seed=seed)]
-    assert len(drawn) == 60 * 20
-    halves = sum(n < 100 for n in drawn)
+    sampled = [int(n) for seed in range(60) for n in ids(str(many), sample=20, seed=seed)]
+    assert len(sampled) == 60 * 20
+    halves = sum(n < 100 for n in sampled)
     assert abs(halves - 600) < 4 * (1200 * 0.25) ** 0.5
-    assert len(set(drawn)) > 190
+    assert len(set(sampled)) > 190
 
 
-def test_a_duplicate_is_drawn_once(many: Path) -> None:
+def test_a_duplicate_is_sampled_once(many: Path) -> None:
     doubled = many.with_name("doubled.jsonl")
     doubled.write_text(many.read_text() + "\n" + many.read_text())
-    found, report = read(str(doubled), sample=30)
-    assert [prompt.prompt_id for prompt in found] == ids(str(many), sample=30)
+    prompts, report = read(str(doubled), sample=30)
+    assert [prompt.prompt_id for prompt in prompts] == ids(str(many), sample=30)
     assert report.dropped == {"duplicate id": 30}
 
 
-def test_a_sample_over_several_questions_draws_prompts(many: Path) -> None:
-    found = ids(str(many), sample=50, questions=["A?", "B?"])
-    assert len(found) == 50
-    assert {name[-2:] for name in found} == {"#1", "#2"}
+def test_a_sample_with_several_questions_counts_prompts(many: Path) -> None:
+    sample = ids(str(many), sample=50, questions=["A?", "B?"])
+    assert len(sample) == 50
+    assert {name[-2:] for name in sample} == {"#1", "#2"}
 
 
 # JSON arrays
@@ -611,7 +617,7 @@ json_values = st.recursive(
 
 
 @given(st.lists(json_values, max_size=5), st.sampled_from([None, 1]), st.integers(1, 9), st.booleans())
-def test_a_json_array_in_pieces_is_the_array(
+def test_a_json_array_read_in_chunks_equals_the_array(
     tmp_path_factory: pytest.TempPathFactory, items: list[Any], indent: int | None, chunk: int, ascii_only: bool
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "array.json"
@@ -620,16 +626,16 @@ def test_a_json_array_in_pieces_is_the_array(
         patch.setattr(json_array, "_CHUNK", chunk)
         if any("\ud800" <= char <= "\udfff" for char in path.read_text("utf-8", "surrogatepass")):
             return
-        found = [row for _, row in json_array.rows(path)]
+        rows = [row for _, row in json_array.rows(path)]
     expected = [item if isinstance(item, dict) else BadRow for item in items]
-    assert [BadRow if isinstance(row, BadRow) else row for row in found] == expected
+    assert [BadRow if isinstance(row, BadRow) else row for row in rows] == expected
 
 
 # Memory
 
 
 def write_rows(kind: str, path: Path, number: int) -> Path:
-    """A source of so many small rows that all show one picture."""
+    """Write a source with ``number`` small rows, all with the same image."""
     rows = ({"id": f"row-{n:06d}", "image": "a.png", "text": f"Question {n} about it?"} for n in range(number))
     if kind == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -661,19 +667,19 @@ def exhaust(items: Iterator[object]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "llava", "parquet", "webdataset"])
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path, kind: str) -> None:
+def test_memory_is_independent_of_the_number_of_rows(tmp_path: Path, kind: str) -> None:
     peaks = []
     for number in (500, 5000) if kind == "webdataset" else (2000, 20000):
         path = write_rows(kind, tmp_path / f"{number}.{kind}", number)
         (source,) = open_source(str(path), kind, "train", None)
-        exhaust(source.rows())  # What is imported and cached on the way is not counted.
+        exhaust(source.rows())  # Exclude imports and caches from the measurement.
         peaks.append(peak(lambda source=source: exhaust(source.rows())))
     assert peaks[1] < peaks[0] * 1.1 + 20_000
 
 
 @pytest.mark.slow
-def test_checked_prompts_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the file to prompts.parquet, duplicates and all: a hash a row grows, nothing else."""
+def test_memory_of_written_prompts_grows_by_one_hash_per_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the source to prompts.parquet, only the hash per id takes memory that grows."""
     monkeypatch.setattr(reading, "load_image", lambda image, most: None)
     (tmp_path / "a.png").write_bytes(png("red"))
 
@@ -685,7 +691,7 @@ def test_checked_prompts_are_written_as_they_come(tmp_path: Path, monkeypatch: p
 
     for number in (1000, 2000, 20000):
         write_rows("jsonl", tmp_path / f"{number}.jsonl", number)
-    check(1000)  # What is imported and cached on the way is not counted.
+    check(1000)  # Exclude imports and caches from the measurement.
     few, many = peak(lambda: check(2000)), peak(lambda: check(20000))
     a_row = (many - few) / 18000
     assert pq.read_metadata(tmp_path / "prompts.parquet").num_rows == 20000

@@ -1,4 +1,4 @@
-"""Prompts kept out of training, and what the responses to them show."""
+"""Test held-out prompts and the label-free metrics of the responses to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from csr_vlm.core.records import Candidate, Finish, Prompt
 from csr_vlm.data.prompts import hold_out
-from csr_vlm.evaluation.heldout import evaluate, sentences, tallies
+from csr_vlm.evaluation.heldout import evaluate, split_sentences, tallies
 from csr_vlm.method.sentences import SentenceRule
 from csr_vlm.scoring.scorer import ScorerGroup
 from tests.unit.builders import prompt
@@ -23,18 +23,18 @@ def held_out(total: int, number: int) -> tuple[list[Prompt], list[Prompt]]:
 
 
 @given(st.integers(0, 100), st.integers(0, 40))
-def test_holding_out_loses_nothing_and_takes_the_last(total, number):
+def test_holding_out_keeps_every_prompt_and_takes_the_last_ones(total, number):
     kept, heldout = held_out(total, number)
     assert kept + heldout == [prompt(str(i)) for i in range(total)]
     assert len(heldout) == min(number, total // 8)
 
 
 @pytest.mark.parametrize(("total", "number", "expected"), [(7, 32, 0), (8, 32, 1), (255, 32, 31), (1000, 32, 32)])
-def test_an_eighth_at_most(total, number, expected):
+def test_at_most_an_eighth_of_the_prompts_is_held_out(total, number, expected):
     assert len(held_out(total, number)[1]) == expected
 
 
-def test_prompts_pass_while_later_ones_are_read():
+def test_prompts_are_yielded_while_later_ones_are_still_being_read():
     read = []
 
     def source():
@@ -47,7 +47,7 @@ def test_prompts_pass_while_later_ones_are_read():
     assert len(read) == 4, "no more is held than what may stay out"
 
 
-def test_nothing_is_known_to_be_held_out_before_the_end():
+def test_the_held_out_prompts_are_known_only_at_the_end():
     heldout: list[Prompt] = []
     passing = hold_out((prompt(str(i)) for i in range(16)), 2, heldout)
     for _ in range(14):
@@ -58,8 +58,8 @@ def test_nothing_is_known_to_be_held_out_before_the_end():
 
 
 def test_tallies_by_hand():
-    said = ["A red boat.", "A car.", "Boat a red.", "A car."]
-    assert tallies(said, [30.0, 10.0, 20.0, 12.0], complete=True) == {
+    sentences = ["A red boat.", "A car.", "Boat a red.", "A car."]
+    assert tallies(sentences, [30.0, 10.0, 20.0, 12.0], complete=True) == {
         "sentences": (4, 1),
         "words": (10, 1),
         "repeats": (2, 1),  # the third has the words of the first, the fourth those of the second
@@ -68,7 +68,7 @@ def test_tallies_by_hand():
     }
 
 
-def test_tallies_of_silence():
+def test_tallies_of_an_empty_response():
     assert tallies([], [], complete=False) == {
         "sentences": (0, 1),
         "words": (0, 1),
@@ -93,18 +93,18 @@ def test_tallies_of_silence():
         ("", []),
     ],
 )
-def test_cutting_a_text(text, expected):
-    assert list(sentences(text, SentenceRule("."))) == expected
+def test_a_text_is_split_into_sentences(text, expected):
+    assert list(split_sentences(text, SentenceRule("."))) == expected
 
 
-def test_cutting_at_other_delimiters():
-    assert list(sentences("A boat! A car? A fish.", SentenceRule("!?"))) == ["A boat!", "A car?", "A fish."]
-    assert list(sentences("船。車。", SentenceRule("。"))) == ["船。", "車。"]
+def test_sentences_end_at_other_delimiters():
+    assert list(split_sentences("A boat! A car? A fish.", SentenceRule("!?"))) == ["A boat!", "A car?", "A fish."]
+    assert list(split_sentences("船。車。", SentenceRule("。"))) == ["船。", "車。"]
 
 
 @given(st.text(alphabet="ab. 1\n", max_size=40))
-def test_cutting_keeps_every_word_in_order(text):
-    found = list(sentences(text, SentenceRule(".")))
+def test_splitting_keeps_every_word_in_order(text):
+    found = list(split_sentences(text, SentenceRule(".")))
     assert "".join("".join(found).split()).rstrip(".") == "".join(text.split()).rstrip(".") or not any(
         char.isalnum() for char in text
     )
@@ -112,10 +112,10 @@ def test_cutting_keeps_every_word_in_order(text):
 
 
 class FakeEngine:
-    """Says what it is told to, and remembers what it was asked."""
+    """Return scripted responses, and record the calls."""
 
-    def __init__(self, says: dict[str, tuple[str, Finish]]) -> None:
-        self.says = says
+    def __init__(self, responses: dict[str, tuple[str, Finish]]) -> None:
+        self.responses = responses
         self.chunks: list[int] = []
         self.limits: set[int] = set()
         self.forgotten = 0
@@ -123,7 +123,7 @@ class FakeEngine:
     def respond(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Candidate]:
         self.chunks.append(len(prompts))
         self.limits.add(max_new_tokens)
-        found = [self.says[p.prompt_id] for p in prompts]
+        found = [self.responses[p.prompt_id] for p in prompts]
         return [Candidate(token_ids=(), token_logprobs=(), text=text, finish=finish) for text, finish in found]
 
     def forget(self) -> None:
@@ -131,7 +131,7 @@ class FakeEngine:
 
 
 class FakeScorer:
-    """A boat suits every image, a ghost none."""
+    """Score a boat high and a ghost below zero for every image."""
 
     name = "clip"
 
@@ -161,7 +161,7 @@ def test_evaluation_by_hand():
             "words": (6 + 4 + 0) / 3,
             "repeats": 1 / 3,
             "complete": 2 / 3,
-            # Below 0 counts as 0 (eq. 3), and who says nothing has no relevance.
+            # Negative cosines count as 0 (eq. 3); an empty response has no relevance.
             "relevance": ((30 + 20 + 30) / 3 + (0 + 20) / 2) / 2,
         }
     )
@@ -175,7 +175,7 @@ def test_evaluation_by_hand():
     assert engine.limits == {24}
 
 
-def test_evaluation_does_not_depend_on_its_batches():
+def test_evaluation_does_not_depend_on_batches():
     names = [f"{i:03}" for i in range(150)]
     engine = FakeEngine({name: (" A boat." * (i % 4), Finish.EOS) for i, name in enumerate(names)})
     scorer = FakeScorer()

@@ -1,4 +1,4 @@
-"""Images that nobody has checked."""
+"""Load images from untrusted files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def saved(image: Image.Image, path: Path, **options: object) -> Path:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG file that promises pixels and has none."""
+    """Return a PNG file whose header declares pixels that the file does not have."""
 
     def chunk(body: bytes) -> bytes:
         return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
@@ -37,37 +37,37 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR" + header) + chunk(b"IDAT" + zlib.compress(b""))
 
 
-def test_a_good_image_comes_back_pixel_for_pixel(tmp_path):
+def test_a_good_image_is_decoded_exactly(tmp_path):
     image = noise()
-    found = load_image(saved(image, tmp_path / "a.png"), PLENTY)
-    assert found.mode == "RGB"
-    assert found.tobytes() == image.tobytes()
+    loaded = load_image(saved(image, tmp_path / "a.png"), PLENTY)
+    assert loaded.mode == "RGB"
+    assert loaded.tobytes() == image.tobytes()
 
 
-def test_a_missing_file(tmp_path):
+def test_a_missing_file_is_rejected(tmp_path):
     with pytest.raises(BadImage, match=r"^missing$"):
         load_image(tmp_path / "nowhere.png", PLENTY)
 
 
-def test_a_text_file(tmp_path):
+def test_a_text_file_is_rejected(tmp_path):
     (tmp_path / "a.png").write_text("I am no image.")
     with pytest.raises(BadImage, match=r"^not an image$"):
         load_image(tmp_path / "a.png", PLENTY)
 
 
-def test_an_empty_file(tmp_path):
+def test_an_empty_file_is_rejected(tmp_path):
     (tmp_path / "a.png").touch()
     with pytest.raises(BadImage):
         load_image(tmp_path / "a.png", PLENTY)
 
 
-def test_a_folder(tmp_path):
+def test_a_folder_is_rejected(tmp_path):
     with pytest.raises(BadImage, match="directory"):
         load_image(tmp_path, PLENTY)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF"])
-def test_a_truncated_file(tmp_path, form):
+def test_a_truncated_file_is_rejected(tmp_path, form):
     path = saved(noise(64), tmp_path / "image", format=form)
     load_image(path, PLENTY)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -75,8 +75,8 @@ def test_a_truncated_file(tmp_path, form):
         load_image(path, PLENTY)
 
 
-def test_reasons_can_be_counted(tmp_path):
-    """Two files damaged at different places, under different names, are dropped for one reason."""
+def test_reasons_do_not_differ_between_files(tmp_path):
+    """Two files with different names and damage are dropped for the same reason."""
     reasons = set()
     for keep in (0.5, 0.7):
         path = saved(noise(64), tmp_path / f"{keep}.jpg")
@@ -96,8 +96,8 @@ def test_the_pixel_limit_is_exact(tmp_path):
 
 
 @pytest.mark.parametrize(("side", "limit"), [(1001, PLENTY), (60000, PLENTY), (60000, 10**10)])
-def test_a_decompression_bomb_is_refused_undecoded(tmp_path, side, limit):
-    # The file has no pixels: whatever looked for them would say that it is damaged.
+def test_a_decompression_bomb_is_rejected_before_decoding(tmp_path, side, limit):
+    # The file has no pixel data, so decoding it would report damage.
     (tmp_path / "bomb.png").write_bytes(png_header(side, side))
     with pytest.raises(BadImage, match="too large"):
         load_image(tmp_path / "bomb.png", limit)
@@ -113,12 +113,12 @@ def test_transparent_pixels_become_white(tmp_path):
     image = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
     image.putpixel((1, 0), (255, 0, 0, 255))
     image.putpixel((2, 0), (0, 0, 0, 128))
-    found = load_image(saved(image, tmp_path / "a.png"), PLENTY)
-    assert found.mode == "RGB"
-    assert found.getpixel((0, 0)) == (255, 255, 255)
-    assert found.getpixel((1, 0)) == (255, 0, 0)
-    assert found.getpixel((2, 0)) == (127, 127, 127)
-    assert image.convert("RGB").getpixel((0, 0)) == (0, 0, 0), "which a plain conversion gets wrong"
+    loaded = load_image(saved(image, tmp_path / "a.png"), PLENTY)
+    assert loaded.mode == "RGB"
+    assert loaded.getpixel((0, 0)) == (255, 255, 255)
+    assert loaded.getpixel((1, 0)) == (255, 0, 0)
+    assert loaded.getpixel((2, 0)) == (127, 127, 127)
+    assert image.convert("RGB").getpixel((0, 0)) == (0, 0, 0), "a plain conversion ignores transparency"
 
 
 def test_a_transparent_palette_entry_becomes_white(tmp_path):
@@ -126,17 +126,17 @@ def test_a_transparent_palette_entry_becomes_white(tmp_path):
     image.putpalette([0, 0, 0, 0, 0, 255])
     image.putpixel((1, 0), 1)
     for name, options in (("a.png", {"transparency": 0}), ("a.gif", {"transparency": 0})):
-        found = load_image(saved(image, tmp_path / name, **options), PLENTY)
-        assert [found.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 255)], name
+        loaded = load_image(saved(image, tmp_path / name, **options), PLENTY)
+        assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 255)], name
     opaque = load_image(saved(image, tmp_path / "b.png"), PLENTY)
     assert opaque.getpixel((0, 0)) == (0, 0, 0)
 
 
-def test_a_transparent_colour_becomes_white(tmp_path):
+def test_a_transparent_color_becomes_white(tmp_path):
     image = Image.new("RGB", (2, 1), (10, 20, 30))
     image.putpixel((1, 0), (9, 9, 9))
-    found = load_image(saved(image, tmp_path / "a.png", transparency=(10, 20, 30)), PLENTY)
-    assert [found.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (9, 9, 9)]
+    loaded = load_image(saved(image, tmp_path / "a.png", transparency=(10, 20, 30)), PLENTY)
+    assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (9, 9, 9)]
 
 
 @pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (3, 1)), (6, (1, 0)), (8, (0, 3))])
@@ -145,42 +145,42 @@ def test_exif_orientation_is_applied(tmp_path, orientation, corner):
     image.putpixel((0, 0), (255, 0, 0))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    found = load_image(saved(image, tmp_path / "a.png", exif=exif), PLENTY)
-    assert found.size == ((2, 4) if orientation in {6, 8} else (4, 2))
-    assert found.getpixel(corner) == (255, 0, 0)
+    loaded = load_image(saved(image, tmp_path / "a.png", exif=exif), PLENTY)
+    assert loaded.size == ((2, 4) if orientation in {6, 8} else (4, 2))
+    assert loaded.getpixel(corner) == (255, 0, 0)
 
 
-def test_grey(tmp_path):
-    found = load_image(saved(Image.new("L", (1, 1), 77), tmp_path / "a.png"), PLENTY)
-    assert found.getpixel((0, 0)) == (77, 77, 77)
+def test_grayscale_is_converted(tmp_path):
+    loaded = load_image(saved(Image.new("L", (1, 1), 77), tmp_path / "a.png"), PLENTY)
+    assert loaded.getpixel((0, 0)) == (77, 77, 77)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_grey_keeps_its_range(tmp_path, suffix):
+def test_16_bit_grayscale_keeps_its_range(tmp_path, suffix):
     levels = np.array([[0, 255, 256, 0x8000, 0xFFFF]], dtype=np.uint16)
-    found = load_image(saved(Image.fromarray(levels), tmp_path / f"a.{suffix}"), PLENTY)
-    assert found.mode == "RGB"
-    assert [found.getpixel((x, 0))[0] for x in range(5)] == [0, 0, 1, 128, 255]
+    loaded = load_image(saved(Image.fromarray(levels), tmp_path / f"a.{suffix}"), PLENTY)
+    assert loaded.mode == "RGB"
+    assert [loaded.getpixel((x, 0))[0] for x in range(5)] == [0, 0, 1, 128, 255]
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
-def test_grey_without_a_known_white_is_refused(tmp_path, kind):
+def test_32_bit_grayscale_is_rejected(tmp_path, kind):
     path = saved(Image.fromarray(np.zeros((2, 2), dtype=kind)), tmp_path / "a.tif")
     with pytest.raises(BadImage, match="32-bit"):
         load_image(path, PLENTY)
 
 
-def test_cmyk_and_black_and_white(tmp_path):
+def test_cmyk_and_black_and_white_are_converted(tmp_path):
     assert load_image(saved(Image.new("CMYK", (8, 8)), tmp_path / "a.jpg"), PLENTY).getpixel((4, 4)) == (255,) * 3
     assert load_image(saved(Image.new("1", (2, 2), 1), tmp_path / "a.png"), PLENTY).getpixel((0, 0)) == (255,) * 3
 
 
-@pytest.mark.parametrize("stumble", [struct.error, KeyError, RuntimeError, NotImplementedError, EOFError, zlib.error])
-def test_whatever_a_decoder_stumbles_over_is_a_bad_image(tmp_path, monkeypatch, stumble):
+@pytest.mark.parametrize("exception", [struct.error, KeyError, RuntimeError, NotImplementedError, EOFError, zlib.error])
+def test_any_exception_of_a_decoder_is_a_bad_image(tmp_path, monkeypatch, exception):
     path = saved(noise(), tmp_path / "a.png")
 
     def fail(image: Image.Image) -> Image.Image:
-        raise stumble("inside the decoder")
+        raise exception("inside the decoder")
 
     monkeypatch.setattr(ImageOps, "exif_transpose", fail)
     with pytest.raises(BadImage, match="damaged"):
@@ -201,10 +201,10 @@ def test_damaged_bytes_give_an_image_or_a_reason(tmp_path, form):
             damaged[rng.randrange(min(len(damaged), 300))] = rng.randrange(256)
         path.write_bytes(damaged[: rng.randint(1, len(damaged))] if rng.random() < 0.2 else damaged)
         try:
-            found = load_image(path, PLENTY)
+            loaded = load_image(path, PLENTY)
         except BadImage:
             results["reason"] += 1
         else:
-            assert found.mode == "RGB"
+            assert loaded.mode == "RGB"
             results["image"] += 1
     assert results["reason"]

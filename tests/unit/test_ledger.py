@@ -1,4 +1,4 @@
-"""Packing a ledger: fewer files, the same rows, nothing lost on the way."""
+"""Test packing a ledger: fewer files, the same rows, nothing lost after a kill."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.store import ledger, parts, tables
 from csr_vlm.store.run import Run
 from tests.faults.runs import write_run
+from tests.unit.builders import CountedProgress
 
 MUCH = 1_000_000
 
@@ -29,11 +30,11 @@ def names(run: Run) -> list[str]:
 
 def pack(run: Run, most_bytes: int) -> int:
     done: list[int] = []
-    ledger.pack(run, 1, most_bytes, done.append)
+    ledger.pack(run, 1, most_bytes, CountedProgress(done))
     return sum(done)
 
 
-def test_a_part_says_which_work_items_it_holds() -> None:
+def test_the_name_of_a_part_gives_its_work_items() -> None:
     assert list(parts.items_of(Path(parts.part_name(7, "ab12")))) == [7]
     assert list(parts.items_of(Path(parts.packed_name(range(3, 6))))) == [3, 4, 5]
     assert parts.packed_name(range(3, 6)) == "part-000003-to-000005.parquet"
@@ -48,7 +49,7 @@ def test_packing_keeps_every_row(run: Run) -> None:
     assert tables.count_groups(packed) == 3, "a reader holds no more than before"
 
 
-def test_files_grow_to_the_size_that_is_asked_for_and_again(run: Run) -> None:
+def test_packed_files_grow_up_to_the_size_limit(run: Run) -> None:
     before = list(ledger.trees(run, 1))
     size = max(path.stat().st_size for path in run.ledger_parts(1))
     assert pack(run, 1) == 3
@@ -62,7 +63,7 @@ def test_files_grow_to_the_size_that_is_asked_for_and_again(run: Run) -> None:
     assert pack(run, MUCH) == 1, "nothing left to do"
 
 
-def test_a_kill_before_the_small_parts_are_gone_loses_and_doubles_nothing(run: Run) -> None:
+def test_a_kill_before_the_small_parts_are_deleted_neither_loses_nor_duplicates_rows(run: Run) -> None:
     before = list(ledger.trees(run, 1))
     small = {path: path.read_bytes() for path in run.ledger_parts(1)}
     pack(run, MUCH)
@@ -74,11 +75,11 @@ def test_a_kill_before_the_small_parts_are_gone_loses_and_doubles_nothing(run: R
     assert names(run) == ["part-000000-to-000002.parquet"]
 
 
-def test_a_ledger_that_is_not_whole_is_not_packed(run: Run) -> None:
+def test_an_incomplete_ledger_is_not_packed(run: Run) -> None:
     first, second, _ = run.ledger_parts(1)
     content = second.read_bytes()
     second.unlink()
-    with pytest.raises(CsrError, match="has 2 ledger parts where its prompts make 3"):
+    with pytest.raises(CsrError, match="has 2 ledger parts instead of 3"):
         pack(run, MUCH)
     second.write_bytes(content[:200])
     with pytest.raises(CsrError, match="cannot be read"):
@@ -87,8 +88,8 @@ def test_a_ledger_that_is_not_whole_is_not_packed(run: Run) -> None:
     assert len(names(run)) == 3
 
 
-def test_two_files_for_one_work_item_are_noticed(run: Run) -> None:
+def test_two_parts_of_one_work_item_are_noticed(run: Run) -> None:
     first, *_ = run.ledger_parts(1)
     first.with_name("part-000000-fedcba9876543210.parquet").write_bytes(first.read_bytes())
-    with pytest.raises(CsrError, match="has 4 ledger parts where its prompts make 3"):
+    with pytest.raises(CsrError, match="has 4 ledger parts instead of 3"):
         ledger.trees(run, 1)

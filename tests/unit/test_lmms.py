@@ -1,4 +1,4 @@
-"""What lmms-eval returns, read into our records; its traps, refused. lmms-eval itself is not needed."""
+"""Test how lmms-eval's results are read and which are refused. lmms-eval itself is not needed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 
 from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation import lmms
-from csr_vlm.evaluation.lmms import BENCHMARKS, chosen, joined, protocol_of, read_results
+from csr_vlm.evaluation.lmms import BENCHMARKS, benchmark_protocol, merge_documents, read_results, select_benchmarks
 from csr_vlm.evaluation.reproduction import published
 
 
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if lmms-eval 0.7.3 were there, and no key of any judge."""
+    """Pretend that lmms-eval 0.7.3 is installed and that no judge has a key."""
     for variable in ("OPENAI_API_KEY", "AZURE_API_KEY", "API_TYPE", "MODEL_VERSION"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(metadata, "version", lambda name: "0.7.3")
@@ -35,10 +35,10 @@ def read(name: str, found: dict[str, Any], unanswered: int = 0, limit: int | Non
     return read_results(found, {name: BENCHMARKS[name]}, {task: unanswered}, {task: 16}, limit)
 
 
-def test_every_published_benchmark_that_lmms_eval_runs_has_its_number():
-    readings = {reading.name for benchmark in BENCHMARKS.values() for reading in benchmark.readings}
-    wanted = {name for b in published().benchmarks.values() for evaluation, name, _ in b.own if evaluation == "lmms"}
-    assert wanted == readings
+def test_every_published_benchmark_of_lmms_eval_is_measured():
+    measured = {metric.name for benchmark in BENCHMARKS.values() for metric in benchmark.metrics}
+    sources = [source for benchmark in published().benchmarks.values() for source in benchmark.sources]
+    assert measured == {name for evaluation, name, _ in sources if evaluation == "lmms"}
 
 
 def test_a_mean_over_questions_gets_an_interval_and_rows():
@@ -52,7 +52,7 @@ def test_a_mean_over_questions_gets_an_interval_and_rows():
     assert found["rows"][0]["text"] == "yes"
 
 
-def test_a_number_that_is_no_mean_of_the_questions_gets_none():
+def test_a_metric_that_is_not_a_mean_over_questions_gets_no_interval():
     samples = [{"mme_perception_score": {"score": 1.0}}, {"mme_cognition_score": {"score": 0.0}}]
     scores = {"mme_perception_score": 1510.7, "mme_cognition_score": 348.2}
     found = read("mme", results("mme", scores, samples))
@@ -61,25 +61,25 @@ def test_a_number_that_is_no_mean_of_the_questions_gets_none():
     assert other["metrics"]["gqa"]["low"] is None, "0.9 is not the mean of 1 and 0: no interval of another number"
 
 
-def test_the_protocol_says_what_was_run():
+def test_the_protocol_records_the_task_and_its_settings():
     found = read("gqa", results("gqa", {"exact_match": 1.0}, [{"exact_match": 1.0}]), limit=1)
     protocol = found["protocol"]["gqa"]
     assert protocol["task"] == "gqa"
     assert protocol["lmms_eval"] == "0.7.3"
     assert protocol["max_new_tokens"] == 16
     assert protocol["limit"] == "the first 1 questions only"
-    assert protocol_of(found, "gqa") == protocol
-    assert protocol_of(found, "mme_p") == {}
+    assert benchmark_protocol(found, "gqa") == protocol
+    assert benchmark_protocol(found, "mme_p") == {}
 
 
-def test_a_missing_number_is_refused():
-    with pytest.raises(CsrError, match="gave no exact_match"):
+def test_a_missing_metric_is_refused():
+    with pytest.raises(CsrError, match="returned no exact_match"):
         read("gqa", results("gqa", {"other": 1.0}, [{}]))
 
 
-def test_unanswered_questions_are_refused_where_the_number_counts_them():
+def test_unanswered_questions_are_refused_where_the_metric_includes_them():
     found = results("gqa", {"exact_match": 0.0}, [{"exact_match": 0.0}])
-    with pytest.raises(CsrError, match="1 questions have no image or several"):
+    with pytest.raises(CsrError, match="1 questions do not have exactly one image"):
         read("gqa", found, unanswered=1)
     seed = read("seed", results("seedbench", {"seed_image": 0.6, "seed_all": 0.5}, [{"seed_image": {}}]), unanswered=1)
     assert seed["metrics"]["seed"]["value"] == 0.6, "the images' own number leaves videos out"
@@ -89,15 +89,15 @@ def test_unanswered_questions_are_refused_where_the_number_counts_them():
 @pytest.mark.parametrize("name", ["llava_w", "mm_vet"])
 def test_a_judge_needs_its_key(name, monkeypatch):
     with pytest.raises(CsrError, match="OPENAI_API_KEY is not set"):
-        chosen([name], None)
+        select_benchmarks([name], None)
     monkeypatch.setenv("API_TYPE", "azure")
     with pytest.raises(CsrError, match="AZURE_API_KEY is not set"):
-        chosen([name], None)
+        select_benchmarks([name], None)
     monkeypatch.setenv("AZURE_API_KEY", "something")
-    assert list(chosen([name], None)) == [name]
+    assert list(select_benchmarks([name], None)) == [name]
 
 
-def test_a_judge_that_failed_is_no_score():
+def test_a_failed_judge_is_refused():
     """lmms-eval counts a failed comparison as -1 against -1, which makes 100.0."""
     samples = [{"gpt_eval_llava_all": {"scores": [8, 7]}}, {"gpt_eval_llava_all": {"scores": [-1, -1]}}]
     with pytest.raises(CsrError, match="the judge failed on 1 answers"):
@@ -107,13 +107,13 @@ def test_a_judge_that_failed_is_no_score():
     assert "judge" in fine["protocol"]["llava_w"]
 
 
-def test_a_silent_judge_is_no_zero():
-    """lmms-eval counts an answer that MM-Vet's judge did not score as 0, with no judge's name."""
+def test_an_answer_without_a_score_is_refused():
+    """lmms-eval scores an answer as 0, with an empty judge name, where MM-Vet's judge gave no score."""
     samples = [{"gpt_eval_score": {"score": 0.0, "eval_model": judge}} for judge in ("gpt", "")]
     with pytest.raises(CsrError, match="the judge failed on 1 answers"):
         read("mm_vet", results("mmvet", {"gpt_eval_score": 0.0}, samples))
     fine = read("mm_vet", results("mmvet", {"gpt_eval_score": 0.0}, samples[:1]))
-    assert fine["metrics"]["mm_vet"]["value"] == 0.0, "a zero that was given stands"
+    assert fine["metrics"]["mm_vet"]["value"] == 0.0, "a zero given by the judge is kept"
 
 
 @pytest.mark.parametrize(
@@ -122,27 +122,27 @@ def test_a_silent_judge_is_no_zero():
         ("pope", "compares strings"),
         ("mmbench_en_dev", "guesses letters"),
         ("mmbench_cn", "guesses letters"),
-        ("gqq", "there is no benchmark 'gqq'"),
+        ("gqq", "'gqq' is not a valid benchmark"),
     ],
 )
-def test_tasks_that_are_refused(name, message):
+def test_untrustworthy_and_unknown_tasks_are_refused(name, message):
     with pytest.raises(CsrError, match=message):
-        chosen([name], None)
+        select_benchmarks([name], None)
 
 
-def test_without_lmms_eval_the_way_to_it_is_told(monkeypatch):
+def test_a_missing_lmms_eval_is_reported(monkeypatch):
     monkeypatch.setattr(lmms.util, "find_spec", lambda name: None)
     with pytest.raises(CsrError, match="not installed"):
-        chosen(["gqa"], None)
+        select_benchmarks(["gqa"], None)
 
 
-def test_new_benchmarks_join_the_old_ones():
+def test_new_benchmarks_are_merged_with_stored_ones():
     old = read("gqa", results("gqa", {"exact_match": 1.0}, [{"exact_match": 1.0}]))
     new = read("sqa", results("scienceqa_img", {"exact_match": 0.0}, [{"exact_match": 0.0}]))
-    both = joined(old, new)
+    both = merge_documents(old, new)
     assert set(both["metrics"]) == set(both["protocol"]) == {"gqa", "sqa"}
     assert [row["id"] for row in both["rows"]] == ["gqa/0", "sqa/0"]
-    again = joined(both, read("gqa", results("gqa", {"exact_match": 0.0}, [{"exact_match": 0.0}])))
+    again = merge_documents(both, read("gqa", results("gqa", {"exact_match": 0.0}, [{"exact_match": 0.0}])))
     assert again["metrics"]["gqa"]["value"] == 0.0
     assert sorted(row["id"] for row in again["rows"]) == ["gqa/0", "sqa/0"]
-    assert joined(None, old) == old
+    assert merge_documents(None, old) == old

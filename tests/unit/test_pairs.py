@@ -1,16 +1,17 @@
-"""Pairs from hand-worked trees, their rules, and the control that carries no preference."""
+"""Test pairs on hand-worked trees, their properties, and the negative control."""
 
 from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csr_vlm.core.records import Fate, Finish, Node, Pair
+from csr_vlm.core.records import Finish, Node, NodeStatus, Pair, negatives_column
 from csr_vlm.method.pairs import make_pairs, responses
 from csr_vlm.method.search import search
 from csr_vlm.store import tables
@@ -19,19 +20,19 @@ from tests.unit.test_search import RandomModel
 
 # Lambda 1, so R(s) is 100 times the cosine; R(y) is the mean over sentences.
 TREE = [
-    node("0", "A boat.", cosine=0.30, ids=(1, 2), logprobs=(-1.0, -2.0), fate=Fate.TOP),
-    node("1", "A car", cosine=0.05, ids=(8,), logprobs=(-3.0,), fate=Fate.TRUNCATED, finish=Finish.LENGTH),
-    node("2", "A tree.", cosine=0.60, ids=(9,), logprobs=(-1.5,), fate=Fate.PRUNED),
-    node("0.0", " A fish.", cosine=0.10, ids=(3, 4, 0), logprobs=(-0.5, -0.25, -0.125), fate=Fate.FINISHED),
-    node("0.1", "", cosine=None, ids=(0,), logprobs=(-0.75,), fate=Fate.FINISHED, finish=Finish.EOS),
-    node("0.2", " A bird.", cosine=0.24, ids=(5, 0), logprobs=(-4.0, -0.5), fate=Fate.FINISHED),
+    node("0", "A boat.", cosine=0.30, ids=(1, 2), logprobs=(-1.0, -2.0), status=NodeStatus.TOP),
+    node("1", "A car", cosine=0.05, ids=(8,), logprobs=(-3.0,), status=NodeStatus.TRUNCATED, finish=Finish.LENGTH),
+    node("2", "A tree.", cosine=0.60, ids=(9,), logprobs=(-1.5,), status=NodeStatus.PRUNED),
+    node("0.0", " A fish.", cosine=0.10, ids=(3, 4, 0), logprobs=(-0.5, -0.25, -0.125), status=NodeStatus.FINISHED),
+    node("0.1", "", cosine=None, ids=(0,), logprobs=(-0.75,), status=NodeStatus.FINISHED, finish=Finish.EOS),
+    node("0.2", " A bird.", cosine=0.24, ids=(5, 0), logprobs=(-4.0, -0.5), status=NodeStatus.FINISHED),
 ]
 
 
 def make_pair(*arguments):
     """The prompt's first pair, or why it has none."""
-    found = make_pairs(*arguments)
-    return found if isinstance(found, str) else found[0]
+    actual = make_pairs(*arguments)
+    return actual if isinstance(actual, str) else actual[0]
 
 
 def pair_of(nodes: list[Node], weight: float = 1.0, seed: int = 0, **sections: object) -> Pair | str:
@@ -54,7 +55,7 @@ def test_responses_are_the_paths_to_the_leaves():
     assert bird.reward == pytest.approx(27.0)
 
 
-def test_a_truncated_response_is_told_from_a_complete_one():
+def test_truncated_responses_are_marked_incomplete():
     assert {r.node_id: r.complete for r in responses(TREE, method(), "clip")} == {
         "0.0": True,
         "0.1": True,
@@ -72,13 +73,13 @@ def test_extremes():
     assert pair.prompt == prompt()
 
 
-def test_truncated_responses_take_part_only_if_asked():
+def test_truncated_responses_are_used_only_if_allowed():
     pair = pair_of(TREE, pairs={"require_complete": False})
     assert isinstance(pair, Pair)
     assert (pair.chosen.node_id, pair.rejected.node_id) == ("0.1", "1")
 
 
-def test_by_sum_the_longer_response_wins():
+def test_with_a_sum_the_longer_response_is_chosen():
     pair = pair_of(TREE, reward={"response": "sum"})
     assert isinstance(pair, Pair)
     assert (pair.chosen.node_id, pair.rejected.node_id) == ("0.2", "0.1")  # 54 against 30
@@ -91,26 +92,26 @@ def test_fewer_than_two_complete_responses():
 
 
 @pytest.mark.parametrize("selection", ["extremes", "random"])
-def test_responses_that_say_the_same(selection):
+def test_identical_responses_yield_no_pair(selection):
     same = [
-        node("0", "A boat.", cosine=0.3, ids=(1,), fate=Fate.FINISHED),
-        node("1", " A boat. ", cosine=0.1, ids=(2,), fate=Fate.FINISHED),
+        node("0", "A boat.", cosine=0.3, ids=(1,), status=NodeStatus.FINISHED),
+        node("1", " A boat. ", cosine=0.1, ids=(2,), status=NodeStatus.FINISHED),
     ]
     assert pair_of(same, pairs={"selection": selection}) == "identical"
 
 
 @pytest.mark.parametrize(("min_margin", "dropped"), [(0.0, False), (0.18, False), (0.19, True), (9, True)])
-def test_min_margin_is_a_share_of_the_spread(min_margin, dropped):
+def test_min_margin_is_in_units_of_the_spread(min_margin, dropped):
     # The responses differ by 10, the sentences lie between 5 and 60.
     assert (pair_of(TREE, pairs={"min_margin": min_margin}) == "margin") is dropped
 
 
-def test_equal_rewards_teach_nothing_even_without_a_margin():
-    equal = [node(str(i), f"Sentence {i}.", fate=Fate.FINISHED) for i in range(3)]
+def test_equal_rewards_yield_no_pair_even_without_a_min_margin():
+    equal = [node(str(i), f"Sentence {i}.", status=NodeStatus.FINISHED) for i in range(3)]
     assert pair_of(equal) == "margin"
 
 
-def test_random_selection_asks_for_no_margin():
+def test_random_selection_ignores_the_min_margin():
     assert isinstance(pair_of(TREE, pairs={"selection": "random", "min_margin": 99}), Pair)
 
 
@@ -122,7 +123,7 @@ def random_tree(salt: int, prompt_id: str = "p", num_leaves: int = 6) -> list[No
             f"Sentence {i}.",
             cosine=rng.uniform(0, 0.5),
             logprobs=(-3 * rng.random(), -rng.random()),
-            fate=rng.choice([Fate.FINISHED, Fate.FINISHED, Fate.TRUNCATED, Fate.PRUNED]),
+            status=rng.choice([NodeStatus.FINISHED, NodeStatus.FINISHED, NodeStatus.TRUNCATED, NodeStatus.PRUNED]),
             prompt_id=prompt_id,
         )
         for i in range(num_leaves)
@@ -132,13 +133,15 @@ def random_tree(salt: int, prompt_id: str = "p", num_leaves: int = 6) -> list[No
 @given(
     st.integers(0, 10**6),
     st.floats(0, 1),
-    st.sampled_from(["weighted", "standardised", "sibling_rank"]),
+    st.sampled_from(["weighted", "sibling_rank"]),
     st.booleans(),
 )
 def test_chosen_is_the_best_and_rejected_the_worst(salt, weight, fusion, require_complete):
-    nodes, how = random_tree(salt), {"fusion": fusion}
-    pair = pair_of(nodes, weight, reward=how, pairs={"require_complete": require_complete})
-    eligible = [r for r in responses(nodes, method(weight, reward=how), "clip") if r.complete or not require_complete]
+    nodes, settings = random_tree(salt), {"fusion": fusion}
+    pair = pair_of(nodes, weight, reward=settings, pairs={"require_complete": require_complete})
+    eligible = [
+        r for r in responses(nodes, method(weight, reward=settings), "clip") if r.complete or not require_complete
+    ]
     if isinstance(pair, str):
         assert len(eligible) < 2 or len({r.reward for r in eligible}) == 1
         return
@@ -149,13 +152,13 @@ def test_chosen_is_the_best_and_rejected_the_worst(salt, weight, fusion, require
 
 
 def all_pairs(seed: int, selection: str, num_prompts: int = 400) -> list[Pair]:
-    found = [
+    actual = [
         pair_of(random_tree(0, f"prompt-{i}"), 1.0, seed, pairs={"selection": selection}) for i in range(num_prompts)
     ]
-    return [pair for pair in found if isinstance(pair, Pair)]
+    return [pair for pair in actual if isinstance(pair, Pair)]
 
 
-def test_random_selection_follows_the_seed():
+def test_random_selection_depends_on_the_seed():
     first, again, other = (all_pairs(seed, "random") for seed in (0, 0, 1))
     assert first == again
     same = fmean(a == b for a, b in zip(first, other, strict=True))
@@ -166,7 +169,7 @@ def test_extremes_do_not_depend_on_the_seed():
     assert all_pairs(0, "extremes") == all_pairs(1, "extremes")
 
 
-def test_random_selection_prefers_nothing():
+def test_random_selection_has_a_mean_margin_of_0():
     pairs = all_pairs(0, "random")
     margins = [pair.margin for pair in pairs]
     assert len(margins) > 300
@@ -178,17 +181,17 @@ def test_random_selection_prefers_nothing():
 
 
 @pytest.mark.parametrize("per_prompt", [1, 2, 3])
-def test_random_siblings_prefer_nothing_however_few_are_kept(per_prompt):
-    how = {"between": "siblings", "selection": "random", "per_prompt": per_prompt, "per_node": 3}
+def test_random_siblings_have_a_mean_margin_of_0_for_any_limit(per_prompt):
+    settings = {"between": "siblings", "selection": "random", "per_prompt": per_prompt, "per_node": 3}
     margins = []
     for i in range(200):
-        found = make_pairs(prompt(), random_tree(0, f"prompt-{i}"), method(1.0, pairs=how), "clip", 0)
-        margins += [pair.margin for pair in found]
+        actual = make_pairs(prompt(), random_tree(0, f"prompt-{i}"), method(1.0, pairs=settings), "clip", 0)
+        margins += [pair.margin for pair in actual]
     assert len(margins) > 195 * per_prompt
     assert abs(fmean(margins)) < 3 * stdev(margins) / math.sqrt(len(margins) / per_prompt)
 
 
-def test_pairs_can_be_derived_anew_from_the_ledger(tmp_path):
+def test_pairs_can_be_derived_again_from_the_ledger(tmp_path):
     prompts = [prompt(f"prompt-{i}") for i in range(40)]
     model = RandomModel(salt=7)
     trees = search(prompts, model.propose, model.score, method(0.9), iteration=2, seed=0, scorer="clip")
@@ -199,8 +202,8 @@ def test_pairs_can_be_derived_anew_from_the_ledger(tmp_path):
         read = tables.read_trees(tmp_path / "part.parquet")
         return [make_pair(p, nodes, method(weight), "clip", 0) for p, (_, nodes) in zip(prompts, read, strict=True)]
 
-    def ends(found: list[Pair | str]) -> list[object]:
-        return [(p.chosen.node_id, p.rejected.node_id) if isinstance(p, Pair) else p for p in found]
+    def ends(actual: list[Pair | str]) -> list[object]:
+        return [(p.chosen.node_id, p.rejected.node_id) if isinstance(p, Pair) else p for p in actual]
 
     in_memory = [make_pair(t.prompt, t.nodes, method(0.9), "clip", 0) for t in trees]
     assert ends(pairs(0.9)) == ends(in_memory), "the ledger holds all that pairs need"
@@ -208,24 +211,24 @@ def test_pairs_can_be_derived_anew_from_the_ledger(tmp_path):
     assert len(model.asked) == rounds
 
 
-def test_the_best_meets_others_spread_over_the_ranking():
+def test_the_best_response_is_compared_with_others_spread_over_the_ranking():
     # Means of R_I: boat alone 30, boat and bird 27, boat and fish 20.
-    found = make_pairs(prompt(), TREE, method(1.0, pairs={"per_prompt": 2}), "clip", 0)
-    assert [(p.chosen.node_id, p.rejected.node_id) for p in found] == [("0.1", "0.0"), ("0.1", "0.2")]
+    actual = make_pairs(prompt(), TREE, method(1.0, pairs={"per_prompt": 2}), "clip", 0)
+    assert [(p.chosen.node_id, p.rejected.node_id) for p in actual] == [("0.1", "0.0"), ("0.1", "0.2")]
     more = make_pairs(prompt(), TREE, method(1.0, pairs={"per_prompt": 9}), "clip", 0)
-    assert more == found
+    assert more == actual
     only_wide = make_pairs(prompt(), TREE, method(1.0, pairs={"per_prompt": 9, "min_margin": 0.1}), "clip", 0)
     assert [p.rejected.node_id for p in only_wide] == ["0.0"]
 
 
 @given(st.integers(1, 12), st.integers(1, 6))
-def test_spreading_takes_the_first_and_never_the_same_twice(length, number):
+def test_rejected_responses_are_distinct_and_include_the_worst(length, number):
     leaves = [
-        node(str(i), f"Thing {i}.", cosine=i / 20, ids=(i, 0), fate=Fate.FINISHED, finish=Finish.EOS)
+        node(str(i), f"Thing {i}.", cosine=i / 20, ids=(i, 0), status=NodeStatus.FINISHED, finish=Finish.EOS)
         for i in range(length + 1)
     ]
-    found = make_pairs(prompt(), leaves, method(1.0, pairs={"per_prompt": number}), "clip", 0)
-    rejected = [pair.rejected.node_id for pair in found]
+    actual = make_pairs(prompt(), leaves, method(1.0, pairs={"per_prompt": number}), "clip", 0)
+    rejected = [pair.rejected.node_id for pair in actual]
     assert rejected[0] == "0"
     assert len(set(rejected)) == len(rejected) == min(number, length)
     assert str(length) not in rejected
@@ -238,14 +241,14 @@ def siblings_of(nodes: list[Node], weight: float = 1.0, **config: object) -> lis
     return make_pairs(prompt(), nodes, method(weight, pairs=settings), "clip", 0)
 
 
-def test_siblings_share_what_comes_before():
-    found = siblings_of(TREE)
-    assert [(p.chosen.node_id, p.rejected.node_id, round(p.margin, 6)) for p in found] == [
+def test_siblings_share_their_prefix():
+    actual = siblings_of(TREE)
+    assert [(p.chosen.node_id, p.rejected.node_id, round(p.margin, 6)) for p in actual] == [
         ("2", "0", 30.0),
         ("0.2", "0.1", 24.0),
         ("0.2", "0.0", 14.0),
     ]
-    bird, end = found[1].chosen, found[1].rejected
+    bird, end = actual[1].chosen, actual[1].rejected
     assert bird.text == "A boat. A bird."
     assert bird.token_ids == (1, 2, 5, 0)
     assert bird.logprob == pytest.approx(-1 - 2 - 4 - 0.5)
@@ -254,16 +257,19 @@ def test_siblings_share_what_comes_before():
     assert (bird.num_sentences, end.num_sentences) == (2, 1)
 
 
-def test_below_a_baseline_ending_is_better():
-    # Between the extremes, 5 and 60, lies 32.5: bird and fish are worth less than nothing.
-    found = make_pairs(
-        prompt(),
-        TREE,
-        method(1.0, reward={"baseline": "midrange"}, pairs={"between": "siblings", "per_prompt": 9}),
-        "clip",
-        0,
-    )
-    ends = [(p.chosen.node_id, p.rejected.node_id) for p in found if p.chosen.node_id.startswith("0.")]
+def with_negatives(nodes: list[Node], negatives: float = 0.0) -> list[Node]:
+    """Give each sentence the same mean cosine over negative images."""
+    return [replace(n, cosines=n.cosines | {negatives_column("clip"): negatives}) if n.sentence else n for n in nodes]
+
+
+HALF_BEST = {"image_score": "contrast", "baseline": "half_best"}
+
+
+def test_ending_is_preferred_to_sentences_below_the_baseline():
+    # Half of the best contrast, 60, is 30: bird and fish have rewards of -6 and -20, ending 0.
+    settings = method(1.0, reward=HALF_BEST, pairs={"between": "siblings", "per_prompt": 9})
+    actual = make_pairs(prompt(), with_negatives(TREE), settings, "clip", 0)
+    ends = [(p.chosen.node_id, p.rejected.node_id) for p in actual if p.chosen.node_id.startswith("0.")]
     assert ends == [("0.1", "0.0"), ("0.1", "0.2")]
 
 
@@ -275,15 +281,15 @@ def test_siblings_per_node_and_prompt():
     assert [(p.chosen.node_id, p.rejected.node_id) for p in siblings_of(TREE, per_prompt=1)] == [("2", "0")]
 
 
-def test_a_sentence_that_was_cut_off_takes_part_only_if_asked():
-    found = siblings_of(TREE, require_complete=False)
-    assert ("2", "1") in [(p.chosen.node_id, p.rejected.node_id) for p in found]
+def test_truncated_sentences_are_used_only_if_allowed():
+    actual = siblings_of(TREE, require_complete=False)
+    assert ("2", "1") in [(p.chosen.node_id, p.rejected.node_id) for p in actual]
 
 
-def test_siblings_that_say_the_same():
+def test_identical_siblings_yield_no_pair():
     same = [node("0", "A boat.", ids=(1,)), node("1", " A boat. ", cosine=0.1, ids=(2,))]
     assert siblings_of(same) == "identical"
-    goes_on_or_not = [node("0", "A boat.", ids=(1,)), node("1", "A boat.", ids=(1, 0), fate=Fate.FINISHED)]
+    goes_on_or_not = [node("0", "A boat.", ids=(1,)), node("1", "A boat.", ids=(1, 0), status=NodeStatus.FINISHED)]
     assert siblings_of(goes_on_or_not) == "margin", "they differ in ending; the sentence earns the same"
 
 
@@ -291,17 +297,17 @@ def test_siblings_that_say_the_same():
 def test_sibling_pairs_differ_in_the_last_sentence_only(salt, selection, per_node, per_prompt):
     model = RandomModel(salt=salt)
     settings = {"between": "siblings", "selection": selection, "per_node": per_node, "per_prompt": per_prompt}
-    how = method(0.9, pairs=settings)
-    (tree,) = search([prompt()], model.propose, model.score, how, iteration=1, seed=0, scorer="clip")
-    found = make_pairs(prompt(), tree.nodes, how, "clip", 0)
-    if isinstance(found, str):
+    method_config = method(0.9, pairs=settings)
+    (tree,) = search([prompt()], model.propose, model.score, method_config, iteration=1, seed=0, scorer="clip")
+    actual = make_pairs(prompt(), tree.nodes, method_config, "clip", 0)
+    if isinstance(actual, str):
         return
-    assert len(found) <= per_prompt
-    parents = [pair.chosen.node_id.rpartition(".")[0] for pair in found]
-    assert parents == [pair.rejected.node_id.rpartition(".")[0] for pair in found]
+    assert len(actual) <= per_prompt
+    parents = [pair.chosen.node_id.rpartition(".")[0] for pair in actual]
+    assert parents == [pair.rejected.node_id.rpartition(".")[0] for pair in actual]
     assert max(parents.count(parent) for parent in parents) <= per_node
     by_id = {n.node_id: n for n in tree.nodes}
-    for pair in found:
+    for pair in actual:
         before = len(pair.chosen.token_ids) - len(by_id[pair.chosen.node_id].token_ids)
         assert pair.chosen.token_ids[:before] == pair.rejected.token_ids[:before]
         assert pair.margin > 0 or selection == "random"
@@ -310,43 +316,40 @@ def test_sibling_pairs_differ_in_the_last_sentence_only(salt, selection, per_nod
 # A boat (30) and a car (28); who speaks of the boat goes on to the car (28) and ends, who
 # starts with the car finds nothing but a fish (-20) or the end.
 ORDERED = [
-    node("0", "A boat.", cosine=0.30, ids=(1,), fate=Fate.TOP),
-    node("1", "A car.", cosine=0.28, ids=(2,), fate=Fate.TOP),
-    node("2", "A bird.", cosine=0.29, ids=(3,), fate=Fate.PRUNED),
-    node("0.0", "A car.", cosine=0.28, ids=(2, 0), fate=Fate.FINISHED),
-    node("1.0", "", cosine=None, ids=(0,), fate=Fate.FINISHED, finish=Finish.EOS),
-    node("1.1", "A fish.", cosine=0.01, ids=(4, 0), fate=Fate.FINISHED),
+    node("0", "A boat.", cosine=0.30, ids=(1,), status=NodeStatus.TOP),
+    node("1", "A car.", cosine=0.28, ids=(2,), status=NodeStatus.TOP),
+    node("2", "A bird.", cosine=0.29, ids=(3,), status=NodeStatus.PRUNED),
+    node("0.0", "A car.", cosine=0.28, ids=(2, 0), status=NodeStatus.FINISHED),
+    node("1.0", "", cosine=None, ids=(0,), status=NodeStatus.FINISHED, finish=Finish.EOS),
+    node("1.1", "A fish.", cosine=0.01, ids=(4, 0), status=NodeStatus.FINISHED),
 ]
 
 
-def test_passing_over_something_costs_what_is_never_said_later():
-    found = siblings_of(ORDERED, look_ahead=True, min_margin=0.5)
-    (first,) = [p for p in found if "." not in p.chosen.node_id]
+def test_look_ahead_penalizes_omissions():
+    actual = siblings_of(ORDERED, look_ahead=True, min_margin=0.5)
+    (first,) = [p for p in actual if "." not in p.chosen.node_id]
     assert (first.chosen.node_id, first.rejected.node_id) == ("0", "1")
     assert first.chosen.reward == pytest.approx(30 + 28)
     assert first.rejected.reward == pytest.approx(28 + 1)
     assert siblings_of(ORDERED, min_margin=0.5) == "margin", "2 alone is none"
 
 
-def test_what_was_not_followed_is_compared_by_its_own_reward():
-    found = siblings_of(ORDERED, look_ahead=True)
-    (bird,) = [p for p in found if p.rejected.node_id == "2"]
+def test_siblings_that_were_not_expanded_are_compared_without_look_ahead():
+    actual = siblings_of(ORDERED, look_ahead=True)
+    (bird,) = [p for p in actual if p.rejected.node_id == "2"]
     assert bird.chosen.node_id == "0"
     assert (bird.chosen.reward, bird.rejected.reward) == (pytest.approx(30), pytest.approx(29))
 
 
-def test_ending_with_the_last_true_sentence_beats_going_on_to_a_false_one():
+def test_ending_after_a_true_sentence_is_preferred_to_continuing_with_a_false_one():
     nodes = [
-        node("0", "A boat.", cosine=0.30, ids=(1,), fate=Fate.TOP),
-        node("1", "A boat.", cosine=0.30, ids=(1, 0), fate=Fate.FINISHED, finish=Finish.EOS),
-        node("0.0", "A fish.", cosine=0.05, ids=(4, 0), fate=Fate.FINISHED),
+        node("0", "A boat.", cosine=0.30, ids=(1,), status=NodeStatus.TOP),
+        node("1", "A boat.", cosine=0.30, ids=(1, 0), status=NodeStatus.FINISHED, finish=Finish.EOS),
+        node("0.0", "A fish.", cosine=0.05, ids=(4, 0), status=NodeStatus.FINISHED),
     ]
-    how = method(
-        1.0,
-        reward={"baseline": "midrange"},  # 17.5: the boat earns 12.5, the fish -12.5
-        pairs={"between": "siblings", "per_prompt": 9},
-    )
-    found = make_pairs(prompt(), nodes, how, "clip", 0)
-    assert [(p.chosen.node_id, p.rejected.node_id) for p in found] == [("1", "0")]
-    assert found[0].chosen.reward == pytest.approx(12.5)
-    assert found[0].rejected.reward == pytest.approx(0.0)
+    # Half of the best contrast is 15, so the boat's reward is 15 and the fish's -10.
+    settings = method(1.0, reward=HALF_BEST, pairs={"between": "siblings", "per_prompt": 9})
+    actual = make_pairs(prompt(), with_negatives(nodes), settings, "clip", 0)
+    assert [(p.chosen.node_id, p.rejected.node_id) for p in actual] == [("1", "0")]
+    assert actual[0].chosen.reward == pytest.approx(15.0)
+    assert actual[0].rejected.reward == pytest.approx(15.0 - 10.0)

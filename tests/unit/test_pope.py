@@ -1,4 +1,4 @@
-"""POPE: parsers side by side, metrics by hand, files, and questions made anew."""
+"""Test POPE: the three parsers, hand-worked metrics, question and answer files, and built questions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from csr_vlm.evaluation.pope import (
     Question,
     QuestionFile,
     evaluate,
-    pair_up,
+    match_answers,
     parse_lenient,
     parse_official,
     parse_strict,
@@ -77,7 +77,7 @@ def test_hand_worked_metrics():
         ([], [], {"accuracy", "precision", "recall", "f1", "yes_ratio"}),
     ],
 )
-def test_division_by_zero_gives_none_and_a_reason(labels, answers, undefined):
+def test_a_zero_denominator_gives_none_and_a_reason(labels, answers, undefined):
     found = score(labels, answers)
     assert set(found["undefined"]) == undefined == {name for name in PARSED if found[name] is None}
     assert all(found["undefined"].values())
@@ -90,7 +90,7 @@ def question_file(setting: str, ids: list[str]) -> QuestionFile:
     return QuestionFile(setting, "", tuple(Question(key, "", "?", key != "2") for key in ids), "")
 
 
-def test_settings_are_scored_apart_and_averaged():
+def test_settings_are_scored_separately_and_averaged():
     files = [(question_file(name, ["1", "2"]), {"1": "Yes", "2": last}) for name, last in
              [("random", "No"), ("popular", "Yes")]]  # fmt: skip
     found = evaluate(files)
@@ -101,31 +101,31 @@ def test_settings_are_scored_apart_and_averaged():
     assert evaluate(files)["official"]["mean"]["f1"] is None
 
 
-def test_answers_go_to_the_questions_they_answer(tmp_path):
+def test_answers_are_matched_with_their_questions(tmp_path):
     a, b = question_file("random", ["1", "2"]), question_file("popular", ["3"])
     both, first, last = (tmp_path / name for name in ("both.jsonl", "a.jsonl", "b.jsonl"))
     both.write_text("".join(json.dumps({"question_id": key, "answer": str(key)}) + "\n" for key in (3, 1, 2)))
     first.write_text('[{"question_id": 1, "text": "1"}, {"question_id": "2", "text": "2"}]')
     last.write_text('{"question_id": 3, "answer": "3"}')
     expected = [(a, {"1": "1", "2": "2"}), (b, {"3": "3"})]
-    assert pair_up([a, b], [both]) == pair_up([a, b], [first, last]) == expected
-    with pytest.raises(CsrError, match="number their questions alike"):
-        pair_up([a, a], [first])
+    assert match_answers([a, b], [both]) == match_answers([a, b], [first, last]) == expected
+    with pytest.raises(CsrError, match="share question ids"):
+        match_answers([a, a], [first])
     with pytest.raises(CsrError, match="1 questions without an answer, 2 answers to other"):
-        pair_up([b], [first])
-    with pytest.raises(CsrError, match="3 question files and 2 answer files"):
-        pair_up([a, b, b], [first, last])
+        match_answers([b], [first])
+    with pytest.raises(CsrError, match="3 question files but 2 answer files"):
+        match_answers([a, b, b], [first, last])
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("{", "not JSON lines"),
-        ("1", "no JSON object"),
-        ("", "holds no question"),
-        ('{"question_id": 1, "text": "?", "label": "maybe"}', "label other than yes and no"),
+        ("{", "not in JSON Lines format"),
+        ("1", "is not a JSON object"),
+        ("", "contains no questions"),
+        ('{"question_id": 1, "text": "?", "label": "maybe"}', "label other than yes or no"),
         ('{"question_id": 1, "label": "yes"}', "has no 'text'"),
-        ('{"question_id": 1, "text": "?", "label": "yes"}\n' * 2, "comes twice"),
+        ('{"question_id": 1, "text": "?", "label": "yes"}\n' * 2, "occurs twice"),
     ],
 )
 def test_bad_questions_are_refused(tmp_path, text, complaint):
@@ -138,8 +138,8 @@ def test_bad_questions_are_refused(tmp_path, text, complaint):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ('{"question_id": 1}', "no question_id or no answer"),
-        ('{"answer": "a"}', "no question_id or no answer"),
+        ('{"question_id": 1}', "lacks question_id or answer"),
+        ('{"answer": "a"}', "lacks question_id or answer"),
         ('{"question_id": 1, "answer": "a"}\n' * 2, "answered twice"),
     ],
 )
@@ -161,13 +161,13 @@ SCENERY = Scenery(
 )
 
 
-def test_popular_and_neighbouring_objects_by_hand():
+def test_frequent_and_co_occurring_objects_by_hand():
     assert SCENERY.popular() == ["dog", "ball", "cat", "owl", "ant"]
-    assert SCENERY.beside()["cat"][:3] == ["ball", "dog", "owl"]
+    assert SCENERY.co_occurring()["cat"][:3] == ["ball", "dog", "owl"]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_built_questions_are_true_balanced_and_seeded(setting):
+def test_built_questions_are_correct_balanced_and_deterministic(setting):
     found = build_questions(SCENERY, setting, num_images=3, per_image=2, seed=5)
     assert len(found) == 12
     for question in found:
@@ -179,7 +179,7 @@ def test_built_questions_are_true_balanced_and_seeded(setting):
     assert found != build_questions(SCENERY, setting, num_images=3, per_image=2, seed=6)
 
 
-def test_settings_differ_only_in_what_is_absent():
+def test_settings_differ_only_in_the_absent_objects():
     built = {name: build_questions(SCENERY, name, num_images=3, per_image=2) for name in SETTINGS}
     present = {name: [q for q in questions if q.label] for name, questions in built.items()}
     assert present["random"] == present["popular"] == present["adversarial"]
@@ -187,7 +187,7 @@ def test_settings_differ_only_in_what_is_absent():
     assert absent == [question_about("dog"), question_about("ball")]
 
 
-def test_questions_survive_their_file(tmp_path):
+def test_questions_are_read_back_as_written(tmp_path):
     built = build_questions(SCENERY, "popular", num_images=2, per_image=2)
     path = tmp_path / "pope_popular.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(built)))
@@ -199,5 +199,5 @@ def test_questions_survive_their_file(tmp_path):
 def test_too_few_images_are_refused():
     with pytest.raises(CsrError, match="only 3 images"):
         build_questions(SCENERY, "random", num_images=4, per_image=2)
-    with pytest.raises(CsrError, match="no setting 'hard'"):
+    with pytest.raises(CsrError, match="'hard' is not a valid setting"):
         build_questions(SCENERY, "hard", num_images=1)

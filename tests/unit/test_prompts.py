@@ -1,4 +1,4 @@
-"""The prompt file: what is accepted, what is dropped, and how it is counted."""
+"""Accept, drop and count the rows of a prompt file."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def row(prompt_id: Any = "1", image: Any = "images/a.png", text: Any = "What is 
 
 
 def read(folder: Path, *rows: Any, **settings: Any) -> tuple[list[Prompt], InputReport]:
-    """Write rows (bytes as they are, all else as JSON) and read them."""
+    """Write rows (bytes unchanged, everything else as JSON) and read them."""
     lines = [item if isinstance(item, bytes) else json.dumps(item).encode() for item in rows]
     (folder / "prompts.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     report = InputReport()
-    found = list(read_prompts(DataConfig(prompts=str(folder / "prompts.jsonl"), **settings), report))
-    return found, report
+    prompts = list(read_prompts(DataConfig(prompts=str(folder / "prompts.jsonl"), **settings), report))
+    return prompts, report
 
 
 def reason(folder: Path, bad: Any) -> str:
-    """Read a bad row between two good ones, and return why it was dropped."""
-    found, report = read(folder, row("first"), bad, row("last"))
-    assert [prompt.prompt_id for prompt in found] == ["first", "last"]
+    """Read a bad row between two good ones; return the reason for which it was dropped."""
+    prompts, report = read(folder, row("first"), bad, row("last"))
+    assert [prompt.prompt_id for prompt in prompts] == ["first", "last"]
     assert report.accepted == 2
     assert report.dropped.total() == 1
     (text,) = report.dropped
@@ -52,20 +52,20 @@ def reason(folder: Path, bad: Any) -> str:
     return text
 
 
-def test_a_good_row(folder):
-    found, report = read(folder, row("x"))
-    assert found == [Prompt("x", str((folder / "images" / "a.png").resolve()), "What is this?")]
+def test_a_good_row_is_accepted(folder):
+    prompts, report = read(folder, row("x"))
+    assert prompts == [Prompt("x", str((folder / "images" / "a.png").resolve()), "What is this?")]
     assert report.dump() == {"accepted": 1, "dropped": {}, "examples": []}
 
 
-def test_the_id_may_be_called_id_or_be_a_number(folder):
-    found, _ = read(folder, {"id": 42, "image": "images/a.png", "text": "Q"}, row(None, id="seven"))
-    assert [prompt.prompt_id for prompt in found] == ["42", "seven"]
+def test_an_id_may_be_named_id_and_may_be_a_number(folder):
+    prompts, _ = read(folder, {"id": 42, "image": "images/a.png", "text": "Q"}, row(None, id="seven"))
+    assert [prompt.prompt_id for prompt in prompts] == ["42", "seven"]
 
 
-def test_the_image_placeholder_is_taken_out(folder):
-    found, _ = read(folder, row(text="<image>\nWhat is this? "))
-    assert found[0].text == "What is this?"
+def test_the_image_placeholder_is_removed(folder):
+    prompts, _ = read(folder, row(text="<image>\nWhat is this? "))
+    assert prompts[0].text == "What is this?"
 
 
 def test_duplicate_ids_are_dropped(folder):
@@ -73,20 +73,20 @@ def test_duplicate_ids_are_dropped(folder):
     assert reason(folder, row("first", image="images/b.png")) == "duplicate id"
 
 
-def test_a_number_and_its_digits_are_one_id(folder):
-    found, report = read(folder, row(1), row("1"))
-    assert len(found) == 1
+def test_a_number_and_its_digits_are_the_same_id(folder):
+    prompts, report = read(folder, row(1), row("1"))
+    assert len(prompts) == 1
     assert report.dropped == {"duplicate id": 1}
 
 
-def test_the_id_of_a_dropped_row_is_free(folder):
-    found, report = read(folder, row("x", text=""), row("x"))
-    assert len(found) == 1
+def test_the_id_of_a_dropped_row_can_be_used_again(folder):
+    prompts, report = read(folder, row("x", text=""), row("x"))
+    assert len(prompts) == 1
     assert report.dropped == {"empty prompt": 1}
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "<image>", " <image>\n<image> ", None, 7, ["What?"]])
-def test_empty_prompts(folder, text):
+def test_empty_prompts_are_dropped(folder, text):
     assert reason(folder, row(text=text)) == "empty prompt"
 
 
@@ -101,7 +101,7 @@ def test_empty_prompts(folder, text):
         row(prompt_id=["x"]),
     ],
 )
-def test_no_id_or_no_image(folder, bad):
+def test_rows_without_id_or_image_are_dropped(folder, bad):
     assert reason(folder, bad) == "no prompt_id or no image"
 
 
@@ -119,22 +119,22 @@ def test_no_id_or_no_image(folder, bad):
     ],
     ids=["open", "words", "list", "string", "null", "not utf-8", "endless number", "endless nesting"],
 )
-def test_a_line_that_is_no_json_object(folder, line):
+def test_a_line_that_is_not_a_json_object_is_dropped(folder, line):
     assert reason(folder, line) == "not a JSON object"
 
 
 @pytest.mark.parametrize("path", ["../outside.png", "images/../../outside.png", "/etc/passwd", "images/link.png"])
-def test_paths_that_leave_the_image_root(folder, path):
+def test_paths_that_leave_the_image_root_are_dropped(folder, path):
     (folder / "images" / "link.png").symlink_to(folder.parent / "outside.png")
     assert reason(folder, row(image=path)) == "image outside the image root"
 
 
-def test_paths_that_stay_in_the_image_root(folder):
+def test_paths_that_stay_in_the_image_root_are_accepted(folder):
     (folder / "images" / "link.png").symlink_to(folder / "images" / "a.png")
     absolute = str(folder / "images" / "a.png")
-    found, _ = read(folder, row(1, "images/link.png"), row(2, "images/../images/a.png"), row(3, absolute))
-    assert len(found) == 3
-    assert len({prompt.image for prompt in found}) == 1
+    prompts, _ = read(folder, row(1, "images/link.png"), row(2, "images/../images/a.png"), row(3, absolute))
+    assert len(prompts) == 3
+    assert len({prompt.image for prompt in prompts}) == 1
 
 
 def test_a_folder_with_a_common_prefix_is_outside(folder):
@@ -144,11 +144,11 @@ def test_a_folder_with_a_common_prefix_is_outside(folder):
 
 
 @pytest.mark.parametrize("field", ["prompt_id", "image", "text"])
-def test_half_a_surrogate_pair_could_not_be_stored(folder, field):
+def test_half_a_surrogate_pair_is_dropped(folder, field):
     assert "cannot be encoded" in reason(folder, row() | {field: "x\ud800"})
 
 
-def test_paths_that_no_file_can_have(folder):
+def test_invalid_paths_are_dropped(folder):
     (folder / "one").symlink_to(folder / "two")
     (folder / "two").symlink_to(folder / "one")
     for path in ("images/a\0.png", "one"):
@@ -156,7 +156,7 @@ def test_paths_that_no_file_can_have(folder):
     assert reason(folder, row(image="x" * 5000)) == "unreadable (File name too long)"
 
 
-def test_images_that_cannot_be_used(folder):
+def test_unusable_images_are_dropped(folder):
     (folder / "images" / "text.png").write_text("no image")
     whole = (folder / "images" / "a.png").read_bytes()
     (folder / "images" / "half.png").write_bytes(whole[:45])
@@ -166,43 +166,43 @@ def test_images_that_cannot_be_used(folder):
     assert reason(folder, row(image="images")) == "unreadable (Is a directory)"
 
 
-def test_the_pixel_limit_is_passed_on(folder):
+def test_the_pixel_limit_is_applied(folder):
     _, report = read(folder, row(), max_image_pixels=15)
     assert report.dropped == {"too large (over 15 pixels)": 1}
-    found, _ = read(folder, row(), max_image_pixels=16)
-    assert len(found) == 1
+    prompts, _ = read(folder, row(), max_image_pixels=16)
+    assert len(prompts) == 1
 
 
-def test_blank_lines_are_no_rows_but_count_as_lines(folder):
-    found, report = read(folder, b"", row("a"), b"   ", b"{", b"", row("b"))
-    assert len(found) == 2
+def test_blank_lines_are_not_rows_but_are_counted_as_lines(folder):
+    prompts, report = read(folder, b"", row("a"), b"   ", b"{", b"", row("b"))
+    assert len(prompts) == 2
     assert report.examples == ["prompts.jsonl line 4: not a JSON object"]
 
 
-def test_a_byte_order_mark_does_not_cost_the_first_row(folder):
-    found, report = read(folder, b"\xef\xbb\xbf" + json.dumps(row("first")).encode(), row("second"))
-    assert [prompt.prompt_id for prompt in found] == ["first", "second"]
+def test_a_byte_order_mark_is_ignored(folder):
+    prompts, report = read(folder, b"\xef\xbb\xbf" + json.dumps(row("first")).encode(), row("second"))
+    assert [prompt.prompt_id for prompt in prompts] == ["first", "second"]
     assert not report.dropped
 
 
-def test_limit_counts_the_accepted(folder):
+def test_the_limit_counts_accepted_prompts(folder):
     rows = [row("a"), b"{", row("b"), row("c"), b"{"]
-    found, report = read(folder, *rows, limit=2)
-    assert [prompt.prompt_id for prompt in found] == ["a", "b"]
+    prompts, report = read(folder, *rows, limit=2)
+    assert [prompt.prompt_id for prompt in prompts] == ["a", "b"]
     assert report.accepted == 2
-    assert report.dropped.total() == 1, "what comes after the limit is not looked at"
+    assert report.dropped.total() == 1, "rows after the limit are not read"
     assert len(read(folder, *rows, limit=50)[0]) == 3
 
 
-def test_every_drop_is_counted_and_the_first_twenty_are_shown(folder):
-    found, report = read(folder, *[row(str(i), text="") for i in range(30)], row("x", image="gone.png"), row("good"))
-    assert len(found) == report.accepted == 1
+def test_all_drops_are_counted_and_the_first_twenty_are_examples(folder):
+    prompts, report = read(folder, *[row(str(i), text="") for i in range(30)], row("x", image="gone.png"), row("good"))
+    assert len(prompts) == report.accepted == 1
     assert report.dropped == {"empty prompt": 30, "missing": 1}
     assert report.examples == [f"prompts.jsonl line {i}: empty prompt" for i in range(1, 21)]
     assert json.loads(json.dumps(report.dump()))["dropped"] == {"empty prompt": 30, "missing": 1}
 
 
-def test_refusing_says_where_and_what_to_do(folder):
+def test_a_refused_row_is_located_in_the_error(folder):
     with pytest.raises(CsrError) as caught:
         read(folder, row("a"), row("b", text=""), on_bad_input="refuse")
     assert caught.value.message == "prompts.jsonl line 2: empty prompt"
@@ -210,7 +210,7 @@ def test_refusing_says_where_and_what_to_do(folder):
 
 
 @pytest.mark.parametrize("how", ["skip", "refuse"])
-def test_a_prompt_file_that_is_not_there(tmp_path, how):
+def test_a_missing_prompt_file_is_an_error(tmp_path, how):
     config = DataConfig(prompts=str(tmp_path / "none.jsonl"), on_bad_input=how)
     with pytest.raises(CsrError, match=r"none\.jsonl"):
         list(read_prompts(config, InputReport()))
@@ -219,8 +219,8 @@ def test_a_prompt_file_that_is_not_there(tmp_path, how):
 
 
 def test_the_image_root_can_be_elsewhere(folder, tmp_path):
-    found, _ = read(folder, row(image="a.png"), image_root=str(folder / "images"))
-    assert found[0].image == str((folder / "images" / "a.png").resolve())
+    prompts, _ = read(folder, row(image="a.png"), image_root=str(folder / "images"))
+    assert prompts[0].image == str((folder / "images" / "a.png").resolve())
     _, report = read(folder, row(image="../outside.png"), image_root=str(folder))
     assert report.dropped == {"image outside the image root": 1}
 
@@ -233,7 +233,7 @@ def test_rows_are_read_one_by_one(folder):
     assert report.accepted == 2
 
 
-def test_each_row_ticks_once(folder):
+def test_tick_is_called_once_per_row(folder):
     read(folder, row("a"), b"{", b"", row("b"))
     ticks: list[None] = []
     config = DataConfig(prompts=str(folder / "prompts.jsonl"))

@@ -246,7 +246,7 @@ def test_what_is_made_up_is_by_habit_and_grows_along_a_response(written):
     false, named = Counter(), Counter()
     for scene, sentences in written:
         for position, sentence in enumerate(sentences):
-            verdict = chair.judge(READER.read(sentence.text), scene.kinds)
+            verdict = chair.check_mentions(READER.read(sentence.text), scene.kinds)
             assert set(verdict.hallucinated) <= usual
             false[position] += len(verdict.hallucinated)
             named[position] += len(verdict.mentioned)

@@ -1,4 +1,4 @@
-"""What is asked about a tree's claims, and what the answers are."""
+"""Test the questions about a tree's claims and their answers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 
 from csr_vlm.config.schema import QuestionsConfig
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Fate, Node, Pair, Response, others_column
-from csr_vlm.method.questions import Claims, claims, questions, strangers, worth_asking
+from csr_vlm.core.records import Node, NodeStatus, Pair, Response, negatives_column
+from csr_vlm.method.questions import Claims, choose_questions, drop_if_sure, find_claims, negative_questions
 from tests.unit.builders import config, node, prompt
 
 SETTINGS = QuestionsConfig(pattern=r"an? (\w+)\.", per_prompt=6)
 
 
-def said(node_id: str, text: str, contrast: float) -> Node:
-    return replace(node(node_id, text), cosines={"clip": contrast, others_column("clip"): 0.0})
+def scored(node_id: str, text: str, contrast: float) -> Node:
+    return replace(node(node_id, text), cosines={"clip": contrast, negatives_column("clip"): 0.0})
 
 
 def asked(kind: str) -> str:
@@ -25,31 +25,31 @@ def asked(kind: str) -> str:
 
 
 TREE = [
-    said("0", "There is a boat.", 0.40),
-    said("1", "There is a fish.", 0.09),
-    said("2", "There is an owl.", 0.15),  # between a quarter and half of 0.40
-    said("3", "We see a fish.", 0.05),
-    said("4", "There is a car.", 0.30),
+    scored("0", "There is a boat.", 0.40),
+    scored("1", "There is a fish.", 0.09),
+    scored("2", "There is an owl.", 0.15),  # between a quarter and half of 0.40
+    scored("3", "We see a fish.", 0.05),
+    scored("4", "There is a car.", 0.30),
 ]
 
 
-def test_a_claim_has_its_best_sentence_s_contrast_and_all_its_wordings() -> None:
-    found = claims(TREE, SETTINGS, "clip")
-    assert found.strongest == {asked("boat"): 0.40, asked("fish"): 0.09, asked("owl"): 0.15, asked("car"): 0.30}
-    assert found.sentences[asked("fish")] == ["There is a fish.", "We see a fish."]
-    assert found.best == 0.40
+def test_a_claim_has_the_highest_contrast_and_all_its_wordings() -> None:
+    actual = find_claims(TREE, SETTINGS, "clip")
+    assert actual.strongest == {asked("boat"): 0.40, asked("fish"): 0.09, asked("owl"): 0.15, asked("car"): 0.30}
+    assert actual.sentences[asked("fish")] == ["There is a fish.", "We see a fish."]
+    assert actual.best == 0.40
 
 
-def test_no_and_yes_take_turns_and_what_is_unsure_is_not_asked() -> None:
-    found = questions(claims(TREE, SETTINGS, "clip"), {}, SETTINGS)
-    assert found == [(asked("fish"), False), (asked("boat"), True), (asked("car"), True)]
+def test_no_and_yes_alternate_and_uncertain_claims_are_not_asked_about() -> None:
+    actual = choose_questions(find_claims(TREE, SETTINGS, "clip"), {}, SETTINGS)
+    assert actual == [(asked("fish"), False), (asked("boat"), True), (asked("car"), True)]
 
 
-def test_claims_of_other_trees_are_denied_if_they_fail_and_never_affirmed() -> None:
-    strange = {asked("tree"): 0.02, asked("bus"): 0.39, asked("cat"): 0.01}
-    found = questions(claims(TREE, SETTINGS, "clip"), strange, SETTINGS)
+def test_claims_of_other_trees_are_denied_if_contradicted_and_never_affirmed() -> None:
+    negatives = {asked("tree"): 0.02, asked("bus"): 0.39, asked("cat"): 0.01}
+    actual = choose_questions(find_claims(TREE, SETTINGS, "clip"), negatives, SETTINGS)
     # The two kinds of no take turns among themselves.
-    assert found == [
+    assert actual == [
         (asked("fish"), False),
         (asked("boat"), True),
         (asked("tree"), False),
@@ -57,24 +57,25 @@ def test_claims_of_other_trees_are_denied_if_they_fail_and_never_affirmed() -> N
         (asked("cat"), False),
     ]
     assert (
-        questions(claims(TREE, SETTINGS, "clip"), strange, SETTINGS.model_copy(update={"per_prompt": 2})) == found[:2]
+        choose_questions(find_claims(TREE, SETTINGS, "clip"), negatives, SETTINGS.model_copy(update={"per_prompt": 2}))
+        == actual[:2]
     )
 
 
-def test_what_takes_no_part_claims_nothing() -> None:
-    out = [replace(n, fate=Fate.FILTERED) for n in TREE]
-    assert claims(out, SETTINGS, "clip") == Claims({}, {}, 0.0)
-    assert claims([], SETTINGS, "clip") == Claims({}, {}, 0.0)
+def test_filtered_nodes_make_no_claims() -> None:
+    out = [replace(n, status=NodeStatus.FILTERED) for n in TREE]
+    assert find_claims(out, SETTINGS, "clip") == Claims({}, {}, 0.0)
+    assert find_claims([], SETTINGS, "clip") == Claims({}, {}, 0.0)
 
 
-def test_strangers_are_chosen_by_words_and_key_alone() -> None:
-    own = claims(TREE, SETTINGS, "clip")
+def test_negative_questions_depend_only_on_their_words_and_the_key() -> None:
+    claims = find_claims(TREE, SETTINGS, "clip")
     pool = [asked(kind) for kind in ("boat", "tree", "cat", "bus", "bird", "house")]
-    chosen = strangers(own, pool, 3, "0:p")
+    chosen = negative_questions(claims, pool, 3, "0:p")
     assert len(set(chosen)) == 3
     assert asked("boat") not in chosen
-    assert chosen == strangers(own, pool[::-1], 3, "0:p")
-    assert len({tuple(strangers(own, pool, 3, f"0:{name}")) for name in range(20)}) > 5
+    assert chosen == negative_questions(claims, pool[::-1], 3, "0:p")
+    assert len({tuple(negative_questions(claims, pool, 3, f"0:{name}")) for name in range(20)}) > 5
 
 
 def answered(*nats: float) -> list[Pair]:
@@ -86,23 +87,23 @@ def answered(*nats: float) -> list[Pair]:
     return [Pair(prompt(f"p?{at}"), 1, response(-1.0), response(-1.0 - gap)) for at, gap in enumerate(nats)]
 
 
-def test_what_the_policy_is_sure_of_is_asked_about_a_share_of_the_images() -> None:
+def test_questions_the_policy_is_sure_of_are_kept_for_a_fraction_of_the_images() -> None:
     never = SETTINGS.model_copy(update={"sure": 3.0, "rehearsed": 0.0})
-    assert worth_asking(answered(3.0, 9.0), never, "key") == []
+    assert drop_if_sure(answered(3.0, 9.0), never, "key") == []
     # One unsure answer keeps the sure ones beside it.
     unsure = answered(9.0, 2.9)
-    assert worth_asking(unsure, never, "key") == unsure
+    assert drop_if_sure(unsure, never, "key") == unsure
     quarter = never.model_copy(update={"rehearsed": 0.25})
-    kept = [bool(worth_asking(answered(9.0), quarter, f"0:1:p{number}")) for number in range(400)]
+    kept = [bool(drop_if_sure(answered(9.0), quarter, f"0:1:p{number}")) for number in range(400)]
     assert 70 < sum(kept) < 130
-    assert kept == [bool(worth_asking(answered(9.0), quarter, f"0:1:p{number}")) for number in range(400)]
+    assert kept == [bool(drop_if_sure(answered(9.0), quarter, f"0:1:p{number}")) for number in range(400)]
     always = never.model_copy(update={"rehearsed": 1.0})
-    assert worth_asking(answered(9.0), always, "key") == answered(9.0)
+    assert drop_if_sure(answered(9.0), always, "key") == answered(9.0)
 
 
-def test_a_ledger_without_other_images_is_refused() -> None:
+def test_a_ledger_without_negative_images_is_rejected() -> None:
     with pytest.raises(CsrError, match="no score by 'clip:others'"):
-        claims([node("0")], SETTINGS, "clip")
+        find_claims([node("0")], SETTINGS, "clip")
 
 
 @pytest.mark.parametrize(
@@ -117,18 +118,18 @@ def test_a_ledger_without_other_images_is_refused() -> None:
 )
 def test_the_default_preset_finds_nouns(sentence: str, nouns: list[str]) -> None:
     settings = config().method.pairs.questions
-    found = [settings.ask(*match.groups()) for match in re.finditer(settings.pattern, sentence)]
-    assert found == [asked(noun) for noun in nouns]
+    actual = [settings.ask(*match.groups()) for match in re.finditer(settings.pattern, sentence)]
+    assert actual == [asked(noun) for noun in nouns]
 
 
-def test_a_question_must_fit_its_pattern() -> None:
-    with pytest.raises(ValueError, match="do not fit together"):
+def test_a_question_must_match_its_pattern() -> None:
+    with pytest.raises(ValueError, match="do not match"):
         QuestionsConfig(pattern=r"an? (\w+)", question="Is there {a} {1}?")
 
 
-def test_questions_need_other_images_and_say_so_at_once() -> None:
-    cosine = {"reward": {"image_score": "cosine", "baseline": "midrange"}}
+def test_a_configuration_with_questions_requires_negative_images() -> None:
+    cosine = {"reward": {"image_score": "cosine", "baseline": "none"}}
     scorer = {"path": "scorer", "others": 0}
-    with pytest.raises(CsrError, match=r"scorer.others=0, but method.pairs.questions compares"):
+    with pytest.raises(CsrError, match=r"scorer.others=0, but method.pairs.questions requires"):
         config(scorer=scorer, method=cosine)
     config(scorer=scorer, method=cosine | {"pairs": {"questions": {"pattern": ""}}})

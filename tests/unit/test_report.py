@@ -1,4 +1,4 @@
-"""The HTML report, on small made-up runs: no model is loaded."""
+"""Test the HTML report on small synthetic runs; no model is loaded."""
 
 from __future__ import annotations
 
@@ -16,20 +16,29 @@ from PIL import Image
 
 from csr_vlm.config.load import resolve
 from csr_vlm.core.formatting import compact, duration, fixed, indexed, relative_change, signed
-from csr_vlm.core.records import Fate, Finish, Node, Pair, Prompt, Response
+from csr_vlm.core.records import Finish, Node, NodeStatus, Pair, Prompt, Response
 from csr_vlm.evaluation.statistics import ratio
 from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS
-from csr_vlm.report import audit_panel as health
-from csr_vlm.report.annotate import Scale, Sentence, marked
-from csr_vlm.report.before_after import CLEAN, IMPROVED, STILL, WORSENED, before_after, by_truth
+from csr_vlm.pipeline.stages import report as write_report
+from csr_vlm.report.annotate import AnnotatedSentence, ColorScale, mark_absent
+from csr_vlm.report.audit_panel import LABELS
+from csr_vlm.report.before_after import (
+    CLEAN,
+    IMPROVED,
+    STILL_HALLUCINATING,
+    WORSENED,
+    before_after,
+    hallucination_change,
+)
 from csr_vlm.report.charts import Axes, Point, Series, chart, nice_ticks, smoothed
+from csr_vlm.report.conclusion import Conclusion, conclude
+from csr_vlm.report.evaluations import headline_difference, read_evaluation
 from csr_vlm.report.gallery import pair_gallery
-from csr_vlm.report.html import write_report
 from csr_vlm.report.limits import Sample
-from csr_vlm.report.measures import paired_difference, read_evaluation, verdict
 from csr_vlm.report.provenance import without_secrets
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
+from csr_vlm.world.truth import known_scene
 
 SCRIPT = "<script>alert(1)</script>"
 HANDLER = '"><img onerror='
@@ -37,7 +46,7 @@ VOID = {"meta", "img", "input", "br", "hr", "link"}
 
 
 class Page(HTMLParser):
-    """Checks that tags nest and remembers them."""
+    """Check that tags nest, and record them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -89,7 +98,7 @@ def node(prompt_id: str, node_id: str, text: str, cosine: float | None = 0.3) ->
         token_logprobs=(-0.1, -0.2),
         text=text,
         finish=Finish.DELIMITER,
-        fate=Fate.FINISHED,
+        status=NodeStatus.FINISHED,
         cosines={} if cosine is None else {"clip": cosine, "clip:others": 0.1, "siglip": cosine / 2},
     )
 
@@ -99,7 +108,7 @@ def response(node_id: str, text: str, reward: float) -> Response:
 
 
 def add_pairs(run: Run, iteration: int, prompts: list[Prompt], chosen: str, rejected: str, ledger: bool = True) -> None:
-    """One pair a prompt: two sentences against one."""
+    """Add one pair per prompt: two sentences against one."""
     pairs = [
         Pair(p, iteration, response("0.1", f"{chosen} {chosen}", 41.5), response("1", rejected, 20.25)) for p in prompts
     ]
@@ -115,7 +124,7 @@ def add_pairs(run: Run, iteration: int, prompts: list[Prompt], chosen: str, reje
     ]
     if ledger:
         tables.write_nodes(run.iteration(iteration) / "ledger" / "part-000000-x.parquet", nodes)
-        run.mark_done(iteration, "generate", nodes=len(nodes), fates={"finished": len(nodes)}, seconds=2.0)
+        run.mark_done(iteration, "generate", nodes=len(nodes), statuses={"finished": len(nodes)}, seconds=2.0)
     tables.write_pairs(run.pairs_path(iteration), pairs)
     run.mark_done(
         iteration,
@@ -196,16 +205,22 @@ def test_complete_run(tmp_path: Path, prompts: list[Prompt]) -> None:
     assert path == run.root / "report.html"
     text = path.read_text(encoding="utf-8")
     page = Page(text)
-    assert "After 2 iterations CHAIRS fell from 0.480 to 0.160 (−67 %)" in page.text
+    assert "After 2 iterations, CHAIRS fell from 0.480 to 0.160 (−67 %)" in page.text
     assert "unfinished" not in page.text
-    for words in ("tiny-llava", "openai/clip-vit-large-patch14-336", "3 incomplete", "2 missing", "6e−6 nats apart"):
+    for words in (
+        "tiny-llava",
+        "openai/clip-vit-large-patch14-336",
+        "3 incomplete",
+        "2 missing",
+        "from the ledger; largest difference 6e−6 nats",
+    ):
         assert words in page.text
     assert "csr run " in page.text
     assert "config.yaml --out DIR" in page.text
-    assert {"iterations", "pairs", "before-after", "pictures", "provenance"} <= {
+    assert {"iterations", "pairs", "before-after", "gallery", "provenance"} <= {
         a.get("id") for a in page.all("section")
     }
-    # Six measures, three of the pairs, three of the training, three over lambda.
+    # Six metrics, three charts of pairs, three of training, three over lambda.
     assert sum(attrs.get("class") == "chart" for attrs in page.all("svg")) == 15
 
 
@@ -222,21 +237,21 @@ def test_the_page_is_self_contained(tmp_path: Path, prompts: list[Prompt]) -> No
 def test_every_picture_is_embedded_once_and_small(tmp_path: Path, prompts: list[Prompt]) -> None:
     page = Page(write_report(complete_run(tmp_path, prompts)).read_text(encoding="utf-8"))
     sources = [attrs["src"] or "" for attrs in page.all("img")]
-    # One drawn prompt and one photo, shown for two iterations, and the three scenes that are not clean.
+    # A scene and a photo in the gallery, and the three evaluated scenes with a hallucination.
     assert len(sources) == len(set(sources)) == 5
     photo = next(attrs for attrs in page.all("img") if (attrs["src"] or "").startswith("data:image/jpeg"))
     assert (photo["width"], photo["height"]) == ("336", "168")
     assert base64.b64decode((photo["src"] or "").partition(",")[2])[:2] == b"\xff\xd8"
-    assert "picture missing" in page.text
+    assert "image missing" in page.text
 
 
-def test_sentences_carry_their_relevance_and_absent_words_are_marked(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_sentences_show_their_relevance_and_absent_objects_are_marked(tmp_path: Path, prompts: list[Prompt]) -> None:
     text = write_report(complete_run(tmp_path, prompts)).read_text(encoding="utf-8")
-    # The default reward takes 100 (0.4 - 0.1) and 100 (-0.1 - 0.1).
+    # The default reward uses 100 (0.4 - 0.1) and 100 (-0.1 - 0.1).
     assert re.search(r'<li class="r6"><span>There is a .*?boat.*?</span> <span class="score"[^>]*>30.0</span>', text)
     assert re.search(r'<li class="r0">.*?<span class="score"[^>]*>.20.0</span>', text)
-    assert '<mark class="absent" title="not in the picture">' in text
-    # Truth is known of the drawn prompt only: the photo's own card marks nothing.
+    assert '<mark class="absent" title="not in the image">' in text
+    # Only the contents of the scene are known, so nothing is marked on the card of the photo.
     photo = text[text.index("data:image/jpeg") :]
     assert 'class="absent"' not in photo[: photo.index("</article>")]
 
@@ -255,9 +270,9 @@ def test_the_gallery_shows_what_the_reward_uses(
 ) -> None:
     run = new_run(tmp_path / "run", world=False, **changes)
     add_pairs(run, 1, prompts[:1], "A.", "B.")
-    gallery = pair_gallery(run, Sample())
+    gallery = pair_gallery(run, Sample(), known_scene)
     assert gallery is not None
-    shown = [sentence.relevance for sentence in gallery.cards[0].rounds[0].preferences[0].chosen.sentences]
+    shown = [sentence.relevance for sentence in gallery.cards[0].iterations[0].pairs[0].chosen.sentences]
     assert shown == [value if value is None else pytest.approx(value) for value in relevance]
 
 
@@ -268,10 +283,10 @@ def test_a_run_without_evaluation(tmp_path: Path, prompts: list[Prompt]) -> None
     add_pairs(run, 1, prompts, "A.", "B.", ledger=False)
     add_training(run, 1)
     page = Page(write_report(run).read_text(encoding="utf-8"))
-    assert "this run evaluates nothing, so whether the model hallucinates less is not known" in page.text
+    assert "The effect on hallucination is unknown: this run has no evaluation." in page.text
     assert "before-after" not in {a.get("id") for a in page.all("section")}
     assert "21.2" in page.text  # the margin
-    assert "A. A." in page.text  # without a ledger the response's own text is shown
+    assert "A. A." in page.text  # without a ledger, the text of the response is shown
     assert "unfinished" not in page.text
 
 
@@ -279,16 +294,16 @@ def test_an_unfinished_run_and_an_empty_one(tmp_path: Path, prompts: list[Prompt
     run = new_run(tmp_path / "run", iterations=3)
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert "unfinished" in page.text
-    assert "not checked yet" in page.text
+    assert "have not been checked yet" in page.text
     add_evaluation(run, 0, metrics(0.48), [row(0, "fish")])
-    assert "Only the base model is evaluated so far: its CHAIRS is 0.480." in Page(write_report(run).read_text()).text
+    assert "Only the base model has been evaluated so far: CHAIRS is 0.480." in Page(write_report(run).read_text()).text
     add_pairs(run, 1, prompts, "A.", "B.")
     add_training(run, 1)
     add_evaluation(run, 1, metrics(0.3), [row(0)])
-    assert "After 1 of 3 iterations CHAIRS fell" in Page(write_report(run).read_text()).text
+    assert "After 1 of 3 iterations, CHAIRS fell" in Page(write_report(run).read_text()).text
 
 
-def test_whatever_a_model_or_a_file_says_is_escaped(tmp_path: Path) -> None:
+def test_untrusted_text_is_escaped(tmp_path: Path) -> None:
     evil = f"{SCRIPT} {HANDLER}"
     run = new_run(
         tmp_path / "run",
@@ -314,7 +329,7 @@ def test_whatever_a_model_or_a_file_says_is_escaped(tmp_path: Path) -> None:
     assert page.text.count("alert(1)") > 10
 
 
-def test_a_script_that_slipped_through_would_not_run(tmp_path: Path) -> None:
+def test_the_content_security_policy_allows_only_the_script_of_the_page(tmp_path: Path) -> None:
     text = write_report(new_run(tmp_path / "run")).read_text(encoding="utf-8")
     import hashlib
 
@@ -324,7 +339,7 @@ def test_a_script_that_slipped_through_would_not_run(tmp_path: Path) -> None:
     assert f"script-src 'sha256-{digest}'" in (policy or "")
 
 
-def test_the_report_depends_on_the_run_alone(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_the_report_is_deterministic(tmp_path: Path, prompts: list[Prompt]) -> None:
     run = complete_run(tmp_path, prompts)
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
     assert not list(run.root.glob(".report*"))
@@ -336,110 +351,118 @@ def test_a_large_gallery_is_sampled(tmp_path: Path) -> None:
     add_pairs(run, 1, prompts, "A.", "B.")
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert len(page.all("article")) == Sample().prompts
-    assert "60 of 500 prompts" in page.text
+    assert "60 of 500 prompts with pairs" in page.text
 
 
-def judge(run: Run, iteration: int, stage: str, stopped: bool, *findings: tuple[str, float, str, str]) -> None:
-    found = [dict(zip(("sign", "value", "verdict", "reason"), finding, strict=True)) for finding in findings]
-    reasons = [reason for *_, verdict, reason in findings if verdict == "stop"]
+def add_checks(run: Run, iteration: int, stage: str, stopped: bool, *rows: tuple[str, float, str, str]) -> None:
+    """Store (metric, value, verdict, reason) rows as the checks of an audit or a gate."""
+    checks = [dict(zip(("metric", "value", "verdict", "reason"), row, strict=True)) for row in rows]
+    reasons = [reason for *_, verdict, reason in rows if verdict == "stop"]
     worst = "stop" if stopped else "warn"
-    run.mark_done(iteration, stage, verdict=worst, stopped=stopped, signs={}, findings=found, reasons=reasons)
+    run.mark_done(iteration, stage, verdict=worst, stopped=stopped, metrics={}, checks=checks, reasons=reasons)
 
 
-def test_the_health_of_every_iteration(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_the_audit_shows_every_iteration(tmp_path: Path, prompts: list[Prompt]) -> None:
     run = complete_run(tmp_path, prompts)
-    judge(run, 1, "audit", False, ("relevance_win", 0.91, "go", ""), ("omission_gap", 0.01, "warn", "leaves out <b>"))
-    judge(run, 1, "gate", False, ("sentences_ratio", 0.97, "go", ""))
-    judge(run, 2, "audit", False, ("relevance_win", 0.9, "go", ""), ("omission_gap", -0.2, "go", ""))
-    judge(run, 2, "gate", True, ("sentences_ratio", 0.4, "stop", "the policy falls silent"))
+    add_checks(
+        run, 1, "audit", False, ("relevance_win", 0.91, "go", ""), ("omission_gap", 0.01, "warn", "leaves out <b>")
+    )
+    add_checks(run, 1, "gate", False, ("sentences_ratio", 0.97, "go", ""))
+    add_checks(run, 2, "audit", False, ("relevance_win", 0.9, "go", ""), ("omission_gap", -0.2, "go", ""))
+    add_checks(run, 2, "gate", True, ("sentences_ratio", 0.4, "stop", "responses collapsed"))
     text = write_report(run).read_text(encoding="utf-8")
     page = Page(text)
-    shown = " ".join(page.text[page.text.index("Signs that need no truth") :].split())
-    assert "Chosen suits the image better share of pairs; 0.5 is chance 0.91 go 0.90 go" in shown
-    assert "Left out of what was seen sentences a pair, chosen less rejected +0.01 warn −0.20 go" in shown
-    assert "Length sentences, as a share of the base model’s 0.97 go 0.40 stop" in shown
+    shown = " ".join(page.text[page.text.index("Label-free quality checks") :].split())
+    assert (
+        "Chosen more relevant pairs whose chosen response fits the image better; chance: 0.5 0.91 go 0.90 go" in shown
+    )
+    assert "Omission gap relevant sentences left out per pair, chosen minus rejected +0.01 warn −0.20 go" in shown
+    assert "Length ratio sentences per response, relative to the base model 0.97 go 0.40 stop" in shown
     assert "warn Iteration 1, pairs: leaves out <b>." in shown
-    assert "stop Iteration 2, policy: the policy falls silent." in shown
+    assert "stop Iteration 2, policy: responses collapsed." in shown
     assert "&lt;b&gt;" in text
-    first_screen = page.text[: page.text.index("Signs that need no truth")]
-    assert "The run stopped after iteration 2 and kept iteration 1: the policy falls silent." in first_screen
+    first_screen = page.text[: page.text.index("Label-free quality checks")]
+    assert "The run stopped after iteration 2 and returned iteration 1: responses collapsed." in first_screen
     assert "evaluation.audit is" not in page.text
 
 
-def test_a_run_that_its_pairs_stopped(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_a_run_stopped_by_the_audit_of_its_pairs(tmp_path: Path, prompts: list[Prompt]) -> None:
     run = new_run(tmp_path / "run", evaluation={"audit": "stop"})
     run.mark_done(0, "prompts", accepted=18, heldout=2, dropped={}, examples=[], sha256="ab" * 32)
     add_pairs(run, 1, prompts, "There is a red boat.", "There is a fish.")
-    judge(run, 1, "audit", True, ("relevance_win", 0.5, "stop", "0.50 of pairs"), ("own_sign", 1.0, "go", ""))
+    add_checks(run, 1, "audit", True, ("relevance_win", 0.5, "stop", "0.50 of pairs"), ("new_metric", 1.0, "go", ""))
     page = Page(write_report(run).read_text(encoding="utf-8"))
-    assert "The run stopped before training iteration 1 and kept the base model: 0.50 of pairs." in page.text
+    assert "The run stopped before training iteration 1 and returned the base model: 0.50 of pairs." in page.text
     assert "18 (2 held out)" in page.text
-    assert "own sign" in page.text, "a sign without a name of its own is shown all the same"
+    assert "new metric" in page.text, "a metric without a label is shown under its key"
     assert "unfinished" not in page.text
 
 
-def test_every_sign_of_health_has_a_label() -> None:
-    assert health._LABELS.keys() == PAIR_BOUNDS.keys() | RESPONSE_BOUNDS.keys()
+def test_every_audit_metric_has_a_label() -> None:
+    assert LABELS.keys() == PAIR_BOUNDS.keys() | RESPONSE_BOUNDS.keys()
 
 
-def test_no_health_without_judgements(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_no_audit_section_without_checks(tmp_path: Path, prompts: list[Prompt]) -> None:
     page = Page(write_report(complete_run(tmp_path, prompts)).read_text(encoding="utf-8"))
-    assert "health" not in {section.get("id") for section in page.all("section")}
+    assert "audit" not in {section.get("id") for section in page.all("section")}
 
 
-def outcome(tmp_path: Path, before: dict[str, Any], after: dict[str, Any], rows: Any = ((), ())) -> Any:
+def conclusion(tmp_path: Path, before: dict[str, Any], after: dict[str, Any], rows: Any = ((), ())) -> Conclusion:
     run = new_run(tmp_path / "run", iterations=3)
     add_evaluation(run, 0, before, list(rows[0]))
     add_evaluation(run, 3, after, list(rows[1]))
-    return verdict(run, read_evaluation(run))
+    return conclude(run, read_evaluation(run))
 
 
-def test_verdict_of_a_gain(tmp_path: Path) -> None:
-    found = outcome(tmp_path, metrics(0.48, 0.992), metrics(0.09, 0.990))
-    assert found.sentence == (
-        "After 3 iterations CHAIR_S fell from 0.480 to 0.090 (−81 %), while recall went from 0.992 to 0.990."
+def test_conclusion_of_an_improvement(tmp_path: Path) -> None:
+    result = conclusion(tmp_path, metrics(0.48, 0.992), metrics(0.09, 0.990))
+    assert result.sentence == (
+        "After 3 iterations, CHAIR_S fell from 0.480 to 0.090 (−81 %), while recall went from 0.992 to 0.990."
     )
-    assert found.tone == "better"
-    assert found.notes == []
+    assert result.tone == "better"
+    assert result.notes == []
 
 
-def test_verdict_of_a_gain_that_costs_recall(tmp_path: Path) -> None:
-    found = outcome(tmp_path, metrics(0.48, 0.99), metrics(0.09, 0.93))
-    assert "but recall fell from 0.990 to 0.930 (−0.060): it leaves out more of what is there." in found.sentence
-    assert found.tone == "mixed"
-    assert found.notes == ["Worse than the base model: Recall −0.060."]
+def test_conclusion_of_an_improvement_that_costs_recall(tmp_path: Path) -> None:
+    result = conclusion(tmp_path, metrics(0.48, 0.99), metrics(0.09, 0.93))
+    assert (
+        "but recall fell from 0.990 to 0.930 (−0.060): the responses omit more of the objects in the image."
+        in result.sentence
+    )
+    assert result.tone == "mixed"
+    assert result.notes == ["Worse than the base model: Recall −0.060."]
 
 
-def test_verdict_of_a_loss(tmp_path: Path) -> None:
-    found = outcome(tmp_path, metrics(0.1), metrics(0.3))
-    assert "CHAIR_S rose from 0.100 to 0.300 (+200 %): the model hallucinates more than before" in found.sentence
-    assert found.tone == "worse"
-    assert "CHAIR_S was lowest with the base model, at 0.100, not at the end." in found.notes
+def test_conclusion_of_a_deterioration(tmp_path: Path) -> None:
+    result = conclusion(tmp_path, metrics(0.1), metrics(0.3))
+    assert "CHAIR_S rose from 0.100 to 0.300 (+200 %): the model hallucinates more" in result.sentence
+    assert result.tone == "worse"
+    assert "The lowest CHAIR_S, 0.100, is that of the base model, not the result." in result.notes
 
 
-def test_verdict_of_a_change_that_may_be_chance(tmp_path: Path) -> None:
-    found = outcome(tmp_path, metrics(0.30), metrics(0.29))
-    assert "CHAIR_S fell from 0.300 to 0.290 (−3 %), which may be chance" in found.sentence
-    assert found.tone == "none"
+def test_conclusion_of_an_insignificant_change(tmp_path: Path) -> None:
+    result = conclusion(tmp_path, metrics(0.30), metrics(0.29))
+    assert "CHAIR_S fell from 0.300 to 0.290 (−3 %), which is not statistically significant" in result.sentence
+    assert result.tone == "none"
 
 
-def test_the_same_scenes_decide_what_intervals_cannot(tmp_path: Path) -> None:
-    """Intervals of 0.2 overlap, yet 40 of 200 scenes improved and none got worse."""
+def test_the_paired_difference_decides_where_intervals_overlap(tmp_path: Path) -> None:
+    """Compare wide intervals with rows in which 40 of 200 scenes improved and none got worse."""
     before = [row(n, *(["cup"] if n < 80 else [])) for n in range(200)]
     after = [row(n, *(["cup"] if n < 40 else [])) for n in range(200)]
-    found = outcome(tmp_path, metrics(0.4, width=0.2), metrics(0.2, width=0.2), (before, after))
-    assert found.tone == "better"
-    assert "chance" not in found.sentence
-    assert found.notes[0].startswith("On the same 200 scenes CHAIR_S changed by −0.200 (95 % interval −0.2")
+    result = conclusion(tmp_path, metrics(0.4, width=0.2), metrics(0.2, width=0.2), (before, after))
+    assert result.tone == "better"
+    assert "significant" not in result.sentence
+    assert result.notes[0].startswith("Paired difference of CHAIR_S on the same 200 scenes: −0.200 (95 % interval −0.2")
 
 
-def test_paired_difference_by_hand(tmp_path: Path) -> None:
+def test_headline_difference_by_hand(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     add_evaluation(run, 0, metrics(0.5), [row(0, "cup"), row(1, "cup"), row(2), row(9)])
     add_evaluation(run, 2, metrics(0.5), [row(0), row(1, "cup"), row(2), row(7)])
     evaluation = read_evaluation(run)
     assert evaluation is not None
-    assert paired_difference(evaluation) == ratio([-1, 0, 0], [1, 1, 1])
+    assert headline_difference(evaluation) == ratio([-1, 0, 0], [1, 1, 1])
 
 
 def test_metrics_without_a_value_are_dashes(tmp_path: Path) -> None:
@@ -453,17 +476,17 @@ def test_metrics_without_a_value_are_dashes(tmp_path: Path) -> None:
     assert "None" not in page.text.replace("None.", "")
 
 
-def test_scene_gallery_divides_its_places(tmp_path: Path) -> None:
+def test_cards_are_divided_between_the_kinds_of_change(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     add_evaluation(run, 0, metrics(0.5), [row(n, "cup") for n in range(50)] + [row(n) for n in range(50, 60)])
     after = [row(n) for n in range(40)] + [row(n, "cup") for n in range(40, 53)] + [row(n) for n in range(53, 60)]
     add_evaluation(run, 2, metrics(0.2), after)
     evaluation = read_evaluation(run)
     assert evaluation is not None
-    gallery = before_after(run, evaluation, Sample(compared=24))
+    gallery = before_after(run, evaluation, Sample(compared=24), known_scene)
     assert gallery is not None
-    assert gallery.totals == {IMPROVED: 40, WORSENED: 3, STILL: 10, CLEAN: 7}
-    assert [card.kind for card in gallery.cards] == [IMPROVED] * 15 + [WORSENED] * 3 + [STILL] * 6
+    assert gallery.totals == {IMPROVED: 40, WORSENED: 3, STILL_HALLUCINATING: 10, CLEAN: 7}
+    assert [card.change for card in gallery.cards] == [IMPROVED] * 15 + [WORSENED] * 3 + [STILL_HALLUCINATING] * 6
 
 
 @pytest.mark.parametrize(
@@ -472,32 +495,32 @@ def test_scene_gallery_divides_its_places(tmp_path: Path) -> None:
         (["a", "b"], ["a"], "improved"),
         (["a"], ["a", "b"], "worsened"),
         (["a"], ["b"], "still hallucinating"),
-        ([], [], "clean"),
+        ([], [], "without hallucination"),
     ],
 )
-def test_change(before: list[str], after: list[str], expected: str) -> None:
-    assert by_truth({"hallucinated": before}, {"hallucinated": after}).name == expected
+def test_hallucination_change(before: list[str], after: list[str], expected: str) -> None:
+    assert hallucination_change({"hallucinated": before}, {"hallucinated": after}).name == expected
 
 
-def test_marked_words_only() -> None:
-    text = str(marked("A Fish & a fishing boat.", {"fish"}))
+def test_only_whole_words_are_marked() -> None:
+    text = str(mark_absent("A Fish & a fishing boat.", {"fish"}))
     assert text.count("<mark") == 1
     assert ">Fish<" in text
     assert text.endswith(" &amp; a fishing boat.")
-    assert marked("<b>", set()) == "&lt;b&gt;"
-    assert ">dining tables<" in marked("Two dining tables, a table.", {"dining table"})
-    assert "mark" not in marked("A cupboard.", {"cup"})
-    assert marked("x.y z", {"x.y"}).count("<mark") == 1
-    assert "mark" not in marked("xay", {"x.y"}), "a name is no pattern"
+    assert mark_absent("<b>", set()) == "&lt;b&gt;"
+    assert ">dining tables<" in mark_absent("Two dining tables, a table.", {"dining table"})
+    assert "mark" not in mark_absent("A cupboard.", {"cup"})
+    assert mark_absent("x.y z", {"x.y"}).count("<mark") == 1
+    assert "mark" not in mark_absent("xay", {"x.y"}), "names are not patterns"
 
 
-def test_scale() -> None:
-    def of(*values: float | None) -> Scale:
-        return Scale.of(Sentence(Markup(), value) for value in values)
+def test_color_scale() -> None:
+    def of(*values: float | None) -> ColorScale:
+        return ColorScale.of(AnnotatedSentence(Markup(), value) for value in values)
 
     scale = of(10.0, None, 45.0)
-    assert [scale.step(value) for value in (0, 10, 14.9, 15, 45, 99)] == [0, 0, 0, 1, 6, 6]
-    assert of().step(1.0) == of(3.0).step(3.0) == 3
+    assert [scale.color(value) for value in (0, 10, 14.9, 15, 45, 99)] == [0, 0, 0, 1, 6, 6]
+    assert of().color(1.0) == of(3.0).color(3.0) == 3
 
 
 @pytest.mark.parametrize(
@@ -515,7 +538,7 @@ def test_nice_ticks(low: float, high: float, expected: list[float] | None) -> No
     assert len(ticks) >= 2
 
 
-def test_chart_survives_what_logs_hold() -> None:
+def test_charts_of_degenerate_values() -> None:
     axes = Axes()
     assert chart("nothing", [Series("a", [])], axes) == ""
     assert chart("nothing", [Series("a", [Point(1, float("nan"))])], axes) == ""
@@ -526,7 +549,7 @@ def test_chart_survives_what_logs_hold() -> None:
     assert "&lt;b&gt;" in chart("<b>", [Series("<b>", [Point(1, 2, title="<b>")])], axes)
 
 
-def test_smoothed_keeps_the_mean() -> None:
+def test_smoothing_preserves_the_mean() -> None:
     points = [Point(n, n) for n in range(1000)]
     short = smoothed(points, 100)
     assert len(short) == 100
@@ -544,10 +567,10 @@ def test_formats() -> None:
     assert indexed("CHAIR_S & R_I") == "CHAIR<sub>S</sub> &amp; R<sub>I</sub>"
 
 
-def test_credentials_are_not_shown() -> None:
+def test_credentials_are_redacted() -> None:
     config = {"trl": {"hub_token": "hf_secret", "pad_token": "<pad>", "learning_rate": 1.0}, "seed": 1}
     assert without_secrets(config) == {
-        "trl": {"hub_token": "(not shown)", "pad_token": "<pad>", "learning_rate": 1.0},
+        "trl": {"hub_token": "(redacted)", "pad_token": "<pad>", "learning_rate": 1.0},
         "seed": 1,
     }
 

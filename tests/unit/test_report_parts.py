@@ -1,4 +1,4 @@
-"""The report's parts that a run has only sometimes: lambda, benchmarks, no truth, too much of everything."""
+"""Test optional parts of the report: lambda, benchmarks, runs without annotations, very large runs."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from csr_vlm.core.records import Fate, Finish, Prompt
-from csr_vlm.report.before_after import CLOSER, FARTHER, SAME, before_after, by_relevance
+from csr_vlm.core.records import Finish, NodeStatus, Prompt
+from csr_vlm.pipeline.stages import report as write_report
+from csr_vlm.report.before_after import LESS_RELEVANT, MORE_RELEVANT, UNCHANGED, before_after, relevance_change
 from csr_vlm.report.benchmark_panel import benchmark_panel
-from csr_vlm.report.html import render, write_report
-from csr_vlm.report.lambdas import lambda_panel
-from csr_vlm.report.limits import MOST_BYTES, Sample, cut
-from csr_vlm.report.measures import read_evaluation, verdict
+from csr_vlm.report.conclusion import conclude
+from csr_vlm.report.evaluations import read_evaluation
+from csr_vlm.report.html import render
+from csr_vlm.report.lambda_panel import lambda_panel
+from csr_vlm.report.limits import MAX_BYTES, Sample, shorten
 from csr_vlm.report.next_steps import next_steps
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
+from csr_vlm.world.truth import known_scene
 from tests.unit.builders import node
 from tests.unit.test_report import SCRIPT, Page, add_pairs, add_training, new_run
 
 
-def ledger(run: Run, prompts: list[Prompt]) -> None:
-    """Two whole responses a prompt: the first suits the image, the second is the likelier one."""
+def write_ledger(run: Run, prompts: list[Prompt]) -> None:
+    """Write two complete responses per prompt: the first fits the image, the second is more probable."""
     tables.write_prompts(run.prompts_path, prompts, 64)
-    ended: dict[str, Any] = {"fate": Fate.FINISHED, "finish": Finish.EOS}
+    ended: dict[str, Any] = {"status": NodeStatus.FINISHED, "finish": Finish.EOS}
     nodes = [
         made
         for p in prompts
@@ -36,51 +39,51 @@ def ledger(run: Run, prompts: list[Prompt]) -> None:
         )
     ]
     tables.write_nodes(run.iteration(1) / "ledger" / "part-000000-x.parquet", nodes)
-    run.mark_done(1, "generate", nodes=len(nodes), fates={})
+    run.mark_done(1, "generate", nodes=len(nodes), statuses={})
 
 
 PROMPTS = [Prompt(f"p{number}", "none.png", "What?") for number in range(3)]
 
 
 def test_the_lambda_curve_by_hand(tmp_path: Path) -> None:
-    """At 0 the likelier response is chosen, from 0.1 on the one that suits the image: R_I is 100 times larger."""
+    """At 0, the more probable response is chosen; from 0.1, the more relevant one, since R_I is 100 times larger."""
     run = new_run(tmp_path / "run", world=False, preset="paper")
-    ledger(run, PROMPTS)
-    panel = lambda_panel(run)
+    write_ledger(run, PROMPTS)
+    panel = lambda_panel(run, known_scene)
     assert panel is not None
-    assert (panel.iteration, panel.own, panel.num_prompts) == (1, 0.9, 3)
-    stay, wins = (str(figure.svg) for figure in panel.figures[:2])
-    assert "λ = 0: 0.00; λ = 0.1: 1.00; λ = 0.3: 1.00" in stay
-    assert "λ = 0.9: 1.00" in stay
+    assert (panel.iteration, panel.run_lambda, panel.num_prompts) == (1, 0.9, 3)
+    unchanged, wins = (str(figure.svg) for figure in panel.figures[:2])
+    assert "λ = 0: 0.00; λ = 0.1: 1.00; λ = 0.3: 1.00" in unchanged
+    assert "λ = 0.9: 1.00" in unchanged
     assert "λ = 0: 0.00; λ = 0.1: 1.00" in wins
-    assert panel.trained == []
+    assert panel.trained_figures == []
 
 
-def test_the_lambda_curve_knows_the_truth_where_there_is_one(tmp_path: Path) -> None:
+def test_hallucination_over_lambda_on_known_scenes(tmp_path: Path) -> None:
     from csr_vlm.world.dataset import scene_of
 
     run = new_run(tmp_path / "run", world=False, preset="paper")
     ids = [f"harbour-prompts-0-{number:06d}" for number in range(40)]
     absent = [i for i in ids if not {"boat", "fish"} & scene_of(i)[1].kinds]
     fish = [i for i in ids if "fish" in scene_of(i)[1].kinds and "boat" not in scene_of(i)[1].kinds]
-    ledger(run, [Prompt(i, "none.png", "What?") for i in [absent[0], fish[0]]])
-    panel = lambda_panel(run)
+    write_ledger(run, [Prompt(i, "none.png", "What?") for i in [absent[0], fish[0]]])
+    panel = lambda_panel(run, known_scene)
     assert panel is not None
-    # The chosen boat is in neither picture; the fish, chosen at 0, is in one of the two.
+    # The boat, chosen from 0.1, is in neither picture; the fish, chosen at 0, is in one of the two.
     assert "λ = 0, chosen: 0.50; λ = 0.1, chosen: 1.00" in str(panel.figures[2].svg)
 
 
 @pytest.mark.parametrize("changes", [{"preset": "random_pairs"}, {"scorer": {"path": "a", "name": "lost"}}])
-def test_no_lambda_curve_where_lambda_decides_nothing_or_cannot(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_no_lambda_panel_without_a_ledger_scores_or_an_effect(tmp_path: Path, changes: dict[str, Any]) -> None:
     run = new_run(tmp_path / "run", world=False, **changes)
-    assert lambda_panel(run) is None, "there is no ledger yet"
-    ledger(run, PROMPTS)
-    assert lambda_panel(run) is None
+    assert lambda_panel(run, known_scene) is None, "without a ledger"
+    write_ledger(run, PROMPTS)
+    assert lambda_panel(run, known_scene) is None
 
 
-def test_sweeps_over_lambda_stand_beside_it(tmp_path: Path) -> None:
+def test_sweeps_over_lambda_are_shown(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", world=False, preset="paper")
-    ledger(run, PROMPTS)
+    write_ledger(run, PROMPTS)
     metric = {"low": 0.1, "high": 0.5, "n": 9}
     for name, override, iteration, value in (
         ("a", "method.lambda=0", 1, 0.4),
@@ -91,11 +94,11 @@ def test_sweeps_over_lambda_stand_beside_it(tmp_path: Path) -> None:
         found = {"world": {"chair_s": metric | {"value": value}}}
         row = {"overrides": [override], "iteration": iteration, "pairs": {}, "metrics": found}
         files.write_json(run.root / "sweeps" / name / "result.json", row)
-    panel = lambda_panel(run)
+    panel = lambda_panel(run, known_scene)
     assert panel is not None
-    assert [figure.label for figure in panel.trained] == ["CHAIR_S"]
-    assert "λ = 0: 0.400; λ = 0.5: 0.200" in str(panel.trained[0].svg)
-    assert "0.700" not in panel.trained[0].svg, "another iteration's sweep"
+    assert [figure.label for figure in panel.trained_figures] == ["CHAIR_S"]
+    assert "λ = 0: 0.400; λ = 0.5: 0.200" in str(panel.trained_figures[0].svg)
+    assert "0.700" not in panel.trained_figures[0].svg, "another iteration's sweep"
     assert not any("csr sweep" in step.command for step in next_steps(run, True, panel, None))
 
 
@@ -106,7 +109,7 @@ def add_document(run: Run, iteration: int, name: str, **metrics: float) -> None:
     files.write_json(run.evaluation_path(iteration, name), {"metrics": found, "protocol": {"metric": name}, "rows": []})
 
 
-def test_benchmarks_become_a_radar_from_three_on(tmp_path: Path) -> None:
+def test_three_benchmarks_get_a_radar_chart(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", world=False)
     assert benchmark_panel(run) is None
     for iteration, value in ((0, 0.5), (2, 0.3)):
@@ -114,8 +117,8 @@ def test_benchmarks_become_a_radar_from_three_on(tmp_path: Path) -> None:
     panel = benchmark_panel(run)
     assert panel is not None
     assert panel.figure is None
-    assert [row.name for row in panel.grid.rows] == ["base model", "iteration 2"]
-    assert panel.grid.rows[0].cells[0] == ("50.0", "49.0 to 51.0")
+    assert [row.name for row in panel.table.rows] == ["base model", "iteration 2"]
+    assert panel.table.rows[0].cells[0] == ("50.0", "49.0 to 51.0")
     for iteration, value in ((0, 0.85), (2, 0.86)):
         add_document(run, iteration, "pope", f1=value)
     panel = benchmark_panel(run)
@@ -146,64 +149,66 @@ def heldout_run(tmp_path: Path, before: list[float], after: list[float]) -> Run:
     return run
 
 
-def test_a_run_without_truth_shows_its_held_out_responses(tmp_path: Path) -> None:
+def test_a_run_without_annotations_compares_held_out_responses(tmp_path: Path) -> None:
     run = heldout_run(tmp_path, [20.0, 22.0, 24.0, 26.0], [23.0, 25.0, 27.0, 29.0])
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert (
-        "After 2 iterations responses to 4 held-out prompts are more relevant: RI went from 23.0 to 26.0" in page.text
+        "After 2 iterations, image-text relevance (RI) of the responses to 4 held-out prompts rose from 23.0 to 26.0"
+        in page.text
     )
-    assert "Whether the model hallucinates less was not measured" in page.text
-    assert "On the same prompts RI changed by +3.0" in page.text
+    assert "Hallucination was not measured." in page.text
+    assert "Paired difference of RI on the same prompts: +3.0" in page.text
     assert "Question 3?" in page.text
     assert sum("data-kind" in attrs for attrs in page.all("article")) == 4
-    assert "not in the picture" not in page.text
+    assert "not in the image" not in page.text
 
 
 def test_numbers_under_different_protocols_are_not_compared(tmp_path: Path) -> None:
     run = heldout_run(tmp_path, [20.0, 22.0], [28.0, 25.0])
     path = run.evaluation_path(2, "heldout")
     files.write_json(path, files.read_json(path) | {"protocol": {"max_new_tokens": 9}})
-    told = verdict(run, read_evaluation(run))
-    assert told.sentence == "Only the base model is evaluated so far: its R_I is 21.0."
-    assert told.notes[-1] == "Measured under another protocol, and so left out: iteration 2."
+    result = conclude(run, read_evaluation(run))
+    assert result.sentence == "Only the base model has been evaluated so far: R_I is 21.0."
+    assert result.notes[-1] == "Excluded because of a different protocol: iteration 2."
 
 
-def test_a_change_of_relevance_that_may_be_chance(tmp_path: Path) -> None:
-    found = heldout_run(tmp_path, [20.0, 22.0, 24.0, 26.0], [28.0, 15.0, 27.0, 24.0])
-    told = verdict(found, read_evaluation(found))
-    assert told.sentence.endswith("which may be chance.")
-    assert told.tone == "none"
+def test_an_insignificant_change_of_relevance(tmp_path: Path) -> None:
+    run = heldout_run(tmp_path, [20.0, 22.0, 24.0, 26.0], [28.0, 15.0, 27.0, 24.0])
+    result = conclude(run, read_evaluation(run))
+    assert result.sentence.endswith("which is not statistically significant.")
+    assert result.tone == "none"
 
 
-def test_without_truth_relevance_sorts_the_responses(tmp_path: Path) -> None:
+def test_responses_are_classified_by_relevance(tmp_path: Path) -> None:
     run = heldout_run(tmp_path, [20.0, 20.0, 20.0], [20.4, 25.0, 15.0])
     evaluation = read_evaluation(run)
     assert evaluation is not None
-    gallery = before_after(run, evaluation, Sample())
+    gallery = before_after(run, evaluation, Sample(), known_scene)
     assert gallery is not None
-    assert gallery.totals == {CLOSER: 1, FARTHER: 1, SAME: 1}
-    assert [card.kind for card in gallery.cards] == [CLOSER, FARTHER, SAME]
-    assert gallery.cards[0].change == pytest.approx(5.0)
-    assert by_relevance(heldout_row(0, 20.0), {"text": "", "tallies": {"relevance": [0.0, 0]}}) is FARTHER, "silence"
+    assert gallery.totals == {MORE_RELEVANT: 1, LESS_RELEVANT: 1, UNCHANGED: 1}
+    assert [card.change for card in gallery.cards] == [MORE_RELEVANT, LESS_RELEVANT, UNCHANGED]
+    assert gallery.cards[0].relevance_change == pytest.approx(5.0)
+    empty = {"text": "", "tallies": {"relevance": [0.0, 0]}}
+    assert relevance_change(heldout_row(0, 20.0), empty) is LESS_RELEVANT
 
 
-def test_next_steps_follow_the_state(tmp_path: Path) -> None:
+def test_next_steps_depend_on_the_state_of_the_run(tmp_path: Path) -> None:
     run = new_run(tmp_path / "a run", world=False)
     assert [step.command for step in next_steps(run, False, None, None)] == [f"csr run '{run.root}'"]
     for iteration in (1, 2):
         add_training(run, iteration)
     commands = [step.command.split()[1] for step in next_steps(run, True, None, None)]
-    assert commands == ["merge", "analyse", "eval"]
+    assert commands == ["merge", "analyze", "eval"]
 
 
 def noise(path: Path, seed: int) -> str:
-    """Write a picture that does not compress."""
+    """Write an image that does not compress."""
     pixels = random.Random(seed).randbytes(200 * 200 * 3)
     Image.frombytes("RGB", (200, 200), pixels).save(path, "PNG", compress_level=0)
     return str(path)
 
 
-def test_a_large_run_makes_a_page_that_can_still_be_sent(tmp_path: Path) -> None:
+def test_a_large_page_is_rendered_with_a_smaller_sample(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", iterations=3, world=False)
     prompts = [Prompt(f"p{number}", noise(tmp_path / f"{number}.png", number), "What? " * 99) for number in range(16)]
     for iteration in (1, 2, 3):
@@ -211,16 +216,16 @@ def test_a_large_run_makes_a_page_that_can_still_be_sent(tmp_path: Path) -> None
     everything = render(run)
     assert everything.count("<article") == 16
     size = len(everything.encode())
-    assert size < MOST_BYTES < 15_000_000
-    sampled = render(run, most_bytes=size // 2)
+    assert size < MAX_BYTES < 15_000_000
+    sampled = render(run, max_bytes=size // 2)
     assert len(sampled.encode()) <= size // 2
     assert 1 <= sampled.count("<article") < 16
     assert " of 16 prompts" in Page(sampled).text
-    assert render(run, most_bytes=1).count("<article") == 1, "the smallest page has one of everything"
+    assert render(run, max_bytes=1).count("<article") == 1, "the smallest page has one item of each kind"
 
 
-def test_a_long_text_is_cut_and_says_so() -> None:
-    assert cut("abc", 3) == "abc"
-    assert cut("abcd" * 1000 + "e") == "abcd" * 1000 + " … (1 characters left out)"
+def test_long_texts_are_shortened() -> None:
+    assert shorten("abc", 3) == "abc"
+    assert shorten("abcd" * 1000 + "e") == "abcd" * 1000 + " … (1 characters omitted)"
     assert Sample(60, 24, 6).halved() == Sample(30, 12, 3)
     assert Sample(1, 1, 1).halved() == Sample(1, 1, 1)

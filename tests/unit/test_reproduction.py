@@ -1,4 +1,4 @@
-"""The paper's tables as data, own numbers beside them, and the page that shows both."""
+"""Test the paper's tables, the runs' numbers next to them, and the page that shows both."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from csr_vlm.cli.app import app
 from csr_vlm.config.load import resolve
-from csr_vlm.evaluation.reproduction import departures, numbers_of, protocol_fields, published, with_lambda
-from csr_vlm.report.radar import HEIGHT, WIDTH, Shape, Spoke, radar, share
+from csr_vlm.evaluation.reproduction import collect_results, departures, protocol_fields, published, with_lambda
+from csr_vlm.report.radar import HEIGHT, WIDTH, RadarSeries, Spoke, radar, radial_position
 from csr_vlm.report.reproduction_page import render
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
@@ -22,7 +22,7 @@ from tests.unit.test_report import Page
 
 
 def new_run(root: Path, measured: dict[int, dict[str, dict[str, float]]], **settings: Any) -> Run:
-    """A run with {iteration: {evaluation: {metric: value}}}, each value -+ 0.01."""
+    """Create a run with {iteration: {evaluation: {metric: value}}}, each with an interval of ±0.01."""
     run = Run.create(root, resolve(REQUIRED | {"iterations": 3} | settings))
     for number, documents in measured.items():
         for name, metrics in documents.items():
@@ -35,7 +35,7 @@ def new_run(root: Path, measured: dict[int, dict[str, dict[str, float]]], **sett
     return run
 
 
-def test_every_published_row_has_a_value_a_column():
+def test_every_published_row_has_one_value_per_column():
     tables = published()
     for table in (*tables.main, tables.iterations, tables.lambdas, tables.ablation):
         assert all(len(values) == len(table.columns) for values in table.rows.values())
@@ -44,7 +44,7 @@ def test_every_published_row_has_a_value_a_column():
 
 
 def test_the_tables_agree_where_they_overlap():
-    """A slip of the transcription would show between tables that repeat a number."""
+    """Compare tables that repeat a number, where a transcription error would show."""
     tables = published()
     main = tables.main[0]
     for row, number in (("base", 0), ("CSR (3)", 3)):
@@ -56,7 +56,7 @@ def test_the_tables_agree_where_they_overlap():
     assert all(dict(zip(main.columns, main.rows["CSR (3)"], strict=True))[key] == value for key, value in best.items())
 
 
-def test_the_page_says_that_the_numbers_are_a_transcription(tmp_path):
+def test_the_page_states_that_the_numbers_are_a_transcription(tmp_path):
     assert "third-hand transcription" in render([new_run(tmp_path, {})])
 
 
@@ -68,9 +68,9 @@ def test_the_table_follows_the_model(path, model):
     assert published().main_table(path).model == model
 
 
-def test_own_numbers_come_in_the_papers_units(tmp_path):
+def test_results_are_converted_to_the_papers_units(tmp_path):
     run = new_run(tmp_path, {0: {"chair": {"chair_s": 0.5}, "lmms": {"mme_p": 1510.0, "gqa": 0.62}}})
-    found = numbers_of(run).by_iteration[0]
+    found = collect_results(run).by_iteration[0]
     assert found["chair_s"].metric.value == pytest.approx(50.0)
     assert found["chair_s"].metric.low == pytest.approx(49.0)
     assert found["mme_p"].metric.value == 1510.0
@@ -78,11 +78,11 @@ def test_own_numbers_come_in_the_papers_units(tmp_path):
     assert "chair_i" not in found
 
 
-def test_coco_goes_before_the_world_and_the_world_is_marked(tmp_path):
+def test_results_on_coco_take_precedence_and_those_on_drawn_scenes_are_marked(tmp_path):
     both = new_run(tmp_path / "a", {0: {"chair": {"chair_s": 0.5}, "world": {"chair_s": 0.4}}})
-    assert numbers_of(both).by_iteration[0]["chair_s"].metric.value == pytest.approx(50.0)
+    assert collect_results(both).by_iteration[0]["chair_s"].metric.value == pytest.approx(50.0)
     only = new_run(tmp_path / "b", {0: {"world": {"chair_s": 0.4}}})
-    found = numbers_of(only).by_iteration[0]["chair_s"]
+    found = collect_results(only).by_iteration[0]["chair_s"]
     assert not found.same_data
     fields = {f.name: (f.paper, f.own) for f in protocol_fields(published().benchmarks["chair_s"], found)}
     assert fields["data"] == ("COCO images", "drawn scenes of the embedded world harbour")
@@ -92,7 +92,7 @@ def test_coco_goes_before_the_world_and_the_world_is_marked(tmp_path):
     assert "not the paper's numbers" in text
 
 
-def test_departures_are_settings_of_the_method_alone(tmp_path):
+def test_departures_are_limited_to_settings_of_the_method(tmp_path):
     paper = new_run(tmp_path / "paper", {}, preset="paper", seed=7)
     assert departures(paper) == []
     ours = {key: (theirs, own) for key, theirs, own in departures(new_run(tmp_path / "ours", {}))}
@@ -101,14 +101,14 @@ def test_departures_are_settings_of_the_method_alone(tmp_path):
     assert not any(key.startswith(("model", "data", "seed")) for key in ours)
 
 
-def test_runs_fill_the_tables_of_lambda_and_ablation(tmp_path):
+def test_runs_are_added_to_the_tables_of_lambda_and_ablation(tmp_path):
     measured = {0: {"chair": {"chair_s": 0.5}}, 3: {"chair": {"chair_s": 0.3, "chair_i": 0.1}}}
     runs = [
         new_run(tmp_path / "half", measured, method={"lambda": 0.5}),
         new_run(tmp_path / "rt", measured, preset="only_rt"),
         new_run(tmp_path / "control", measured, preset="random_pairs"),
     ]
-    found = [numbers_of(run) for run in runs]
+    found = [collect_results(run) for run in runs]
     assert [item.run.root.name for item in with_lambda(found, 0.5)] == ["half"]
     assert [item.run.root.name for item in with_lambda(found, 0.0)] == ["rt"]
     assert with_lambda(found, 0.9) == [], "random pairs follow no lambda"
@@ -119,13 +119,13 @@ def test_runs_fill_the_tables_of_lambda_and_ablation(tmp_path):
 
 def test_rewards_are_averaged(tmp_path):
     run = new_run(tmp_path, {0: {}, 1: {}, 2: {}})
-    assert numbers_of(run).rewards == {
+    assert collect_results(run).rewards == {
         1: {"chosen": 41.0, "rejected": 20.0, "average": 30.5},
         2: {"chosen": 42.0, "rejected": 20.0, "average": 31.0},
     }
 
 
-def test_the_page_is_whole_and_loads_nothing(tmp_path):
+def test_the_page_is_self_contained(tmp_path):
     run = new_run(tmp_path / "run <b>", {0: {"chair": {"chair_s": 0.5, "chair_i": 0.1}}})
     html = render([run])
     page = Page(html)
@@ -134,16 +134,16 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     assert not re.search(r"(src|href)=\"(?!#)", html)
 
 
-def test_a_value_lies_between_the_worst_and_the_best():
-    assert share(48.8, (48.8, 21.0)) == pytest.approx(0.2), "lower is better: the largest is the worst"
-    assert share(21.0, (48.8, 21.0)) == pytest.approx(1.0)
-    assert share(34.9, (48.8, 21.0)) == pytest.approx(0.6)
-    assert share(5.0, (5.0, 5.0)) == 1.0
+def test_values_are_placed_between_the_worst_and_the_best():
+    assert radial_position(48.8, (48.8, 21.0)) == pytest.approx(0.2), "lower is better: the largest is the worst"
+    assert radial_position(21.0, (48.8, 21.0)) == pytest.approx(1.0)
+    assert radial_position(34.9, (48.8, 21.0)) == pytest.approx(0.6)
+    assert radial_position(5.0, (5.0, 5.0)) == 1.0
 
 
 def test_the_radar_puts_the_best_at_the_rim():
     spokes = [Spoke("A"), Spoke("B", lower_is_better=True), Spoke("C")]
-    drawn = radar("d", spokes, [Shape("one", [1.0, 2.0, 3.0]), Shape("two", [2.0, 1.0, 3.0])])
+    drawn = radar("d", spokes, [RadarSeries("one", [1.0, 2.0, 3.0]), RadarSeries("two", [2.0, 1.0, 3.0])])
     outlines = [
         [tuple(map(float, place.split(","))) for place in points.split()]
         for points in re.findall(r'class="line" points="([^"]*)"', drawn)
@@ -152,12 +152,12 @@ def test_the_radar_puts_the_best_at_the_rim():
     assert distances[0] == pytest.approx([30, 30, 150], abs=0.1)
     assert distances[1] == pytest.approx([150, 150, 150], abs=0.1)
     assert radar("d", spokes[:2], []) == ""
-    partial = radar("d", spokes, [Shape("one", [1.0, None, 3.0])])
-    assert 'class="line"' not in partial, "no outline through what was not measured"
+    partial = radar("d", spokes, [RadarSeries("one", [1.0, None, 3.0])])
+    assert 'class="line"' not in partial, "no outline through missing values"
     assert partial.count("<circle") == 2
 
 
-def test_the_command_writes_beside_the_run(tmp_path):
+def test_the_command_writes_into_the_run_by_default(tmp_path):
     run = new_run(tmp_path, {0: {"chair": {"chair_s": 0.5}}})
     shown = CliRunner().invoke(app, ["reproduce", str(run.root)])
     assert shown.stdout.strip() == str(tmp_path / "reproduction.html")

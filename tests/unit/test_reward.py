@@ -1,4 +1,4 @@
-"""Rewards against numbers worked by hand."""
+"""Compare rewards with numbers worked by hand."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_text_score(kind, scale, expected):
     assert text_score(node("0", logprobs=(HALF, QUARTER)), config) == pytest.approx(expected, abs=1e-6)
 
 
-def test_product_punishes_length_and_geometric_mean_does_not():
+def test_product_decreases_with_length_and_geometric_mean_does_not():
     short, long = node("0", logprobs=(HALF,)), node("1", logprobs=(HALF,) * 10)
     product, mean = (RewardConfig(text_score=kind, text_scale=1.0) for kind in ("product", "geometric_mean"))
     assert text_score(short, product) == pytest.approx(0.5)
@@ -74,7 +74,7 @@ def test_a_missing_or_broken_cosine_names_the_prompt_and_the_sentence(cosine):
     assert "clip" in caught.value.message
 
 
-def test_another_scorers_column_does_not_stand_in():
+def test_another_scorers_column_is_not_used_instead():
     with pytest.raises(CsrError, match="siglip"):
         image_score(node("0", cosine=0.3), "siglip", RewardConfig())
 
@@ -93,47 +93,18 @@ def test_weighted_fusion_is_equation_4(weight, expected):
     assert totals([sentence], weight, text_score="product", text_scale=1.0)["0"] == pytest.approx(expected)
 
 
-def test_lambda_acts_on_the_order():
+def test_lambda_changes_the_order():
     likely, relevant = node("0", cosine=0.10, logprobs=(-0.1,)), node("1", cosine=0.30, logprobs=(-3.0,))
     by_text, by_image = totals([likely, relevant], 0.0), totals([likely, relevant], 1.0)
     assert by_text["0"] > by_text["1"]
     assert by_image["0"] < by_image["1"]
 
 
-def test_the_parts_are_reported_beside_the_total():
+def test_both_parts_are_reported_with_the_total():
     reward = sentence_rewards([node("0", cosine=0.27, logprobs=(HALF,))], method(0.25), "clip")["0"]
     assert reward.image == pytest.approx(27.0)
     assert reward.text == pytest.approx(50.0)  # 100 * 0.5
     assert reward.total == pytest.approx(0.25 * 27 + 0.75 * 50)
-
-
-def test_standardised_fusion():
-    # R_I 10 and 30, R_T 0.5 and 0.25: each standardises to -1 and +1, in opposite order.
-    nodes = [node("0", cosine=0.10, logprobs=(HALF,)), node("1", cosine=0.30, logprobs=(QUARTER,))]
-    found = totals(nodes, 0.25, fusion="standardised")
-    assert found["0"] == pytest.approx(0.25 * -1 + 0.75 * 1)
-    assert found["1"] == pytest.approx(0.25 * 1 + 0.75 * -1)
-
-
-def test_standardised_fusion_uses_the_population_deviation():
-    nodes = [node(str(i), cosine=cosine) for i, cosine in enumerate((0.1, 0.2, 0.6))]
-    # Mean 30, deviations -20, -10, 30, variance 1400 / 3.
-    expected = [value / math.sqrt(1400 / 3) for value in (-20, -10, 30)]
-    assert list(totals(nodes, 1.0, fusion="standardised").values()) == pytest.approx(expected)
-
-
-def test_standardised_fusion_of_equal_scores_is_zero():
-    nodes = [node("0", cosine=0.2), node("1", cosine=0.2)]
-    assert totals(nodes, 0.5, fusion="standardised") == {"0": 0.0, "1": 0.0}
-
-
-def test_standardised_fusion_does_not_feel_the_text_scale_but_weighted_does():
-    nodes = [node("0", cosine=0.1, logprobs=(-0.3,)), node("1", cosine=0.4, logprobs=(-1.1,))]
-    small, large = ({"text_scale": scale} for scale in (1.0, 1000.0))
-    assert totals(nodes, 0.5, fusion="standardised", **small) == pytest.approx(
-        totals(nodes, 0.5, fusion="standardised", **large)
-    )
-    assert totals(nodes, 0.5, **small) != pytest.approx(totals(nodes, 0.5, **large))
 
 
 def test_sibling_rank_fusion():
@@ -141,28 +112,28 @@ def test_sibling_rank_fusion():
         node("0", cosine=0.30, logprobs=(-3.0,)),  # image 1/3, text 3/3
         node("1", cosine=0.20, logprobs=(-1.0,)),  # image 2/3, text 1/3
         node("2", cosine=0.10, logprobs=(-2.0,)),  # image 3/3, text 2/3
-        node("1.0", cosine=0.90, logprobs=(-0.1,)),  # alone in its family: 1 and 1
+        node("1.0", cosine=0.90, logprobs=(-0.1,)),  # without siblings: 1 and 1
     ]
-    found = totals(nodes, 0.9, fusion="sibling_rank", text_score="mean_logprob")
-    assert found["0"] == pytest.approx(-(0.9 / 3 + 0.1))
-    assert found["1"] == pytest.approx(-(0.9 * 2 / 3 + 0.1 / 3))
-    assert found["2"] == pytest.approx(-(0.9 + 0.1 * 2 / 3))
-    assert found["1.0"] == pytest.approx(-1.0)
+    actual = totals(nodes, 0.9, fusion="sibling_rank", text_score="mean_logprob")
+    assert actual["0"] == pytest.approx(-(0.9 / 3 + 0.1))
+    assert actual["1"] == pytest.approx(-(0.9 * 2 / 3 + 0.1 / 3))
+    assert actual["2"] == pytest.approx(-(0.9 + 0.1 * 2 / 3))
+    assert actual["1.0"] == pytest.approx(-1.0)
 
 
 def test_sibling_rank_ties_go_to_the_earlier_sibling():
-    found = totals([node("0"), node("1")], 0.5, fusion="sibling_rank")
-    assert found == {"0": pytest.approx(-0.5), "1": pytest.approx(-1.0)}
+    actual = totals([node("0"), node("1")], 0.5, fusion="sibling_rank")
+    assert actual == {"0": pytest.approx(-0.5), "1": pytest.approx(-1.0)}
 
 
-@pytest.mark.parametrize(("how", "expected"), [("sum", 6.0), ("mean", 2.0), ("mean_plus_one", 1.5)])
-def test_response_reward(how, expected):
-    assert response_reward([1.0, 2.0, 3.0], RewardConfig(response=how)) == pytest.approx(expected)
+@pytest.mark.parametrize(("kind", "expected"), [("sum", 6.0), ("mean", 2.0), ("mean_plus_one", 1.5)])
+def test_response_reward(kind, expected):
+    assert response_reward([1.0, 2.0, 3.0], RewardConfig(response=kind)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("how", ["sum", "mean", "mean_plus_one"])
-def test_a_response_without_sentences_earns_nothing(how):
-    assert response_reward([], RewardConfig(response=how)) == 0.0
+@pytest.mark.parametrize("kind", ["sum", "mean", "mean_plus_one"])
+def test_a_response_without_sentences_has_reward_0(kind):
+    assert response_reward([], RewardConfig(response=kind)) == 0.0
 
 
 def test_a_sum_of_positive_rewards_prefers_length_and_a_mean_does_not():
@@ -181,7 +152,7 @@ REPEATING = [
 
 
 def test_repeat_penalty():
-    # What is new earns 10, 20, 15, spread over 10; half of that is the price of saying it again.
+    # The distinct sentences earn 10, 20, 15, a spread of 10; the penalty is half of it.
     assert totals(REPEATING, 1.0) == pytest.approx({"0": 10, "0.0": 30, "0.1": 20, "1": 15})
     assert totals(REPEATING, 1.0, repeat_penalty=0.5) == pytest.approx({"0": 10, "0.0": 25, "0.1": 20, "1": 15})
 
@@ -196,17 +167,17 @@ def test_repeats_count_words():
     assert bag_of_words("A red car and a blue car.") != bag_of_words("A red car and a blue one.")
 
 
-def test_a_node_without_a_sentence_earns_nothing_and_sways_nobody():
+def test_a_node_without_a_sentence_has_no_reward_and_affects_no_other():
     nodes = [node("0", cosine=0.1), node("1", cosine=0.3)]
     ending = node("0.0", "  ", cosine=None, logprobs=(-50.0,))
-    for fusion in ("weighted", "standardised", "sibling_rank"):
+    for fusion in ("weighted", "sibling_rank"):
         alone = totals(nodes, 0.5, fusion=fusion, repeat_penalty=1.0)
         assert totals([*nodes, ending], 0.5, fusion=fusion, repeat_penalty=1.0) == alone
         assert "0.0" not in alone
 
 
-def test_no_nodes_no_rewards():
-    for fusion in ("weighted", "standardised", "sibling_rank"):
+def test_an_empty_tree_has_no_rewards():
+    for fusion in ("weighted", "sibling_rank"):
         assert totals([], 0.5, fusion=fusion, repeat_penalty=1.0) == {}
 
 
@@ -218,10 +189,11 @@ def test_path_ids():
 scores = st.tuples(st.floats(-1, 1), st.lists(st.floats(-30, 0), min_size=1, max_size=5))
 
 
-@given(st.lists(scores, min_size=1, max_size=8), st.floats(0, 1), st.sampled_from(["weighted", "standardised"]))
-def test_rewards_do_not_depend_on_the_order_of_the_nodes(scored, weight, fusion):
-    nodes = [node(str(i), cosine=c, logprobs=tuple(lps)) for i, (c, lps) in enumerate(scored)]
-    assert totals(nodes, weight, fusion=fusion) == pytest.approx(totals(nodes[::-1], weight, fusion=fusion))
+@given(st.lists(scores, min_size=1, max_size=8), st.floats(0, 1), st.sampled_from(["none", "half_best"]))
+def test_rewards_do_not_depend_on_the_order_of_the_nodes(scored, weight, baseline):
+    nodes = [with_negatives(str(i), c, 0.1, logprobs=tuple(lps)) for i, (c, lps) in enumerate(scored)]
+    config = {"image_score": "contrast", "baseline": baseline}
+    assert totals(nodes, weight, **config) == pytest.approx(totals(nodes[::-1], weight, **config))
 
 
 @given(st.lists(scores, min_size=2, max_size=8), st.floats(0, 1))
@@ -230,62 +202,47 @@ def test_weighted_rewards_stay_within_their_units(scored, weight):
     assert all(-1e-9 <= total <= 100 + 1e-9 for total in totals(nodes, weight).values())
 
 
-def test_a_baseline_makes_false_sentences_cost_and_counts_each_sentence_once():
-    # R_I alone: 40, 30, 30 (said twice, on two branches) and 0. Mean of distinct: 70 / 3; midrange: 20.
-    nodes = [
-        node("0", "There is a boat.", cosine=0.4),
-        node("1", "There is a tree.", cosine=0.3),
-        node("0.0", "There is a tree.", cosine=0.3),
-        node("0.1", "There is a fish.", cosine=0.0),
-    ]
-    for baseline, nothing in (("none", 0.0), ("mean", 70 / 3), ("midrange", 20.0)):
-        settings = method(1.0, reward={"baseline": baseline, "response": "sum"})
-        rewards = sentence_rewards(nodes, settings, "clip")
-        assert [rewards[n.node_id].total for n in nodes] == pytest.approx([r - nothing for r in (40, 30, 30, 0)])
-
-
-def contrasted(node_id: str, cosine: float, others: float, **more: object) -> Node:
-    made = node(node_id, f"Sentence {node_id}.", cosine=cosine, **more)
-    return replace(made, cosines={"clip": cosine, "clip:others": others})
+def with_negatives(node_id: str, cosine: float, negatives: float, **fields: object) -> Node:
+    """Make a node with a mean cosine over negative images."""
+    scored = node(node_id, f"Sentence {node_id}.", cosine=cosine, **fields)
+    return replace(scored, cosines={"clip": cosine, "clip:others": negatives})
 
 
 CONTRAST = {"image_score": "contrast", "baseline": "half_best"}
 
 
-def test_contrast_is_what_suits_this_image_better_than_others():
+def test_contrast_is_the_cosine_above_the_mean_over_negative_images():
     config = RewardConfig(image_score="contrast")
-    assert image_score(contrasted("0", 0.30, 0.10), "clip", config) == pytest.approx(20.0)
-    assert image_score(contrasted("0", 0.05, 0.10), "clip", config) == pytest.approx(-5.0), "below 0 it is not cut off"
+    assert image_score(with_negatives("0", 0.30, 0.10), "clip", config) == pytest.approx(20.0)
+    assert image_score(with_negatives("0", 0.05, 0.10), "clip", config) == pytest.approx(-5.0), "not clipped at 0"
     with pytest.raises(CsrError, match="no score by 'clip:others'") as error:
         image_score(node("0"), "clip", config)
     assert "scorer.others" in error.value.hint
 
 
-def test_half_of_the_best():
-    # Contrasts 20, 16 and -4; at lambda 1 half of the best, 10, is worth nothing.
-    nodes = [contrasted("0", 0.30, 0.10), contrasted("1", 0.26, 0.10), contrasted("2", 0.06, 0.10)]
+def test_half_best_subtracts_half_of_the_best_contrast():
+    # Contrasts 20, 16 and -4; at lambda 1 the baseline is half of the best, 10.
+    nodes = [with_negatives("0", 0.30, 0.10), with_negatives("1", 0.26, 0.10), with_negatives("2", 0.06, 0.10)]
     assert totals(nodes, 1.0, **CONTRAST) == pytest.approx({"0": 10, "1": 6, "2": -14})
-    # At lambda 0.5 R_T counts against its mean: 100 / e for all, so nothing.
+    # At lambda 0.5 the mean of R_T is subtracted too: 100 / e for all, so R_T contributes 0.
     assert totals(nodes, 0.5, text_scale=100, **CONTRAST) == pytest.approx({"0": 5, "1": 3, "2": -7})
 
 
-def test_where_all_is_good_all_is_worth_something():
-    """The middle between best and worst would call one of two true sentences worthless."""
-    good = [contrasted("0", 0.30, 0.10), contrasted("1", 0.26, 0.10)]
+def test_half_best_rewards_every_sentence_if_all_are_good():
+    good = [with_negatives("0", 0.30, 0.10), with_negatives("1", 0.26, 0.10)]
     assert min(totals(good, 1.0, **CONTRAST).values()) > 0
-    assert min(totals(good, 1.0, image_score="contrast", baseline="midrange").values()) < 0
 
 
-def test_the_scale_reaches_down_to_what_is_not_about_the_image():
+def test_the_scale_includes_a_sentence_unrelated_to_the_image():
     method_ = method(1.0, reward=CONTRAST)
-    good = [contrasted("0", 0.30, 0.10), contrasted("1", 0.26, 0.10)]
+    good = [with_negatives("0", 0.30, 0.10), with_negatives("1", 0.26, 0.10)]
     # Totals 10 and 6; a sentence of contrast 0 would be at -10.
     assert reward_scale(sentence_rewards(good, method_, "clip").values(), method_) == pytest.approx(20.0)
-    plain = method(1.0)
-    assert reward_scale(sentence_rewards(good, plain, "clip").values(), plain) == pytest.approx(4.0)
-    assert reward_scale([], plain) == 0.0
+    default = method(1.0)
+    assert reward_scale(sentence_rewards(good, default, "clip").values(), default) == pytest.approx(4.0)
+    assert reward_scale([], default) == 0.0
 
 
-def test_half_of_the_best_goes_with_a_contrast():
+def test_half_best_requires_a_contrast():
     with pytest.raises(ValidationError, match="half_best"):
         RewardConfig(baseline="half_best")

@@ -1,19 +1,20 @@
-"""The run directory: files that are whole or absent, resuming, locking, markers."""
+"""Test the run directory: complete or absent files, resuming, locking, markers."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import SCHEMA_VERSION
 from csr_vlm.store import files, tables
+from csr_vlm.store.progress_file import record_progress
 from csr_vlm.store.run import Run, differences
 from tests.unit.builders import config, node, prompt
 
@@ -34,7 +35,7 @@ def test_write_atomically_writes_and_leaves_nothing_else(tmp_path):
     assert names(path.parent) == {"file.txt"}
 
 
-def test_nothing_shows_under_the_name_until_all_is_written(tmp_path):
+def test_the_file_does_not_exist_until_it_is_complete(tmp_path):
     path = tmp_path / "file.txt"
 
     def write(temporary: Path) -> None:
@@ -48,7 +49,7 @@ def test_nothing_shows_under_the_name_until_all_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("before", [None, "old"])
-def test_a_failing_writer_leaves_what_was_there(tmp_path, before):
+def test_a_failing_writer_leaves_the_old_file(tmp_path, before):
     path = tmp_path / "file.txt"
     if before is not None:
         path.write_text(before)
@@ -108,13 +109,13 @@ def test_the_same_settings_resume(run):
     assert again.is_done(1, "generate")
 
 
-def test_a_run_that_has_finished_nothing_may_begin_again_with_other_settings(run):
+def test_a_run_without_a_finished_stage_accepts_other_settings(run):
     other = Run.create(run.root, config(seed=7))
     assert Run.open(run.root).config == other.config
     assert other.config.seed == 7
 
 
-def test_other_settings_are_refused_by_name(run):
+def test_changed_settings_are_rejected_by_name(run):
     run.mark_done(0, "prompts", accepted=1)
     before = (run.root / "config.yaml").read_bytes()
     with pytest.raises(CsrError) as caught:
@@ -126,13 +127,13 @@ def test_other_settings_are_refused_by_name(run):
     assert (run.root / "config.yaml").read_bytes() == before
 
 
-def test_a_preset_that_comes_to_the_same_settings_still_differs_in_name(run):
+def test_the_name_of_the_preset_is_a_setting(run):
     run.mark_done(0, "prompts", accepted=1)
     with pytest.raises(CsrError, match="preset"):
         Run.create(run.root, config(preset="only_rt", method={"lambda": 0.5}))
 
 
-def test_a_run_can_be_given_more_iterations_but_not_fewer(run):
+def test_a_run_can_be_extended_but_not_shortened(run):
     run.mark_done(0, "prompts", accepted=1)
     longer = Run.create(run.root, config(iterations=run.config.iterations + 2))
     assert Run.open(run.root).config == longer.config
@@ -148,12 +149,12 @@ def test_differences():
     assert list(differences(left, left)) == []
 
 
-def test_a_directory_without_a_run_is_refused(tmp_path):
+def test_a_directory_without_a_run_is_rejected(tmp_path):
     with pytest.raises(CsrError, match="not a run directory"):
         Run.open(tmp_path)
 
 
-def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):
+def test_a_file_in_place_of_the_directory_is_rejected(tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(CsrError, match="is a file"):
         Run.create(tmp_path / "file", config())
@@ -161,7 +162,7 @@ def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"- 1\n", b"a: [1\n", b"\xff\xfe\x00", b"model: {path: m}\n", b"sed: 1\n"])
-def test_a_damaged_configuration_is_refused(run, content):
+def test_a_damaged_configuration_is_rejected(run, content):
     (run.root / "config.yaml").write_bytes(content)
     with pytest.raises(CsrError):
         Run.open(run.root)
@@ -169,21 +170,21 @@ def test_a_damaged_configuration_is_refused(run, content):
         Run.create(run.root, config())
 
 
-def test_the_lock_refuses_a_second_holder_and_is_given_back(run):
+def test_the_lock_rejects_a_second_holder_and_is_released(run):
     with run.locked(), pytest.raises(CsrError, match="another process"), Run.open(run.root).locked():
         pytest.fail("two hold the lock")
     with run.locked():
         pass
 
 
-def test_the_lock_is_given_back_after_an_error(run):
+def test_the_lock_is_released_after_an_error(run):
     with pytest.raises(ZeroDivisionError), run.locked():
         raise ZeroDivisionError
     with run.locked():
         pass
 
 
-def test_the_lock_refuses_a_second_process(run):
+def test_the_lock_rejects_a_second_process(run):
     script = (
         "import sys\nfrom pathlib import Path\nfrom csr_vlm.core.errors import CsrError\n"
         "from csr_vlm.store.run import Run\n"
@@ -200,13 +201,61 @@ def test_the_lock_refuses_a_second_process(run):
     assert second() == "held"
 
 
-def test_a_lock_file_left_by_a_killed_process_does_not_lock(run):
-    handle = os.open(run.root / ".lock", os.O_CREAT | os.O_WRONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    os.close(handle)
-    assert (run.root / ".lock").exists()
+def test_the_error_names_the_process_that_holds_the_lock(run):
     with run.locked():
-        pass
+        holder = files.read_json(run.root / ".lock.json")
+        with pytest.raises(CsrError, match=rf"process {holder['pid']} on .+, since 20"), Run.open(run.root).locked():
+            pytest.fail("two hold the lock")
+        (run.root / ".lock.json").write_text("{")
+        with pytest.raises(CsrError, match=r"in use by another process \(wait"), Run.open(run.root).locked():
+            pytest.fail("two hold the lock")
+    assert not (run.root / ".lock.json").exists()
+
+
+def test_a_lock_file_left_by_a_killed_process_does_not_lock(run):
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom csr_vlm.store.run import Run\n"
+        "with Run.open(Path(sys.argv[1])).locked(): os._exit(9)"
+    )
+    command = [sys.executable, "-c", script, str(run.root)]
+    assert subprocess.run(command, check=False).returncode == 9
+    assert (run.root / ".lock").exists()
+    assert not run.in_use()
+    with run.locked():
+        assert run.in_use()
+    assert not run.in_use()
+
+
+@pytest.mark.parametrize("target_exists", [True, False])
+def test_a_symbolic_link_in_place_of_the_lock_is_not_followed(run, tmp_path, target_exists):
+    target = tmp_path / "precious"
+    if target_exists:
+        target.write_text("content")
+    (run.root / ".lock").symlink_to(target)
+    with pytest.raises(CsrError, match="is a symbolic link"), run.locked():
+        pytest.fail("the lock followed the link")
+    assert target.exists() is target_exists
+    assert not target_exists or target.read_text() == "content"
+
+
+def test_a_lock_can_be_released_by_another_thread(run):
+    lock = run.locked()
+    lock.__enter__()
+    thread = threading.Thread(target=lock.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert not run.in_use()
+
+
+def test_in_use_falls_back_to_the_progress_file_without_write_access(run, monkeypatch):
+    def denied(directory):
+        raise PermissionError
+
+    monkeypatch.setattr("csr_vlm.store.run.is_locked", denied)
+    assert not run.in_use()
+    with record_progress(run.root, Silent()):
+        assert run.in_use()
+    assert not run.in_use()
 
 
 def test_markers(run):
@@ -227,12 +276,12 @@ def test_last_trained(run):
     assert run.last_trained == 2
 
 
-def test_only_the_base_model_has_no_adapter(run):
+def test_the_base_model_has_no_adapter(run):
     assert run.adapter_path(0) is None
     assert run.adapter_path(2) == run.root / "iteration-2" / "adapter"
 
 
-def test_the_manifest_gathers_provenance_and_markers(run):
+def test_the_manifest_holds_provenance_and_markers(run):
     run.mark_done(0, "prompts", accepted=5, dropped={"missing": 2})
     run.mark_done(1, "generate", nodes=40)
     manifest = json.loads((run.root / "manifest.json").read_text())
@@ -245,14 +294,14 @@ def test_the_manifest_gathers_provenance_and_markers(run):
     assert manifest["written"].endswith("Z")
 
 
-def test_the_manifest_can_be_made_again(run):
+def test_the_manifest_can_be_written_again(run):
     run.mark_done(1, "generate", nodes=40)
     (run.root / "manifest.json").unlink()
     run.write_manifest()
     assert files.read_json(run.root / "manifest.json")["stages"]["iteration-1"] == {"generate": {"nodes": 40}}
 
 
-def test_ledger_parts_come_in_the_order_of_the_prompts(run):
+def test_ledger_parts_are_in_prompt_order(run):
     for index in (10, 2, 0):
         tables.write_nodes(run.iteration(1) / "ledger" / f"part-{index:06d}-abc.parquet", [node("0")])
     assert [path.name for path in run.ledger_parts(1)] == [f"part-{index:06d}-abc.parquet" for index in (0, 2, 10)]

@@ -1,4 +1,4 @@
-"""Tokens that follow the distribution and nothing but their own seed."""
+"""Check that tokens follow the distribution and depend on their own seed alone."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from csr_vlm.generation.sampling import diverse, sample, uniforms
+from csr_vlm.generation.sampling import choose_diverse, sample, uniforms
 
 CHI_SQUARE_4 = 18.47
-"""0.1 % of the chi-square distribution with four degrees of freedom lies above."""
+"""99.9th percentile of the chi-square distribution with four degrees of freedom."""
 LOGITS = [2.0, 1.0, 0.0, -1.0, 0.5]
 
 
@@ -35,7 +35,7 @@ def softmax(logits: list[float], temperature: float = 1.0) -> np.ndarray:
 def test_draws_follow_the_tempered_distribution(temperature):
     counts = draw(LOGITS, 20_000, temperature)
     assert chi_square(counts, softmax(LOGITS, temperature)) < CHI_SQUARE_4
-    assert chi_square(counts, softmax(LOGITS, temperature * 1.5)) > CHI_SQUARE_4, "the test can fail"
+    assert chi_square(counts, softmax(LOGITS, temperature * 1.5)) > CHI_SQUARE_4, "the test must be able to fail"
 
 
 def test_a_hand_worked_inversion():
@@ -45,15 +45,15 @@ def test_a_hand_worked_inversion():
     assert sample(logits, uniform, 1.0, 1.0).tolist() == [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("barred", [0, 2, 4])
-def test_a_barred_token_is_never_drawn(barred):
-    logits = [-math.inf if place == barred else value for place, value in enumerate(LOGITS)]
+@pytest.mark.parametrize("masked", [0, 2, 4])
+def test_a_masked_token_is_never_drawn(masked):
+    logits = [-math.inf if index == masked else value for index, value in enumerate(LOGITS)]
     counts = draw(logits, 20_000)
-    assert counts[barred] == 0
-    assert (np.delete(counts, barred) > 0).all()
+    assert counts[masked] == 0
+    assert (np.delete(counts, masked) > 0).all()
 
 
-def test_a_barred_token_is_not_drawn_at_the_very_ends():
+def test_a_masked_token_is_not_drawn_at_either_end_of_the_vocabulary():
     rng = np.random.default_rng(0)
     logits = torch.from_numpy(rng.normal(size=(5000, 40)))
     logits[:, [0, -1]] = -torch.inf
@@ -73,10 +73,10 @@ def test_top_p_keeps_the_smallest_set_with_that_mass(top_p, kept):
     counts = draw([math.log(p) for p in probabilities], 5000, top_p=top_p)
     assert set(np.flatnonzero(counts).tolist()) == kept
     if len(kept) == 2:
-        assert counts[0] / 5000 == pytest.approx(0.5 / 0.8125, abs=0.03), "the rest is scaled up"
+        assert counts[0] / 5000 == pytest.approx(0.5 / 0.8125, abs=0.03), "the kept tokens are renormalized"
 
 
-def test_a_row_does_not_depend_on_the_others_nor_on_their_order():
+def test_a_row_does_not_depend_on_other_rows_or_their_order():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(64, 500, generator=generator)
     uniform = torch.rand(64, generator=generator, dtype=torch.float64)
@@ -86,26 +86,26 @@ def test_a_row_does_not_depend_on_the_others_nor_on_their_order():
         alone = torch.cat([sample(logits[i : i + 1], uniform[i : i + 1], 0.8, top_p) for i in range(64)])
         assert torch.equal(together, alone)
         assert torch.equal(sample(logits[order], uniform[order], 0.8, top_p), together[order])
-        assert together.unique().numel() > 30, "the rows do differ"
+        assert together.unique().numel() > 30, "the rows differ"
 
 
 def test_uniforms_depend_on_every_part_of_the_seed():
     base = (0, "photo", 1, "2.0", 3)
     drawn = [tuple(uniforms(base, 8))]
-    for place, other in enumerate((1, "photo2", 2, "2.1", 4)):
-        changed = (*base[:place], other, *base[place + 1 :])
+    for index, other in enumerate((1, "photo2", 2, "2.1", 4)):
+        changed = (*base[:index], other, *base[index + 1 :])
         drawn.append(tuple(uniforms(changed, 8)))
     drawn.append(tuple(uniforms(base[:-1], 8)))
     assert len(set(drawn)) == len(drawn)
     assert len({value for row in drawn for value in row}) == 8 * len(drawn)
 
 
-def test_uniforms_are_the_same_every_time_and_a_longer_row_begins_with_the_shorter():
+def test_uniforms_are_deterministic_and_a_longer_row_starts_with_the_shorter():
     assert np.array_equal(uniforms((0, "a"), 20), uniforms((0, "a"), 20))
     assert np.array_equal(uniforms((0, "a"), 20)[:5], uniforms((0, "a"), 5))
 
 
-def test_seeds_that_read_alike_when_joined_differ():
+def test_seeds_that_join_to_the_same_string_differ():
     assert uniforms((1, "23"), 1) != uniforms((12, "3"), 1)
     assert uniforms(("a", ""), 1) != uniforms(("a",), 1)
 
@@ -136,45 +136,45 @@ SIBLINGS = torch.tensor([0.0, -1.0, -2.5, -6.0]).expand(3, -1)
     ],
 )
 def test_three_siblings_of_four_tokens(penalty, expected):
-    family, place = torch.zeros(3, dtype=torch.long), torch.arange(3)
-    assert diverse(SIBLINGS, family, place, penalty).tolist() == expected
+    group, index = torch.zeros(3, dtype=torch.long), torch.arange(3)
+    assert choose_diverse(SIBLINGS, group, index, penalty).tolist() == expected
 
 
-def test_families_do_not_feel_each_other():
+def test_sibling_groups_are_independent():
     logits = SIBLINGS.repeat(2, 1)
-    family, place = torch.tensor([7, 7, 7, 2, 2, 2]), torch.tensor([0, 1, 2, 0, 1, 2])
-    assert diverse(logits, family, place, 1.5).tolist() == [0, 1, 0, 0, 1, 0]
-    # Six siblings would: the fourth weighs 0 - 3, -1 - 1.5 and -2.5.
-    assert diverse(logits, torch.zeros(6, dtype=torch.long), torch.arange(6), 1.5).tolist()[:4] == [0, 1, 0, 1]
+    group, index = torch.tensor([7, 7, 7, 2, 2, 2]), torch.tensor([0, 1, 2, 0, 1, 2])
+    assert choose_diverse(logits, group, index, 1.5).tolist() == [0, 1, 0, 0, 1, 0]
+    # Siblings of one group are not: the fourth of six compares 0 - 3, -1 - 1.5 and -2.5.
+    assert choose_diverse(logits, torch.zeros(6, dtype=torch.long), torch.arange(6), 1.5).tolist()[:4] == [0, 1, 0, 1]
 
 
-def test_a_family_chooses_as_it_would_alone():
+def test_a_group_chooses_the_same_tokens_alone():
     logits = torch.randn(20, 6, generator=torch.Generator().manual_seed(2))
-    family, place = torch.arange(20) // 4, torch.arange(20) % 4
-    together = diverse(logits, family, place, 2.0).view(5, 4)
-    for one in range(5):
-        rows = slice(4 * one, 4 * one + 4)
-        assert torch.equal(diverse(logits[rows], family[rows], place[rows], 2.0), together[one])
+    group, index = torch.arange(20) // 4, torch.arange(20) % 4
+    together = choose_diverse(logits, group, index, 2.0).view(5, 4)
+    for number in range(5):
+        rows = slice(4 * number, 4 * number + 4)
+        assert torch.equal(choose_diverse(logits[rows], group[rows], index[rows], 2.0), together[number])
     assert len(set(map(tuple, together.tolist()))) > 1
 
 
-def test_the_order_of_rows_does_not_matter_but_that_of_siblings_does():
+def test_the_order_of_siblings_matters_but_that_of_rows_does_not():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(12, 6, generator=generator)
-    family, place = torch.arange(12) // 4, torch.arange(12) % 4
+    group, index = torch.arange(12) // 4, torch.arange(12) % 4
     order = torch.randperm(12, generator=generator)
-    together = diverse(logits, family, place, 2.0)
-    assert torch.equal(diverse(logits[order], family[order], place[order], 2.0), together[order])
-    assert not torch.equal(diverse(logits, family, 3 - place, 2.0), together)
+    together = choose_diverse(logits, group, index, 2.0)
+    assert torch.equal(choose_diverse(logits[order], group[order], index[order], 2.0), together[order])
+    assert not torch.equal(choose_diverse(logits, group, 3 - index, 2.0), together)
 
 
-def test_a_barred_token_is_not_chosen_however_large_the_penalty():
+def test_a_masked_token_is_not_chosen_however_large_the_penalty():
     logits = torch.tensor([-math.inf, 0.0, -1.0]).expand(4, -1)
-    tokens = diverse(logits, torch.zeros(4, dtype=torch.long), torch.arange(4), 1000.0)
+    tokens = choose_diverse(logits, torch.zeros(4, dtype=torch.long), torch.arange(4), 1000.0)
     assert 0 not in tokens.tolist()
 
 
-def test_a_missing_sibling_leaves_the_places_of_the_others():
-    # Place 1 has already stopped: place 2 avoids only what place 0 chose.
-    tokens = diverse(SIBLINGS[:2], torch.zeros(2, dtype=torch.long), torch.tensor([0, 2]), 3.0)
+def test_a_finished_sibling_does_not_change_the_indices_of_the_others():
+    # Sibling 1 has finished: sibling 2 avoids only what sibling 0 chose.
+    tokens = choose_diverse(SIBLINGS[:2], torch.zeros(2, dtype=torch.long), torch.tensor([0, 2]), 3.0)
     assert tokens.tolist() == [0, 1]

@@ -1,4 +1,4 @@
-"""Work items over several processes: each done once, whoever does it, and no one waits for the dead."""
+"""Run work items on several processes: each item runs once, and lost processes are noticed."""
 
 from __future__ import annotations
 
@@ -15,61 +15,69 @@ import pytest
 from torch.distributed import HashStore
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Progress, SilentProgress
 from csr_vlm.scale import torchrun as module
-from csr_vlm.scale.executor import ALONE, Done, Job, add_up, leave_mark, require_mark
-from csr_vlm.scale.torchrun import Contact, Ranks, num_launched
-from csr_vlm.training.distribution import asked_for, refuse_lazy_weights, require_distribution, shared_batch
+from csr_vlm.scale.executor import LOCAL, ItemResult, Task, add_counts, require_marker, write_marker
+from csr_vlm.scale.ray import Actor
+from csr_vlm.scale.torchrun import StoreClient, TorchrunExecutor, num_launched
+from csr_vlm.training.distribution import (
+    per_process_batch,
+    refuse_ram_efficient_loading,
+    requested_distribution,
+    require_distribution,
+)
+from tests.unit.builders import CountedProgress
 
 
 class Letters:
-    """Each item writes a file and says which letter it was."""
+    """Write one file per item and count its letter; fail at an exclamation mark."""
 
-    def __init__(self, root: Path, text: str, say: Callable[[str], None], slow: float = 0.0) -> None:
+    def __init__(self, root: Path, text: str, log: Callable[[str], None], slow: float = 0.0) -> None:
         self.root, self.text, self.slow = root, text, slow
 
-    def do(self, item: int) -> Done:
+    def run_item(self, item: int) -> ItemResult:
         if self.text[item] == "!":
             raise CsrError("an exclamation mark", "write without")
         time.sleep(self.slow)
         with (self.root / f"{item}.txt").open("a") as file:
             file.write(self.text[item])
-        return Done(10, {"letters": Counter(self.text[item])})
+        return ItemResult(10, {"letters": Counter(self.text[item])})
 
     def close(self) -> None:
         (self.root / f"closed-{os.getpid()}-{threading.get_ident()}").touch()
 
 
-def meet(root: Path, processes: int, advance: Callable[[int], None], word: str) -> str:
-    """All come here together."""
+def meet(root: Path, processes: int, progress: Progress, word: str) -> str:
+    """Leave one file per process."""
     (root / f"{word}-{processes}-{threading.get_ident()}").touch()
-    advance(1)
+    progress.advance(1)
     return word.upper()
 
 
-MAKERS = {"Letters": Letters, "meet": meet}
+TARGETS = {"Letters": Letters, "meet": meet}
 
 
-class Crowd:
-    """The leader in this thread and the others in threads of their own, around one store."""
+class Ranks:
+    """Run the leader in this thread and the followers in threads of their own, with one store."""
 
     def __init__(self, size: int) -> None:
         self.store = HashStore()
         self.errors: dict[int, CsrError] = {}
-        self.contacts = [Contact(self.store, rank, size) for rank in range(size)]
-        self.ranks = Ranks(self.contacts[0])
-        self.threads = [threading.Thread(target=self.follow, args=(c,), daemon=True) for c in self.contacts[1:]]
+        self.clients = [StoreClient(self.store, rank, size) for rank in range(size)]
+        self.executor = TorchrunExecutor(self.clients[0])
+        self.threads = [threading.Thread(target=self.follow, args=(c,), daemon=True) for c in self.clients[1:]]
 
-    def follow(self, contact: Contact) -> None:
+    def follow(self, client: StoreClient) -> None:
         try:
-            module._follow(contact, MAKERS)
+            module._follow(client, TARGETS)
         except CsrError as error:
-            contact.tell_failure(error)
-            self.errors[contact.rank] = error
+            client.report_failure(error)
+            self.errors[client.rank] = error
 
-    def start(self) -> Ranks:
+    def start(self) -> TorchrunExecutor:
         for thread in self.threads:
             thread.start()
-        return self.ranks
+        return self.executor
 
     def join(self) -> None:
         for thread in self.threads:
@@ -78,12 +86,12 @@ class Crowd:
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(module.PATIENCE, "1.5")
-    monkeypatch.setattr(module, "_LOOK_EVERY", 0.02)
+def _short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(module.TIMEOUT_VARIABLE, "1.5")
+    monkeypatch.setattr(module, "_POLL_INTERVAL", 0.02)
 
 
-def quiet(text: str) -> None:
+def discard(text: str) -> None:
     pass
 
 
@@ -92,101 +100,144 @@ def written(root: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_every_item_is_done_once_however_many_there_are(tmp_path: Path, size: int) -> None:
+def test_every_item_runs_once_for_any_number_of_processes(tmp_path: Path, size: int) -> None:
     text = "abracadabra"
-    shown: list[int] = []
-    job = Job(Letters, tmp_path, {"text": text, "slow": 0.003}, len(text))
-    crowd = Crowd(size)
-    ranks = crowd.start()
-    tally = ranks.spread(job, shown.append, quiet)
-    again = ranks.spread(Job(Letters, tmp_path, {"text": "xy"}, 2), shown.append, quiet)
-    ranks.end()
-    crowd.join()
+    advances: list[int] = []
+    task = Task(Letters, tmp_path, {"text": text, "slow": 0.003}, len(text))
+    ranks = Ranks(size)
+    executor = ranks.start()
+    counts = executor.map(task, CountedProgress(advances), discard)
+    more_counts = executor.map(Task(Letters, tmp_path, {"text": "xy"}, 2), CountedProgress(advances), discard)
+    executor.end()
+    ranks.join()
     # a five times, b and r twice, c and d once.
-    assert tally == {"letters": Counter(a=5, b=2, r=2, c=1, d=1)}
-    assert again == {"letters": Counter(x=1, y=1)}
-    # Twice only where the second job said so.
+    assert counts == {"letters": Counter(a=5, b=2, r=2, c=1, d=1)}
+    assert more_counts == {"letters": Counter(x=1, y=1)}
+    # The first two files have two letters because the second task ran items 0 and 1 again.
     assert written(tmp_path) == {f"{i}.txt": c for i, c in enumerate(text)} | {"0.txt": "ax", "1.txt": "by"}
-    assert sum(shown) == 10 * (len(text) + 2)
-    assert crowd.errors == {}
+    assert sum(advances) == 10 * (len(text) + 2)
+    assert ranks.errors == {}
 
 
-def test_one_process_does_the_same_alone(tmp_path: Path) -> None:
-    shown: list[int] = []
-    tally = ALONE.spread(Job(Letters, tmp_path, {"text": "abba"}, 4), shown.append, quiet)
-    assert tally == {"letters": Counter(a=2, b=2)}
-    assert shown == [10, 10, 10, 10]
-    assert ALONE.together(Job(meet, tmp_path, {"word": "here"}), shown.append) == "HERE"
+def test_the_local_executor_gives_the_same_result(tmp_path: Path) -> None:
+    advances: list[int] = []
+    counts = LOCAL.map(Task(Letters, tmp_path, {"text": "abba"}, 4), CountedProgress(advances), discard)
+    assert counts == {"letters": Counter(a=2, b=2)}
+    assert advances == [10, 10, 10, 10]
+    assert LOCAL.run_all(Task(meet, tmp_path, {"word": "here"}), CountedProgress(advances)) == "HERE"
 
 
-def test_all_meet_and_the_leader_hears_what_came_of_it(tmp_path: Path) -> None:
-    crowd = Crowd(3)
-    ranks = crowd.start()
-    assert ranks.together(Job(meet, tmp_path, {"word": "now"}), lambda _: None) == "NOW"
-    ranks.end()
-    crowd.join()
+def test_run_all_runs_in_every_process_and_returns_the_leaders_result(tmp_path: Path) -> None:
+    ranks = Ranks(3)
+    executor = ranks.start()
+    assert executor.run_all(Task(meet, tmp_path, {"word": "now"}), SilentProgress()) == "NOW"
+    executor.end()
+    ranks.join()
     assert len(list(tmp_path.glob("now-3-*"))) == 3
 
 
-def test_a_failure_of_one_ends_all_with_its_words(tmp_path: Path) -> None:
-    crowd = Crowd(3)
-    # The leader takes long over its item, so one of the others meets the mark.
-    with pytest.raises(CsrError) as found:
-        crowd.start().spread(Job(Letters, tmp_path, {"text": "ab!cdefgh", "slow": 0.05}, 9), lambda _: None, quiet)
-    crowd.contacts[0].tell_failure(found.value)
-    crowd.join()
-    texts = [str(error) for error in (found.value, *crowd.errors.values())]
+def test_a_failure_in_one_process_ends_all_with_its_message(tmp_path: Path) -> None:
+    ranks = Ranks(3)
+    # The leader is busy with its item, so a follower claims the item that fails.
+    with pytest.raises(CsrError) as caught:
+        ranks.start().map(Task(Letters, tmp_path, {"text": "ab!cdefgh", "slow": 0.05}, 9), SilentProgress(), discard)
+    ranks.clients[0].report_failure(caught.value)
+    ranks.join()
+    texts = [str(error) for error in (caught.value, *ranks.errors.values())]
     assert all("an exclamation mark" in text for text in texts)
-    assert len(crowd.errors) == 2
+    assert len(ranks.errors) == 2
     assert len(written(tmp_path)) < 9
 
 
-def test_a_silent_process_is_not_waited_for_forever(tmp_path: Path) -> None:
-    crowd = Crowd(2)
-    crowd.contacts[1].close()  # it beats no more and takes no order
+def test_waiting_for_a_process_without_heartbeats_ends_at_the_timeout(tmp_path: Path) -> None:
+    ranks = Ranks(2)
+    ranks.clients[1].close()  # it sends no heartbeats and follows no orders
     started = time.monotonic()
-    with pytest.raises(CsrError, match=r"rank 1 of 2 has given no sign of life for 1\.5 s"):
-        crowd.ranks.spread(Job(Letters, tmp_path, {"text": "abc"}, 3), lambda _: None, quiet)
+    with pytest.raises(CsrError, match=r"rank 1 of 2 has sent no heartbeat for 1\.5 s"):
+        ranks.executor.map(Task(Letters, tmp_path, {"text": "abc"}, 3), SilentProgress(), discard)
     assert time.monotonic() - started < 8
-    # What was done is there, for the next start.
+    # Finished items stay on disk for the next run.
     assert written(tmp_path) == {"0.txt": "a", "1.txt": "b", "2.txt": "c"}
 
 
-def test_a_slow_process_is_waited_for(tmp_path: Path) -> None:
-    crowd = Crowd(2)
-    tally = crowd.start().spread(Job(Letters, tmp_path, {"text": "abc", "slow": 2.0}, 3), lambda _: None, quiet)
-    assert tally["letters"].total() == 3
+def test_a_slow_process_with_heartbeats_is_waited_for(tmp_path: Path) -> None:
+    ranks = Ranks(2)
+    counts = ranks.start().map(Task(Letters, tmp_path, {"text": "abc", "slow": 2.0}, 3), SilentProgress(), discard)
+    assert counts["letters"].total() == 3
 
 
-def test_a_leader_that_is_gone_is_not_waited_for() -> None:
-    crowd = Crowd(2)
-    crowd.contacts[0].close()
-    crowd.threads[0].start()
-    crowd.join()
-    assert "rank 0 of 2 has given no sign of life" in str(crowd.errors[1])
+def test_followers_end_if_the_leader_is_lost() -> None:
+    ranks = Ranks(2)
+    ranks.clients[0].close()
+    ranks.threads[0].start()
+    ranks.join()
+    assert "rank 0 of 2 has sent no heartbeat" in str(ranks.errors[1])
 
 
-def test_another_directory_of_the_same_name_is_refused(tmp_path: Path) -> None:
-    mark = leave_mark(tmp_path)
-    require_mark(tmp_path, mark, "rank 1", patience=0)
-    later = leave_mark(tmp_path)
-    with pytest.raises(CsrError, match="rank 1 sees another"):
-        require_mark(tmp_path, mark, "rank 1", patience=0)
-    with pytest.raises(CsrError, match="rank 2 sees another"):
-        require_mark(tmp_path / "nowhere", later, "rank 2", patience=0)
+def test_a_lost_process_is_named_by_its_heartbeats_not_by_an_error_message() -> None:
+    ranks = Ranks(3)
+    peers = ranks.executor._followers
+    with pytest.raises(RuntimeError, match="Connection closed"), module._explain_lost_process(ranks.clients[0], peers):
+        raise RuntimeError("Connection closed by peer")
+    ranks.clients[2].close()
+    time.sleep(0.2)  # the last heartbeat may still be on its way
+    with (
+        pytest.raises(CsrError, match="rank 2 of 3 was lost in training: whatever torch says"),
+        module._explain_lost_process(ranks.clients[0], peers),
+    ):
+        raise RuntimeError("whatever torch says")
 
 
-def test_tallies_add_up_and_keep_what_is_zero() -> None:
-    tally: dict[str, Counter[str]] = {}
-    add_up(tally, {"fates": {"top": 2}, "long": {"clip": 0}})
-    add_up(tally, {"fates": {"top": 1, "bottom": 4}, "long": {"clip": 0}})
-    assert tally == {"fates": {"top": 3, "bottom": 4}, "long": {"clip": 0}}
-    assert "clip" in tally["long"]
+def test_a_failure_explains_the_error_of_a_collective_operation() -> None:
+    ranks = Ranks(2)
+    ranks.clients[1].report_failure(CsrError("no memory", "buy some"))
+    with (
+        pytest.raises(CsrError, match="failed: no memory"),
+        module._explain_lost_process(ranks.clients[0], [1]),
+    ):
+        raise RuntimeError("Connection closed by peer")
 
 
-def test_a_launcher_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+class Broken:
+    """Fail in the constructor."""
+
+    def __init__(self, root: Path, log: Callable[[str], None]) -> None:
+        raise CsrError("no such model", "name another")
+
+
+def test_an_actor_returns_errors_as_rows(tmp_path: Path) -> None:
+    token = write_marker(tmp_path)
+    actor = Actor(Letters, str(tmp_path), token, {"text": "a!b"})
+    assert actor({"id": 0}) == {"num_finished": 10, "counts": '{"letters": {"a": 1}}', "error": "", "hint": ""}
+    failed = {"num_finished": 0, "counts": "{}", "error": "an exclamation mark", "hint": "write without"}
+    assert actor({"id": 1}) == failed
+    assert actor({"id": 2}) == failed, "nothing runs after an error"
+    assert not (tmp_path / "2.txt").exists()
+    broken = Actor(Broken, str(tmp_path), token, {})
+    assert broken({"id": 0})["error"] == "no such model"
+
+
+def test_a_different_directory_at_the_same_path_is_rejected(tmp_path: Path) -> None:
+    token = write_marker(tmp_path)
+    require_marker(tmp_path, token, "rank 1", timeout=0)
+    new_token = write_marker(tmp_path)
+    with pytest.raises(CsrError, match="rank 1 sees a different"):
+        require_marker(tmp_path, token, "rank 1", timeout=0)
+    with pytest.raises(CsrError, match="rank 2 sees a different"):
+        require_marker(tmp_path / "nowhere", new_token, "rank 2", timeout=0)
+
+
+def test_counts_add_up_and_keep_zeros() -> None:
+    counts: dict[str, Counter[str]] = {}
+    add_counts(counts, {"statuses": {"top": 2}, "long": {"clip": 0}})
+    add_counts(counts, {"statuses": {"top": 1, "bottom": 4}, "long": {"clip": 0}})
+    assert counts == {"statuses": {"top": 3, "bottom": 4}, "long": {"clip": 0}}
+    assert "clip" in counts["long"]
+
+
+def test_a_launcher_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "4")  # left over from somewhere
+    monkeypatch.setenv("WORLD_SIZE", "4")  # set, but not by a launcher
     assert num_launched() == 1
     monkeypatch.setenv("RANK", "0")
     assert num_launched() == 4
@@ -204,19 +255,19 @@ def test_a_launcher_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
         (1, 16, 8, (1, 2)),
     ],
 )
-def test_a_step_takes_as_many_pairs_however_many_processes_share_it(
+def test_a_step_takes_the_same_pairs_for_any_number_of_processes(
     batch: int, accumulation: int, processes: int, expected: tuple[int, int]
 ) -> None:
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    dealt = shared_batch(dict(zip(names, (batch, accumulation), strict=True)), processes)
+    dealt = per_process_batch(dict(zip(names, (batch, accumulation), strict=True)), processes)
     assert tuple(dealt[name] for name in names) == expected
     assert dealt[names[0]] * dealt[names[1]] * processes == batch * accumulation
     assert dealt[names[0]] <= batch
 
 
-def test_a_step_that_cannot_be_dealt_out_is_refused() -> None:
-    with pytest.raises(CsrError, match="a step of 1 pairs cannot be dealt out evenly to 2 processes"):
-        shared_batch({"per_device_train_batch_size": 1}, 2)
+def test_a_step_that_cannot_be_divided_evenly_is_rejected() -> None:
+    with pytest.raises(CsrError, match="a step of 1 pairs cannot be split evenly among 2 processes"):
+        per_process_batch({"per_device_train_batch_size": 1}, 2)
 
 
 def state(kind: str, processes: int) -> Any:
@@ -230,16 +281,16 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_the_distribution_is_the_one_asked_for(environment: pytest.MonkeyPatch) -> None:
+def test_the_distribution_must_be_the_requested_one(environment: pytest.MonkeyPatch) -> None:
     assert require_distribution(state("NO", 1), 1) == "NO"
     assert require_distribution(state("MULTI_CPU", 2), 2) == "MULTI_CPU"
-    with pytest.raises(CsrError, match="DDP over 2 processes was asked for, but accelerate set up NO over 1"):
+    with pytest.raises(CsrError, match="DDP over 2 processes was requested, but accelerate set up NO over 1"):
         require_distribution(state("NO", 1), 2)
     environment.setenv("ACCELERATE_USE_FSDP", "true")
-    assert asked_for(2) == "FSDP"
+    assert requested_distribution(2) == "FSDP"
     assert require_distribution(state("FSDP", 2), 2) == "FSDP"
-    # What accelerate does with FSDP on a CPU, without a word.
-    with pytest.raises(CsrError, match="FSDP over 2 processes was asked for, but accelerate set up MULTI_CPU over 2"):
+    # accelerate silently replaces FSDP on a CPU.
+    with pytest.raises(CsrError, match="FSDP over 2 processes was requested, but accelerate set up MULTI_CPU over 2"):
         require_distribution(state("MULTI_CPU", 2), 2)
     environment.delenv("ACCELERATE_USE_FSDP")
     environment.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -248,10 +299,10 @@ def test_the_distribution_is_the_one_asked_for(environment: pytest.MonkeyPatch) 
         require_distribution(state("DEEPSPEED", 2), 4)
 
 
-def test_weights_that_only_the_first_process_reads_are_refused(environment: pytest.MonkeyPatch) -> None:
-    refuse_lazy_weights()
+def test_weights_that_only_rank_0_loads_are_rejected(environment: pytest.MonkeyPatch) -> None:
+    refuse_ram_efficient_loading()
     environment.setenv("ACCELERATE_USE_FSDP", "true")
-    refuse_lazy_weights()
+    refuse_ram_efficient_loading()
     environment.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(CsrError, match="without weights to generate with"):
-        refuse_lazy_weights()
+        refuse_ram_efficient_loading()

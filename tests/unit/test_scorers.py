@@ -1,4 +1,4 @@
-"""Scorers without models: the group, the factory, and what the reward makes of several columns."""
+"""Test the scorer group, loading, and the reward of several columns, without models."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ ITEMS = [(prompt("one"), "A boat."), (prompt("two"), "A tree.")]
 
 
 class Constant:
-    """Gives every sentence the value it was made with."""
+    """Give every sentence the same score."""
 
     def __init__(self, name: str, value: float = 0.5) -> None:
-        self.name, self.value, self.forgotten = name, value, 0
+        self.name, self.value, self.num_forgotten = name, value, 0
 
     def score(self, items: Sequence[tuple[Prompt, str]]) -> list[dict[str, float]]:
         return [{self.name: self.value} for _ in items]
 
     def forget(self) -> None:
-        self.forgotten += 1
+        self.num_forgotten += 1
 
 
 class Limited(Constant):
@@ -45,35 +45,35 @@ def test_every_sentence_gets_every_column():
     assert group.score(ITEMS) == [{"a": 0.25, "b": -1.0}] * 2
     assert group.score([]) == []
     group.forget()
-    assert [scorer.forgotten for scorer in group.scorers] == [1, 1]
+    assert [scorer.num_forgotten for scorer in group.scorers] == [1, 1]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1.01, -2.0])
-def test_a_value_that_is_no_cosine_is_refused_and_its_prompt_named(value):
+def test_a_score_that_is_not_a_cosine_is_rejected_and_names_the_prompt(value):
     class Bad(Constant):
         def score(self, items):
             return [{self.name: 0.1}, {self.name: value}]
 
-    with pytest.raises(CsrError, match=r"scorer b gives .* to prompt two, sentence 'A tree\.'"):
+    with pytest.raises(CsrError, match=r"scorer b returned .* for prompt two, sentence 'A tree\.'"):
         ScorerGroup([Constant("a"), Bad("b")]).score(ITEMS)
 
 
-def test_a_missing_column_and_a_missing_row_are_refused():
-    class Elsewhere(Constant):
+def test_a_missing_column_and_a_missing_row_are_rejected():
+    class WrongColumn(Constant):
         def score(self, items):
             return [{"other": 0.1} for _ in items]
 
-    class Short(Constant):
+    class TooFew(Constant):
         def score(self, items):
             return [{self.name: 0.1}]
 
-    with pytest.raises(CsrError, match="scorer a gives nan to prompt one"):
-        ScorerGroup([Elsewhere("a")]).score(ITEMS)
+    with pytest.raises(CsrError, match="scorer a returned nan for prompt one"):
+        ScorerGroup([WrongColumn("a")]).score(ITEMS)
     with pytest.raises(CsrError, match="1 scores for 2 sentences"):
-        ScorerGroup([Short("a")]).score(ITEMS)
+        ScorerGroup([TooFew("a")]).score(ITEMS)
 
 
-def test_long_sentences_are_counted_where_a_scorer_has_a_limit():
+def test_long_sentences_are_counted_for_scorers_with_a_limit():
     assert ScorerGroup([Constant("a"), Limited("b")]).num_over_length(["short", "longer", "longer"]) == {"b": 2}
 
 
@@ -89,34 +89,34 @@ def test_the_mean_of_several_columns():
 
 
 @pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module of the user's."""
+def custom_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Provide a user's module of scorers."""
 
-    class Mine(Constant):
+    class Custom(Constant):
         def __init__(self, config, device):
             super().__init__(config.name, 0.5 if device == "cpu" else 0.0)
 
-    class Anonymous(Mine):
+    class Misnamed(Custom):
         def __init__(self, config, device):
-            self.name = "anonymous"
+            self.name = "other"
 
     class Broken:
         def __init__(self, config, device):
             self.name = config.name
 
     module = types.ModuleType("my_scorers")
-    vars(module).update(Mine=Mine, Anonymous=Anonymous, Broken=Broken)
+    vars(module).update(Custom=Custom, Misnamed=Misnamed, Broken=Broken)
     monkeypatch.setitem(sys.modules, "my_scorers", module)
 
 
-def test_a_scorer_of_ones_own(own):
-    config = ScorerConfig(path="python:my_scorers:Mine", name="mine", trust_import=True)
-    assert load_scorer(config, "cpu").score(ITEMS) == [{"mine": 0.5}] * 2
+def test_a_custom_scorer(custom_scorers):
+    config = ScorerConfig(path="python:my_scorers:Custom", name="custom", trust_import=True)
+    assert load_scorer(config, "cpu").score(ITEMS) == [{"custom": 0.5}] * 2
 
 
-def test_code_runs_only_where_it_was_asked_for():
+def test_custom_code_runs_only_with_trust_import():
     with pytest.raises(CsrError, match="trust_import: true"):
-        scorer_config(path="python:my_scorers:Mine")
+        scorer_config(path="python:my_scorers:Custom")
     with pytest.raises(CsrError, match="trust_import: true"):
         resolve(REQUIRED | {"scorer": {"path": "a", "extra": [{"path": "python:os:system", "name": "b"}]}})
 
@@ -124,28 +124,28 @@ def test_code_runs_only_where_it_was_asked_for():
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("nowhere_to_be_found:Mine", "No module named"),
+        ("nowhere_to_be_found:Custom", "No module named"),
         ("my_scorers:Missing", "no attribute"),
-        ("my_scorers:Anonymous", "calls itself 'anonymous', not 'clip'"),
+        ("my_scorers:Misnamed", "has the name 'other', not 'clip'"),
         ("my_scorers:Broken", "lacks score, forget"),
-        ("my_scorers", "cannot be made"),
+        ("my_scorers", "cannot be created"),
     ],
 )
-def test_what_is_wrong_with_ones_own_is_said(own, target, message):
+def test_a_custom_scorers_problem_is_reported(custom_scorers, target, message):
     with pytest.raises(CsrError, match=message):
         load_scorer(ScorerConfig(path=f"python:{target}", trust_import=True), "cpu")
 
 
-def test_several_scorers_and_the_one_that_the_reward_uses(own):
-    mine = {"path": "python:my_scorers:Mine", "trust_import": True}
-    settings = mine | {"name": "a", "extra": [mine | {"name": "b"}]}
+def test_several_scorers_and_those_that_the_reward_uses(custom_scorers):
+    custom = {"path": "python:my_scorers:Custom", "trust_import": True}
+    settings = custom | {"name": "a", "extra": [custom | {"name": "b"}]}
     assert scorer_config(**settings).used == "a"
     assert scorer_config(**settings, use="a+b").used == "a+b"
     assert load_scorer(scorer_config(**settings, use="a+b"), "cpu").score(ITEMS[:1]) == [{"a": 0.5, "b": 0.5}]
-    with pytest.raises(CsrError, match="names c, which no scorer is"):
+    with pytest.raises(CsrError, match="c is not a valid scorer; expected one of: a, b"):
         load_scorer(scorer_config(**settings, use="a+c"), "cpu")
-    with pytest.raises(CsrError, match="distinct names"):
-        scorer_config(**mine, name="a", extra=[mine | {"name": "a"}])
+    with pytest.raises(CsrError, match="must be distinct"):
+        scorer_config(**custom, name="a", extra=[custom | {"name": "a"}])
 
 
 def test_an_unknown_option_of_an_extra_scorer_is_named():
@@ -155,26 +155,28 @@ def test_an_unknown_option_of_an_extra_scorer_is_named():
 
 
 class Numbered(Constant):
-    """Cosine 0.01 times the number in the image's name, less the sentence's length in thousandths."""
+    """Score 0.01 times the number in the image's name, minus 0.001 per character of the sentence."""
 
     def score(self, items):
         return [{self.name: int(Path(p.image).stem) / 100 - len(text) / 1000} for p, text in items]
 
 
-def test_every_sentence_meets_the_next_images_too():
+def test_every_sentence_is_also_scored_against_the_next_images():
     prompts = [Prompt(f"p{i}", f"/images/{i}.png", "?") for i in range(4)]
-    again = Prompt("p0b", "/images/0.png", "Another question about the first image?")
+    same_image = Prompt("p0b", "/images/0.png", "Another question about the first image?")
     group = ScorerGroup([Numbered("a")])
-    group.compare_among([prompts[0], again, *prompts[1:]], 2)
-    rows = group.score([(prompts[0], "one"), (again, "one"), (prompts[3], "one")])
-    # Image 0 meets 1 and 2, image 3 meets 0 and 1; the sentence costs 0.003 everywhere.
+    group.set_negative_images([prompts[0], same_image, *prompts[1:]], 2)
+    rows = group.score([(prompts[0], "one"), (same_image, "one"), (prompts[3], "one")])
+    # The negatives of image 0 are 1 and 2, of image 3 they are 0 and 1; the sentence subtracts 0.003 everywhere.
     assert [row["a"] for row in rows] == pytest.approx([-0.003, -0.003, 0.027])
     assert [row["a:others"] for row in rows] == pytest.approx([0.012, 0.012, 0.002])
-    assert group.score([(prompts[3], "one"), (prompts[0], "one")]) == [rows[2], rows[0]], "whatever else is scored"
-    group.compare_among(prompts[:2], 16)
-    assert group.score([(prompts[0], "one")])[0]["a:others"] == pytest.approx(0.007), "no more than there are"
-    group.compare_among(prompts[:1], 16)
-    assert set(group.score([(prompts[0], "one")])[0]) == {"a"}, "a single image has no others"
-    group.compare_among(prompts, 2)
+    assert group.score([(prompts[3], "one"), (prompts[0], "one")]) == [rows[2], rows[0]], (
+        "scores do not depend on the other items"
+    )
+    group.set_negative_images(prompts[:2], 16)
+    assert group.score([(prompts[0], "one")])[0]["a:others"] == pytest.approx(0.007), "limited to the images there are"
+    group.set_negative_images(prompts[:1], 16)
+    assert set(group.score([(prompts[0], "one")])[0]) == {"a"}, "a single image has no negatives"
+    group.set_negative_images(prompts, 2)
     group.forget()
     assert set(group.score([(prompts[0], "one")])[0]) == {"a"}

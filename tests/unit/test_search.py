@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csr_vlm.config.schema import FilterConfig, MethodConfig
-from csr_vlm.core.records import Candidate, Expansion, Fate, Finish, Prompt
-from csr_vlm.method.search import Tree, refused, search
+from csr_vlm.core.records import Candidate, Expansion, Finish, NodeStatus, Prompt
+from csr_vlm.method.search import Tree, is_filtered, search
 from tests.unit.builders import config, method, prompt
 
 STOP = Candidate((0,), (-0.5,), "", Finish.EOS)
@@ -30,7 +30,7 @@ def hash_ids(text: str, length: int) -> list[int]:
 
 @dataclass
 class Script:
-    """A proposer that says what it is told, and a response's end where it is told nothing."""
+    """Propose scripted candidates, and the end of the response where there are none."""
 
     lines: dict[str, list[Candidate]]
     asked: list[list[Expansion]] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Script:
 
 @dataclass
 class Scores:
-    """A scorer that looks cosines up, and notes what it was asked."""
+    """Look up cosines and record the requests."""
 
     cosines: dict[str, float]
     asked: list[list[tuple[str, str]]] = field(default_factory=list)
@@ -52,13 +52,13 @@ class Scores:
         return [{"clip": self.cosines[sentence]} for _, sentence in items]
 
 
-def grow(lines: dict[str, list[Candidate]], cosines: dict[str, float], how: MethodConfig) -> Tree:
-    (tree,) = search([prompt()], Script(lines), Scores(cosines), how, iteration=1, seed=0, scorer="clip")
+def grow(lines: dict[str, list[Candidate]], cosines: dict[str, float], method_config: MethodConfig) -> Tree:
+    (tree,) = search([prompt()], Script(lines), Scores(cosines), method_config, iteration=1, seed=0, scorer="clip")
     return tree
 
 
-def fates(tree: Tree) -> dict[str, Fate]:
-    return {node.node_id: node.fate for node in tree.nodes}
+def statuses(tree: Tree) -> dict[str, NodeStatus]:
+    return {node.node_id: node.status for node in tree.nodes}
 
 
 # Two rounds. With lambda 1 a sentence's reward is 100 times its cosine.
@@ -88,13 +88,13 @@ COSINES = {
     "Jjjj.": 0.40,
 }
 FIRST_ROUND = {
-    "0": Fate.TOP,  # 30, the best that can go on
-    "1": Fate.PRUNED,  # 20
-    "2": Fate.BOTTOM,  # 10, the worst that can go on
-    "3": Fate.DUPLICATE,
-    "4": Fate.FILTERED,  # three characters
-    "5": Fate.FINISHED,  # kept although its 5 is the worst
-    "6": Fate.TRUNCATED,  # kept out of the beam although its 98 is the best
+    "0": NodeStatus.TOP,  # 30, the best that can go on
+    "1": NodeStatus.PRUNED,  # 20
+    "2": NodeStatus.BOTTOM,  # 10, the worst that can go on
+    "3": NodeStatus.DUPLICATE,
+    "4": NodeStatus.FILTERED,  # three characters
+    "5": NodeStatus.FINISHED,  # kept although its 5 is the worst
+    "6": NodeStatus.TRUNCATED,  # kept out of the beam although its 98 is the best
 }
 
 
@@ -110,14 +110,14 @@ def steered(steer_by: str, max_sentences: int) -> MethodConfig:
     return method(1.0, search=search_settings, reward={"response": "sum"})
 
 
-def test_every_fate_of_a_hand_worked_tree():
+def test_every_status_of_a_hand_worked_tree():
     tree = grow(LINES, COSINES, steered("sentence", max_sentences=2))
-    assert fates(tree) == FIRST_ROUND | {
-        "0.0": Fate.FINISHED,  # only ends "Aaaa."
-        "0.1": Fate.PRUNED,  # 25
-        "0.2": Fate.PRUNED,  # 15
-        "2.0": Fate.TRUNCATED,  # 5, the worst, at the sentence limit
-        "2.1": Fate.TRUNCATED,  # 40, the best, at the sentence limit
+    assert statuses(tree) == FIRST_ROUND | {
+        "0.0": NodeStatus.FINISHED,  # only ends "Aaaa."
+        "0.1": NodeStatus.PRUNED,  # 25
+        "0.2": NodeStatus.PRUNED,  # 15
+        "2.0": NodeStatus.TRUNCATED,  # 5, the worst, at the sentence limit
+        "2.1": NodeStatus.TRUNCATED,  # 40, the best, at the sentence limit
     }
     assert tree.frontier == []
 
@@ -131,22 +131,22 @@ def test_every_fate_of_a_hand_worked_tree():
     ],
 )
 def test_steering(steer_by, best, worst):
-    found = fates(grow(LINES, COSINES, steered(steer_by, max_sentences=3)))
-    assert {key: found[key] for key in FIRST_ROUND} == FIRST_ROUND
-    second = {key: fate for key, fate in found.items() if key in {"0.1", "0.2", "2.0", "2.1"}}
-    assert second == dict.fromkeys(second, Fate.PRUNED) | {best: Fate.TOP, worst: Fate.BOTTOM}
+    actual = statuses(grow(LINES, COSINES, steered(steer_by, max_sentences=3)))
+    assert {key: actual[key] for key in FIRST_ROUND} == FIRST_ROUND
+    second = {key: status for key, status in actual.items() if key in {"0.1", "0.2", "2.0", "2.1"}}
+    assert second == dict.fromkeys(second, NodeStatus.PRUNED) | {best: NodeStatus.TOP, worst: NodeStatus.BOTTOM}
 
 
 def test_steering_by_logprob_counts_tokens():
     # -1 for one token against -2 for four: the longer sentence is the likelier a token.
     lines = {"": [say("Aaaa.", -1.0), say("Bbbb.", -0.5, -0.5, -0.5, -0.5)]}
-    found = fates(grow(lines, COSINES, steered("logprob", max_sentences=2)))
-    assert (found["0"], found["1"]) == (Fate.BOTTOM, Fate.TOP)
+    actual = statuses(grow(lines, COSINES, steered("logprob", max_sentences=2)))
+    assert (actual["0"], actual["1"]) == (NodeStatus.BOTTOM, NodeStatus.TOP)
 
 
-def test_only_the_kept_are_continued_from_their_own_tokens():
-    script, how = Script(LINES), steered("sentence", max_sentences=3)
-    (tree,) = search([prompt()], script, Scores(COSINES), how, iteration=4, seed=9, scorer="clip")
+def test_only_kept_nodes_are_expanded_from_their_own_tokens():
+    script, method_config = Script(LINES), steered("sentence", max_sentences=3)
+    (tree,) = search([prompt()], script, Scores(COSINES), method_config, iteration=4, seed=9, scorer="clip")
     assert [[request.node_id for request in asked] for asked in script.asked] == [[""], ["0", "2"], ["2.1", "2.0"]]
     first, second, third = script.asked
     assert first[0].prefix_ids == ()
@@ -158,28 +158,28 @@ def test_only_the_kept_are_continued_from_their_own_tokens():
     assert {node.iteration for node in tree.nodes} == {4}
 
 
-def test_measurements_are_kept_with_every_node():
+def test_every_node_stores_its_measurements():
     tree = grow(LINES, COSINES, steered("sentence", max_sentences=2))
     by_id = {node.node_id: node for node in tree.nodes}
     assert by_id["2.1"].parent_id == "2"
     assert by_id["2.1"].depth == 2
     assert by_id["2.1"].text == " Jjjj."
     assert by_id["2.1"].cosines == {"clip": 0.40}
-    assert by_id["4"].cosines == {"clip": 0.99}, "a refused sentence is measured as well"
+    assert by_id["4"].cosines == {"clip": 0.99}, "filtered sentences are scored too"
     assert by_id["0.0"].cosines == {}
     assert by_id["0.0"].token_logprobs == (-0.5,)
 
 
 @pytest.mark.parametrize("finish", [Finish.EOS, Finish.DELIMITER, Finish.LENGTH])
-def test_an_empty_first_sentence_is_refused(finish):
+def test_an_empty_first_sentence_is_filtered(finish):
     tree = grow({"": [Candidate((0,), (-0.1,), " ", finish)]}, {}, method())
-    assert fates(tree) == {"0": Fate.FILTERED}
+    assert statuses(tree) == {"0": NodeStatus.FILTERED}
     assert tree.frontier == []
 
 
-def test_an_empty_sentence_that_does_not_end_the_response_is_refused():
+def test_an_empty_sentence_that_does_not_end_the_response_is_filtered():
     lines = {"": [say("Aaaa.")], "0": [Candidate((7,), (-0.1,), " ", Finish.LENGTH)]}
-    assert fates(grow(lines, COSINES, method())) == {"0": Fate.TOP, "0.0": Fate.FILTERED}
+    assert statuses(grow(lines, COSINES, method())) == {"0": NodeStatus.TOP, "0.0": NodeStatus.FILTERED}
 
 
 @pytest.mark.parametrize("max_sentences", [1, 2, 5])
@@ -187,61 +187,68 @@ def test_max_sentences(max_sentences):
     lines = {".".join("0" * depth): [say(" Aaaa.")] for depth in range(10)}
     tree = grow(lines, COSINES, method(search={"max_sentences": max_sentences}))
     assert [node.depth for node in tree.nodes] == list(range(1, max_sentences + 1))
-    assert [node.fate for node in tree.nodes] == [Fate.TOP] * (max_sentences - 1) + [Fate.TRUNCATED]
+    assert [node.status for node in tree.nodes] == [NodeStatus.TOP] * (max_sentences - 1) + [NodeStatus.TRUNCATED]
 
 
-@pytest.mark.parametrize(("limit", "fate"), [(11, Fate.TOP), (10, Fate.TRUNCATED), (None, Fate.TOP)])
-def test_max_response_chars_counts_the_white_space(limit, fate):
+@pytest.mark.parametrize(
+    ("limit", "status"), [(11, NodeStatus.TOP), (10, NodeStatus.TRUNCATED), (None, NodeStatus.TOP)]
+)
+def test_max_response_chars_counts_the_white_space(limit, status):
     lines = {"": [say("Aaaa.")], "0": [say(" Bbbb.")]}  # 5 + 6 characters
-    found = fates(grow(lines, COSINES, method(search={"max_response_chars": limit})))
-    assert found["0"] is Fate.TOP
-    assert found["0.0"] is fate
+    actual = statuses(grow(lines, COSINES, method(search={"max_response_chars": limit})))
+    assert actual["0"] is NodeStatus.TOP
+    assert actual["0.0"] is status
 
 
 def test_a_finished_response_may_be_longer_than_the_character_limit():
     lines = {"": [say("Aaaa.", finish=Finish.EOS)]}
-    assert fates(grow(lines, COSINES, method(search={"max_response_chars": 2}))) == {"0": Fate.FINISHED}
+    assert statuses(grow(lines, COSINES, method(search={"max_response_chars": 2}))) == {"0": NodeStatus.FINISHED}
 
 
-def test_few_candidates_are_kept_once():
+def test_no_candidate_is_both_top_and_bottom():
     # Two candidates, three places: the second is not both among the best and the worst.
     lines = {"": [say("Aaaa."), say("Bbbb.")]}
-    found = fates(grow(lines, COSINES, method(search={"keep_top": 1, "keep_bottom": 2})))
-    assert found == {"0": Fate.TOP, "1": Fate.BOTTOM, "0.0": Fate.FINISHED, "1.0": Fate.FINISHED}
+    actual = statuses(grow(lines, COSINES, method(search={"keep_top": 1, "keep_bottom": 2})))
+    assert actual == {
+        "0": NodeStatus.TOP,
+        "1": NodeStatus.BOTTOM,
+        "0.0": NodeStatus.FINISHED,
+        "1.0": NodeStatus.FINISHED,
+    }
 
 
 def test_ties_go_to_the_earlier_node():
     cosines = dict.fromkeys(COSINES, 0.2)
     lines = {"": [say("Aaaa."), say("Bbbb."), say("Cccc.")]}
-    found = fates(grow(lines, cosines, method(1.0, search={"keep_top": 1, "keep_bottom": 1})))
-    assert (found["0"], found["1"], found["2"]) == (Fate.TOP, Fate.BOTTOM, Fate.PRUNED)
+    actual = statuses(grow(lines, cosines, method(1.0, search={"keep_top": 1, "keep_bottom": 1})))
+    assert (actual["0"], actual["1"], actual["2"]) == (NodeStatus.TOP, NodeStatus.BOTTOM, NodeStatus.PRUNED)
 
 
 def test_official_filters():
     filters = config(preset="official").method.search.filters
-    assert refused("Abc", [], filters)
-    assert not refused("Abcd", [], filters)
-    assert refused("a\nb\nc\nd\ne\nf\ng", [], filters)
-    assert not refused("a\nb\nc\nd\ne\nfg", [], filters)
-    assert refused("A boat is there.", ["There is a boat."], filters)
-    assert not refused("There are two boats.", ["There is a boat."], filters)
+    assert is_filtered("Abc", [], filters)
+    assert not is_filtered("Abcd", [], filters)
+    assert is_filtered("a\nb\nc\nd\ne\nf\ng", [], filters)
+    assert not is_filtered("a\nb\nc\nd\ne\nfg", [], filters)
+    assert is_filtered("A boat is there.", ["There is a boat."], filters)
+    assert not is_filtered("There are two boats.", ["There is a boat."], filters)
     for foreign in ("Это лодка.", "有一条船。", "ここに船。", "A boat λ."):
-        assert refused(foreign, [], filters), foreign
+        assert is_filtered(foreign, [], filters), foreign
     for latin in ("Ein Café, señor Łukasz!", "3 × 4 = 12 — “naïve” …", "A boat costs 5 €."):
-        assert not refused(latin, [], filters), latin
+        assert not is_filtered(latin, [], filters), latin
 
 
-def test_default_filters_refuse_nothing_that_official_does():
+def test_default_filters_accept_what_the_official_filters_reject():
     for text in ("Abc", "a\nb\nc\nd\ne\nf\ng", "A boat is there.", "Это лодка."):
-        assert not refused(text, ["There is a boat."], FilterConfig())
+        assert not is_filtered(text, ["There is a boat."], FilterConfig())
 
 
-def test_a_repeat_is_looked_for_on_the_path_only():
-    how = method(search={"filters": {"repeats": True}, "keep_top": 2})
+def test_repeats_are_filtered_along_the_path_only():
+    method_config = method(search={"filters": {"repeats": True}, "keep_top": 2})
     lines = {"": [say("Aaaa."), say("Bbbb.")], "0": [say(" Aaaa."), say(" Bbbb.")], "1": [STOP]}
-    found = fates(grow(lines, COSINES, how))
-    assert found["0.0"] is Fate.FILTERED
-    assert found["0.1"] is Fate.TOP
+    actual = statuses(grow(lines, COSINES, method_config))
+    assert actual["0.0"] is NodeStatus.FILTERED
+    assert actual["0.1"] is NodeStatus.TOP
 
 
 WORDS = ("Boat.", "Fish.", "Tree.", "A bird sings.", "Лодка.", "ok")
@@ -249,7 +256,7 @@ WORDS = ("Boat.", "Fish.", "Tree.", "A bird sings.", "Лодка.", "ok")
 
 @dataclass
 class RandomModel:
-    """Proposes and scores at random, as a function of the request alone."""
+    """Propose and score at random, as a function of the request alone."""
 
     salt: int
     asked: list[list[Expansion]] = field(default_factory=list)
@@ -278,7 +285,7 @@ methods = st.builds(
         reward={"fusion": fusion, "response": response, "repeat_penalty": repeat_penalty},
     ),
     weight=st.floats(0, 1),
-    fusion=st.sampled_from(["weighted", "standardised", "sibling_rank"]),
+    fusion=st.sampled_from(["weighted", "sibling_rank"]),
     response=st.sampled_from(["sum", "mean", "mean_plus_one"]),
     repeat_penalty=st.sampled_from([0.0, 1.0]),
     num_candidates=st.integers(1, 5),
@@ -288,55 +295,59 @@ methods = st.builds(
     max_sentences=st.integers(1, 4),
     max_response_chars=st.none() | st.integers(5, 40),
 )
-EXPANDED = {Fate.TOP, Fate.BOTTOM}
+EXPANDED = {NodeStatus.TOP, NodeStatus.BOTTOM}
 PROMPTS = [prompt(name) for name in ("a", "b", "c")]
 
 
-def run(model: RandomModel, prompts: Sequence[Prompt], how: MethodConfig) -> list[Tree]:
-    return search(prompts, model.propose, model.score, how, iteration=1, seed=3, scorer="clip")
+def run(model: RandomModel, prompts: Sequence[Prompt], method_config: MethodConfig) -> list[Tree]:
+    return search(prompts, model.propose, model.score, method_config, iteration=1, seed=3, scorer="clip")
 
 
 @given(st.integers(0, 10**6), methods)
-def test_a_tree_is_a_tree_of_expanded_nodes(salt, how):
-    for tree in run(RandomModel(salt), PROMPTS, how):
+def test_exactly_the_kept_nodes_have_children(salt, method_config):
+    for tree in run(RandomModel(salt), PROMPTS, method_config):
         by_id = {node.node_id: node for node in tree.nodes}
         assert len(by_id) == len(tree.nodes)
         parents = {node.parent_id for node in tree.nodes} - {""}
-        assert all(by_id[parent].fate in EXPANDED for parent in parents)
-        assert {node.node_id for node in tree.nodes if node.fate in EXPANDED} == parents, "who is kept is continued"
-        assert all(node.depth == node.node_id.count(".") + 1 <= how.search.max_sentences for node in tree.nodes)
+        assert all(by_id[parent].status in EXPANDED for parent in parents)
+        assert {node.node_id for node in tree.nodes if node.status in EXPANDED} == parents, "kept nodes are expanded"
+        assert all(
+            node.depth == node.node_id.count(".") + 1 <= method_config.search.max_sentences for node in tree.nodes
+        )
 
 
 @given(st.integers(0, 10**6), methods)
-def test_at_most_the_beam_is_expanded_a_round(salt, how):
-    for tree in run(RandomModel(salt), PROMPTS, how):
-        for depth in range(1, how.search.max_sentences + 1):
+def test_at_most_top_k_and_bottom_k_nodes_are_kept_per_round(salt, method_config):
+    for tree in run(RandomModel(salt), PROMPTS, method_config):
+        for depth in range(1, method_config.search.max_sentences + 1):
             level = [node for node in tree.nodes if node.depth == depth]
-            assert sum(node.fate is Fate.TOP for node in level) <= how.search.keep_top
-            assert sum(node.fate is Fate.BOTTOM for node in level) <= how.search.keep_bottom
+            assert sum(node.status is NodeStatus.TOP for node in level) <= method_config.search.keep_top
+            assert sum(node.status is NodeStatus.BOTTOM for node in level) <= method_config.search.keep_bottom
 
 
 @given(st.integers(0, 10**6), methods, st.permutations(PROMPTS))
-def test_a_tree_does_not_depend_on_its_company(salt, how, order):
-    together = {tree.prompt.prompt_id: tree.nodes for tree in run(RandomModel(salt), order, how)}
+def test_a_tree_does_not_depend_on_the_other_prompts(salt, method_config, order):
+    together = {tree.prompt.prompt_id: tree.nodes for tree in run(RandomModel(salt), order, method_config)}
     for one in PROMPTS:
-        (alone,) = run(RandomModel(salt), [one], how)
+        (alone,) = run(RandomModel(salt), [one], method_config)
         assert alone.nodes == together[one.prompt_id]
 
 
-def test_different_prompts_and_seeds_do_give_different_trees():
-    how = method()
-    first, second, _ = run(RandomModel(1), PROMPTS, how)
+def test_different_prompts_and_seeds_give_different_trees():
+    method_config = method()
+    first, second, _ = run(RandomModel(1), PROMPTS, method_config)
     assert [node.text for node in first.nodes] != [node.text for node in second.nodes]
-    other = search(PROMPTS, RandomModel(1).propose, RandomModel(1).score, how, iteration=1, seed=4, scorer="clip")
+    other = search(
+        PROMPTS, RandomModel(1).propose, RandomModel(1).score, method_config, iteration=1, seed=4, scorer="clip"
+    )
     assert [node.text for node in first.nodes] != [node.text for node in other[0].nodes]
 
 
 @given(st.integers(0, 10**6), methods)
-def test_each_sentence_is_scored_once_a_round_and_none_is_missed(salt, how):
+def test_each_distinct_sentence_is_scored_once_per_round(salt, method_config):
     model = RandomModel(salt)
-    trees = run(model, PROMPTS, how)
-    assert len(model.scored) == len(model.asked) <= how.search.max_sentences
+    trees = run(model, PROMPTS, method_config)
+    assert len(model.scored) == len(model.asked) <= method_config.search.max_sentences
     for depth, scored in enumerate(model.scored, start=1):
         assert len(scored) == len(set(scored))
         said = {
@@ -349,9 +360,9 @@ def test_each_sentence_is_scored_once_a_round_and_none_is_missed(salt, how):
 
 
 @given(st.integers(0, 10**6), methods)
-def test_prefixes_are_the_tokens_along_the_path(salt, how):
+def test_prefixes_are_the_tokens_along_the_path(salt, method_config):
     model = RandomModel(salt)
-    by_id = {(node.prompt_id, node.node_id): node for tree in run(model, PROMPTS, how) for node in tree.nodes}
+    by_id = {(node.prompt_id, node.node_id): node for tree in run(model, PROMPTS, method_config) for node in tree.nodes}
     for request in (request for asked in model.asked for request in asked if request.node_id):
         parts = request.node_id.split(".")
         path = [by_id[request.prompt.prompt_id, ".".join(parts[: n + 1])] for n in range(len(parts))]

@@ -1,4 +1,4 @@
-"""Where a sentence ends: one table of cases a rule."""
+"""Test where a sentence ends, with a table of cases for each rule."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_sentence_ends(text, following):
 
 
 @pytest.mark.parametrize(("text", "following"), GOES_ON)
-def test_the_sentence_goes_on(text, following):
+def test_the_sentence_continues(text, following):
     assert SentenceRule(".").ends(text, following) is False
 
 
@@ -111,14 +111,14 @@ def test_other_delimiters(delimiters, text, following, ends):
 
 
 @given(st.text(max_size=30), st.none() | st.text(max_size=5))
-def test_any_text_can_be_judged_and_only_a_delimiter_ends_it(text, following):
+def test_only_a_delimiter_ends_any_text(text, following):
     ends = SentenceRule(".").ends(text, following)
     assert isinstance(ends, bool)
     assert not ends or "." in text
 
 
 @given(st.text(alphabet="abc XYZ.123\n", max_size=20))
-def test_at_the_end_of_the_response_a_final_delimiter_after_a_word_always_ends(text):
+def test_a_final_delimiter_after_a_word_always_ends_the_response(text):
     assert SentenceRule(".").ends(f"a{text}.", None)
 
 

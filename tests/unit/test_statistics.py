@@ -1,4 +1,4 @@
-"""Ratios and their intervals."""
+"""Test metrics, their intervals and the paired tests on numbers that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from csr_vlm.evaluation.statistics import Metric, auc, holm, mcnemar, paired_dif
 
 
 def test_a_hand_worked_ratio_of_sums():
-    # 3 hallucinated mentions of 8, not the mean 0.5625 of 1/2, 2/2, 0/4 ... over prompts.
+    # 3 hallucinated mentions of 8; not 0.5, the mean of 1/2, 2/2 and 0/4 over prompts.
     found = ratio([1, 2, 0], [2, 2, 4])
     assert found.value == pytest.approx(3 / 8)
     assert found.n == 3
@@ -30,11 +30,11 @@ def test_a_zero_denominator_gives_none(top, bottom):
 
 @pytest.mark.parametrize(("top", "bottom"), [([1], [1, 2]), ([[1]], [[1]])])
 def test_unequal_lengths_are_refused(top, bottom):
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="same length"):
         ratio(top, bottom)
 
 
-def test_it_is_deterministic_and_follows_its_seed():
+def test_intervals_are_deterministic_and_depend_on_the_seed():
     rng = np.random.default_rng(0)
     top, bottom = rng.integers(0, 3, 80), rng.integers(3, 6, 80)
     assert ratio(top, bottom) == ratio(top, bottom)
@@ -43,18 +43,18 @@ def test_it_is_deterministic_and_follows_its_seed():
     assert (other.low, other.high) != (ratio(top, bottom).low, ratio(top, bottom).high)
 
 
-def test_no_variation_no_doubt():
+def test_without_variation_the_interval_is_a_point():
     assert ratio([1] * 10, [2] * 10) == Metric(0.5, 0.5, 0.5, 10)
 
 
-def test_the_interval_is_that_of_a_proportion():
+def test_the_interval_matches_that_of_a_proportion():
     # 200 of 400: the normal interval is 0.5 -+ 1.96 * sqrt(0.25 / 400) = 0.451 .. 0.549.
     found = ratio([1, 0] * 200, [1] * 400)
     assert found.low == pytest.approx(0.451, abs=0.006)
     assert found.high == pytest.approx(0.549, abs=0.006)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+def test_the_interval_has_about_its_nominal_coverage():
     rng, hits = np.random.default_rng(1), 0
     for _ in range(80):
         bottom = rng.integers(1, 5, 100)
@@ -65,8 +65,8 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.88 <= hits / 80 <= 0.995
 
 
-def test_mentions_of_one_prompt_may_depend_on_each_other():
-    """Ten equal mentions in each of twenty prompts are worth twenty, not two hundred."""
+def test_mentions_of_one_prompt_are_resampled_together():
+    """Ten equal mentions in each of twenty prompts count as twenty observations, not two hundred."""
     clustered, spread = ratio([10, 0] * 10, [10] * 20), ratio([1, 0] * 100, [1] * 200)
     assert clustered.value == spread.value == 0.5
     assert clustered.high - clustered.low > 2 * (spread.high - spread.low)
@@ -74,7 +74,7 @@ def test_mentions_of_one_prompt_may_depend_on_each_other():
 
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=30))
-def test_the_interval_is_within_the_prompts_own_ratios(rows):
+def test_the_interval_lies_within_the_range_of_the_prompts_ratios(rows):
     top, bottom = [min(a, b) for a, b in rows], [b for _, b in rows]
     found = ratio(top, bottom)
     if sum(bottom) == 0:
@@ -86,7 +86,7 @@ def test_the_interval_is_within_the_prompts_own_ratios(rows):
     assert found.dump() == {"value": found.value, "low": found.low, "high": found.high, "n": len(rows)}
 
 
-def test_pooling_is_the_ratio_of_each_metric():
+def test_pooled_metrics_are_ratios_of_sums():
     rows = [{"chair_i": (1, 2), "asked": (1, 1)}, {"chair_i": (0, 4)}]
     found = pooled(rows)
     assert found == {"chair_i": ratio([1, 0], [2, 4]), "asked": ratio([1], [1])}
@@ -101,7 +101,7 @@ def test_mcnemar_by_hand(gained, lost, p):
     assert mcnemar(gained, lost) == pytest.approx(p)
 
 
-def test_mcnemar_of_many_prompts_neither_overflows_nor_vanishes():
+def test_mcnemar_of_many_prompts_neither_overflows_nor_underflows():
     # Normal approximation with continuity correction: z = 199 / sqrt(100000), p = 0.529.
     assert mcnemar(50_100, 49_900) == pytest.approx(0.529, abs=0.001)
 
@@ -121,7 +121,7 @@ def test_the_permutation_test_by_enumeration():
     assert found.p == pytest.approx(2 / 8, abs=0.015)
 
 
-def test_binary_outcomes_take_mcnemar():
+def test_binary_outcomes_are_tested_with_mcnemar():
     before, after = [(1, 1)] * 5 + [(0, 1)] * 3, [(0, 1)] * 5 + [(0, 1)] * 3
     found = paired_difference(before, after)
     assert (found.test, found.p) == ("McNemar, exact", pytest.approx(0.0625))
@@ -138,8 +138,8 @@ def test_both_tests_of_a_binary_outcome_agree():
     assert permuted.p == pytest.approx(exact.p, abs=0.03)
 
 
-def test_pairing_is_what_makes_a_small_change_certain():
-    """The same two ratios, once with every prompt worse by a little and once shuffled."""
+def test_pairing_makes_a_small_change_significant():
+    """The same two ratios: once with every prompt slightly worse, once shuffled."""
     rng = np.random.default_rng(0)
     old = rng.integers(0, 50, 200)
     paired = paired_difference([(a, 50) for a in old], [(a + 1, 50) for a in old])
@@ -150,7 +150,7 @@ def test_pairing_is_what_makes_a_small_change_certain():
     assert paired.p < 0.001 < 0.1 < shuffled.p
 
 
-def test_no_difference_is_found_as_often_as_the_level_says():
+def test_the_false_positive_rate_matches_the_level():
     rng, hits = np.random.default_rng(5), 0
     for _ in range(60):
         both = rng.integers(0, 4, (40, 2))
@@ -159,19 +159,19 @@ def test_no_difference_is_found_as_often_as_the_level_says():
     assert 4 <= hits <= 22, "about 12 of 60 at the level 0.2"
 
 
-def test_a_policy_without_a_value_leaves_no_difference():
+def test_the_difference_is_undefined_where_a_policy_has_no_value():
     found = paired_difference([(0, 0)], [(1, 1)])
     assert (found.before, found.after, found.value, found.p) == (None, 1.0, None, None)
 
 
-def test_the_two_sides_must_be_of_one_length():
+def test_both_policies_must_have_the_same_number_of_prompts():
     with pytest.raises(ValueError, match="same prompts"):
         paired_difference([(1, 1)], [])
 
 
 @settings(max_examples=20)
 @given(st.lists(st.tuples(*[st.integers(0, 3), st.integers(1, 4)] * 2), min_size=2, max_size=20))
-def test_turning_the_comparison_round_turns_its_sign(rows):
+def test_swapping_the_policies_negates_the_difference(rows):
     old, new = [(a, b) for a, b, _, _ in rows], [(c, d) for _, _, c, d in rows]
     there, back = paired_difference(old, new), paired_difference(new, old)
     assert there.value == pytest.approx(-back.value)

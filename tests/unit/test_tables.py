@@ -1,4 +1,4 @@
-"""Parquet, both ways."""
+"""Test reading and writing Parquet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csr_vlm.core.records import SCHEMA_VERSION, Fate, Finish, Node, Pair, Prompt, Response
+from csr_vlm.core.records import SCHEMA_VERSION, Finish, Node, NodeStatus, Pair, Prompt, Response
 from csr_vlm.store import tables
 from tests.unit.builders import node, prompt
 
@@ -28,7 +28,7 @@ nodes = st.builds(
     token_logprobs=st.lists(float32, max_size=5).map(tuple),
     text=st.text(),
     finish=st.sampled_from(Finish),
-    fate=st.sampled_from(Fate),
+    status=st.sampled_from(NodeStatus),
     cosines=st.dictionaries(st.text(min_size=1), float32, max_size=3),
 )
 replies = st.builds(
@@ -52,7 +52,7 @@ def test_nodes_round_trip(rows):
         tables.write_nodes(path, rows)
         read = list(tables.read_nodes(path))
         assert read == rows
-        assert all(isinstance(row.token_ids, tuple) and isinstance(row.fate, Fate) for row in read)
+        assert all(isinstance(row.token_ids, tuple) and isinstance(row.status, NodeStatus) for row in read)
 
 
 @given(st.lists(pairs, max_size=4))
@@ -92,7 +92,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path):
     assert first.read_bytes() != other.read_bytes()
 
 
-def test_logprobs_are_kept_to_single_precision(tmp_path):
+def test_logprobs_are_stored_in_single_precision(tmp_path):
     tables.write_nodes(tmp_path / "part.parquet", [node("0", logprobs=(-1 / 3,))])
     (read,) = tables.read_nodes(tmp_path / "part.parquet")
     assert read.token_logprobs[0] == pytest.approx(-1 / 3, rel=1e-7)
@@ -122,12 +122,12 @@ def test_files_name_their_schema(tmp_path):
         assert metadata[b"csr_vlm_schema"] == str(SCHEMA_VERSION).encode()
 
 
-def test_no_rows_are_a_file_as_well(tmp_path):
+def test_an_empty_table_is_a_valid_file(tmp_path):
     tables.write_nodes(tmp_path / "part.parquet", [])
     assert list(tables.read_trees(tmp_path / "part.parquet")) == []
 
 
-def test_a_row_that_does_not_fit_leaves_no_file(tmp_path):
+def test_an_invalid_row_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="too large"):
         tables.write_nodes(tmp_path / "part.parquet", [node("0", ids=(2**40,))])
     assert list(tmp_path.iterdir()) == []

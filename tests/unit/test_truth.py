@@ -1,4 +1,4 @@
-"""Judging hand-written texts about a hand-made scene."""
+"""Test the judgement of hand-written texts about a hand-made scene."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def judged(text: str) -> Judgement:
     return judge(HARBOUR, SCENE, text)
 
 
-def test_the_whole_truth():
+def test_a_correct_and_complete_description():
     assert judged("There is a red boat. There is a green tree. There is a blue ball.") == Judgement(
         mentioned=("boat", "tree", "ball"),
         hallucinated=(),
@@ -43,21 +43,21 @@ def test_a_hallucination():
     assert found.mentioned == ("boat", "fish")
     assert found.hallucinated == ("fish",)
     assert found.recalled == {"boat"}
-    assert (found.colors_right, found.colors_wrong) == (1, 0), "an absent fish has no true colour"
+    assert (found.colors_right, found.colors_wrong) == (1, 0), "an absent fish has no true color"
 
 
-def test_every_mention_of_what_is_not_there_counts():
+def test_every_mention_of_an_absent_object_counts():
     assert judged("A fish. Another fish, and a bird.").hallucinated == ("fish", "fish", "bird")
 
 
-def test_a_wrong_colour_is_no_hallucinated_object():
+def test_a_wrong_color_is_not_a_hallucinated_object():
     found = judged("There is a blue boat. There is a green tree.")
     assert found.hallucinated == ()
     assert (found.colors_right, found.colors_wrong) == (1, 1)
     assert found.recalled == {"boat", "tree"}
 
 
-def test_a_colour_counts_only_right_before_its_object():
+def test_a_color_counts_only_directly_before_its_object():
     found = judged("The boat is blue. A red, large tree.")
     assert (found.colors_right, found.colors_wrong) == (0, 0)
     assert mentions(HARBOUR, "red boat; the boat") == [("boat", "red"), ("boat", None)]
@@ -80,24 +80,24 @@ def test_repeats(text, repeats):
     assert judged(text).repeats == repeats
 
 
-def test_repeating_recalls_nothing_more():
+def test_repetition_does_not_increase_recall():
     once, twice = judged("A red boat."), judged("A red boat. A red boat.")
     assert once.recalled == twice.recalled == {"boat"}
     assert twice.mentioned == ("boat", "boat")
     assert twice.words == 6
 
 
-def test_words_are_read_whole_and_in_any_case():
+def test_kinds_are_matched_as_whole_words_in_any_case():
     assert judged("A RED Boat!").mentioned == ("boat",)
     assert judged("A boathouse, a treetop and a steamboat.").mentioned == ()
 
 
-def test_nothing_said():
+def test_an_empty_text():
     assert judged("") == Judgement((), (), frozenset(), 0, 0, 0, 0)
 
 
 @given(st.integers(0, 10**6))
-def test_a_true_caption_is_always_judged_true(index):
+def test_a_true_caption_has_no_errors(index):
     scene = make_scene(HARBOUR, Split.DEVELOPMENT, 0, index)
     found = judge(HARBOUR, scene, true_caption(scene))
     assert found.hallucinated == ()
@@ -107,7 +107,7 @@ def test_a_true_caption_is_always_judged_true(index):
 
 
 @given(st.integers(0, 10**6), st.sampled_from(HARBOUR.kinds))
-def test_adding_a_kind_hallucinates_exactly_where_it_is_absent(index, kind):
+def test_an_added_kind_is_hallucinated_exactly_where_it_is_absent(index, kind):
     scene = make_scene(HARBOUR, Split.DEVELOPMENT, 0, index)
     found = judge(HARBOUR, scene, f"{true_caption(scene)} There is a {kind}.")
     assert found.hallucinated == (() if kind in scene.kinds else (kind,))

@@ -1,4 +1,4 @@
-"""Where vLLM is absent there is nothing to test: it has an environment of its own (make test-vllm)."""
+"""Skip these tests where vLLM is not installed; make test-vllm runs them in a separate environment."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from peft import LoraConfig, get_peft_model
 from csr_vlm.config.schema import GenerationConfig, ModelConfig
 from csr_vlm.core.records import Prompt
 from csr_vlm.models.checkpoints import rename_as_published
-from csr_vlm.models.policy import Policy, Reader, load_base, load_policy, load_reader
-from csr_vlm.training.dpo import LINEARS, save_adapter
+from csr_vlm.models.encoding import PromptEncoder
+from csr_vlm.models.loading import load_base, load_policy, load_prompt_encoder
+from csr_vlm.models.policy import Policy
+from csr_vlm.training.dpo import LINEAR_LAYERS, save_adapter
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
@@ -26,7 +28,7 @@ from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 
 ENGINE = {"engine": "vllm", "vllm": {"enforce_eager": True, "block_size": 32}}
-"""Compiling takes longer than these tests, and the usual block on a CPU, of 128 tokens, is longer than a prompt."""
+"""Eager mode, since compiling takes longer than the tests; a small block, since the default is longer than a prompt."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    """The world's LLaVA, as vLLM reads it."""
+    """Write the embedded world's LLaVA as vLLM reads it."""
     path = tmp_path_factory.mktemp("model") / "llava"
     shutil.copytree(assets() / "llava", path)
     rename_as_published(path)
@@ -52,25 +54,25 @@ def policy(llava: ModelConfig) -> Policy:
 
 
 @pytest.fixture(scope="session")
-def reader(llava: ModelConfig) -> Reader:
-    return load_reader(llava)
+def prompt_encoder(llava: ModelConfig) -> PromptEncoder:
+    return load_prompt_encoder(llava)
 
 
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
-    """Pictures that no model was trained on."""
+    """Write images that no model was trained on."""
     return write_images(list(make_scenes(HARBOUR, Split.DEVELOPMENT, 0, 8)), tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="session")
 def adapters(llava: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two LoRAs that change what is said, and one with a projector of its own."""
+    """Write two LoRAs that change the responses, and one that includes a projector."""
     root = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("one", "other", "projector")):
         torch.manual_seed(seed)
         saved = ["multi_modal_projector"] if name == "projector" else None
         lora = LoraConfig(
-            r=4, lora_alpha=8, target_modules=rf".*\blanguage_model\b.*\.{LINEARS}", modules_to_save=saved
+            r=4, lora_alpha=8, target_modules=rf".*\blanguage_model\b.*\.{LINEAR_LAYERS}", modules_to_save=saved
         )
         model = get_peft_model(load_base(llava)[0], lora)
         for key, weight in model.named_parameters():
@@ -82,8 +84,8 @@ def adapters(llava: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> di
 
 @pytest.fixture(scope="module")
 def vllm(llava: ModelConfig, adapters: dict[str, Path]) -> Iterator[Any]:
-    """A running engine that takes adapters."""
-    from csr_vlm.generation.vllm import running
+    """Start an engine that accepts adapters."""
+    from csr_vlm.generation.vllm import vllm_engine
 
-    with running(llava, GenerationConfig.model_validate(ENGINE), adapters["one"]) as engine:
+    with vllm_engine(llava, GenerationConfig.model_validate(ENGINE), adapters["one"]) as engine:
         yield engine

@@ -1,4 +1,4 @@
-"""Whole runs through vLLM, and what is left of one that is killed."""
+"""Test whole runs with vLLM, and that a killed run leaves no process behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def config(llava: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """One iteration of the demonstration, on fewer prompts and scenes."""
+    """Configure one iteration of the demo, on fewer prompts and scenes."""
     base = demo_config(tmp_path_factory.mktemp("demo"), seed=0, num_prompts=96, num_scenes=200)
     changes = {"iterations": 1, "model": llava.model_dump(), "generation": {**ENGINE, "prompts_per_part": 48}}
     return resolve(base.dump() | changes)
@@ -36,18 +36,18 @@ def config(llava: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> RunC
 def test_an_iteration_through_vllm_lowers_chair(config: RunConfig, tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", config)
     align(run, Silent())
-    trained = run.result(1, "train")
-    assert trained["reference"] == "ledger"
-    assert trained["reference_difference"] < 1e-4
+    training = run.result(1, "train")
+    assert training["reference"] == "ledger"
+    assert training["reference_difference"] < 1e-4
     before, after = (run.result(iteration, "evaluate")["world"] for iteration in (0, 1))
-    chair = [found["chair_s"]["value"] for found in (before, after)]
-    print(f"\nCHAIR_S {chair[0]:.3f} -> {chair[1]:.3f}, reference within {trained['reference_difference']:.2g} nats")
+    chair = [metrics["chair_s"]["value"] for metrics in (before, after)]
+    print(f"\nCHAIR_S {chair[0]:.3f} -> {chair[1]:.3f}, reference within {training['reference_difference']:.2g} nats")
     assert chair[1] < chair[0]
     assert not psutil.Process().children(recursive=True)
 
 
 def session(leader: int) -> Iterator[psutil.Process]:
-    """Processes of a session, the leader's own children or not."""
+    """Yield the processes of a session, whether or not they are children of its leader."""
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
@@ -57,7 +57,7 @@ def session(leader: int) -> Iterator[psutil.Process]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nothing_outlives_a_run_that_is_killed(config: RunConfig, tmp_path: Path, number: signal.Signals) -> None:
+def test_no_process_outlives_a_killed_run(config: RunConfig, tmp_path: Path, number: signal.Signals) -> None:
     recipe = tmp_path / "recipe.yaml"
     small = {**config.dump()["generation"], "prompts_per_part": 4}
     recipe.write_text(yaml.safe_dump(config.dump() | {"generation": small, "evaluation": {"heldout": 0}}))
@@ -73,9 +73,9 @@ def test_nothing_outlives_a_run_that_is_killed(config: RunConfig, tmp_path: Path
         os.kill(started.pid, number)
         started.wait(60)
         deadline = time.monotonic() + 15
-        while (left := list(session(started.pid))) and time.monotonic() < deadline:
+        while (remaining := list(session(started.pid))) and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert left == []
+        assert remaining == []
         assert not (run / "iteration-1" / "pairs.parquet").exists()
     finally:
         for process in session(started.pid):

@@ -1,4 +1,4 @@
-"""Sentences from a running server: token ids in, token ids out."""
+"""Compare a running vLLM server with transformers: token ids in, token ids out."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Expansion, Prompt
 from csr_vlm.generation.streaming import StreamingEngine
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.generation.vllm_server import connected
-from csr_vlm.models.policy import Policy, Reader, load_policy
+from csr_vlm.generation.vllm_server import server_stream
+from csr_vlm.models.encoding import PromptEncoder
+from csr_vlm.models.loading import load_policy
+from csr_vlm.models.policy import Policy
 from tests.vllm.test_search import DEFAULT, TOLERANCE, VARIED, differences, propose, searched, tokens
 
 pytestmark = pytest.mark.vllm
@@ -45,7 +47,7 @@ def server(llava: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Iter
         )
     try:
         deadline = time.monotonic() + 600
-        while not answers(f"http://127.0.0.1:{port}/health"):
+        while not responds(f"http://127.0.0.1:{port}/health"):
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.5)
@@ -55,7 +57,7 @@ def server(llava: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Iter
         process.wait(60)
 
 
-def answers(url: str) -> bool:
+def responds(url: str) -> bool:
     try:
         with urlopen(url, timeout=5) as response:
             return bool(response.status == 200)
@@ -64,39 +66,44 @@ def answers(url: str) -> bool:
 
 
 def test_a_search_over_the_server_is_exact_with_each_adapter(
-    server: str, llava: ModelConfig, reader: Reader, prompts: list[Prompt], adapters: dict[str, Path]
+    server: str, llava: ModelConfig, prompt_encoder: PromptEncoder, prompts: list[Prompt], adapters: dict[str, Path]
 ) -> None:
     for name in (None, "one", "other", None):
         adapter = None if name is None else adapters[name]
-        with connected(server, reader, adapter, max_rows=32) as stream:
-            engine = StreamingEngine(stream, reader)
+        with server_stream(server, prompt_encoder, adapter, max_rows=32) as stream:
+            engine = StreamingEngine(stream, prompt_encoder)
             engine.check(prompts[0])
             trees = searched(engine, prompts[:4], DEFAULT)
-        found = differences(load_policy(llava, adapter), trees, prompts[:4])
-        print(f"\nadapter {name}: {len(found)} tokens, largest difference {found.max():.2g}")
-        assert found.max() < TOLERANCE
+        absolute = differences(load_policy(llava, adapter), trees, prompts[:4])
+        print(f"\nadapter {name}: {len(absolute)} tokens, largest difference {absolute.max():.2g}")
+        assert absolute.max() < TOLERANCE
 
 
-def test_tokens_do_not_depend_on_how_many_are_in_flight(
-    server: str, reader: Reader, policy: Policy, prompts: list[Prompt]
+def test_tokens_do_not_depend_on_the_number_of_concurrent_requests(
+    server: str, prompt_encoder: PromptEncoder, policy: Policy, prompts: list[Prompt]
 ) -> None:
     config = VARIED.model_copy(update={"greedy_first": True})
-    found = []
+    answers = []
     for max_rows in (1, 32):
-        with connected(server, reader, None, max_rows) as stream:
-            found.append(propose(StreamingEngine(stream, reader), prompts, config))
-    assert tokens(found[0]) == tokens(found[1])
+        with server_stream(server, prompt_encoder, None, max_rows) as stream:
+            answers.append(propose(StreamingEngine(stream, prompt_encoder), prompts, config))
+    assert tokens(answers[0]) == tokens(answers[1])
     greedy = propose(TransformersEngine(policy), prompts, config)
-    assert [family[0].token_ids for family in found[0]] == [family[0].token_ids for family in greedy]
+    assert [siblings[0].token_ids for siblings in answers[0]] == [siblings[0].token_ids for siblings in greedy]
 
 
-def test_what_the_server_refuses_is_told(server: str, reader: Reader, prompts: list[Prompt], tmp_path: Path) -> None:
-    with connected(server, reader, None, max_rows=2) as stream:
-        proposer = StreamingEngine(stream, reader).proposer(VARIED, prompts[0])
+def test_server_errors_are_reported(
+    server: str, prompt_encoder: PromptEncoder, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    with server_stream(server, prompt_encoder, None, max_rows=2) as stream:
+        proposer = StreamingEngine(stream, prompt_encoder).proposer(VARIED, prompts[0])
         proposer.submit([Expansion(prompts[0], "0", (5,) * 600, 1, (0,))])
-        with pytest.raises(CsrError, match="/inference/v1/generate answers 400"):
+        with pytest.raises(CsrError, match="/inference/v1/generate returned status 400"):
             proposer.collect()
-    with pytest.raises(CsrError, match="no adapter in"), connected(server, reader, tmp_path, 2):
+    with pytest.raises(CsrError, match="no adapter in"), server_stream(server, prompt_encoder, tmp_path, 2):
         pass
-    with pytest.raises(CsrError, match="nothing answers"), connected("http://127.0.0.1:9", reader, None, 2):
+    with (
+        pytest.raises(CsrError, match="no response from"),
+        server_stream("http://127.0.0.1:9", prompt_encoder, None, 2),
+    ):
         pass

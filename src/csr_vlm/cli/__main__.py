@@ -1,4 +1,4 @@
-"""``python -m csr_vlm.cli`` is ``csr``."""
+"""Run ``csr`` as ``python -m csr_vlm.cli``."""
 
 from csr_vlm.cli import main
 

@@ -1,4 +1,4 @@
-"""How verbs name recipes and runs, and how they come to them."""
+"""Define the arguments that several verbs share, and open the recipe or run that they name."""
 
 from __future__ import annotations
 
@@ -14,52 +14,63 @@ from csr_vlm.store.run import Run
 
 
 def _complete_target(incomplete: str) -> list[str]:
-    """Offer the recipes and runs that are there."""
-    found = [*Path("recipes").glob("*.yaml"), *(path.parent for path in Path("runs").glob("*/config.yaml"))]
-    return sorted(str(path) for path in found if str(path).startswith(incomplete))
+    """Complete the paths of recipes and runs in the current directory."""
+    paths = [*Path("recipes").glob("*.yaml"), *(path.parent for path in Path("runs").glob("*/config.yaml"))]
+    return sorted(str(path) for path in paths if str(path).startswith(incomplete))
 
 
 def complete_run(incomplete: str) -> list[str]:
+    """Complete the paths of runs in the current directory."""
     return [path for path in _complete_target(incomplete) if not path.endswith(".yaml")]
 
 
 def _complete_override(incomplete: str) -> list[str]:
-    """Offer the keys of the configuration."""
+    """Complete the keys of the configuration."""
     return [f"{key}=" for key in option_keys() if key.startswith(incomplete)]
 
 
 Target = Annotated[
     str,
-    typer.Argument(
-        metavar="RECIPE|RUN", autocompletion=_complete_target, help="Recipe (YAML), or the directory of a run."
-    ),
+    typer.Argument(metavar="RECIPE|RUN", autocompletion=_complete_target, help="Recipe (YAML file) or run directory."),
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", autocompletion=complete_run, help="Directory of a run.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", autocompletion=complete_run, help="Run directory.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", autocompletion=_complete_override, help="Such as method.lambda=0.7."),
+    typer.Argument(metavar="KEY=VALUE", autocompletion=_complete_override, help="Settings, such as method.lambda=0.7."),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Run directory; runs/NAME-OF-RECIPE by default.")]
-Iteration = Annotated[int | None, typer.Option("--iteration", min=1, help="Which; the next one to do by default.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default: runs/NAME-OF-RECIPE).")]
+NextIteration = Annotated[int | None, typer.Option("--iteration", min=1, help="Iteration (default: next unfinished).")]
+GeneratedIteration = Annotated[
+    int | None, typer.Option("--iteration", min=1, help="Iteration (default: last generated).")
+]
 
 
-def settings(target: str, overrides: list[str] | None) -> RunConfig:
-    """Read the settings of a recipe, or of a run that exists."""
+def last_generated(run: Run) -> int:
+    """Return the last iteration with a finished ledger; 1 if there is none."""
+    return max(run.iterations_done("generate"), default=1)
+
+
+def read_settings(target: str, overrides: list[str] | None) -> RunConfig:
+    """Load the settings of a recipe or of an existing run, and apply overrides."""
     path = Path(target)
     if path.is_dir():
         return load_config(None, overrides or (), base=Run.open(path).config.dump())
     return load_config(path, overrides or ())
 
 
-def open_or_create(target: str, overrides: list[str] | None, out: Path | None, *, plan_only: bool = False) -> Run:
-    """Open the run that is meant, or start it; to plan only, nothing is written."""
+def open_or_create(target: str, overrides: list[str] | None, out: Path | None, *, dry_run: bool = False) -> Run:
+    """Open an existing run, or start one from a recipe; a dry run writes nothing.
+
+    Raises:
+        CsrError: The target is an existing run and overrides are given.
+    """
     path = Path(target)
     if path.is_dir():
         if overrides:
             raise CsrError(
-                f"{path} is a run: its settings are fixed",
+                f"{path} is an existing run, and its settings are fixed",
                 f"start another with csr run {path}/config.yaml {' '.join(overrides)} --out DIR",
             )
         return Run.open(path)
-    start = Run.planned if plan_only else Run.create
-    return start(out or Path("runs") / path.stem, settings(target, overrides))
+    start = Run.planned if dry_run else Run.create
+    return start(out or Path("runs") / path.stem, read_settings(target, overrides))

@@ -1,4 +1,4 @@
-"""``csr compact``: a run's ledgers in fewer files."""
+"""Implement ``csr compact``."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from csr_vlm.store.run import Run
 
 def compact(
     target: RunArgument,
-    megabytes: Annotated[int, typer.Option("--megabytes", min=1, help="Most of one file.")] = 256,
+    megabytes: Annotated[int, typer.Option("--megabytes", min=1, help="Maximum size of a file in MB.")] = 256,
 ) -> None:
-    """Pack the small files of every finished ledger into few.
+    """Merge small ledger files.
 
-    Whatever reads the ledger reads the same rows.
+    The content of every finished ledger stays the same.
 
     Example: csr compact runs/d0
     """
     from csr_vlm.store import ledger
 
-    opened = Run.open(target)
-    numbers = opened.iterations_done("generate")
-    before = sum(len(opened.ledger_parts(number)) for number in numbers)
-    with opened.locked(), console.reporter().stage("packing the ledgers", before) as advance:
-        for number in numbers:
-            ledger.pack(opened, number, megabytes * 1_000_000, advance)
-    after = sum(len(opened.ledger_parts(number)) for number in numbers)
-    console.say(f"{before} files became {after}")
+    run = Run.open(target)
+    iterations = run.iterations_done("generate")
+    before = sum(len(run.ledger_parts(number)) for number in iterations)
+    with run.locked(), console.reporter().stage("merging ledger files", before) as progress:
+        for number in iterations:
+            ledger.pack(run, number, megabytes * 1_000_000, progress)
+    after = sum(len(run.ledger_parts(number)) for number in iterations)
+    console.log(f"merged {before} files into {after}")
     console.done(then=f"csr show {target}", run=str(target), before=before, after=after)

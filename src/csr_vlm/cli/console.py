@@ -1,4 +1,4 @@
-"""What the command line writes, and where: data to stdout, everything else to stderr."""
+"""Write output: data to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csr_vlm.cli.sanitize import printable
-from csr_vlm.core.progress import Advance, Reporter, Silent
+from csr_vlm.core.formatting import duration
+from csr_vlm.core.progress import Progress, Reporter, Silent
+from csr_vlm.evaluation.metrics import metric_spec, sort_metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 _LINE_EVERY = 30.0
-"""Seconds between two lines of progress where stderr is no terminal."""
+"""Seconds between two lines of progress if stderr is not a terminal."""
 
 
 @dataclass
 class Mode:
-    """How the process speaks; :mod:`csr_vlm.cli.common` sets it from the options that every verb has."""
+    """Hold the output options of the process; :mod:`csr_vlm.cli.common` sets them from the command line."""
 
     json: bool = False
     quiet: bool = False
@@ -34,7 +37,7 @@ class Mode:
     debug: bool = False
 
     def reset(self) -> None:
-        """Return to what holds without any option; NO_COLOR (https://no-color.org) counts as one."""
+        """Restore the defaults; NO_COLOR (https://no-color.org) switches color off."""
         self.json = self.quiet = self.verbose = self.debug = False
         self.color = not os.environ.get("NO_COLOR")
 
@@ -43,14 +46,14 @@ mode = Mode()
 
 
 def terminal(stderr: bool = False) -> Console:
-    """Return rich's view of stdout, or of stderr, in the mode that was asked for."""
+    """Return a rich console for stdout or stderr, in the requested color mode."""
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False, color_system="auto" if mode.color else None)
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars, warnings and greetings out of the terminal, unless --verbose asks for them."""
+    """Silence progress bars, warnings and log lines of the libraries, unless --verbose is given."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if mode.verbose:
         return
@@ -69,47 +72,53 @@ def quiet_libraries() -> None:
 
 
 class _Bar:
-    """Advances one task of a progress display."""
+    """Advance one task of a progress display."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
+    def __init__(self, progress: RichProgress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
         self._done = 0
         self._started = time.monotonic()
 
-    def __call__(self, done: int) -> None:
-        self._done += done
+    def advance(self, number: int = 1) -> None:
+        self._done += number
         rate = self._done / max(time.monotonic() - self._started, 1e-3)
-        self._progress.update(self._task, advance=done, rate=f"{rate:.1f}/s")
+        self._progress.update(self._task, advance=number, rate=f"{rate:.1f}/s")
 
     def set_total(self, total: int) -> None:
         self._progress.update(self._task, total=total)
 
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        pass
+
 
 class _Lines:
-    """Tells progress line by line, for a log: every half minute, and at the end."""
+    """Print progress line by line, for a log: every half minute, and at the end."""
 
     def __init__(self, title: str, total: int) -> None:
         self._title = title
         self._total = total
         self._done = 0
-        self._started = self._told = time.monotonic()
+        self._started = self._printed = time.monotonic()
 
-    def __call__(self, done: int) -> None:
-        self._done += done
-        if time.monotonic() - self._told >= _LINE_EVERY:
-            self.tell()
+    def advance(self, number: int = 1) -> None:
+        self._done += number
+        if time.monotonic() - self._printed >= _LINE_EVERY:
+            self.print_line()
 
     def set_total(self, total: int) -> None:
         self._total = total
 
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        pass
+
     def end(self) -> None:
         if self._done:
-            self.tell()
+            self.print_line()
 
-    def tell(self) -> None:
-        self._told = time.monotonic()
-        seconds = self._told - self._started
+    def print_line(self) -> None:
+        self._printed = time.monotonic()
+        seconds = self._printed - self._started
         rate = self._done / seconds if seconds else 0.0
         left = f", {duration((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
         of_total = f" of {self._total}" if self._total else ""
@@ -117,10 +126,11 @@ class _Lines:
 
 
 class Terminal:
-    """Draws each stage as a bar with its rate and the time left, on stderr; into a log it writes lines."""
+    """Show each stage on stderr, as a bar with rate and time left, or as lines if stderr is not a terminal."""
 
     @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Advance]:
+    def stage(self, title: str, total: int) -> Iterator[Progress]:
+        """Show a stage of ``total`` items while the context is open."""
         console = terminal(stderr=True)
         if not console.is_terminal:
             lines = _Lines(title, total)
@@ -130,11 +140,11 @@ class Terminal:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
-            Progress,
             TextColumn,
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
+        from rich.progress import Progress as RichProgress
 
         columns = (
             TextColumn("{task.description:<28}"),
@@ -145,52 +155,40 @@ class Terminal:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console, transient=not total) as progress:
+        with RichProgress(*columns, console=console, transient=not total) as progress:
             task = progress.add_task(title, total=total or None, rate="")
             yield _Bar(progress, task)
             final = progress.tasks[0]
             progress.update(task, total=final.completed or 1, completed=final.completed or 1)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """Print one line to stderr."""
         print(printable(text), file=sys.stderr)
 
 
-def reporter(quiet: bool = False) -> Reporter:
-    """Return what shows progress: the terminal, or nothing."""
-    return Silent() if quiet or mode.quiet else Terminal()
-
-
-def duration(seconds: float) -> str:
-    """Write a time for people.
-
-    Example:
-        >>> duration(8), duration(75), duration(7300)
-        ('8 s', '1 min 15 s', '2 h 1 min')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, of_hour = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {of_hour} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def reporter() -> Reporter:
+    """Return a reporter that shows progress, or a silent one."""
+    return Silent() if mode.quiet else Terminal()
 
 
 def print_json(value: Any) -> None:
+    """Write a JSON document to stdout."""
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def say(text: str) -> None:
-    """Tell people one line, unless they want quiet."""
+def log(text: str) -> None:
+    """Print one line to stderr, unless --quiet is given."""
     if not mode.quiet:
         print(text, file=sys.stderr)
 
 
 def done(*written: Path | str, then: str = "", **facts: Any) -> None:
-    """End a verb: say what was written, and on stderr what to run next.
+    """End a verb: print what was written to stdout, and what to run next to stderr.
 
     Args:
-        written: Files and folders, one a line on stdout.
-        then: A command, or what to do.
-        facts: What else a program would read.
+        written: Files and folders, one per line.
+        then: Next command or action.
+        facts: Further values for the JSON output.
     """
     if mode.json:
         print_json({"written": [str(path) for path in written], **facts})
@@ -198,11 +196,11 @@ def done(*written: Path | str, then: str = "", **facts: Any) -> None:
         for path in written:
             print(path)
     if then:
-        say(f"next: {then}")
+        log(f"next: {then}")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table to stdout, the first column left and the others right."""
+    """Write a table to stdout, with the first column left-aligned and the others right-aligned."""
     from rich.table import Table
     from rich.text import Text
 
@@ -217,45 +215,22 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     output.print(table)
 
 
-METRICS: Mapping[str, str] = {
-    "chair_s": "CHAIR_S",
-    "chair_i": "CHAIR_I",
-    "recall": "recall",
-    "companion_recall": "companion recall",
-    "attributes_right": "attributes right",
-    "repeats": "repeats",
-    "words": "words",
-    "complete": "complete",
-    "relevance": "R_I",
-    "yes_no_present": "yes/no, present",
-    "yes_no_absent": "yes/no, absent",
-    "yes_no_companion": "yes/no, companion",
-}
-"""The world's metrics in the order people read them."""
-
-
-def ordered(names: Iterable[str]) -> list[str]:
-    """Sort metric names: those people read first, then the others."""
-    rank = {name: place for place, name in enumerate(METRICS)}
-    return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
-
-
-def print_metrics(title: str, results: Mapping[int, Mapping[str, Any]]) -> None:
-    """Write one row a metric and one column an iteration, 0 being the base model."""
-    columns = ["", *("base" if number == 0 else f"iteration {number}" for number in results)]
-    names = ordered({name for metrics in results.values() for name in metrics})
+def print_metrics(title: str, metrics_by_iteration: Mapping[int, Mapping[str, Any]]) -> None:
+    """Print one row per metric and one column per iteration, where 0 is the base model."""
+    columns = ["", *("base" if number == 0 else f"iteration {number}" for number in metrics_by_iteration)]
+    keys = sort_metrics({key for metrics in metrics_by_iteration.values() for key in metrics})
     rows = [
-        [METRICS.get(name, name), *(metric_cell(metrics.get(name)) for metrics in results.values())] for name in names
+        [metric_spec(key).label, *(metric_cell(key, metrics.get(key)) for metrics in metrics_by_iteration.values())]
+        for key in keys
     ]
     print_table(title, columns, rows)
 
 
-def metric_cell(metric: Mapping[str, Any] | None) -> str:
-    """Write a metric and half the width of its interval."""
+def metric_cell(key: str, metric: Mapping[str, Any] | None) -> str:
+    """Format a metric's value and the half-width of its interval."""
     if metric is None or metric["value"] is None:
         return "-"
-    digits = 1 if metric["value"] >= 10 else 3
-    if metric["low"] is None:
-        return f"{metric['value']:.{digits}f}"
-    half = (metric["high"] - metric["low"]) / 2
-    return f"{metric['value']:.{digits}f} ±{half:.{digits}f}"
+    value, low, high = metric["value"], metric["low"], metric["high"]
+    spec = metric_spec(key)
+    digits = spec.digits if spec.digits is not None else 1 if abs(value) >= 10 else 3
+    return f"{value:.{digits}f}" if low is None else f"{value:.{digits}f} ±{(high - low) / 2:.{digits}f}"

@@ -1,4 +1,4 @@
-"""``csr convert``."""
+"""Implement ``csr convert``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from csr_vlm.cli import console
 
 
 class Dtype(StrEnum):
-    """What tensors are written as."""
+    """Enumerate the types in which tensors can be written."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -21,25 +21,27 @@ class Dtype(StrEnum):
 
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory of the original checkpoint.")],
-    out: Annotated[Path, typer.Option("--out", help="New directory for the converted one.")],
-    base: Annotated[str | None, typer.Option(help="Model that a LoRA or a projector belongs to.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="New directory for the converted checkpoint.")],
+    base: Annotated[str | None, typer.Option(help="Base model of a LoRA or a projector.")] = None,
     vision: Annotated[
-        str | None, typer.Option(help="Vision tower; by default what the checkpoint holds or names.")
+        str | None, typer.Option(help="Vision tower (default: the one that the checkpoint contains or names).")
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Type of all tensors; the embeddings' by default.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Add a LoRA to the weights; it is OUT/adapter else.")] = False,
-    check: Annotated[bool, typer.Option(help="Read both sides again and compare.")] = True,
-    max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Most GB of one file, and of memory held.")] = 4.0,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of all tensors (default: that of the embeddings).")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge a LoRA into the weights (default: write it to OUT/adapter).")
+    ] = False,
+    check: Annotated[bool, typer.Option(help="Read both checkpoints again and compare them.")] = True,
+    max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Maximum size of a file and of memory, in GB.")] = 4.0,
 ) -> None:
-    """Turn an original LLaVA-format checkpoint into one that transformers loads.
+    """Convert an original LLaVA checkpoint for transformers.
 
-    Example: csr convert llava-v1.5-7b --vision openai/clip-vit-large-patch14-336 --out llava-hf
+    Example: csr convert llava-v1.5-7b --out llava-hf
     """
     console.quiet_libraries()
     from csr_vlm.convert.conversion import convert as convert_checkpoint
 
     with console.reporter().stage("converting", 0):
-        found = convert_checkpoint(
+        summary = convert_checkpoint(
             source,
             out,
             base=base,
@@ -50,7 +52,7 @@ def convert(
             shard_bytes=int(max_shard_gb * 1e9),
         )
     if console.mode.json:
-        console.print_json({"out": str(out), **found})
+        console.print_json({"out": str(out), **summary})
     else:
-        console.print_table(str(out), ["", ""], [[name, str(value)] for name, value in found.items()])
-        console.say(f"next: csr check RECIPE model.path={out}")
+        console.print_table(str(out), ["", ""], [[name, str(value)] for name, value in summary.items()])
+        console.log(f"next: csr check RECIPE model.path={out}")

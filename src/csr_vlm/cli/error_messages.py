@@ -1,4 +1,4 @@
-"""What went wrong, in three lines: what, why, and what to do. A traceback comes only with ``--debug``."""
+"""Print errors in three lines: what went wrong, why, and what to do; ``--debug`` adds the traceback."""
 
 from __future__ import annotations
 
@@ -22,102 +22,99 @@ EXTRAS = {
     "vllm": "vllm",
     "ray": "ray",
 }
-"""Which extra of csr-vlm installs an optional module."""
-_ERRNO = re.compile(r"\[Errno \d+\] (.*?)(: '.*')?$")
-"""How Python words what the operating system refused; the number says nothing to anybody."""
+"""Extra of csr-vlm that installs an optional module."""
+_ERRNO_PREFIX = re.compile(r"\[Errno \d+\] (.*?)(: '.*')?$")
+"""Form of Python's messages for operating system errors."""
 _HINTS = {
-    errno.EACCES: "choose another place with --out, or change its permissions",
-    errno.EROFS: "choose a place that can be written to with --out",
-    errno.ENOSPC: "free some space and run the same command again: it goes on where it stopped",
-    errno.EDQUOT: "free some space and run the same command again: it goes on where it stopped",
+    errno.EACCES: "choose another directory with --out, or change its permissions",
+    errno.EROFS: "choose a writable directory with --out",
+    errno.ENOSPC: "free some space and rerun the same command: it resumes where it stopped",
+    errno.EDQUOT: "free some space and rerun the same command: it resumes where it stopped",
     errno.ENOENT: "check the path",
-    errno.ENOTDIR: "a part of that path is a file; check it",
-    errno.EISDIR: "that is a folder; name a file in it",
+    errno.ENOTDIR: "check the path: a part of it is a file",
+    errno.EISDIR: "give a file instead of a folder",
 }
 
 
 @dataclass(frozen=True)
-class Explained:
-    """An error for people."""
+class Explanation:
+    """Represent an error for people."""
 
     what: str
     why: str = ""
     hint: str = ""
-    ours: bool = False
-    """Whether the program is to blame rather than what it was given."""
+    is_bug: bool = False
+    """True if the program is at fault rather than its input."""
 
 
-def explain(error: BaseException) -> Explained:
-    """Put an exception into words."""
+def explain(error: BaseException) -> Explanation:
+    """Describe an exception for people."""
     if isinstance(error, CsrError):
-        return _of_user(error)
-    if hasattr(error, "format_message"):  # typer keeps the class of what is wrong with a command line to itself
-        return _of_usage(error, error.format_message())
+        return _explain_csr_error(error)
+    if hasattr(error, "format_message"):  # typer does not export the class of usage errors
+        return _explain_usage_error(error, error.format_message())
     if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
-        return Explained(
-            f"this needs {error.name}", "it is not installed", f"pip install 'csr-vlm[{extra}]', or pip install it"
-        )
+        return Explanation(f"{error.name} is required", "it is not installed", f"pip install 'csr-vlm[{extra}]'")
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        where = f"{error.filename}" if error.filename else "a file"
-        return Explained(f"{where} cannot be used", error.strerror.lower(), _HINTS.get(error.errno, ""))
+        path = f"{error.filename}" if error.filename else "a file"
+        return Explanation(f"{path} cannot be used", error.strerror.lower(), _HINTS.get(error.errno, ""))
     if type(error).__name__ == "OutOfMemoryError":
-        return Explained(
-            "the GPU's memory is full",
+        return Explanation(
+            "out of GPU memory",
             str(error).partition(". ")[0],
-            "lower generation.max_rows for the search, training.trl.per_device_train_batch_size for training",
+            "lower generation.max_rows (search) or training.trl.per_device_train_batch_size (training)",
         )
     if isinstance(error, MemoryError):
-        return Explained("the machine's memory is full", "", "lower generation.max_rows or generation.prompts_per_part")
-    said = str(error).strip().splitlines() or [""]
-    return Explained(f"{type(error).__name__}, which should not happen", said[0], ours=True)
+        return Explanation("out of memory", "", "lower generation.max_rows or generation.prompts_per_part")
+    lines = str(error).strip().splitlines() or [""]
+    return Explanation(f"internal error: {type(error).__name__}", lines[0], is_bug=True)
 
 
-def tell(error: BaseException) -> None:
-    """Print an error to stderr; what should not happen leaves its traceback in a file."""
+def print_error(error: BaseException) -> None:
+    """Print an error to stderr; the traceback of an internal error goes to a file."""
     if console.mode.debug:
         traceback.print_exception(error)
     if type(error).__name__ == "NoArgsIsHelpError":  # a group without a verb
         print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
         return
-    found = explain(error)
-    hint = found.hint
-    if found.ours:
-        hint = "please report it with what --debug shows"
-        if not console.mode.debug:
-            hint = f"please report it with the traceback in {_kept(error)}"
-    for name, text in (("error", found.what), ("why", found.why), ("hint", hint)):
+    explanation = explain(error)
+    hint = explanation.hint
+    if explanation.is_bug:
+        where = "above" if console.mode.debug else f"in {_write_traceback(error)}"
+        hint = f"please report it with the traceback {where}"
+    for name, text in (("error", explanation.what), ("why", explanation.why), ("hint", hint)):
         if text:
             print(f"{name}: {text}", file=sys.stderr)
 
 
-def _of_user(error: CsrError) -> Explained:
-    what, why = _divided(error.message)
-    return Explained(what, _ERRNO.sub(r"\1", why), error.hint)
+def _explain_csr_error(error: CsrError) -> Explanation:
+    what, why = _split_message(error.message)
+    return Explanation(what, _ERRNO_PREFIX.sub(r"\1", why), error.hint)
 
 
-def _divided(message: str) -> tuple[str, str]:
-    """Divide "what went wrong: why" into its two lines."""
+def _split_message(message: str) -> tuple[str, str]:
+    """Split "what went wrong: why" into its two parts."""
     what, colon, why = message.partition(": ")
-    return (what, why) if colon and " " in what else (message, "")  # a path or an option names where, not what
+    return (what, why) if colon and " " in what else (message, "")  # before the colon may be a path or an option alone
 
 
-def _of_usage(error: Any, message: str) -> Explained:
-    """Word what is wrong with a command line."""
-    said, *meant = re.split(r"Did you mean |\(Possible options: ", message.strip())
+def _explain_usage_error(error: Any, message: str) -> Explanation:
+    """Describe what is wrong with a command line."""
+    text, *suggestions = re.split(r"Did you mean |\(Possible options: ", message.strip())
     verb = error.ctx.command_path if getattr(error, "ctx", None) else "csr"
-    likely = "".join(meant).strip(" ?')").replace(", ", " or ")
-    hint = f"did you mean {likely}?" if likely else f"{verb} --help says what it takes"
-    what, why = _divided(said[:1].lower() + said[1:].strip().rstrip(".").replace("option: ", "option "))
+    likely = "".join(suggestions).strip(" ?')").replace(", ", " or ")
+    hint = f"did you mean {likely}?" if likely else f"{verb} --help lists its arguments"
+    what, why = _split_message(text[:1].lower() + text[1:].strip().rstrip(".").replace("option: ", "option "))
     why = why.removeprefix("Value error, ")
-    return Explained(what, why[:1].lower() + why[1:], hint)
+    return Explanation(what, why[:1].lower() + why[1:], hint)
 
 
 def exit_code(error: BaseException) -> int:
-    """2 for a command line that cannot be read, 1 for everything else."""
+    """Return 2 for a command line that cannot be parsed, 1 for all other errors."""
     return int(getattr(error, "exit_code", 1))
 
 
-def _kept(error: BaseException) -> Path:
+def _write_traceback(error: BaseException) -> Path:
     with tempfile.NamedTemporaryFile(
         "w", prefix="csr-error-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
     ) as file:

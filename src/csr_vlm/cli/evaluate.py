@@ -1,9 +1,9 @@
-"""``csr eval chair``, ``pope`` and what leads to them: prompts, questions, answers."""
+"""Implement ``csr eval``: CHAIR, POPE, test scenes, and the prompts, questions and answers that they need."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,70 +11,154 @@ import typer
 
 from csr_vlm.cli import console
 from csr_vlm.cli.arguments import RunArgument
+from csr_vlm.cli.common import RunByDefault
+from csr_vlm.cli.lmms import eval_lmms
+from csr_vlm.config.load import load_config
 from csr_vlm.core.errors import CsrError
 
 if TYPE_CHECKING:
-    from csr_vlm.core.progress import Advance
+    from csr_vlm.core.progress import Progress
     from csr_vlm.core.records import Finish, Prompt
-    from csr_vlm.evaluation.answers import Decoding, Respond
+    from csr_vlm.evaluation.answers import AnswerSettings, Respond
     from csr_vlm.store.run import Run
 
 AnnotationsOption = Annotated[
     Path, typer.Option("--annotations", help="Directory with COCO's instances_*.json and captions_*.json.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Which images and objects are drawn.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed of images and objects.")]
 Store = Annotated[
-    Path | None, typer.Option("--store", metavar="RUN", help="Keep the result with this run, for csr compare.")
+    Path | None, typer.Option("--store", metavar="RUN", help="Store the result in this run, for csr compare.")
 ]
 AnsweredBy = Annotated[
     int | None,
-    typer.Option("--iteration", min=0, help="Whose answers are stored; what stands beside them says so by default."),
+    typer.Option("--iteration", min=0, help="Iteration that gave the answers (default: from their protocol file)."),
 ]
-_ANSWERED_AT_ONCE = 256
+_PROMPTS_PER_CHUNK = 256
+
+app = typer.Typer(
+    cls=RunByDefault,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Evaluate the policies of a run: csr eval RUN.",
+)
+
+
+def evaluate_run(
+    target: RunArgument,
+    again: Annotated[bool, typer.Option("--again", help="Repeat the evaluations that the recipe configures.")] = False,
+) -> None:
+    """Print all metrics of a run; compute missing ones.
+
+    Example: csr eval runs/d0
+    """
+    from csr_vlm.store.run import Run
+
+    run = Run.open(target)
+    console.quiet_libraries()
+    from csr_vlm.evaluation.compare import evaluated_iterations, read_documents
+    from csr_vlm.pipeline import stages
+
+    with run.locked():
+        for number in range(run.last_trained + 1):
+            stages.evaluate(run, number, console.reporter(), again)
+    documents = {number: read_documents(run, number) for number in evaluated_iterations(run)}
+    if not documents:
+        raise CsrError(f"{target} has no evaluation", "set evaluation in its recipe, or see csr eval --help")
+    if console.mode.json:
+        measured = [
+            {"iteration": number, "evaluation": name, "metrics": document["metrics"], "protocol": document["protocol"]}
+            for number, by_name in documents.items()
+            for name, document in by_name.items()
+        ]
+        console.print_json({"run": str(target), "measured": measured})
+        return
+    for name in sorted({name for by_name in documents.values() for name in by_name}):
+        by_iteration = {number: by_name[name] for number, by_name in documents.items() if name in by_name}
+        console.print_metrics(
+            f"{name}, with 95 % intervals", {number: document["metrics"] for number, document in by_iteration.items()}
+        )
+        for protocol in _distinct([document["protocol"] for document in by_iteration.values()]):
+            console.log(f"{name}: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
+    console.log(f"next: csr compare {target} tests the differences prompt by prompt")
+
+
+def evaluate_world(
+    target: RunArgument,
+    scenes: Annotated[int, typer.Option(min=10, help="Number of test scenes.")] = 1000,
+    world_seed: Annotated[int, typer.Option(min=0, help="Random seed of the scenes.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+) -> None:
+    """Evaluate every policy of a run on test scenes.
+
+    Example: csr eval world runs/d0 --scenes 1000 --world-seed 7 --json
+    """
+    from csr_vlm.store.run import Run
+
+    run = Run.open(target)
+    console.quiet_libraries()
+    from csr_vlm.evaluation.compare import policy_name
+    from csr_vlm.pipeline import policy_evaluation
+
+    reporter = console.reporter()
+    overrides = [f"evaluation.world.num_scenes={scenes}", f"evaluation.world.seed={world_seed}"]
+    config = load_config(None, overrides, base=run.config.dump())
+    documents: dict[int, Any] = {}
+    for number in range(run.last_trained + 1):
+        documents[number] = policy_evaluation.evaluate_world(
+            config, run.adapter_path(number), policy_name(number), reporter, temperature
+        )
+    if console.mode.json:
+        iterations = [
+            {"iteration": number, "metrics": document["metrics"], "protocol": document["protocol"]}
+            for number, document in documents.items()
+        ]
+        console.print_json({"run": str(target), "iterations": iterations})
+    else:
+        console.print_metrics(f"{scenes} test scenes", {n: document["metrics"] for n, document in documents.items()})
 
 
 def chair(
-    captions: Annotated[Path, typer.Option(help="JSON lines: id, image_id, caption.")],
+    captions: Annotated[Path, typer.Option(help="JSON Lines with id, image_id, caption.")],
     annotations: AnnotationsOption,
     words: Annotated[
-        str, typer.Option(help="How words are read: pattern (as the original), wordnet (as OPERA, lmms-eval), plain.")
+        str, typer.Option(help="Word rule: pattern (original CHAIR), wordnet (OPERA, lmms-eval) or plain.")
     ] = "pattern",
     synonyms: Annotated[
-        Path | None, typer.Option(help="Synonym file, such as the original's; our own COCO table by default.")
+        Path | None, typer.Option(help="Synonym file, such as the original's (default: built-in COCO table).")
     ] = None,
     nltk_data: Annotated[
-        Path | None, typer.Option(help="nltk_data directory with WordNet and the English tagger, for wordnet.")
+        Path | None, typer.Option(help="nltk_data directory with WordNet and the English tagger, for --words wordnet.")
     ] = None,
     store: Store = None,
     iteration: AnsweredBy = None,
 ) -> None:
-    """Compute CHAIR of captions: which named objects are not in the image.
+    """Compute CHAIR: objects named in captions but not in images.
 
-    Example: csr eval chair --captions a.jsonl --annotations coco/annotations --words pattern --json
+    Example: csr eval chair --captions a.jsonl --annotations coco/annotations
     """
     from csr_vlm.evaluation.annotations import read_annotations
     from csr_vlm.evaluation.answers import read_captions
-    from csr_vlm.evaluation.chair import Reader, by_length, counts, evaluate, summarise
-    from csr_vlm.evaluation.chair import document as chair_document
+    from csr_vlm.evaluation.chair import ObjectReader, by_length, counts, evaluate, summarize
+    from csr_vlm.evaluation.chair import evaluation_document as chair_document
     from csr_vlm.evaluation.objects import ObjectTable
     from csr_vlm.evaluation.words import word_rule
 
-    given = read_captions(captions)
+    captions_read = read_captions(captions)
     table = ObjectTable.read(synonyms, of_coco=words != "plain") if synonyms else ObjectTable.coco()
-    reader = Reader(word_rule(words, table.vocabulary, nltk_data), table)
-    found = read_annotations(annotations)
-    rows = evaluate(given, _truth(given, found, reader, captions), reader)
-    metrics = summarise(rows)
+    reader = ObjectReader(word_rule(words, nltk_data), table)
+    coco = read_annotations(annotations)
+    rows = evaluate(captions_read, _truth(captions_read, coco, reader, captions), reader)
+    metrics = summarize(rows)
     protocol = {
         "metric": "CHAIR",
         "words": {"rule": words, **reader.rule.source},
         "synonyms": {"file": synonyms.name if synonyms else "csr-vlm's own", "sha256": table.sha256},
-        "annotations": dict(found.sources),
+        "annotations": dict(coco.sources),
         "interval": "95 % percentile bootstrap over captions",
     }
     if store is not None:
         _store(store, iteration, [captions], chair_document(rows, protocol))
-    protocol |= _given_by(captions)
+    protocol |= _answers_protocol(captions)
     result = {
         **{name: metric.value for name, metric in metrics.items()},
         "n": len(rows),
@@ -86,33 +170,31 @@ def chair(
     if console.mode.json:
         console.print_json({**result, "sentences": [row.dump() for row in rows]})
         return
-    _print_rates(f"CHAIR, words by {words}", result)
+    _print_rates(f"CHAIR, word rule {words}", result)
     print()
     _print_by_length(result["by_length"])
     _print_notes(result)
 
 
 def pope(
-    questions: Annotated[
-        list[Path], typer.Option(help="POPE question file; repeat for several settings, or give a directory.")
-    ],
+    questions: Annotated[list[Path], typer.Option(help="POPE question file, or a directory of them; repeatable.")],
     answers: Annotated[
-        list[Path], typer.Option(help="JSON lines: question_id, answer; one for each question file, in order.")
+        list[Path], typer.Option(help="JSON Lines with question_id, answer; one file per question file.")
     ],
     store: Store = None,
     iteration: AnsweredBy = None,
 ) -> None:
-    """Compute POPE of answers, read by the official parser and by a strict and a lenient one.
+    """Compute POPE with the official and two other parsers.
 
     Example: csr eval pope --questions coco_pope_random.json --answers a.jsonl --json
     """
-    from csr_vlm.evaluation.pope import document, evaluate, pair_up, read_questions
+    from csr_vlm.evaluation.pope import evaluate, evaluation_document, match_answers, read_questions
 
     question_paths, answer_paths = _files_in(questions), _files_in(answers)
-    paired = pair_up([read_questions(path) for path in question_paths], answer_paths)
+    paired = match_answers([read_questions(path) for path in question_paths], answer_paths)
     parsers = evaluate(paired)
     official = parsers["official"]
-    only = next(iter(official["settings"].values())) if len(paired) == 1 else {}
+    single_setting = next(iter(official["settings"].values())) if len(paired) == 1 else {}
     protocol: dict[str, Any] = {
         "metric": "POPE",
         "questions": [
@@ -122,10 +204,10 @@ def pope(
         "interval": "95 % percentile bootstrap over questions",
     }
     if store is not None:
-        _store(store, iteration, answer_paths, document(paired, protocol))
-    protocol["answers"] = [_given_by(path) for path in answer_paths]
+        _store(store, iteration, answer_paths, evaluation_document(paired, protocol))
+    protocol["answers"] = [_answers_protocol(path) for path in answer_paths]
     result = {
-        **only,
+        **single_setting,
         **official["mean"],
         "n": sum(len(file.questions) for file, _ in paired),
         "settings": official["settings"],
@@ -153,22 +235,22 @@ def pope_build(
     annotations: AnnotationsOption,
     out: Annotated[Path, typer.Option("--out", help="Directory for pope_random.jsonl, _popular, _adversarial.")],
     split: Annotated[str, typer.Option(help="Read only instances_SPLIT.json.")] = "*",
-    images: Annotated[int, typer.Option(min=1, help="Images asked about.")] = 500,
-    per_image: Annotated[int, typer.Option(min=1, help="Questions of each answer an image.")] = 3,
+    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 500,
+    per_image: Annotated[int, typer.Option(min=1, help="Number of yes and of no questions per image.")] = 3,
     seed: Seed = 0,
 ) -> None:
-    """Write POPE-like questions about any images with COCO-format annotations.
+    """Write POPE questions from COCO-format annotations.
 
-    Example: csr eval pope-build --annotations coco/annotations --split val2014 --out questions
+    Example: csr eval pope-build --annotations coco/annotations --out questions
     """
     from csr_vlm.evaluation.annotations import read_annotations
     from csr_vlm.evaluation.pope import SETTINGS
     from csr_vlm.evaluation.pope_build import Scenery, build_questions, rows
     from csr_vlm.store.files import write_text
 
-    found = read_annotations(annotations, split)
-    objects = {found.file_names.get(key) or str(key): frozenset(names) for key, names in found.instances.items()}
-    scenery = Scenery(objects, found.categories)
+    coco = read_annotations(annotations, split)
+    objects = {coco.file_names.get(key) or str(key): frozenset(names) for key, names in coco.instances.items()}
+    scenery = Scenery(objects, coco.categories)
     written = []
     for setting in SETTINGS:
         questions = build_questions(scenery, setting, num_images=images, per_image=per_image, seed=seed)
@@ -182,11 +264,11 @@ def chair_prompts(
     annotations: AnnotationsOption,
     out: Annotated[Path, typer.Option("--out", help="Prompt file to write.")],
     split: Annotated[str, typer.Option(help="Read only instances_SPLIT.json.")] = "val2014",
-    images: Annotated[int, typer.Option(min=1, help="Images drawn.")] = 500,
-    text: Annotated[str, typer.Option(help="What is asked.")] = "Please describe this image in detail.",
+    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 500,
+    text: Annotated[str, typer.Option(help="Text of every prompt.")] = "Please describe this image in detail.",
     seed: Seed = 0,
 ) -> None:
-    """Draw images for CHAIR and write the prompts that ask for their captions.
+    """Sample images and write caption prompts for CHAIR.
 
     Example: csr eval chair-prompts --annotations coco/annotations --out chair.jsonl
     """
@@ -195,12 +277,12 @@ def chair_prompts(
     from csr_vlm.evaluation.annotations import read_annotations
     from csr_vlm.store.files import write_text
 
-    found = read_annotations(annotations, split)
-    named = sorted((name, key) for key, name in found.file_names.items() if name)
+    coco = read_annotations(annotations, split)
+    named = sorted((name, key) for key, name in coco.file_names.items() if name)
     if len(named) < images:
-        raise CsrError(f"the annotations name {len(named)} images", f"ask for fewer with --images {len(named)}")
-    drawn = random.Random(seed).sample(named, images)
-    rows = [{"id": str(key), "image_id": key, "image": name, "text": text} for name, key in drawn]
+        raise CsrError(f"the annotations name only {len(named)} images", f"use --images {len(named)}")
+    sampled = random.Random(seed).sample(named, images)
+    rows = [{"id": str(key), "image_id": key, "image": name, "text": text} for name, key in sampled]
     write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     console.done(
         out, then=f"csr eval answer RUN --prompts {out} --images FOLDER --out captions.jsonl", prompts=len(rows)
@@ -209,114 +291,130 @@ def chair_prompts(
 
 def answer(
     target: RunArgument,
-    prompts: Annotated[Path, typer.Option(help="JSON lines: id (or question_id), image, text.")],
-    out: Annotated[Path, typer.Option("--out", help="Captions or answers to write; the protocol beside them.")],
-    iteration: Annotated[int | None, typer.Option(min=0, help="Whose policy; 0: base; by default the result.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the images; the prompt file's by default.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="64 and 512 are usual for CHAIR.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    prompts: Annotated[Path, typer.Option(help="JSON Lines with id (or question_id), image, text.")],
+    out: Annotated[Path, typer.Option("--out", help="File for the answers; the protocol is written next to it.")],
+    iteration: Annotated[
+        int | None, typer.Option(min=0, help="Iteration; 0 is the base model (default: result).")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images (default: that of the prompt file).")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum number of tokens; 64 or 512 are common for CHAIR.")
+    ] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampling.")] = 0,
     keep_unfinished: Annotated[
-        bool, typer.Option("--keep-unfinished", help="Keep a caption's last sentence where the limit cut it.")
+        bool, typer.Option("--keep-unfinished", help="Keep a last sentence that the token limit cut off.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first so many.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of prompts to answer (default: all).")] = None,
 ) -> None:
-    """Let a run's policy caption images or answer questions, for csr eval chair and csr eval pope.
+    """Answer prompts with a run's policy, for chair and pope.
 
-    Example: csr eval answer runs/a --prompts chair.jsonl --images val2014 --out a.jsonl
+    Example: csr eval answer runs/a --prompts chair.jsonl --out a.jsonl
     """
     from csr_vlm.store.run import Run
 
-    opened = Run.open(target)
-    number = opened.final if iteration is None else iteration
-    _require_policy(opened, number)
+    run = Run.open(target)
+    number = run.final if iteration is None else iteration
+    _require_policy(run, number)
     console.quiet_libraries()
     from csr_vlm.evaluation import answers
     from csr_vlm.evaluation.compare import policy_name
 
-    asked = answers.read_asked(prompts, images, limit)
-    decoding = answers.Decoding(max_new_tokens, temperature, seed, drop_unfinished=not keep_unfinished)
-    with console.reporter().stage(f"{policy_name(number)}: answering", len(asked)) as advance:
-        rows, protocol = answers.answer(
-            asked,
-            _respond(opened, number, decoding, advance),
+    read_prompts = answers.read_evaluation_prompts(prompts, images, limit)
+    decoding = answers.AnswerSettings(max_new_tokens, temperature, seed, drop_unfinished=not keep_unfinished)
+    with console.reporter().stage(f"{policy_name(number)}: answering", len(read_prompts)) as progress:
+        rows, protocol = answers.answer_prompts(
+            read_prompts,
+            _responder(run, number, decoding, progress),
             decoding,
-            {"model": opened.config.model.path, "run": str(target), "iteration": number},
+            {"model": run.config.model.path, "run": str(target), "iteration": number},
         )
     answers.write_answers(out, rows, protocol)
     if protocol["unfinished"]:
-        console.say(f"{protocol['unfinished']} of {len(rows)} ran into {max_new_tokens} tokens")
+        console.log(f"{protocol['unfinished']} of {len(rows)} answers reached the limit of {max_new_tokens} tokens")
     then = f"csr eval chair --captions {out} --annotations COCO, or csr eval pope --questions {prompts} --answers {out}"
     console.done(out, then=then, rows=len(rows), protocol=protocol)
 
 
 def _require_policy(run: Run, iteration: int) -> None:
     if iteration and not run.is_done(iteration, "train"):
-        raise CsrError(f"iteration {iteration} of {run.root} has no adapter", f"the last one is {run.last_trained}")
+        raise CsrError(
+            f"iteration {iteration} of {run.root} has no adapter", f"the last trained iteration is {run.last_trained}"
+        )
 
 
 def _store(root: Path, iteration: int | None, answers: Sequence[Path], document: dict[str, Any]) -> None:
-    """Keep an evaluation with the policy that gave the answers."""
-    from csr_vlm.evaluation.answers import chosen_in, read_protocol
+    """Store an evaluation in the run whose policy gave the answers.
+
+    Raises:
+        CsrError: The iteration is unknown, ambiguous or not trained, or a row id is repeated.
+    """
+    from csr_vlm.evaluation.answers import generation_settings, read_protocol
     from csr_vlm.store import files
     from csr_vlm.store.run import Run
 
     run = Run.open(root)
     generated = [read_protocol(path) for path in answers]
-    said = {found["policy"].get("iteration") for found in generated if found is not None} - {None}
-    numbers = said if iteration is None else {iteration}
-    if len(numbers) != 1 or not said <= numbers:
-        named = " and ".join(f"iteration {number}" for number in sorted(said)) or "nobody knows which iteration"
-        raise CsrError(f"the answers are by {named}", "give --iteration N, and the answers of that policy alone")
+    recorded = {answered["policy"].get("iteration") for answered in generated if answered is not None} - {None}
+    numbers = recorded if iteration is None else {iteration}
+    if len(numbers) != 1 or not recorded <= numbers:
+        named = " and ".join(f"iteration {number}" for number in sorted(recorded)) or "an unknown iteration"
+        raise CsrError(f"the answers are by {named}", "give --iteration N and only answers of that policy")
     (number,) = numbers
     _require_policy(run, number)
     ids = [row["id"] for row in document["rows"]]
     if len(set(ids)) < len(ids):
-        raise CsrError(f"{len(ids) - len(set(ids))} ids come twice", "each row needs its own id to be compared by")
-    stored = {**document, "protocol": {**document["protocol"], **chosen_in(generated)}}
+        raise CsrError(f"repeated row ids: {len(ids) - len(set(ids))}", "every row needs its own id")
+    stored = {**document, "protocol": {**document["protocol"], **generation_settings(generated)}}
     path = run.evaluation_path(number, str(document["protocol"]["metric"]).lower())
     with run.locked():
         files.write_json(path, stored)
-    console.say(f"stored in {path}; next: csr eval {root} and csr compare {root} show it")
+    console.log(f"stored in {path}; next: csr eval {root}; csr compare {root}")
 
 
-def _respond(run: Run, iteration: int, decoding: Decoding, advance: Advance) -> Respond:
-    """Return what answers prompts with the policy of an iteration."""
+def _responder(run: Run, iteration: int, decoding: AnswerSettings, progress: Progress) -> Respond:
+    """Return a function that answers prompts with the policy of an iteration."""
     from csr_vlm.core.batching import batched
     from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.models.policy import load_policy
+    from csr_vlm.models.loading import load_policy
 
     policy = load_policy(run.config.model, run.adapter_path(iteration), run.config.data.max_image_pixels)
     generation = run.config.generation
     engine = TransformersEngine(policy, generation.max_rows, generation.attention)
 
     def respond(prompts: Sequence[Prompt]) -> Iterator[tuple[str, Finish]]:
-        for chunk in batched(prompts, _ANSWERED_AT_ONCE):
-            found = engine.respond(chunk, decoding.max_new_tokens, decoding.temperature, decoding.seed)
-            yield from ((candidate.text, candidate.finish) for candidate in found)
+        for chunk in batched(prompts, _PROMPTS_PER_CHUNK):
+            candidates = engine.respond(chunk, decoding.max_new_tokens, decoding.temperature, decoding.seed)
+            yield from ((candidate.text, candidate.finish) for candidate in candidates)
             engine.forget()
-            advance(len(chunk))
+            progress.advance(len(chunk))
 
     return respond
 
 
 def _truth(captions: Sequence[Any], annotations: Any, reader: Any, path: Path) -> Mapping[Any, Any]:
-    """Return the objects of every captioned image, under the name that its caption gives it."""
-    from csr_vlm.evaluation.annotations import truth_of
+    """Map the image id of every caption to the objects in the image.
+
+    Raises:
+        CsrError: The annotations lack an image.
+    """
+    from csr_vlm.evaluation.annotations import ground_truth
 
     ids = {caption.image_id: annotations.find(caption.image_id) for caption in captions}
-    unknown = [str(name) for name, found in ids.items() if found is None]
+    unknown = [str(name) for name, image_id in ids.items() if image_id is None]
     if unknown:
         raise CsrError(
-            f"{path}: the annotations know nothing of {len(unknown)} images, such as {', '.join(unknown[:3])}",
-            "image_id is COCO's number or the file name; are these the right annotations?",
+            f"{path}: the annotations lack {len(unknown)} images, such as {', '.join(unknown[:3])}",
+            "image_id must be COCO's number or the file name; check that the annotations are of these images",
         )
-    truth = truth_of(annotations, set(ids.values()), reader)
-    return {name: truth[found] for name, found in ids.items()}
+    truth = ground_truth(annotations, set(ids.values()), reader)
+    return {name: truth[image_id] for name, image_id in ids.items()}
 
 
-def _given_by(path: Path) -> dict[str, Any]:
-    """Say which answers these are, and how they were generated if that is known."""
+def _answers_protocol(path: Path) -> dict[str, Any]:
+    """Return the digest of a file of answers, and how they were generated if that is known."""
     from csr_vlm.evaluation.answers import read_protocol
     from csr_vlm.store.files import sha256_of
 
@@ -330,9 +428,9 @@ def _with_id(protocol: dict[str, Any]) -> dict[str, Any]:
 
 
 def _files_in(paths: Sequence[Path]) -> list[Path]:
-    """Replace directories by their JSON files."""
-    found = [file for path in paths for file in (sorted(path.glob("*.json*")) if path.is_dir() else [path])]
-    return [file for file in found if not file.name.endswith(".protocol.json")]
+    """List files, with directories replaced by their JSON files."""
+    expanded = [file for path in paths for file in (sorted(path.glob("*.json*")) if path.is_dir() else [path])]
+    return [file for file in expanded if not file.name.endswith(".protocol.json")]
 
 
 def _print_rates(title: str, result: Mapping[str, Any]) -> None:
@@ -355,23 +453,28 @@ def _print_notes(result: Mapping[str, Any]) -> None:
     shown = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result["counts"].items())
     print(f"\n{shown}")
     if result["protocol"]["generation"] is None:
-        console.say("how the captions were generated is not known: no protocol stands beside them")
+        console.log("it is unknown how the captions were generated: there is no protocol file next to them")
 
 
 def _print_undefined(settings: Mapping[str, Mapping[str, Any]]) -> None:
     for setting, values in settings.items():
         for name, reason in values["undefined"].items():
-            print(f"{setting}: {name} is undefined, since {reason}")
+            print(f"{setting}: {name} is undefined because {reason}")
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}" if value < 10 else f"{value:.1f}"
 
 
-EVAL_COMMANDS: Mapping[str, Callable[..., None]] = {
-    "chair": chair,
-    "chair-prompts": chair_prompts,
-    "pope": pope,
-    "pope-build": pope_build,
-    "answer": answer,
-}
+def _distinct(protocols: Sequence[Any]) -> list[Any]:
+    return [protocol for index, protocol in enumerate(protocols) if protocol not in protocols[:index]]
+
+
+app.command("run")(evaluate_run)
+app.command("chair-prompts")(chair_prompts)
+app.command("pope-build")(pope_build)
+app.command("answer")(answer)
+app.command("chair")(chair)
+app.command("pope")(pope)
+app.command("world")(evaluate_world)
+app.command("lmms")(eval_lmms)

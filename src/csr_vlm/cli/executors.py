@@ -1,4 +1,4 @@
-"""Which processes a command works with."""
+"""Choose the processes on which a command runs."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ import typer
 
 from csr_vlm.cli import console
 from csr_vlm.core.errors import CsrError
-from csr_vlm.scale.executor import ALONE, Crew
-from csr_vlm.scale.torchrun import launched, num_launched
+from csr_vlm.scale.executor import LOCAL, Executor
+from csr_vlm.scale.torchrun import num_launched, torchrun_executor
 
 RayActors = Annotated[
-    int | None, typer.Option("--ray", min=1, help="Generate, ask or score in so many Ray actors; train here.")
+    int | None, typer.Option("--ray", min=1, help="Number of Ray actors; training stays in this process.")
 ]
 
 
 @contextmanager
-def crew_of(ray_actors: int | None = None) -> Iterator[Crew | None]:
-    """Give a command its crew: this process, those that a launcher started beside it, or Ray actors.
+def executor_for(ray_actors: int | None = None) -> Iterator[Executor]:
+    """Yield the executor of a command: this process, the processes of a launcher, or Ray actors.
 
-    Yields None in a launched process that is not the first, once all its work is done.
+    A launched process other than rank 0 gets no executor: it works for the leader and ends with it.
     """
     console.quiet_libraries()
     if num_launched() > 1:
         if ray_actors is not None:
-            raise CsrError("a launcher and --ray both spread the work", "use one of the two")
-        from csr_vlm.pipeline.tasks import SHARED
+            raise CsrError(
+                "--ray cannot be combined with torchrun or accelerate launch", "use either --ray or a launcher"
+            )
+        from csr_vlm.pipeline.tasks import WORKERS
 
-        with launched(SHARED) as ranks:
-            yield ranks
+        with torchrun_executor(WORKERS) as executor:
+            yield executor
     elif ray_actors is not None:
-        from csr_vlm.scale.ray import ray_crew
+        from csr_vlm.scale.ray import ray_executor
 
-        with ray_crew(ray_actors) as crew:
-            yield crew
+        with ray_executor(ray_actors) as executor:
+            yield executor
     else:
-        yield ALONE
+        yield LOCAL

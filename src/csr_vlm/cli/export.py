@@ -1,4 +1,4 @@
-"""``csr export``: an iteration's pairs in other programs' formats."""
+"""Implement ``csr export``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from csr_vlm.store.run import Run
 
 
 class Format(StrEnum):
-    """Formats that pairs are exported in; a test holds them against data.formats."""
+    """Enumerate the formats of exported pairs; a test compares them with data.formats."""
 
     TRL = "trl"
     LLAVA = "llava"
@@ -26,30 +26,30 @@ class Format(StrEnum):
 
 def export(
     target: RunArgument,
-    form: Annotated[Format, typer.Option("--format", help="Whose format.")],
+    form: Annotated[Format, typer.Option("--format", help="Format of another trainer.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],
-    iteration: Annotated[int | None, typer.Option(min=1, help="Whose pairs; the last one's by default.")] = None,
+    iteration: Annotated[int | None, typer.Option(min=1, help="Iteration (default: last with pairs).")] = None,
     copy_images: Annotated[
-        bool, typer.Option("--copy-images", help="Take the images along; otherwise absolute paths name them.")
+        bool, typer.Option("--copy-images", help="Copy the images (default: refer to them by absolute paths).")
     ] = False,
 ) -> None:
-    """Write the pairs of an iteration for another trainer.
+    """Export preference pairs for another trainer.
 
-    Other trainers end every response, so pairs of unfinished ones (method.pairs.between:
-    siblings) are replaced by pairs of whole responses from the same ledger.
+    Other trainers append an end token to every response, so pairs of sibling sentences (method.pairs.between: siblings)
+    are replaced by pairs of whole responses from the same ledger.
 
     Example: csr export runs/d0 --format trl --out pairs-trl --copy-images
     """
     from csr_vlm.data.external_pairs import write_pairs
     from csr_vlm.pipeline import stages
 
-    opened = Run.open(target)
-    number = iteration or max(opened.iterations_done("pairs"), default=0)
-    if not opened.is_done(number, "pairs"):
+    run = Run.open(target)
+    number = iteration or max(run.iterations_done("pairs"), default=0)
+    if not run.is_done(number, "pairs"):
         raise CsrError(f"iteration {number or 1} of {target} has no pairs", f"csr pairs {target}")
     with console.reporter().stage("writing pairs", 0):
-        pairs = stages.whole_response_pairs(opened, number)
-        written = write_pairs(pairs, form.value, out, copy_images=copy_images, origin=opened.config.model.path)
-    console.say(f"{len(pairs)} pairs of iteration {number}")
-    then = "docs/data.md shows how the other program reads them"
+        pairs = stages.whole_response_pairs(run, number)
+        written = write_pairs(pairs, form.value, out, copy_images=copy_images, origin=run.config.model.path)
+    console.log(f"exported {len(pairs)} pairs of iteration {number}")
+    then = "see docs/data.md for loading them in the other trainer"
     console.done(written, then=then, pairs=len(pairs), iteration=number)

@@ -1,4 +1,4 @@
-"""``csr push``: the final adapter and its card to a hub repository."""
+"""Implement ``csr push``."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def push(
     target: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a finished run.")],
     repository: Annotated[
-        str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the hub; made if it is not there.")
+        str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the hub; created if it does not exist.")
     ],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card; send nothing.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the files and the model card; upload nothing.")
+    ] = False,
 ) -> None:
-    """Send the final adapter and its model card to the Hugging Face hub.
+    """Upload the final adapter and model card to the hub.
 
-    It goes as the user that `hf auth login` or HF_TOKEN names. Example: csr push runs/q me/llava-csr --dry-run
+    Uses the account of `hf auth login` or HF_TOKEN.
+
+    Example: csr push runs/q me/llava-csr --dry-run
     """
     from csr_vlm.report.card import write_card
 
     if not _REPOSITORY.fullmatch(repository):
-        raise CsrError(f"{repository!r} is not a repository id", "write OWNER/NAME")
-    opened = Run.open(target)
-    folder = opened.root / "adapter"
+        raise CsrError(f"{repository!r} is not a valid repository id", "write OWNER/NAME")
+    run = Run.open(target)
+    folder = run.root / "adapter"
     if not (folder / "adapter_model.safetensors").is_file():
         raise CsrError(f"{target} has no final adapter yet", f"csr run {target}")
-    card = write_card(opened)
+    card = write_card(run)
     if dry_run:
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
         if console.mode.json:
@@ -44,17 +48,20 @@ def push(
         rows = [[name, f"{size:,}"] for name, size in files.items()]
         console.print_table(f"to {repository}", ["file", "bytes"], rows)
         print(f"\n{card.read_text(encoding='utf-8')}")
-        console.say("nothing was sent")
+        console.log("dry run: nothing was uploaded")
         return
-    with console.reporter().stage("sending", 0):
+    with console.reporter().stage("uploading", 0):
         address = _upload(folder, repository, private)
     console.done(address, then=f'PeftModel.from_pretrained(base, "{repository}") loads it')
 
 
 def _upload(folder: Path, repository: str, private: bool) -> str:
-    """Create the repository where need be and send the folder; return its address.
+    """Create the repository if necessary and upload the folder; return the URL of the commit.
 
-    The token is the library's affair: it is read where the user keeps it, and never shown.
+    huggingface_hub reads the token; it is never printed.
+
+    Raises:
+        CsrError: There is no token, or the hub refuses the upload or cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -62,12 +69,14 @@ def _upload(folder: Path, repository: str, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        sent = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Add adapter")
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Add adapter")
     except LocalTokenNotFoundError:
-        raise CsrError("you are not logged in to the hub", "hf auth login, or set HF_TOKEN") from None
+        raise CsrError("not logged in to the hub", "run hf auth login, or set HF_TOKEN") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
-        raise CsrError(f"the hub refused {repository} ({status})", "check the name and your token's rights") from None
+        raise CsrError(
+            f"the hub refused {repository} ({status})", "check the name and the permissions of your token"
+        ) from None
     except OSError as error:
         raise CsrError(f"the hub cannot be reached: {type(error).__name__}", "try again when online") from None
-    return str(sent.commit_url)
+    return str(commit.commit_url)

@@ -1,4 +1,4 @@
-"""``csr reproduce``: the paper's tables with the numbers of runs beside them."""
+"""Implement ``csr reproduce``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from csr_vlm.store.run import Run
 
 
 def reproduce(
-    targets: Annotated[list[Path], typer.Argument(metavar="RUN", help="Directories of runs.")],
-    out: Annotated[Path | None, typer.Option("--out", help="The page; RUN/reproduction.html by default.")] = None,
+    targets: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Page to write (default: RUN/reproduction.html).")] = None,
 ) -> None:
-    """Write a page with the paper's published tables and what the runs measured beside them.
+    """Compare runs with the paper's published tables.
 
-    Several runs fill the tables of lambda and of the ablation.
+    Writes an HTML page. Several runs fill the lambda and ablation tables.
+
     Example: csr reproduce runs/lambda-0.9 runs/lambda-0.5 runs/only-rt
     """
     from csr_vlm.report.reproduction_page import write_reproduction
 
     runs = [Run.open(target) for target in targets]
     page = write_reproduction(runs, out or targets[0] / "reproduction.html")
-    console.done(page, then=f"open {page} in a browser; it needs no network")
+    console.done(page, then=f"open {page} in a browser; it works offline")

@@ -1,137 +1,30 @@
-"""A run and its trees in the terminal."""
+"""Implement ``csr show``."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from typing import Annotated
 
-from rich.text import Text
-from rich.tree import Tree
+import typer
 
-from csr_vlm.cli import console
-from csr_vlm.cli.console import print_metrics, print_table
-from csr_vlm.cli.sanitize import one_line
-from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Fate, Node, Pair, Prompt
-from csr_vlm.evaluation.compare import policy_name
-from csr_vlm.method.pairs import make_pairs
-from csr_vlm.method.reward import SentenceReward, path_ids, sentence_rewards
-from csr_vlm.store import ledger
+from csr_vlm.cli.arguments import GeneratedIteration, RunArgument
 from csr_vlm.store.run import Run
 
-_STYLES = {Fate.TOP: "green", Fate.BOTTOM: "yellow", Fate.FINISHED: "bold", Fate.TRUNCATED: "magenta"}
 
+def show(
+    target: RunArgument,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="Prompt id (default: summary of the run).")
+    ] = None,
+    iteration: GeneratedIteration = None,
+) -> None:
+    """Show a run, or the search tree of a prompt.
 
-def summary(run: Run) -> None:
-    """Print what is done, the pairs of each iteration, and the metrics."""
-    config = run.config
-    evaluated = run.iterations_done("evaluate")
-    if console.mode.json:
-        console.print_json(
-            {
-                "run": str(run.root),
-                "config": config.dump(),
-                "last_trained": run.last_trained,
-                "stopped_at": run.stopped_at,
-                "pairs": {number: run.result(number, "pairs") for number in run.iterations_done("pairs")},
-                "metrics": {number: run.metrics(number) for number in evaluated},
-            }
-        )
-        return
-    print_table(
-        str(run.root),
-        ["", ""],
-        [
-            ["model", config.model.path],
-            ["scorer", config.scorer.path],
-            ["preset", config.preset],
-            ["lambda", str(config.method.lambda_)],
-            ["iterations", f"{run.last_trained} of {config.iterations}"],
-        ],
-    )
-    if run.stopped_at is not None:
-        print(f"stopped after iteration {run.stopped_at}; its result: {policy_name(run.final)}")
-    rows = []
-    for number in range(1, config.iterations + 1):
-        made = run.result(number, "pairs") if run.is_done(number, "pairs") else {}
-        nodes = run.result(number, "generate")["nodes"] if run.is_done(number, "generate") else "-"
-        keys = ("pairs", "margin", "chosen_sentences", "rejected_sentences")
-        rows.append([str(number), str(nodes), *(str(made.get(key, "-")) for key in keys)])
-    print()
-    print_table("", ["iteration", "nodes", "pairs", "margin", "sentences chosen", "rejected"], rows)
-    if evaluated:
-        print()
-        print_metrics("", {n: run.metrics(n) for n in evaluated})
-    if run.iterations_done("generate"):
-        first = next(run.prompts()).prompt_id
-        console.say(f"next: csr show {run.root} {first} draws one prompt's tree; csr compare {run.root}")
+    Example: csr show runs/d0 harbour-prompts-0-000003 --iteration 1
+    """
+    from csr_vlm.cli.run_view import print_summary, print_tree
 
-
-def tree(run: Run, prompt_id: str, iteration: int | None) -> None:
-    """Print one prompt's search tree; the best and the worst path are marked."""
-    number = iteration or max(run.iterations_done("generate"), default=1)
-    trees = zip(run.prompts(), ledger.trees(run, number), strict=True)
-    found = next(((prompt, nodes) for prompt, nodes in trees if prompt.prompt_id == prompt_id), None)
-    if found is None:
-        some = ", ".join(prompt.prompt_id for prompt, _ in zip(run.prompts(), range(3), strict=False))
-        raise CsrError(f"{run.root} has no prompt {prompt_id!r}", f"it has {some}, ...")
-    method, scorer = run.config.method, run.config.scorer.used
-    prompt, nodes = found
-    rewards = sentence_rewards(nodes, method, scorer)
-    pairs = make_pairs(prompt, nodes, method, scorer, run.config.seed)
-    if console.mode.json:
-        _print_tree_json(prompt, nodes, rewards, pairs)
-        return
-    marks: dict[str, str] = {}
-    if not isinstance(pairs, str):
-        pair = pairs[0]
-        marks |= dict.fromkeys(path_ids(pair.rejected.node_id), " ✗")
-        marks |= dict.fromkeys(path_ids(pair.chosen.node_id), " ✓")
-    children: dict[str, list[Node]] = defaultdict(list)
-    for node in nodes:
-        if node.fate is not Fate.DUPLICATE:
-            children[node.parent_id].append(node)
-    root = Tree(Text(one_line(f"{prompt.text}  ({prompt.image})")))
-    _grow(root, "", children, rewards, marks)
-    output = console.terminal()
-    output.print(root)
-    if not isinstance(pairs, str):
-        output.print(Text(f"✓ chosen   {pair.chosen.reward:8.3f}  {one_line(pair.chosen.text)}"))
-        output.print(Text(f"✗ rejected {pair.rejected.reward:8.3f}  {one_line(pair.rejected.text)}"))
+    run = Run.open(target)
+    if prompt is None:
+        print_summary(run)
     else:
-        output.print(Text(f"no pair: {pairs}"))
-
-
-def _print_tree_json(
-    prompt: Prompt, nodes: list[Node], rewards: dict[str, SentenceReward], pairs: list[Pair] | str
-) -> None:
-    sentences = [
-        {
-            "node_id": node.node_id,
-            "sentence": node.sentence,
-            "finish": node.finish.value,
-            "fate": node.fate.value,
-            "cosines": dict(node.cosines),
-            "reward": vars(rewards[node.node_id]) if node.node_id in rewards else None,
-        }
-        for node in nodes
-    ]
-    found = (
-        [] if isinstance(pairs, str) else [{"chosen": p.chosen.node_id, "rejected": p.rejected.node_id} for p in pairs]
-    )
-    console.print_json({"prompt": vars(prompt), "nodes": sentences, "pairs": found})
-
-
-def _grow(
-    branch: Tree,
-    parent: str,
-    children: dict[str, list[Node]],
-    rewards: dict[str, SentenceReward],
-    marks: dict[str, str],
-) -> None:
-    for node in children[parent]:
-        label = Text(one_line(node.sentence) or "(end)", style=_STYLES.get(node.fate, "dim"))
-        reward = rewards.get(node.node_id)
-        if reward is not None:
-            label.append(f"  R {reward.total:.2f}  R_I {reward.image:.1f}  R_T {reward.text:.3g}", style="cyan")
-        label.append(f"  {node.fate.value}{marks.get(node.node_id, '')}", style="dim")
-        _grow(branch.add(label), node.node_id, children, rewards, marks)
+        print_tree(run, prompt, iteration)

@@ -1,89 +1,93 @@
-"""Ctrl-C and SIGTERM: finish what is in hand, say how to go on, and go."""
+"""Handle Ctrl-C and SIGTERM: finish the current work item, say how to resume, and exit."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from csr_vlm.core.progress import Advance, Reporter
+from csr_vlm.core.progress import Progress, Reporter
 
 PATIENCE = 20
-"""Seconds that the part in hand may still take; schedulers kill after thirty."""
+"""Seconds that the current work item may still take; cluster schedulers kill after 30."""
 
 
 class Stopped(SystemExit):
-    """A signal asked for the end; the code is 128 plus its number, as shells have it."""
+    """Exit because of a signal, with code 128 plus its number, as shells do."""
 
 
 class _Stop:
-    """Remembers a signal until there is a good moment for it."""
+    """Remember a signal until the current work item is finished."""
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
+        self.requested: signal.Signals | None = None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the first signal; leave at once on a second, or when patience is at its end."""
+        """Remember the first signal; exit at once on a second one or after ``PATIENCE`` seconds."""
         del frame
-        if self.asked is not None:
-            self.leave_if_asked()
-        self.asked = signal.Signals(number)
+        if self.requested is not None:
+            self.exit_if_requested()
+        self.requested = signal.Signals(number)
         signal.alarm(PATIENCE)
         print(
-            f"{self.asked.name}: finishing the part in hand, for at most {PATIENCE} s; once more stops at once",
+            f"{self.requested.name}: finishing the current work item (at most {PATIENCE} s); repeat to stop at once",
             file=sys.stderr,
         )
 
-    def leave_if_asked(self) -> None:
-        if self.asked is not None:
-            raise Stopped(128 + self.asked)
+    def exit_if_requested(self) -> None:
+        """Exit if a signal was remembered."""
+        if self.requested is not None:
+            raise Stopped(128 + self.requested)
 
 
-class _Advance:
-    """Counts what is finished, which is the good moment."""
+class _StoppableProgress:
+    """Count finished items; exit after an item if a signal came."""
 
-    def __init__(self, advance: Advance, stop: _Stop) -> None:
-        self._advance = advance
+    def __init__(self, progress: Progress, stop: _Stop) -> None:
+        self._progress = progress
         self._stop = stop
 
-    def __call__(self, done: int) -> None:
-        self._advance(done)
-        self._stop.leave_if_asked()
+    def advance(self, number: int = 1) -> None:
+        self._progress.advance(number)
+        self._stop.exit_if_requested()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._advance, name)
+    def set_total(self, total: int) -> None:
+        self._progress.set_total(total)
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        self._progress.log_metrics(metrics)
 
 
-class _Reporter:
-    """Shows the progress of another, and ends the work between two of its items."""
+class _StoppableReporter:
+    """Pass everything on to another reporter; exit between two items if a signal came."""
 
-    def __init__(self, tell: Reporter, stop: _Stop) -> None:
-        self._tell = tell
+    def __init__(self, reporter: Reporter, stop: _Stop) -> None:
+        self._reporter = reporter
         self._stop = stop
 
     @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Advance]:
-        self._stop.leave_if_asked()
-        with self._tell.stage(title, total) as advance:
-            yield _Advance(advance, self._stop)
+    def stage(self, title: str, total: int) -> Iterator[Progress]:
+        self._stop.exit_if_requested()
+        with self._reporter.stage(title, total) as progress:
+            yield _StoppableProgress(progress, self._stop)
 
-    def say(self, text: str) -> None:
-        self._tell.say(text)
+    def log(self, text: str) -> None:
+        self._reporter.log(text)
 
 
 @contextmanager
-def stoppable(tell: Reporter, run: Path) -> Iterator[Reporter]:
-    """Give a reporter through which signals end the work at the next finished item.
+def stoppable(reporter: Reporter, run: Path) -> Iterator[Reporter]:
+    """Yield a reporter through which signals end the work after the next finished item.
 
-    An item is a part of the ledger, a row of input, or a training step: what a stage that
-    starts over loses is no more than itself, and a part of the ledger is not lost.
+    An item is a ledger part, a row of input or a training step. Finished ledger parts are kept; other
+    stages start over when the run is resumed.
 
     Args:
-        run: Directory of the run that works, named in the parting words.
+        reporter: Receives progress and log lines.
+        run: Run directory, named in the message on how to resume.
 
     Raises:
         Stopped: A signal came.
@@ -91,10 +95,10 @@ def stoppable(tell: Reporter, run: Path) -> Iterator[Reporter]:
     stop = _Stop()
     before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     try:
-        yield _Reporter(tell, stop)
+        yield _StoppableReporter(reporter, stop)
     except Stopped:
-        assert stop.asked is not None
-        print(f"stopped by {stop.asked.name}; what was finished is kept. Go on with: csr run {run}", file=sys.stderr)
+        assert stop.requested is not None
+        print(f"stopped by {stop.requested.name}; finished work is kept. Resume with: csr run {run}", file=sys.stderr)
         raise
     finally:
         signal.alarm(0)

@@ -1,4 +1,4 @@
-"""``csr world``: the embedded world's models and pictures."""
+"""Implement ``csr world``: models and images of the embedded worlds."""
 
 from __future__ import annotations
 
@@ -11,43 +11,32 @@ from csr_vlm.cli import console
 from csr_vlm.cli.common import Verbs
 from csr_vlm.core.errors import CsrError
 
-app = typer.Typer(
-    cls=Verbs, no_args_is_help=True, rich_markup_mode=None, help="The embedded world: drawn scenes, tiny models."
-)
+app = typer.Typer(cls=Verbs, no_args_is_help=True, rich_markup_mode=None, help="Build and export the embedded world.")
 
-WorldName = Annotated[str, typer.Option("--world", help="Which world: harbour, market or prose.")]
+WorldName = Annotated[str, typer.Option("--world", help="World: harbour, market or prose.")]
 
 
 @app.command("build")
 def world_build(
     out: Annotated[Path, typer.Option("--out", help="Directory for clip/, llava/ and build.json.")],
-    seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     world: WorldName = "harbour",
-    grow_from: Annotated[
-        Path | None,
-        typer.Option("--grow-from", help="Start from these finished models: a policy three times as deep."),
-    ] = None,
-    family: Annotated[
-        Literal["llava", "idefics3"], typer.Option(help="What the policy is; idefics3 is the SmolVLM kind.")
-    ] = "llava",
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that it works.")] = False,
 ) -> None:
-    """Train the world's base models again, as the shipped ones were.
+    """Train the base models as the shipped ones were trained.
 
     Example: csr world build --out /tmp/world --seed 0
     """
     console.quiet_libraries()
     from dataclasses import replace
 
-    from csr_vlm.world.build import BuildPlan, build_with_progress, started
+    from csr_vlm.world.build import BuildPlan, build_with_progress
     from csr_vlm.world.scenes import world_named
 
-    plan = BuildPlan(seed=seed, family=family)
-    if grow_from is not None:
-        plan = started(plan, grow_from)
     if world == "prose":
         _build_prose(out, seed, quick)
         return
+    plan = BuildPlan(seed=seed)
     if quick:
         phases = tuple(replace(phase, steps=60) for phase in plan.policy_phases)
         plan = replace(plan, scorer_steps=60, policy_phases=phases)
@@ -66,18 +55,20 @@ def _build_prose(out: Path, seed: int, quick: bool) -> None:
 @app.command("check")
 def world_check(
     directory: Annotated[
-        Path | None, typer.Argument(help="Directory with clip/ and llava/; the shipped models by default.")
+        Path | None, typer.Argument(help="Directory with clip/ and llava/ (default: shipped models).")
     ] = None,
-    scenes: Annotated[int, typer.Option(min=10, help="Test scenes; of prose, development scenes.")] = 1000,
+    scenes: Annotated[int, typer.Option(min=10, help="Number of test scenes; of prose, development scenes.")] = 1000,
     world: WorldName = "harbour",
 ) -> None:
-    """Measure the world's scorer and base model: what they see, and what they make up.
+    """Evaluate the scorer and the base model.
 
     Of prose, show every number beside its bound; exit with 1 if one is not met.
     Example: csr world build --out build/world && csr world check build/world
     """
     if directory is not None and not all((directory / part).is_dir() for part in ("clip", "llava")):
-        raise CsrError(f"{directory} holds no world: clip/ or llava/ is missing", "csr world build --out DIR makes one")
+        raise CsrError(
+            f"{directory} is not a world: clip/ or llava/ is missing", "csr world build --out DIR builds one"
+        )
     console.quiet_libraries()
     from csr_vlm.world.check import check_models
     from csr_vlm.world.demo import assets_of
@@ -87,13 +78,13 @@ def world_check(
     if world == "prose":
         _check_prose(directory or assets_of(chosen), scenes)
         return
-    found = check_models(chosen, directory or assets_of(chosen), scenes, console.reporter())
+    metrics = check_models(chosen, directory or assets_of(chosen), scenes, console.reporter())
     if console.mode.json:
-        console.print_json(found)
+        console.print_json(metrics)
         return
-    console.print_table("", ["scorer", ""], [[name, f"{value:.4f}"] for name, value in found["scorer"].items()])
+    console.print_table("", ["scorer", ""], [[name, f"{value:.4f}"] for name, value in metrics["scorer"].items()])
     print()
-    console.print_metrics("", {0: found["policy"]})
+    console.print_metrics("", {0: metrics["policy"]})
 
 
 def _check_prose(directory: Path, scenes: int) -> None:
@@ -127,38 +118,38 @@ def _met(bound: dict[str, Any]) -> str:
 
 @app.command("export")
 def world_export(
-    out: Annotated[Path, typer.Argument(help="Directory for the models, pictures and prompts.jsonl.")],
-    prompts: Annotated[int, typer.Option(min=1, help="Pictures.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Which pictures.")] = 0,
+    out: Annotated[Path, typer.Argument(help="Directory for the models, images and prompts.jsonl.")],
+    prompts: Annotated[int, typer.Option(min=1, help="Number of images.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the images.")] = 0,
     world: WorldName = "harbour",
 ) -> None:
-    """Write the world's models and pictures as files, in the form users have theirs.
+    """Write the models and images in the formats of real ones.
 
     Example: csr world export world && csr run recipes/quickstart.yaml
     """
     from csr_vlm.world.demo import export_world
     from csr_vlm.world.scenes import world_named
 
-    with console.reporter().stage("drawing", 0):
+    with console.reporter().stage("drawing images", 0):
         written = export_world(out, seed, prompts, world_named(world))
-    console.done(written, then="csr run recipes/quickstart.yaml, whose paths are those of csr world export world")
+    console.done(written, then="csr run recipes/quickstart.yaml (which expects the export in ./world)")
 
 
 @app.command("coco")
 def world_coco(
-    out: Annotated[Path, typer.Argument(help="Directory for annotations, synonyms, questions and pictures.")],
-    scenes: Annotated[int, typer.Option(min=10, help="Scenes.")] = 1000,
-    world_seed: Annotated[int, typer.Option(min=0, help="Which scenes.")] = 1,
-    split: Annotated[Literal["development", "test"], typer.Option(help="Whose scenes.")] = "test",
+    out: Annotated[Path, typer.Argument(help="Directory for annotations, synonyms, questions and images.")],
+    scenes: Annotated[int, typer.Option(min=10, help="Number of scenes.")] = 1000,
+    world_seed: Annotated[int, typer.Option(min=0, help="Random seed of the scenes.")] = 1,
+    split: Annotated[Literal["development", "test"], typer.Option(help="Split of the scenes.")] = "test",
     world: WorldName = "harbour",
 ) -> None:
-    """Write scenes in COCO's format, for csr eval chair and csr eval pope.
+    """Write scenes in COCO's format, for eval chair and pope.
 
-    Example: csr world coco scenes && csr eval answer runs/d0 --prompts scenes/prompts.jsonl --out a.jsonl
+    Example: csr world coco scenes --scenes 500
     """
     from csr_vlm.world.coco import write_coco
     from csr_vlm.world.scenes import Split, world_named
 
-    with console.reporter().stage("drawing", 0):
+    with console.reporter().stage("drawing images", 0):
         write_coco(world_named(world), Split(split), world_seed, scenes, out)
     console.done(out, then=f"csr eval answer RUN --prompts {out}/prompts.jsonl --out captions.jsonl")

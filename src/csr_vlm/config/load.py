@@ -1,7 +1,7 @@
-"""From a recipe to a configuration: the file, the ``key=value`` overrides, and what is wrong with them in words.
+"""Resolve a recipe and ``key=value`` overrides into a configuration, and explain what is wrong with them.
 
 A configuration is the defaults, overlaid by the preset's block, the recipe file and the
-overrides, in this order. Unknown keys are refused with the nearest name.
+overrides, in this order. Unknown keys are rejected with the closest valid name.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from csr_vlm.config.schema import RunConfig, ScorerConfig, presets
-from csr_vlm.config.yaml import DEEPEST, load_yaml, read_yaml
-from csr_vlm.core.errors import CsrError, nearest
+from csr_vlm.config.yaml import MAX_DEPTH, load_yaml, read_yaml
+from csr_vlm.core.errors import CsrError, suggestion
 
 
 def load_config(recipe: Path | None, overrides: Iterable[str] = (), base: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read a recipe and overlay it on its preset.
+    """Load a recipe, apply the overrides, and overlay the result on its preset.
 
     Args:
         recipe: YAML file; relative paths in it are relative to the working directory.
         overrides: ``dotted.key=value``, values in YAML.
-        base: Used where there is no recipe, such as the resolved configuration of a run.
+        base: Plain data to use in place of a recipe, such as the resolved configuration of a run.
 
     Raises:
         CsrError: The file cannot be read, or an option is unknown or out of bounds.
@@ -38,7 +38,11 @@ def load_config(recipe: Path | None, overrides: Iterable[str] = (), base: Mappin
 
 
 def resolve(layer: Mapping[str, Any]) -> RunConfig:
-    """Overlay plain data on the preset it names and validate the whole."""
+    """Overlay plain data on the preset it names and validate the result.
+
+    Raises:
+        CsrError: An option is unknown or out of bounds.
+    """
     block = presets().get(str(layer.get("preset", "calibrated")), {})
     try:
         return RunConfig.model_validate(merged(block, layer))
@@ -47,7 +51,11 @@ def resolve(layer: Mapping[str, Any]) -> RunConfig:
 
 
 def scorer_config(**settings: Any) -> ScorerConfig:
-    """Validate a scorer that is not part of a run's configuration."""
+    """Validate a scorer that is not part of a run's configuration.
+
+    Raises:
+        CsrError: An option is unknown or out of bounds.
+    """
     try:
         return ScorerConfig.model_validate(settings)
     except ValidationError as error:
@@ -55,7 +63,7 @@ def scorer_config(**settings: Any) -> ScorerConfig:
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Overlay ``above`` on ``below``, mapping by mapping."""
+    """Overlay ``above`` on ``below``, recursively; anything but two mappings is replaced."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
@@ -65,16 +73,16 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on names that are too long
-        raise CsrError(f"there is no recipe or run {path}", _recipe_hint(path))
-    return read_yaml(path, "see recipes/quickstart.yaml for the form")
+        raise CsrError(f"recipe or run {path} does not exist", _recipe_hint(path))
+    return read_yaml(path, "see recipes/quickstart.yaml for an example")
 
 
 def _parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
-    if not separator or not all(key.split(".")) or key.count(".") >= DEEPEST:
-        near = difflib.get_close_matches(key, option_keys(), n=1)
-        example = f"{near[0]}=..." if near else "method.lambda=0.7"
-        raise CsrError(f"{text[:200]!r} is not an override", f"write dotted.key=value, such as {example}")
+    if not separator or not all(key.split(".")) or key.count(".") >= MAX_DEPTH:
+        close = difflib.get_close_matches(key, option_keys(), n=1)
+        example = f"{close[0]}=..." if close else "method.lambda=0.7"
+        raise CsrError(f"{text[:200]!r} is not a valid override", f"write dotted.key=value, such as {example}")
     try:
         parsed = load_yaml(value)
     except ValueError:
@@ -85,7 +93,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     return result
 
 
-_WORDS = {
+_MESSAGES = {
     "tuple_type": "should be a list, such as [a, b]",
     "list_type": "should be a list, such as [a, b]",
     "int_parsing": "should be a whole number",
@@ -94,50 +102,51 @@ _WORDS = {
     "bool_parsing": "should be true or false",
     "string_type": "should be text",
 }
-"""What pydantic calls valid tuples, integers and strings."""
+"""Plain wordings of pydantic's error types."""
 
 
 def _explain(error: ValidationError) -> tuple[str, str]:
-    """Turn the first validation error into a message and a hint."""
+    """Return the message and the hint for the first validation error."""
     first = error.errors(include_url=False)[0]
-    # Pydantic also names the branch of a union, such as str, which is no part of the key.
+    # Pydantic also names the branch of a union, such as str, which is not part of the key.
     parts = [str(part) for part in first["loc"] if not re.match(r"(str|int|float|tuple|list)\b", str(part))]
-    where = ".".join(parts) or "configuration"
+    key = ".".join(parts) or "configuration"
     if first["type"] == "extra_forbidden":
-        return f"unknown option {where}", _hint_for_key(where, _option_names(RunConfig, first["loc"][:-1]))
+        return f"unknown option {key}", _hint_for_key(key, _option_names(RunConfig, first["loc"][:-1]))
     if first["type"] == "missing":
-        return f"{where} is missing", f"set it in the recipe or as {where}=..."
+        return f"{key} is missing", f"set it in the recipe or as {key}=..."
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    message = _WORDS.get(first["type"], message)
-    if where == "configuration":
-        return f"the settings do not go together: {message}", "docs/configuration.md has every option"
-    hint = "it was given no value" if first["input"] is None else f"it was given as {repr(first['input'])[:200]}"
+    message = _MESSAGES.get(first["type"], message)
+    if key == "configuration":
+        return f"the settings are inconsistent: {message}", "docs/configuration.md lists every option"
+    hint = "no value was given" if first["input"] is None else f"the value was {repr(first['input'])[:200]}"
     if first["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-        hint += f"; {nearest(str(first['input']), choices)}"
-    if where.startswith("data.") and isinstance(first["input"], bool):
+        hint += f"; {suggestion(str(first['input']), choices)}"
+    if key.startswith("data.") and isinstance(first["input"], bool):
         hint += "; put it in quotes"
-    return f"{where} {message}" if message.startswith("should") else f"{where}: {message}", hint
+    return f"{key} {message}" if message.startswith("should") else f"{key}: {message}", hint
 
 
-def _hint_for_key(where: str, siblings: list[str]) -> str:
-    """Word which option may have been meant: here, or elsewhere under the same or a similar name."""
-    *above, name = where.split(".")
-    if near := difflib.get_close_matches(name, siblings, n=1):
-        return f"did you mean {'.'.join([*above, near[0]])}?"
-    keys = {key: key.rpartition(".")[2] for key in option_keys()}
-    alike = difflib.get_close_matches(name, keys.values(), n=1, cutoff=0.8)
-    elsewhere = [key for key, last in keys.items() if last in alike]
-    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"known here: {', '.join(siblings)}"
+def _hint_for_key(key: str, siblings: list[str]) -> str:
+    """Suggest an option: a sibling with a similar name, or one of the same or a similar name elsewhere."""
+    *parents, name = key.split(".")
+    if close := difflib.get_close_matches(name, siblings, n=1):
+        return f"did you mean {'.'.join([*parents, close[0]])}?"
+    last_parts = {option: option.rpartition(".")[2] for option in option_keys()}
+    close = difflib.get_close_matches(name, last_parts.values(), n=1, cutoff=0.8)
+    elsewhere = [option for option, last in last_parts.items() if last in close]
+    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"expected one of: {', '.join(siblings)}"
 
 
 def _recipe_hint(path: Path) -> str:
-    """Word which recipe may have been meant: one beside the path, or of recipes/."""
-    there = {found.stem: found for folder in (Path("recipes"), path.parent) for found in sorted(folder.glob("*.y*ml"))}
-    near = difflib.get_close_matches(path.stem, there, n=1)
-    if near:
-        return f"did you mean {there[near[0]]}?"
-    return f"known are {', '.join(map(str, there.values()))}" if there else "give the path of a YAML file"
+    """Suggest a recipe, beside the path or in recipes/."""
+    recipes = {file.stem: file for folder in (Path("recipes"), path.parent) for file in sorted(folder.glob("*.y*ml"))}
+    close = difflib.get_close_matches(path.stem, recipes, n=1)
+    if close:
+        return f"did you mean {recipes[close[0]]}?"
+    known = ", ".join(map(str, recipes.values()))
+    return f"expected one of: {known}" if recipes else "give the path of a YAML file"
 
 
 def option_keys(section: type[BaseModel] | None = None, prefix: str = "") -> list[str]:
@@ -150,20 +159,22 @@ def option_keys(section: type[BaseModel] | None = None, prefix: str = "") -> lis
 
 
 def fields_of(section: type[BaseModel]) -> list[tuple[str, Any]]:
+    """List (option name, pydantic field) of a section."""
     return [(field.alias or name, field) for name, field in section.model_fields.items()]
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a field holds, None for a plain value or a list."""
+    """Return the section that a field holds; None for a plain value or a list."""
     candidates = (annotation, *(() if get_origin(annotation) is tuple else get_args(annotation)))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
-def _option_names(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+def _option_names(section: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """List the names of the options at a location that pydantic reports."""
     for part in location:
-        if isinstance(part, int):  # a place in a list of what the field holds
+        if isinstance(part, int):  # an index into a list of sections
             continue
-        field = next(f for name, f in model.model_fields.items() if part in (name, f.alias))
+        field = next(f for name, f in section.model_fields.items() if part in (name, f.alias))
         candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return [field.alias or name for name, field in model.model_fields.items()]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return [name for name, _ in fields_of(section)]

@@ -1,4 +1,4 @@
-"""YAML that nobody has checked: recipes, overrides, and the settings of runs that come from elsewhere."""
+"""Load untrusted YAML: recipes, overrides, and the settings of runs from elsewhere."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import yaml
 
 from csr_vlm.core.errors import CsrError
 
-_MOST_CHARACTERS = 200_000
-"""Of a recipe; the largest here has 3,000."""
-_MOST_VALUES = 20_000
-DEEPEST = 40
+_MAX_CHARACTERS = 200_000
+"""Longest accepted file; the largest recipe of this package has 3,000 characters."""
+_MAX_VALUES = 20_000
+MAX_DEPTH = 40
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string, and yes, no, on and off as truth values; here they are what people mean."""
+    """Load 1e-4 as a number, and yes, no, on and off as strings; YAML 1.1 does the opposite."""
 
 
 _BOOL = "tag:yaml.org,2002:bool"
@@ -32,58 +32,61 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str) -> Any:
-    """Read YAML that nobody has checked.
+    """Load YAML from an untrusted text.
 
     Raises:
-        ValueError: It is no YAML, or stands for more than a configuration ever holds.
+        ValueError: The text is not valid YAML, or larger than any configuration.
     """
-    if len(text) > _MOST_CHARACTERS:
-        raise ValueError(f"it is longer than {_MOST_CHARACTERS:,} characters")
+    if len(text) > _MAX_CHARACTERS:
+        raise ValueError(f"it is longer than {_MAX_CHARACTERS:,} characters")
     try:
         loaded = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise ValueError(_yaml_problem(error)) from None
     except (RecursionError, ArithmeticError, TypeError, AttributeError) as error:
-        raise ValueError(f"it is nested too deeply or holds no plain value ({type(error).__name__})") from None
-    _refuse_bomb(loaded)
+        raise ValueError(f"it is nested too deeply or holds an invalid value ({type(error).__name__})") from None
+    _check_size(loaded)
     return loaded
 
 
-def _refuse_bomb(loaded: Any) -> None:
-    """Refuse aliases of aliases, a kilobyte of which stands for gigabytes, and those that go round."""
-    waiting, number = [(loaded, 0)], 0
-    while waiting:
-        value, depth = waiting.pop()
-        number += 1
-        if number > _MOST_VALUES or depth > DEEPEST:
-            raise ValueError(f"it holds more than {_MOST_VALUES:,} values, or {DEEPEST} levels of them")
+def _check_size(loaded: Any) -> None:
+    """Reject nested aliases, a kilobyte of which can expand to gigabytes, and recursive ones."""
+    remaining, num_values = [(loaded, 0)], 0
+    while remaining:
+        value, depth = remaining.pop()
+        num_values += 1
+        if num_values > _MAX_VALUES or depth > MAX_DEPTH:
+            raise ValueError(f"it holds more than {_MAX_VALUES:,} values, or more than {MAX_DEPTH} levels")
         if isinstance(value, dict):
-            waiting += [(part, depth + 1) for pair in value.items() for part in pair]
+            remaining += [(part, depth + 1) for item in value.items() for part in item]
         elif isinstance(value, list | tuple | set):
-            waiting += [(part, depth + 1) for part in value]
+            remaining += [(part, depth + 1) for part in value]
 
 
 def read_yaml(path: Path, hint: str) -> dict[str, Any]:
     """Read a file of settings.
 
+    Args:
+        hint: Hint of the errors that this raises.
+
     Raises:
-        CsrError: It cannot be read, or holds none; with ``hint``.
+        CsrError: The file cannot be read, or is not a YAML mapping.
     """
     try:
         if not path.is_file():
-            raise ValueError("it is no ordinary file")
+            raise ValueError("it is not a regular file")
         with path.open(encoding="utf-8") as handle:
-            loaded = load_yaml(handle.read(_MOST_CHARACTERS + 1))
+            loaded = load_yaml(handle.read(_MAX_CHARACTERS + 1))
     except (ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CsrError(f"{path} cannot be read as YAML: {reason}", hint) from None
     if not isinstance(loaded, dict):
-        raise CsrError(f"{path} holds no configuration", hint)
+        raise CsrError(f"{path} does not hold a configuration", hint)
     return loaded
 
 
 def _yaml_problem(error: Exception) -> str:
-    """Word where and why a text is no YAML."""
+    """Return where and why a text is not valid YAML."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())[:300]

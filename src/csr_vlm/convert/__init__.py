@@ -1,0 +1,1 @@
+"""Convert original LLaVA checkpoints to the layout of transformers."""

@@ -1,7 +1,7 @@
-"""Names of tensors and options in original LLaVA-format checkpoints, as data.
+"""List the names of tensors and options in original LLaVA-format checkpoints, as data.
 
-"Original" names are those of the LLaVA repository's own full checkpoints; the other kinds
-(LoRA, projector only, VILA's folders) are brought to them first.
+"Original" names are those of the LLaVA repository's full checkpoints. Those of the other kinds
+(LoRA, projector only, VILA's folders) are converted to them first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TO_MODULE = (
     ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
     ("model.mm_projector.", "model.multi_modal_projector."),
 )
-"""Original prefix, prefix of the module in transformers' LlavaForConditionalGeneration."""
+"""(original prefix, prefix of the module in transformers' LlavaForConditionalGeneration)."""
 
 TO_DISK = (
     ("model.language_model.", "language_model.model."),
@@ -24,7 +24,7 @@ TO_DISK = (
     ("model.vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
-"""Module prefix, prefix in published LLaVA checkpoints, which every version of transformers and vLLM reads."""
+"""(module prefix, prefix in published LLaVA checkpoints, which all versions of transformers and vLLM read)."""
 
 PROJECTORS = {
     "linear": {"weight": "linear_1.weight", "bias": "linear_1.bias"},
@@ -35,26 +35,28 @@ PROJECTORS = {
         "2.bias": "linear_2.bias",
     },
 }
-"""``mm_projector_type``: names in the original's projector, in transformers'. A linear one gets an
-identity as its second layer, with no activation between."""
+"""Names in transformers' projector by names in the original's, by ``mm_projector_type``. A linear projector
+gets an identity as its second layer, with no activation in between."""
 
 ACTIVATIONS = {"linear": "linear", "mlp2x_gelu": "gelu"}
+"""Activation between the projector's layers by ``mm_projector_type``."""
 
-DROPPED = re.compile(
+DROPPED_NAMES = re.compile(
     r"rotary_emb\.inv_freq$"  # computed from the configuration
     r"|embeddings\.position_ids$"  # 0, 1, 2, ...
     r"|vision_model\.head\."  # SigLIP's pooling, which LLaVA does not use
-    r"|^model\.image_newline$"  # for image grids, which are refused, so unused
+    r"|^model\.image_newline$"  # only for image grids, which are not supported
 )
+"""Tensors that are not converted."""
 
 ASPECTS = ("pad", "resize", "square", None)
-"""``image_aspect_ratio`` that one square image can be made from: padded, stretched, or its middle."""
+"""Values of ``image_aspect_ratio`` that give one square image: padded, stretched or center-cropped."""
 
 LANGUAGE_MODELS = ("llava", "llava_llama", "llama")
-"""``model_type`` of the language part: Llama, which vicuna_v1's template is for."""
+"""Values of ``model_type`` for a Llama language model, which the vicuna_v1 template is for."""
 
 STRATEGIES = {"patch": "default", "cls_patch": "full"}
-"""``mm_vision_select_feature``: patches alone, or with whatever token stands before them."""
+"""``vision_feature_select_strategy`` by ``mm_vision_select_feature``: patches alone, or with the class token."""
 
 VICUNA_V1 = (
     "{% if messages[0]['role'] != 'system' %}A chat between a curious user and an artificial intelligence assistant. "
@@ -69,18 +71,18 @@ VICUNA_V1 = (
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""The conversation that LLaVA-1.5 was trained with, images first in a turn. GAP is nothing or a space,
-see :func:`csr_vlm.convert.target.gap_after_image`."""
+"""Chat template that LLaVA-1.5 was trained with, with images first in a turn. GAP is replaced by an empty
+string or a space; see :func:`csr_vlm.convert.target.gap_after_image`."""
 
 
-def renamed(name: str, table: tuple[tuple[str, str], ...]) -> str | None:
-    """Replace the prefix that the table has; None where it has none."""
+def replace_prefix(name: str, table: tuple[tuple[str, str], ...]) -> str | None:
+    """Replace a prefix by the table; None if no prefix matches."""
     return next((new + name.removeprefix(old) for old, new in table if name.startswith(old)), None)
 
 
 def module_name(original: str, projector: str) -> str | None:
-    """Name an original tensor as transformers' module does; None where no rule covers it."""
-    name = renamed(original, TO_MODULE)
+    """Return the name of an original tensor in transformers' module; None if no rule applies."""
+    name = replace_prefix(original, TO_MODULE)
     prefix = "model.multi_modal_projector."
     if name is not None and name.startswith(prefix):
         inner = PROJECTORS[projector].get(name.removeprefix(prefix))
@@ -89,7 +91,7 @@ def module_name(original: str, projector: str) -> str | None:
 
 
 def disk_name(module: str) -> str:
-    """Name a module's tensor as published checkpoints do."""
-    name = renamed(module, TO_DISK)
+    """Return the name of a module's tensor in published checkpoints."""
+    name = replace_prefix(module, TO_DISK)
     assert name is not None, module
     return name

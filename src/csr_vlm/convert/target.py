@@ -1,4 +1,4 @@
-"""The transformers side: configuration, tokenizer and processor, made from the original's settings."""
+"""Build the transformers configuration, tokenizer and processor from the original's settings."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from transformers import (
 
 from csr_vlm.convert.layouts import ACTIVATIONS, STRATEGIES, VICUNA_V1, disk_name
 from csr_vlm.convert.source import Original
-from csr_vlm.core.errors import CsrError
+from csr_vlm.core.errors import CsrError, reason_of
 
 IMAGE, PAD = "<image>", "<pad>"
-_MULTIPLE = 64
-"""Rows of grown embeddings are padded to a multiple that GPUs like."""
+_ROW_MULTIPLE = 64
+"""Multiple to which the rows of extended embeddings are padded, for efficient matrix products on GPUs."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is written beside the weights, and what the weights must be."""
+    """Hold everything that is written besides the weights, and the expected shapes of the weights."""
 
     config: LlavaConfig
     generation: GenerationConfig
     processor: Any
     shapes: dict[str, torch.Size]
-    """Of every tensor, by its name on disk."""
+    """Shape of every tensor, by its name on disk."""
 
 
 def make_target(original: Original) -> Target:
     """Build the configuration, the processor and the list of expected tensors.
 
-    The tokenizer gets ``<image>`` and ``<pad>`` where it has none; the embeddings grow to
-    hold them, to a multiple of 64 rows.
+    ``<image>`` and ``<pad>`` are added to the tokenizer if it lacks them; the embeddings are then
+    extended to a multiple of 64 rows.
 
     Raises:
         CsrError: The vision tower or the tokenizer cannot be read.
@@ -51,11 +51,11 @@ def make_target(original: Original) -> Target:
     tokenizer = _tokenizer(original.tokenizer)
     rows = original.config["vocab_size"]
     if len(tokenizer) > rows:
-        rows = -(-len(tokenizer) // _MULTIPLE) * _MULTIPLE
+        rows = -(-len(tokenizer) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     text = _text_config(original, rows, tokenizer.pad_token_id)
     strategy = STRATEGIES[original.config.get("mm_vision_select_feature", "patch")]
     if vision.model_type == "siglip_vision_model":
-        # SigLIP has no class token to leave out.
+        # SigLIP has no class token to skip.
         vision.vision_use_head = False
         strategy = "full"
     has_class_token = vision.model_type == "clip_vision_model"
@@ -83,7 +83,7 @@ def make_target(original: Original) -> Target:
 
 
 def _shapes(config: LlavaConfig) -> dict[str, torch.Size]:
-    """List the tensors of the model that the configuration describes; no weight is made."""
+    """Return the shapes of the model's tensors without creating its weights."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     shapes = {disk_name(name): tensor.shape for name, tensor in model.state_dict().items()}
@@ -94,9 +94,9 @@ def _shapes(config: LlavaConfig) -> dict[str, torch.Size]:
 
 def _text_config(original: Original, rows: int, pad: int) -> LlamaConfig:
     known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"}
-    about_the_file = {"architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path"}
-    settings = {key: value for key, value in original.config.items() if key in known - about_the_file}
-    # A checkpoint with output weights of its own means them, whatever its configuration says.
+    file_options = {"architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path"}
+    settings = {key: value for key, value in original.config.items() if key in known - file_options}
+    # A checkpoint with separate output weights uses them, even if its configuration says that they are tied.
     tied = bool(settings.get("tie_word_embeddings")) and "lm_head.weight" not in original.tensors
     return LlamaConfig(**settings | {"vocab_size": rows, "pad_token_id": pad, "tie_word_embeddings": tied})
 
@@ -105,13 +105,12 @@ def _vision_config(where: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise CsrError(
-            f"the vision tower {where} cannot be read: {reason}", "name a directory or hub id: --vision"
+            f"the vision tower {where} cannot be read: {reason_of(error)}", "set --vision to a directory or a hub id"
         ) from None
     config = getattr(config, "vision_config", config)
     if config.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise CsrError(f"the vision tower {where} is a {config.model_type}", "it must be of CLIP or SigLIP")
+        raise CsrError(f"the vision tower {where} has type {config.model_type}", "it must be CLIP or SigLIP")
     return config
 
 
@@ -121,21 +120,20 @@ def _tokenizer(where: str) -> Any:
             where, extra_special_tokens={"image_token": IMAGE}, padding_side="left"
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise CsrError(
-            f"the tokenizer of {where} cannot be read: {reason}",
-            "a tokenizer.model alone needs: pip install sentencepiece protobuf",
+            f"the tokenizer of {where} cannot be read: {reason_of(error)}",
+            "if it has tokenizer.model only: pip install sentencepiece protobuf",
         ) from None
     tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
 
 
 def gap_after_image(tokenizer: Any) -> str | None:
-    """Find what must stand between an image and its question to get LLaVA's tokens; None if nothing does.
+    """Return the text between an image and its question that gives LLaVA's tokens; None if neither option does.
 
-    LLaVA tokenises the text after an image by itself, so a tokenizer that puts a space
-    before every text puts one there; in transformers that text is no beginning, and some
-    versions of the tokenizer leave the space out.
+    LLaVA tokenizes the text after an image separately, so a tokenizer that prepends a space to every
+    text prepends one there. In transformers it is in the middle of a text, where some versions of
+    the tokenizer prepend none, so the template must contain the space.
     """
     text = "\nWhat is this?"
     alone = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -148,20 +146,21 @@ def gap_after_image(tokenizer: Any) -> str | None:
 
 
 def _image_processor(original: Original) -> Any:
-    """Make square pictures as the original does: padded, stretched, or the middle cut out."""
+    """Build an image processor that makes square images as the original does: padded, stretched or center-cropped."""
     try:
-        found = AutoImageProcessor.from_pretrained(original.vision)
+        image_processor = AutoImageProcessor.from_pretrained(original.vision)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise CsrError(
-            f"{original.vision} has no image processor: {reason}", "it needs preprocessor_config.json"
+            f"{original.vision} has no image processor: {reason_of(error)}", "it must contain preprocessor_config.json"
         ) from None
     aspect = original.config.get("image_aspect_ratio")
-    side = dict(found.crop_size or found.size)
+    size = dict(image_processor.crop_size or image_processor.size)
     if aspect == "pad":
-        look = {name: getattr(found, name) for name in ("image_mean", "image_std", "resample", "rescale_factor")}
-        side = {key: value for key, value in side.items() if key in ("height", "width")}
-        return LlavaImageProcessor(do_pad=True, size=side, crop_size=side, **look)
+        pixel_options = {
+            name: getattr(image_processor, name) for name in ("image_mean", "image_std", "resample", "rescale_factor")
+        }
+        size = {key: value for key, value in size.items() if key in ("height", "width")}
+        return LlavaImageProcessor(do_pad=True, size=size, crop_size=size, **pixel_options)
     if aspect == "resize":
-        found.size, found.do_center_crop = found.crop_size or found.size, False
-    return found
+        image_processor.size, image_processor.do_center_crop = image_processor.crop_size or image_processor.size, False
+    return image_processor

@@ -1,4 +1,4 @@
-"""Original tensors as the target has them, one at a time."""
+"""Convert original tensors to those of the target, one at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from csr_vlm.convert.layouts import DROPPED, disk_name, module_name
+from csr_vlm.convert.layouts import DROPPED_NAMES, disk_name, module_name
 from csr_vlm.convert.source import Lora, Original
 from csr_vlm.convert.target import Target
 from csr_vlm.core.errors import CsrError
@@ -19,68 +19,70 @@ _SECOND_BIAS = disk_name("model.multi_modal_projector.linear_2.bias")
 
 
 def name_map(original: Original, target: Target) -> dict[str, str]:
-    """Map original names to names on disk: every expected tensor once, every original one used.
+    """Map original names to names on disk, so that every expected tensor occurs once and every original one is used.
 
     Raises:
-        CsrError: Tensors are missing or left over; they are listed.
+        CsrError: Tensors are missing or left over; the message lists them.
     """
-    modules = {name: module_name(name, original.projector) for name in original.tensors if not DROPPED.search(name)}
+    modules = {
+        name: module_name(name, original.projector) for name in original.tensors if not DROPPED_NAMES.search(name)
+    }
     left_over = sorted(name for name, module in modules.items() if module is None)
     names = {name: disk_name(module) for name, module in modules.items() if module is not None}
     left_over += sorted(name for name, disk in names.items() if disk not in target.shapes)
-    made = {_SECOND_LAYER, _SECOND_BIAS} if original.projector == "linear" else set()
-    missing = sorted(target.shapes.keys() - set(names.values()) - made)
-    strange = sorted({f"{name}.weight" for name in original.lora.modules} - names.keys()) if original.lora else []
+    created = {_SECOND_LAYER, _SECOND_BIAS} if original.projector == "linear" else set()
+    missing = sorted(target.shapes.keys() - set(names.values()) - created)
+    unknown = sorted({f"{name}.weight" for name in original.lora.modules} - names.keys()) if original.lora else []
     problems = [
-        f"{len(found)} {what}: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
-        for what, found in (("missing", missing), ("left over", left_over), ("adapted but absent", strange))
-        if found
+        f"{len(tensors)} {problem}: {', '.join(tensors[:8])}{', ...' if len(tensors) > 8 else ''}"
+        for problem, tensors in (("missing", missing), ("left over", left_over), ("adapted but absent", unknown))
+        if tensors
     ]
     if problems:
         raise CsrError(
             f"the tensors do not fit a {original.kind} checkpoint; {'; '.join(problems)}",
-            "is it a LLaVA-1.5-like model, and does config.json belong to it?",
+            "check that the model is like LLaVA-1.5 and that config.json belongs to it",
         )
     return names
 
 
-def common_dtype(original: Original) -> torch.dtype:
-    """The type of the embeddings, which all tensors get: LLaVA loads its vision tower in it too."""
+def embedding_dtype(original: Original) -> torch.dtype:
+    """Return the data type of the embeddings, which all tensors get by default, as LLaVA's vision tower does."""
     name = "model.embed_tokens.weight"
     _, tensor = next(read_tensors({name: original.tensors[name]}))
     dtype: torch.dtype = tensor.dtype
     return dtype
 
 
-def converted(
+def convert_tensors(
     original: Original, target: Target, names: dict[str, str], dtype: torch.dtype, merge: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name on disk, tensor) of the whole target.
+    """Yield (name on disk, tensor) for every tensor of the target.
 
     New rows of the embeddings are the mean of the old ones, so by Jensen's inequality a new
-    token is never more likely than the average one.
+    token is never more likely than the average token.
 
     Args:
-        original: What is read.
-        target: What it must become.
-        names: From :func:`name_map`.
-        dtype: Of all tensors.
-        merge: Add the LoRA to the weights, in float32.
+        original: Source checkpoint.
+        target: Expected result.
+        names: Result of :func:`name_map`.
+        dtype: Data type of all tensors.
+        merge: Add the LoRA to the weights, computed in float32.
 
     Raises:
-        CsrError: A tensor has another shape than the configuration says.
+        CsrError: A tensor's shape differs from the configuration's.
     """
     for name, stored in read_tensors({name: original.tensors[name] for name in names}):
         disk, tensor = names[name], stored
         if merge and original.lora is not None:
-            tensor = _with_lora(name, tensor, original.lora)
+            tensor = _merge_lora(name, tensor, original.lora)
         tensor = tensor.to(dtype)
         if disk in _EMBEDDINGS:
-            tensor = _grown(tensor, target.shapes[disk][0])
+            tensor = _append_mean_rows(tensor, target.shapes[disk][0])
         if tensor.shape != target.shapes[disk]:
             raise CsrError(
-                f"{name} is {tuple(tensor.shape)} where config.json asks for {tuple(target.shapes[disk])}",
-                "does config.json belong to these weights, and --vision to this checkpoint?",
+                f"{name} has shape {tuple(tensor.shape)}, but config.json requires {tuple(target.shapes[disk])}",
+                "check that config.json belongs to these weights, and --vision to this checkpoint",
             )
         yield disk, tensor
     if original.projector == "linear":
@@ -90,17 +92,17 @@ def converted(
 
 
 def adapter_tensors(lora: Lora) -> dict[str, Any]:
-    """Name a LoRA's tensors as PEFT does on transformers' LLaVA."""
-    renamed = {}
+    """Return a LoRA's tensors under the names that PEFT uses on transformers' LLaVA."""
+    tensors = {}
     for name, tensor in lora.tensors.items():
         module = module_name(name, "linear")
         assert module is not None, name
-        renamed[f"base_model.model.{module}"] = tensor.contiguous()
-    return renamed
+        tensors[f"base_model.model.{module}"] = tensor.contiguous()
+    return tensors
 
 
-def _with_lora(name: str, weight: torch.Tensor, lora: Lora) -> torch.Tensor:
-    """W + scale B A."""
+def _merge_lora(name: str, weight: torch.Tensor, lora: Lora) -> torch.Tensor:
+    """Return W + scale B A, or W if the LoRA does not adapt it."""
     module = name.removesuffix(".weight")
     down = lora.tensors.get(f"{module}.lora_A.weight")
     if down is None:
@@ -109,8 +111,8 @@ def _with_lora(name: str, weight: torch.Tensor, lora: Lora) -> torch.Tensor:
     return weight.float() + (up.float() @ down.float()) * lora.scale
 
 
-def _grown(rows: torch.Tensor, number: int) -> torch.Tensor:
-    if len(rows) >= number:
-        return rows
-    mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
-    return torch.cat([rows, mean.expand(number - len(rows), -1)])
+def _append_mean_rows(embeddings: torch.Tensor, num_rows: int) -> torch.Tensor:
+    if len(embeddings) >= num_rows:
+        return embeddings
+    mean = embeddings.float().mean(dim=0, keepdim=True).to(embeddings.dtype)
+    return torch.cat([embeddings, mean.expand(num_rows - len(embeddings), -1)])

@@ -1,4 +1,4 @@
-"""Cutting items into batches, and taking some of them evenly."""
+"""Split items into batches, and sample them at even distances."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ Item = TypeVar("Item")
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield lists of ``size`` items, the last one shorter if need be."""
+    """Yield lists of ``size`` items; the last list may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
-def spread(items: Sequence[Item], most: int) -> list[Item]:
-    """Take at most so many items, the first among them and the rest at even distances.
+def evenly_spaced(items: Sequence[Item], limit: int) -> list[Item]:
+    """Return at most ``limit`` items: the first one, and others at even distances.
 
     Example:
-        >>> spread("abcdef", 3)
+        >>> evenly_spaced("abcdef", 3)
         ['a', 'c', 'e']
     """
-    number = min(most, len(items))
-    return [items[place * len(items) // number] for place in range(number)]
+    num_items = min(limit, len(items))
+    return [items[index * len(items) // num_items] for index in range(num_items)]

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see, and how its hints are worded."""
+"""Define the one exception that is shown to users, and word its hints."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 
 class CsrError(Exception):
-    """Something went wrong that the user can mend.
+    """Report a problem that the user can fix.
 
-    The command line prints ``message`` and ``hint`` and no traceback; a library caller
-    gets an ordinary exception.
+    The command line prints ``message`` and ``hint`` without a traceback; library callers get
+    an ordinary exception.
 
     Args:
         message: What went wrong and why, in one sentence.
@@ -24,12 +24,25 @@ class CsrError(Exception):
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
+    """Return the first line of an error's message, or the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def nearest(name: str, known: Iterable[str], *, say_all: bool = True) -> str:
-    """Word what may have been meant; where nothing is near, all there is, if that is few."""
-    options = sorted(known)
-    near = difflib.get_close_matches(name, options, n=1)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(options)}" if say_all else "leave it out"
+def suggestion(name: str, options: Iterable[str], *, list_options: bool = True) -> str:
+    """Word a hint for a misspelled name: the closest option, or all of them if none is close.
+
+    Args:
+        name: What the user wrote.
+        options: The valid names.
+        list_options: List the options if none is close; pass False where there are too many.
+
+    Example:
+        >>> suggestion("papr", ["official", "paper"])
+        'did you mean paper?'
+        >>> suggestion("x", ["official", "paper"])
+        'expected one of: official, paper'
+    """
+    known = sorted(options)
+    if close := difflib.get_close_matches(name, known, n=1):
+        return f"did you mean {close[0]}?"
+    return f"expected one of: {', '.join(known)}" if list_options else "leave it out"

@@ -1,4 +1,4 @@
-"""Numbers and times as a reader wants them. A dash stands for what is not known."""
+"""Format numbers and times for people. Unknown values become a dash."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INDEXED = re.compile(r"\b(CHAIR|R)_([SIT])\b")
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
-    """Write a number with so many decimals and a true minus sign.
+    """Format a number with a fixed number of decimals and a typographic minus sign.
 
     Example:
         >>> fixed(-0.25, 2)
@@ -24,54 +24,59 @@ def fixed(value: float | None, digits: int = 3) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """Write a difference; a plus sign where it is positive."""
+    """Format a difference, with a plus sign if it is positive."""
     text = fixed(value, digits)
     return f"+{text}" if value is not None and value > 0 and text != UNKNOWN else text
 
 
 def compact(value: float | None) -> str:
-    """Write a number of unknown size: one decimal from 10 on, three below."""
+    """Format a number of unknown magnitude: one decimal from 10 on, three below."""
     if value is None:
         return UNKNOWN
     return fixed(value, 1 if abs(value) >= 10 else 3)
 
 
 def scientific(value: float | None) -> str:
-    """Write a small number with two significant digits."""
+    """Format a small number with two significant digits."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
     return f"{value:.2g}".replace("e-0", "e-").replace("-", "−")
 
 
-def percent(share: float | None) -> str:
-    """Write a share of 1 as a whole percentage."""
-    return UNKNOWN if share is None else f"{fixed(100 * share, 0)} %"
+def percent(fraction: float | None) -> str:
+    """Format a fraction of 1 as a whole percentage."""
+    return UNKNOWN if fraction is None else f"{fixed(100 * fraction, 0)} %"
 
 
 def relative_change(before: float | None, after: float | None) -> str | None:
-    """Write (after - before) / before as a percentage; None where it has no meaning."""
+    """Format (after - before) / abs(before) as a percentage; return None if it is undefined."""
     if before is None or after is None or before == 0:
         return None
     change = 100 * (after - before) / abs(before)
-    # -99.6 % is not -100 %.
+    # Otherwise -99.6 % would be rounded to -100 %.
     return f"{signed(change, 1 if -100 < change < -99 else 0)} %"
 
 
 def count(value: float | None) -> str:
-    """Write a whole number with separated thousands."""
+    """Format a whole number with separated thousands."""
     return UNKNOWN if value is None else f"{value:,.0f}"
 
 
 def plural(number: int, noun: str) -> str:
-    """Write a number with its noun: '1 prompt', '2 prompts'."""
+    """Format a number with its noun: '1 prompt', '2 prompts'."""
     return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float | None) -> str:
-    """Write seconds as '42 s', '3 min 5 s' or '2 h 10 min'."""
+    """Format a time in seconds.
+
+    Example:
+        >>> duration(0.4), duration(42), duration(185), duration(7800)
+        ('0.4 s', '42 s', '3 min 5 s', '2 h 10 min')
+    """
     if seconds is None:
         return UNKNOWN
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
@@ -81,10 +86,10 @@ def duration(seconds: float | None) -> str:
 
 
 def indexed(text: str) -> Markup:
-    """Escape a text and set the indices of CHAIR_S, CHAIR_I, R_I and R_T low.
+    """Escape a text for HTML and set the indices of CHAIR_S, CHAIR_I, R_I and R_T as subscripts.
 
     Example:
         >>> indexed("R_I < 40")
         Markup('R<sub>I</sub> &lt; 40')
     """
-    return Markup(_INDEXED.sub(r"\1<sub>\2</sub>", str(escape(text))))  # noqa: S704 - escaped just here
+    return Markup(_INDEXED.sub(r"\1<sub>\2</sub>", str(escape(text))))  # noqa: S704 - escaped on this line

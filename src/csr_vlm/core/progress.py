@@ -1,37 +1,59 @@
-"""How long work tells that it goes on; the command line draws it, tests keep it silent."""
+"""Define how a stage reports its progress, whatever displays it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-Advance = Callable[[int], None]
-"""Called with the number of items finished since the last call.
 
-It may also have ``set_total(total)``, for work whose size shows only once it began, and
-``note(numbers)``, for what the work measures as it goes.
-"""
+class Progress(Protocol):
+    """Count the finished items of one stage."""
+
+    def advance(self, number: int = 1) -> None:
+        """Add items that were finished since the last call."""
+        ...
+
+    def set_total(self, total: int) -> None:
+        """Set the number of items of a stage whose size becomes known only after it began."""
+        ...
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Show values that the stage measures itself, such as the training loss."""
+        ...
 
 
 class Reporter(Protocol):
-    """Receives what a run has to say while it works."""
+    """Receive progress and log lines from a run."""
 
-    def stage(self, title: str, total: int) -> AbstractContextManager[Advance]:
-        """Open a stage of ``total`` items; the context gives the function that counts them."""
+    def stage(self, title: str, total: int) -> AbstractContextManager[Progress]:
+        """Open a stage of ``total`` items; 0 if the number is unknown."""
         ...
 
-    def say(self, text: str) -> None:
-        """Tell one line."""
+    def log(self, text: str) -> None:
+        """Log one line."""
         ...
+
+
+class SilentProgress:
+    """Ignore all progress."""
+
+    def advance(self, number: int = 1) -> None:
+        pass
+
+    def set_total(self, total: int) -> None:
+        pass
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        pass
 
 
 class Silent:
-    """Says nothing."""
+    """Display nothing."""
 
     @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Advance]:
-        yield lambda done: None
+    def stage(self, title: str, total: int) -> Iterator[Progress]:
+        yield SilentProgress()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         pass

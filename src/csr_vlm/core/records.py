@@ -1,7 +1,7 @@
-"""The frozen records that cross the borders between the parts.
+"""Define the frozen records that the parts of the package exchange.
 
-Each says what it holds and why it is kept; none knows a model. Token ids are the state of
-a response: text is derived from them and never encoded again.
+Each record says what it holds and why it is kept; none of them knows a model. Token ids are
+the state of a response: its text is derived from them and is never tokenized again.
 """
 
 from __future__ import annotations
@@ -11,37 +11,40 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 SCHEMA_VERSION = 1
-"""Grows whenever a stored record changes its meaning."""
+"""Version of the stored records; incremented whenever one of them changes its meaning."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An image and a question about it."""
+    """Hold an image and a question about it."""
 
     prompt_id: str
     image: str
-    """Path of the image file, resolved."""
+    """Resolved path of the image file."""
     text: str
 
 
-def others_column(scorer: str) -> str:
-    """Name the ledger's column with a sentence's mean cosine over other prompts' images."""
+def negatives_column(scorer: str) -> str:
+    """Return the name of the ledger column with a sentence's mean cosine over negative images.
+
+    Negative images are those of other prompts.
+    """
     return f"{scorer}:others"
 
 
 class Finish(StrEnum):
-    """Why a candidate sentence ends."""
+    """Enumerate the reasons why a candidate sentence ends."""
 
     DELIMITER = "delimiter"
-    """The sentence is complete; the response may go on."""
+    """The sentence is complete; the response may continue."""
     EOS = "eos"
     """The response is complete."""
     LENGTH = "length"
-    """The token budget ran out in mid-sentence; the response cannot go on."""
+    """The token budget ran out inside the sentence; the response cannot continue."""
 
 
-class Fate(StrEnum):
-    """What the search did with a node."""
+class NodeStatus(StrEnum):
+    """Enumerate what the search did with a node."""
 
     TOP = "top"
     """Kept among the best partial responses, and expanded."""
@@ -50,64 +53,64 @@ class Fate(StrEnum):
     FINISHED = "finished"
     """Ends a complete response."""
     TRUNCATED = "truncated"
-    """Ends a response that ran into a limit before its end."""
+    """Ends a response that reached a limit before its end."""
     PRUNED = "pruned"
     """Neither among the best nor among the worst."""
     DUPLICATE = "duplicate"
-    """Same tokens as an earlier sibling."""
+    """Has the same tokens as an earlier sibling."""
     FILTERED = "filtered"
-    """Refused by a candidate filter."""
+    """Rejected by a candidate filter."""
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """A request to an engine: continue this partial response by one sentence."""
+    """Request an engine to continue a partial response by one sentence."""
 
     prompt: Prompt
     node_id: str
-    """The partial response's last node; empty for the prompt itself."""
+    """Last node of the partial response; empty for the prompt itself."""
     prefix_ids: tuple[int, ...]
     """Token ids of the partial response, from its first sentence on."""
     num_candidates: int
     seed: tuple[int | str, ...]
-    """Candidate i draws from the stream named by (*seed, i), whatever else is in the batch."""
+    """Candidate i samples from the stream named ``(*seed, i)``, whatever else is in the batch."""
 
 
-class _Said:
-    """What a candidate and the node made of it both know of their words."""
+class _Sentence:
+    """Derive values from the text and the tokens of one sentence."""
 
     text: str
     token_logprobs: tuple[float, ...]
 
     @property
     def sentence(self) -> str:
-        """The text without surrounding white space; empty where it only ends the response."""
+        """Return the text without surrounding white space; empty if it only ends the response."""
         return self.text.strip()
 
     @property
     def logprob(self) -> float:
-        """Log-probability of the whole sentence, in nats."""
+        """Return the log-probability of the whole sentence in nats: sum_o log P(r_o | x, r_<o)."""
         return sum(self.token_logprobs)
 
 
 @dataclass(frozen=True)
-class Candidate(_Said):
-    """One sentence that an engine proposes."""
+class Candidate(_Sentence):
+    """Hold one sentence that an engine proposes."""
 
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...]
-    """log P(r_o | x, r_<o) of the raw distribution: untempered, before any processor."""
+    """log P(r_o | x, r_<o) under the raw distribution: temperature 1, before any logits processor."""
     text: str
-    """What the ids add to the response's text, leading white space included."""
+    """Text that the tokens add to the response, including leading white space."""
     finish: Finish
 
 
 @dataclass(frozen=True)
-class Node(_Said):
-    """A candidate sentence in a prompt's tree, with everything measured about it.
+class Node(_Sentence):
+    """Hold a candidate sentence in a prompt's tree, with everything measured about it.
 
-    Rewards, ranks and pairs are derived from nodes and never stored with them, so they
-    can be computed anew under other settings without generating again.
+    Rewards, ranks and pairs are derived from nodes and never stored with them, so they can
+    be recomputed under other settings without generating again.
     """
 
     prompt_id: str
@@ -121,34 +124,34 @@ class Node(_Said):
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...]
     text: str
-    """What the ids add to the response's text, leading white space included."""
+    """Text that the tokens add to the response, including leading white space."""
     finish: Finish
-    fate: Fate
+    status: NodeStatus
     cosines: Mapping[str, float] = field(default_factory=dict)
-    """Scorer name to cos(F_I(image), F_T(text)), in -1..1, and :func:`others_column` to its
-    mean over other images; empty where there is no sentence."""
+    """Maps a scorer's name to cos(F_I(image), F_T(text)), in -1..1, and :func:`negatives_column`
+    to the mean over negative images; empty if there is no sentence."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """A whole path from a first sentence to a leaf."""
+    """Hold a path from a first sentence to a leaf."""
 
     node_id: str
     """The leaf; its path names the other nodes."""
     token_ids: tuple[int, ...]
     logprob: float
-    """Sum over tokens under the policy that generated it: DPO's reference log-probability."""
+    """Sum over tokens under the policy that generated it: DPO's reference log-probability, in nats."""
     text: str
     num_sentences: int
     reward: float
-    """R(y), in the units of the reward that was configured."""
+    """R(y), in the units of the configured reward."""
     complete: bool
-    """Whether it ended by itself."""
+    """Whether the policy ended the response itself."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference: chosen over rejected, for one prompt."""
+    """Hold a preference for one prompt: chosen over rejected."""
 
     prompt: Prompt
     iteration: int
@@ -157,5 +160,5 @@ class Pair:
 
     @property
     def margin(self) -> float:
-        """R(chosen) - R(rejected)."""
+        """Return R(chosen) - R(rejected)."""
         return self.chosen.reward - self.rejected.reward

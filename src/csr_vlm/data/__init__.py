@@ -1,0 +1,1 @@
+"""Read prompts, images and preference pairs, and write pairs, in the formats of other programs."""

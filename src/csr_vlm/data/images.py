@@ -1,4 +1,4 @@
-"""Loading images from files that nobody has checked."""
+"""Load images from untrusted files."""
 
 from __future__ import annotations
 
@@ -11,48 +11,49 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
-from csr_vlm.store.files import open_ordinary
+from csr_vlm.store.files import open_regular
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; the message says why in a few words."""
+    """Represent an unusable image; the message gives the reason in a few words."""
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What is decoded; Pillow knows more, among them formats that start other programs."""
+"""Formats that are decoded. Pillow supports more, some of which start other programs."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-"""What files of these formats are called, in lower case."""
+"""File suffixes of these formats, in lower case."""
+_SIGNATURES = {
+    b"\xff\xd8\xff": ".jpg",
+    b"\x89PNG": ".png",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+    b"II*\x00": ".tif",
+    b"MM\x00*": ".tif",
+    b"P5": ".ppm",
+    b"P6": ".ppm",
+}
 
 
 def load_image(source: str | Path | bytes, max_pixels: int) -> Image.Image:
-    """Decode an image completely, upright and as RGB.
+    """Decode an image completely, apply its EXIF orientation, and convert it to RGB over white.
 
     Args:
-        source: Path of a file, or what is in it.
+        source: Path of a file, or the content of one.
+        max_pixels: Largest width times height. It is checked in the header, before decoding.
 
     Raises:
-        BadImage: Missing, unreadable, truncated, or larger than ``max_pixels``, which is
-            checked on the header, before anything is decoded.
+        BadImage: The image is missing, unreadable, truncated, or larger than ``max_pixels``.
     """
     try:
-        with warnings.catch_warnings(), _opened(source) as file:
+        with warnings.catch_warnings(), _open(source) as file:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
-                    # Without the size, which would make every large image a reason of its own.
+                    # The message omits the size, since reasons are counted and must not differ between images.
                     raise BadImage(f"too large (over {max_pixels:,} pixels)")
                 if image.mode in ("I", "F"):
-                    raise BadImage("32-bit grey levels, whose white is unknown")
-                upright = ImageOps.exif_transpose(image)
-                if upright.mode.startswith("I;16"):
-                    # Left alone, everything above 255 of 65,535 would become white.
-                    upright.info.pop("transparency", None)
-                    upright = upright.point(lambda level: level * (1 / 256)).convert("L")
-                if "A" in upright.getbands() or "transparency" in upright.info:
-                    layer = upright.convert("RGBA")
-                    upright = Image.new("RGBA", layer.size, "white")
-                    upright.alpha_composite(layer)
-                return upright.convert("RGB")
+                    raise BadImage("32-bit grayscale without a known white level")
+                return _to_rgb(ImageOps.exif_transpose(image))
     except BadImage:
         raise
     except FileNotFoundError:
@@ -62,37 +63,48 @@ def load_image(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError:
         raise BadImage("too large") from None
     except OSError as error:
-        # Decoders put byte counts and paths into their messages; a reason must be countable.
+        # Decoders put byte counts and paths into their messages, so only the system's reason is kept.
         raise BadImage(f"unreadable ({error.strerror or 'damaged'})") from None
     except Exception:
-        # Decoders of damaged files raise whatever they stumble over.
+        # Decoders raise many other exceptions on damaged files.
         raise BadImage("unreadable (damaged)") from None
 
 
-def image_of(prompt: Prompt, max_pixels: int) -> Image.Image:
-    """Load the image of a prompt that was checked before.
+def load_prompt_image(prompt: Prompt, max_pixels: int) -> Image.Image:
+    """Load the image of a prompt that passed the check of the inputs.
 
     Raises:
-        CsrError: It has gone or changed since.
+        CsrError: The image was deleted or changed since.
     """
     try:
         return load_image(prompt.image, max_pixels)
     except BadImage as error:
         raise CsrError(
-            f"the image {prompt.image} of prompt {prompt.prompt_id} was usable when the inputs were checked and is "
+            f"the image {prompt.image} of prompt {prompt.prompt_id} was usable when the inputs were checked but is "
             f"not now: {error}",
-            "put it back and run the same command again",
+            "restore the file and run the same command again",
         ) from None
 
 
-def _opened(source: str | Path | bytes) -> IO[bytes]:
-    return BytesIO(source) if isinstance(source, bytes) else open_ordinary(source)
-
-
 def suffix_of(content: bytes) -> str:
-    """Return the file suffix of an encoded image by its first bytes; empty where they are of no known format."""
-    heads = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp"}
-    heads |= {b"II*\x00": ".tif", b"MM\x00*": ".tif", b"P5": ".ppm", b"P6": ".ppm"}
+    """Return the file suffix of an encoded image by its first bytes; empty if the format is unknown."""
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return ".webp"
-    return next((suffix for head, suffix in heads.items() if content.startswith(head)), "")
+    return next((suffix for signature, suffix in _SIGNATURES.items() if content.startswith(signature)), "")
+
+
+def _open(source: str | Path | bytes) -> IO[bytes]:
+    return BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB; transparent pixels become white."""
+    if image.mode.startswith("I;16"):
+        # A plain conversion would turn everything above 255 of 65,535 into white.
+        image.info.pop("transparency", None)
+        image = image.point(lambda level: level * (1 / 256)).convert("L")
+    if "A" in image.getbands() or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.new("RGBA", layer.size, "white")
+        image.alpha_composite(layer)
+    return image.convert("RGB")

@@ -1,7 +1,6 @@
-"""What files of prompts and of pairs look like, one module a format.
+"""Find the sources of prompts and pairs, and the format of each.
 
-A module of prompts has ``rows`` and ``count``; a module of pairs has ``write`` and
-``responses``, and its rows are read by whichever of the first kind its file is.
+:mod:`csr_vlm.data.formats` describes what a module of a format defines and how to add one.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from csr_vlm.data.formats import (
     trl,
     webdataset,
 )
-from csr_vlm.data.formats.rows import Rows, open_file
 from csr_vlm.data.images import SUFFIXES
+from csr_vlm.data.rows import Rows, open_source_file
 
 PROMPT_FORMATS: dict[str, ModuleType] = {
     "jsonl": jsonl,
@@ -43,6 +42,7 @@ PROMPT_FORMATS: dict[str, ModuleType] = {
     "huggingface": huggingface,
     "webdataset": webdataset,
 }
+"""Module by name of ``data.format``."""
 PAIR_FORMATS: dict[str, ModuleType] = {
     "trl": trl,
     "llava": llava,
@@ -50,14 +50,15 @@ PAIR_FORMATS: dict[str, ModuleType] = {
     "swift": swift,
     "rlaifv": rlaifv,
 }
-_KNOWN = (
-    "known are JSON Lines, LLaVA or CSR JSON, Parquet, tar shards (WebDataset), a folder of images, an ImageFolder, "
-    "a folder of save_to_disk, and a hub id OWNER/NAME; data.format names one"
+"""Module by name of ``data.pairs_format`` and of ``csr export --format``."""
+_FORMAT_HINT = (
+    "expected one of: JSON Lines, LLaVA or CSR JSON, Parquet, tar shards (WebDataset), a folder of images, an "
+    "ImageFolder, a folder written by save_to_disk, a hub id OWNER/NAME; or set data.format"
 )
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_MOST_SHARDS = 1_000_000
-_FILE_SUFFIXES = {
+_SHARD_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MAX_SHARDS = 1_000_000
+_FORMAT_BY_SUFFIX = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "llava",
@@ -67,111 +68,119 @@ _FILE_SUFFIXES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A place that prompts or pairs come from, opened row by row."""
+    """Hold one source of prompts or pairs, which is opened when its rows are read."""
 
     path: str
     format: str
     root: Path | None
-    """Folder that its image paths are relative to, resolved; None for the hub."""
+    """Resolved folder that image paths are relative to; None for the hub."""
     rows: Callable[[], Rows]
     count: Callable[[], int]
-    """Number of rows; 0 where only reading all would tell."""
+    """Return the number of rows; 0 if counting requires reading everything."""
 
 
-def open_source(path: str, form: str, split: str, image_root: str | None) -> Iterator[Source]:
-    """Yield the sources that a path, a glob or a range of shards ``{000..012}`` names.
+def open_source(path: str, format_name: str, split: str, image_root: str | None) -> Iterator[Source]:
+    """Yield the sources that a path, a glob or a range of shards ``{000..012}`` refers to.
 
     Args:
-        form: Name of a format, or auto.
-        split: Of a Hugging Face data set.
-        image_root: Instead of the folder that the source lies in; no matter for a folder of images.
+        path: Path, glob, range or hub id.
+        format_name: Key of :data:`PROMPT_FORMATS`, or auto.
+        split: Split of a Hugging Face dataset.
+        image_root: Folder of the images; by default the source's own folder. A folder of images ignores it.
 
     Raises:
-        CsrError: There is nothing, or nothing of a known format.
+        CsrError: The source does not exist, or its format is unknown.
     """
-    for name in _expanded(path):
-        found = recognise(name) if form == "auto" else form
-        options: tuple[Any, ...] = (name, split) if found == "huggingface" else (Path(name),)
-        module, local = PROMPT_FORMATS[found], Path(name)
-        if found in ("images", "imagefolder") and not local.is_dir():
-            raise CsrError(f"{name} is no folder, as format {found} needs", "set data.prompts or data.format")
-        own = local if local.is_dir() else local.parent
-        # The images of a folder lie in it, wherever a recipe's other images do.
-        elsewhere = image_root if found != "images" else None
-        root = Path(elsewhere) if elsewhere is not None else own if local.exists() else None
+    for name in _expand(path):
+        detected = detect_format(name) if format_name == "auto" else format_name
+        options: tuple[Any, ...] = (name, split) if detected == "huggingface" else (Path(name),)
+        module, local = PROMPT_FORMATS[detected], Path(name)
+        if detected in ("images", "imagefolder") and not local.is_dir():
+            raise CsrError(
+                f"{name} is not a folder, which format {detected} requires", "set data.prompts or data.format"
+            )
         yield Source(
             path=name,
-            format=found,
-            root=root.resolve() if root is not None else None,
+            format=detected,
+            # The images of a folder of images are in it, wherever a recipe's other images are.
+            root=_image_root(local, image_root if detected != "images" else None),
             rows=partial(module.rows, *options),
             count=partial(module.count, *options),
         )
 
 
-def is_here(path: str) -> bool:
-    """Tell whether all that a path, a glob or a range names is on this disk; what is on the hub is not."""
+def is_local(path: str) -> bool:
+    """Return whether everything that a path, a glob or a range refers to is on this disk, not on the hub."""
     try:
-        return all(Path(name).exists() for name in _expanded(path))
+        return all(Path(name).exists() for name in _expand(path))
     except CsrError:
         return False
 
 
-def recognise(name: str) -> str:
-    """Name the format of a source by its content, and by its name where the content does not tell.
+def detect_format(name: str) -> str:
+    """Return the format of a source, by its content if that is conclusive, else by its name.
 
     Raises:
-        CsrError: It is not there, or of no known format.
+        CsrError: The source does not exist, or its format is unknown.
     """
     path = Path(name)
     if path.is_dir():
         return _folder_format(path)
-    suffix = "webdataset" if webdataset.is_shard(path) else _FILE_SUFFIXES.get(path.suffix.lower())
-    if not path.exists() and suffix is None and _HUB_ID.match(name):
+    by_suffix = "webdataset" if webdataset.is_shard(path) else _FORMAT_BY_SUFFIX.get(path.suffix.lower())
+    if not path.exists() and by_suffix is None and _HUB_ID.match(name):
         return "huggingface"
-    with open_file(path) as handle:
+    with open_source_file(path) as handle:
         head = handle.read(512)
     if head.startswith(b"PAR1"):
         return "parquet"
     if head[257:262] == b"ustar":
         return "webdataset"
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    by_content = {b"[": "llava", b"{": "jsonl"}.get(start)
-    # A line of a JSON Lines file may be anything; a file called .json may hold JSON Lines.
-    found = "jsonl" if suffix == "jsonl" else by_content or suffix
-    if found is None:
-        raise CsrError(f"{path} is of no known format: it starts with {head[:16]!r}", _KNOWN)
-    return found
+    first_character = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    by_content = {b"[": "llava", b"{": "jsonl"}.get(first_character)
+    # Any value may be a line of JSON Lines, and a file named .json may hold JSON Lines.
+    detected = "jsonl" if by_suffix == "jsonl" else by_content or by_suffix
+    if detected is None:
+        raise CsrError(f"{path} has an unknown format: it starts with {head[:16]!r}", _FORMAT_HINT)
+    return detected
+
+
+def _image_root(source: Path, image_root: str | None) -> Path | None:
+    if image_root is not None:
+        return Path(image_root).resolve()
+    if not source.exists():
+        return None
+    return (source if source.is_dir() else source.parent).resolve()
 
 
 def _folder_format(path: Path) -> str:
-    if huggingface.saved(path):
+    if huggingface.is_saved(path):
         return "huggingface"
-    seen: set[str] = set()
-    for file in folder.files(path):
-        if file.name in imagefolder.NAMES:
+    suffixes: set[str] = set()
+    for file in folder.walk(path):
+        if file.name in imagefolder.METADATA_NAMES:
             return "imagefolder"
-        seen.add(".tar" if webdataset.is_shard(file) else file.suffix.lower())
-    for suffixes, found in (((".tar",), "webdataset"), ((".parquet",), "parquet"), (SUFFIXES, "images")):
-        if seen.intersection(suffixes):
-            return found
-    listed = ", ".join(sorted(entry.name for entry in islice(path.iterdir(), 5))) or "nothing"
-    raise CsrError(f"the folder {path} is of no known format: it holds {listed}", _KNOWN)
+        suffixes.add(".tar" if webdataset.is_shard(file) else file.suffix.lower())
+    for candidates, detected in (((".tar",), "webdataset"), ((".parquet",), "parquet"), (SUFFIXES, "images")):
+        if suffixes.intersection(candidates):
+            return detected
+    listed = ", ".join(sorted(child.name for child in islice(path.iterdir(), 5))) or "nothing"
+    raise CsrError(f"the folder {path} has an unknown format: it holds {listed}", _FORMAT_HINT)
 
 
-def _expanded(path: str) -> list[str]:
-    """Name the sources behind a glob or a range; one that is there is itself."""
+def _expand(path: str) -> list[str]:
+    """Return the paths behind a glob or a range; a path that exists stands for itself."""
     if os.path.exists(path):  # noqa: PTH110 - Path.exists raises on names that are too long
         return [path]
-    matched = _RANGE.search(path)
-    if matched is not None:
-        first, last = matched[1], matched[2]
+    match = _SHARD_RANGE.search(path)
+    if match is not None:
+        first, last = match[1], match[2]
         numbers = range(int(first), int(last) + 1)
-        if len(numbers) > _MOST_SHARDS:
-            raise CsrError(f"{path} names more than {_MOST_SHARDS:,} files", "set data.prompts")
-        return [path[: matched.start()] + f"{n:0{len(first)}d}" + path[matched.end() :] for n in numbers]
-    if not any(sign in path for sign in "*?["):
+        if len(numbers) > _MAX_SHARDS:
+            raise CsrError(f"{path} refers to more than {_MAX_SHARDS:,} files", "set data.prompts")
+        return [path[: match.start()] + f"{n:0{len(first)}d}" + path[match.end() :] for n in numbers]
+    if not any(character in path for character in "*?["):
         return [path]
-    found = sorted(glob(path, recursive=True))  # noqa: PTH207 - the pattern may be absolute
-    if not found:
-        raise CsrError(f"nothing matches {path}", "set data.prompts")
-    return found
+    matches = sorted(glob(path, recursive=True))  # noqa: PTH207 - the pattern may be absolute
+    if not matches:
+        raise CsrError(f"no file matches {path}", "set data.prompts")
+    return matches

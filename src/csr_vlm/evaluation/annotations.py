@@ -1,4 +1,4 @@
-"""Ground truth in COCO's format: instances and reference captions of images."""
+"""Read ground truth in COCO's format: the object instances and reference captions of images."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.evaluation.chair import Reader
+from csr_vlm.evaluation.chair import ObjectReader
 from csr_vlm.store.files import sha256_of
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """What some COCO-format files say about images."""
+    """Hold the instances and captions of images from one or more COCO-format files."""
 
     file_names: Mapping[int | str, str]
     """Image id to file name; empty where the files list none."""
     categories: tuple[str, ...]
     """Names of the object categories, in the order of their ids."""
     instances: Mapping[int | str, tuple[str, ...]]
-    """Image id to category names, one an instance."""
+    """Image id to category names, one per instance."""
     captions: Mapping[int | str, tuple[str, ...]]
     """Image id to reference captions."""
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Annotations:
         return image_id in self.file_names or image_id in self.instances or image_id in self.captions
 
     def find(self, image: int | str) -> int | str | None:
-        """Return the id of an image named by its id, as a number or in text, or by its file name."""
+        """Return the id of an image given as an id, a numeric string or a file name; None if it is unknown."""
         if image in self:
             return image
         text = str(image)
@@ -49,34 +49,35 @@ class Annotations:
 
 
 def read_annotations(directory: Path, split: str = "*") -> Annotations:
-    """Read every ``instances_SPLIT.json`` and ``captions_SPLIT.json`` of a directory.
+    """Read every ``instances_SPLIT.json`` and ``captions_SPLIT.json`` in a directory.
 
     Args:
-        split: Such as val2014; all there are by default, as CHAIR takes train and val together.
+        split: Name of a split, such as val2014; every split by default, because CHAIR
+            combines train and val.
 
     Raises:
-        CsrError: There is no instance file, or one does not read as COCO's format.
+        CsrError: The directory has no instances file, or a file is not in COCO's format.
     """
     paths = {kind: sorted(directory.glob(f"{kind}_{split}.json")) for kind in ("instances", "captions")}
     if not paths["instances"]:
         raise CsrError(
-            f"{directory} holds no instances_{split}.json",
-            "give the directory of COCO's annotations (instances, captions)",
+            f"{directory} does not contain instances_{split}.json",
+            "pass the directory with COCO's instances_*.json and captions_*.json",
         )
     names: dict[int | str, str] = {}
     categories: dict[int, str] = {}
     instances: dict[int | str, list[str]] = defaultdict(list)
     captions: dict[int | str, list[str]] = defaultdict(list)
     for path in paths["instances"]:
-        content = _content(path)
-        with _format_of(path):
+        content = _read_object(path)
+        with _expect_coco_format(path):
             names |= {image["id"]: image.get("file_name", "") for image in content.get("images", ())}
             categories |= {int(category["id"]): str(category["name"]) for category in content["categories"]}
             for item in content["annotations"]:
                 instances[item["image_id"]].append(categories[item["category_id"]])
     for path in paths["captions"]:
-        content = _content(path)
-        with _format_of(path):
+        content = _read_object(path)
+        with _expect_coco_format(path):
             names |= {image["id"]: image.get("file_name", "") for image in content.get("images", ())}
             for item in content["annotations"]:
                 captions[item["image_id"]].append(str(item["caption"]))
@@ -90,7 +91,7 @@ def read_annotations(directory: Path, split: str = "*") -> Annotations:
 
 
 @contextmanager
-def _format_of(path: Path) -> Iterator[None]:
+def _expect_coco_format(path: Path) -> Iterator[None]:
     """Turn a missing or ill-typed field into an error that names the file."""
     try:
         yield
@@ -98,34 +99,35 @@ def _format_of(path: Path) -> Iterator[None]:
         raise CsrError(f"{path} is not in COCO's format: {error!r}", "see docs/evaluation.md") from None
 
 
-def _content(path: Path) -> Any:
+def _read_object(path: Path) -> Any:
+    """Read the JSON object in a file."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CsrError(f"{path} cannot be read as JSON: {error}", "fetch the annotations again") from None
+        raise CsrError(f"{path} cannot be read as JSON: {error}", "download the annotations again") from None
     if not isinstance(content, dict):
-        raise CsrError(f"{path} is not in COCO's format: no JSON object", "see docs/evaluation.md")
+        raise CsrError(f"{path} is not in COCO's format: not a JSON object", "see docs/evaluation.md")
     return content
 
 
-def truth_of(
-    annotations: Annotations, image_ids: Collection[int | str], reader: Reader
+def ground_truth(
+    annotations: Annotations, image_ids: Collection[int | str], reader: ObjectReader
 ) -> dict[int | str, frozenset[str]]:
-    """Return the objects of images: categories of instances and objects that captions name.
+    """Return the objects in each image: its annotated categories and the objects named in its captions.
 
     Raises:
-        CsrError: A category that the table of objects does not have.
+        CsrError: The annotations have a category that the object table lacks.
     """
     unknown = sorted(set(annotations.categories) - reader.table.objects.keys())
     if unknown:
         raise CsrError(
             f"the synonym file lacks categories of the annotations: {', '.join(unknown[:5])}",
-            "give --synonyms a file with a line for each",
+            "pass --synonyms a file with one line per category",
         )
     return {image_id: frozenset(_objects(annotations, image_id, reader)) for image_id in set(image_ids)}
 
 
-def _objects(annotations: Annotations, image_id: int | str, reader: Reader) -> Iterator[str]:
+def _objects(annotations: Annotations, image_id: int | str, reader: ObjectReader) -> Iterator[str]:
     yield from (reader.table.objects[name] for name in annotations.instances.get(image_id, ()))
     for caption in annotations.captions.get(image_id, ()):
         yield from reader.read(caption).objects

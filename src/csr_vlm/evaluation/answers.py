@@ -1,12 +1,12 @@
-"""Letting a policy answer what a benchmark asks, with the protocol beside the answers.
+"""Have a policy answer a benchmark's prompts, and keep the protocol beside the answers.
 
-A prompt file with ``question_id`` (POPE's) gives answers, any other gives captions:
+A prompt file whose rows have a ``question_id`` (such as POPE's) yields answers, any other yields captions:
 
     {"question_id": 1, "answer": "Yes."}
     {"id": "a", "image_id": 42, "caption": "A dog."}
 
-Beside OUT.jsonl stands OUT.protocol.json: what was asked, about which images, and how the
-answer was decoded. A number computed from the answers carries it.
+``OUT.protocol.json`` is written beside ``OUT.jsonl`` and records the prompts, the images and the
+decoding settings. Every metric computed from the answers carries it.
 """
 
 from __future__ import annotations
@@ -26,47 +26,50 @@ from csr_vlm.evaluation.chair import Caption
 from csr_vlm.evaluation.pope import read_rows
 from csr_vlm.store import files
 
-_CHOSEN = {
+_SETTINGS = {
     "prompt": "texts", "ids": "prompts", "num_prompts": "num_prompts", "decoding": "decoding",
     "max_new_tokens": "max_new_tokens", "seed": "seed", "drop_unfinished": "drop_unfinished",
 }  # fmt: skip
-"""What identifies how answers were generated: its name in an evaluation, and in the protocol beside the answers."""
+"""Settings that identify how answers were generated: name in an evaluation to name in the answers' protocol."""
 _COCO_FILE = re.compile(r"(?:COCO_\w+_)?(\d{6,12})\.\w+")
 _COMPLETE = re.compile(r".*[.!?](?=\s|$|[\"'”’)])", re.DOTALL)
+_CAPTION_EXAMPLE = 'such as {"id": 1, "image_id": 42, "caption": "A dog."}'
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One row of a prompt file."""
+class EvaluationPrompt:
+    """Represent one row of a benchmark's prompt file."""
 
     prompt: Prompt
     question_id: int | str | None
-    """What POPE calls it; None asks for a caption."""
+    """POPE's id of the question; None where the row asks for a caption."""
     image_id: int | str
-    """What the annotations call the image: the row's own, COCO's number, or the file name."""
+    """Id of the image in the annotations: the row's ``image_id``, COCO's number, or the file name."""
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How a response is written: the part of the protocol that one chooses."""
+class AnswerSettings:
+    """Configure how answers are decoded: the part of the protocol that the user chooses."""
 
     max_new_tokens: int
     temperature: float = 0.0
-    """0 decodes greedily."""
+    """Sampling temperature; 0 means greedy decoding."""
     seed: int = 0
     drop_unfinished: bool = True
-    """Whether a caption that ran into the limit loses its last, unfinished sentence."""
+    """Whether a caption that reaches the token limit loses its last, incomplete sentence."""
 
 
 Respond = Callable[[Sequence[Prompt]], Iterable[tuple[str, Finish]]]
-"""Prompts to text and why it ended."""
+"""Maps prompts to pairs of response text and finish reason, in order."""
 
 
-def read_asked(path: Path, image_root: Path | None = None, limit: int | None = None) -> list[Asked]:
-    """Read a prompt file, each image decoded once to see that it can be.
+def read_evaluation_prompts(
+    path: Path, image_root: Path | None = None, limit: int | None = None
+) -> list[EvaluationPrompt]:
+    """Read a prompt file and decode each image once to check it.
 
     Raises:
-        CsrError: A row is unusable; nothing is skipped, since a benchmark is all its rows.
+        CsrError: A row is unusable. No row is skipped, because a benchmark is defined by all of its rows.
     """
     config = DataConfig(
         prompts=str(path),
@@ -77,80 +80,82 @@ def read_asked(path: Path, image_root: Path | None = None, limit: int | None = N
     try:
         prompts = list(read_prompts(config, InputReport()))
     except CsrError as error:
-        raise CsrError(error.message, "mend it, or give the folder of the images by --images") from None
+        raise CsrError(error.message, "fix the row, or pass the folder of the images with --images") from None
     if not prompts:
-        raise CsrError(f"{path} holds no prompt", "one JSON object a line: id, image, text")
+        raise CsrError(f"{path} contains no prompts", "write one JSON object per line with id, image and text")
     rows = read_rows(path)[: len(prompts)]
     return [
-        Asked(prompt, row.get("question_id"), row.get("image_id", image_id_of(str(row["image"]))))
+        EvaluationPrompt(prompt, row.get("question_id"), row.get("image_id", image_id_of(str(row["image"]))))
         for prompt, row in zip(prompts, rows, strict=True)
     ]
 
 
 def image_id_of(image: str) -> int | str:
-    """Return the number in a name such as COCO_val2014_000000000042.jpg, else the file name."""
+    """Return the number in a name such as COCO_val2014_000000000042.jpg, otherwise the file name."""
     name = Path(image).name
     match = _COCO_FILE.fullmatch(name)
     return int(match.group(1)) if match else name
 
 
-def answer(
-    asked: Sequence[Asked], respond: Respond, decoding: Decoding, origin: dict[str, Any]
+def answer_prompts(
+    prompts: Sequence[EvaluationPrompt], respond: Respond, settings: AnswerSettings, policy: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Answer every prompt.
 
     Args:
-        origin: Which policy answers; goes into the protocol.
+        policy: Description of the policy that answers, for the protocol.
 
     Returns:
-        The rows to write and the protocol, whose ``id`` is a hash of all that was chosen:
-        prompts, images and decoding, not of who answered.
+        The rows to write and the protocol. The protocol's ``id`` is a hash of prompts, images
+        and decoding settings; it does not depend on the policy.
     """
     rows: list[dict[str, Any]] = []
-    unfinished = 0
-    for item, (text, finish) in zip(asked, respond([item.prompt for item in asked]), strict=True):
-        unfinished += finish is Finish.LENGTH
+    num_unfinished = 0
+    for item, (text, finish) in zip(prompts, respond([item.prompt for item in prompts]), strict=True):
+        num_unfinished += finish is Finish.LENGTH
         if item.question_id is not None:
             rows.append({"question_id": item.question_id, "answer": text.strip()})
             continue
-        kept = finished_part(text) if decoding.drop_unfinished and finish is Finish.LENGTH else text
+        kept = complete_sentences(text) if settings.drop_unfinished and finish is Finish.LENGTH else text
         rows.append({"id": item.prompt.prompt_id, "image_id": item.image_id, "caption": kept.strip()})
-    questions = sorted({item.prompt.text for item in asked})
-    chosen = {
-        **asdict(decoding),
-        "decoding": "greedy" if decoding.temperature == 0 else f"sampled at temperature {decoding.temperature}",
-        "prompts": files.digest([[str(item.image_id), item.prompt.prompt_id, item.prompt.text] for item in asked]),
-        "num_prompts": len(asked),
+    texts = sorted({item.prompt.text for item in prompts})
+    identity = {
+        **asdict(settings),
+        "decoding": "greedy" if settings.temperature == 0 else f"sampled at temperature {settings.temperature}",
+        "prompts": files.digest([[str(item.image_id), item.prompt.prompt_id, item.prompt.text] for item in prompts]),
+        "num_prompts": len(prompts),
     }
     protocol = {
-        "id": files.digest(chosen),
-        **chosen,
-        "num_different_texts": len(questions),
-        "texts": questions[:5],
-        "unfinished": unfinished,
+        "id": files.digest(identity),
+        **identity,
+        "num_different_texts": len(texts),
+        "texts": texts[:5],
+        "unfinished": num_unfinished,
         "empty": sum(not (row.get("caption") or row.get("answer")) for row in rows),
-        "policy": origin,
+        "policy": policy,
     }
     return rows, protocol
 
 
-def finished_part(text: str) -> str:
-    """Return a text up to the end of its last complete sentence; nothing if it has none."""
+def complete_sentences(text: str) -> str:
+    """Return a text up to the end of its last complete sentence; the empty string if it has none."""
     match = _COMPLETE.match(text)
     return match.group() if match else ""
 
 
 def write_answers(out: Path, rows: Sequence[dict[str, Any]], protocol: dict[str, Any]) -> None:
+    """Write the rows as JSON lines, and the protocol with their SHA-256 beside them."""
     files.write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     files.write_json(protocol_path(out), {**protocol, "sha256": files.sha256_of(out)})
 
 
 def protocol_path(answers: Path) -> Path:
+    """Return the path of the protocol that belongs to an answer file."""
     return answers.with_suffix(".protocol.json")
 
 
 def read_protocol(answers: Path) -> dict[str, Any] | None:
-    """Return the protocol beside an answer file, or None where it is absent, damaged, or of another file."""
+    """Return the protocol of an answer file; None where it is missing, damaged or of another file's content."""
     try:
         protocol = files.read_document(protocol_path(answers))
     except CsrError:
@@ -158,33 +163,33 @@ def read_protocol(answers: Path) -> dict[str, Any] | None:
     return protocol if protocol.get("sha256") == files.sha256_of(answers) else None
 
 
-def chosen_in(protocols: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-    """Return how answers were generated, without what came of it, so that two policies' can be compared.
+def generation_settings(protocols: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """Return the settings that answers were generated with, without their outcome.
+
+    Evaluations of two policies are comparable where these settings are equal.
 
     Args:
-        protocols: As :func:`read_protocol` returns them, one an answer file.
+        protocols: Results of :func:`read_protocol`, one per answer file.
     """
     known = [protocol for protocol in protocols if protocol is not None]
     if len(known) < len(protocols):
         return {"generation": "not known"}
-    columns = {name: [protocol[field] for protocol in known] for name, field in _CHOSEN.items()}
+    columns = {name: [protocol[field] for protocol in known] for name, field in _SETTINGS.items()}
     return {name: values[0] if values.count(values[0]) == len(values) else values for name, values in columns.items()}
 
 
 def read_captions(path: Path) -> list[Caption]:
-    """Read captions: JSON lines with image_id, caption, and an id unless the image's serves.
+    """Read captions from JSON lines with ``image_id``, ``caption`` and optionally ``id`` (default: ``image_id``).
 
     Raises:
-        CsrError: A row lacks an image or a caption, or there is no row.
+        CsrError: A row lacks an image or a caption, or the file has no rows.
     """
     captions = []
     for number, row in enumerate(read_rows(path), start=1):
         image_id, text = row.get("image_id"), row.get("caption")
         if not isinstance(image_id, int | str) or not isinstance(text, str):
-            raise CsrError(
-                f"{path}, row {number}: no image_id or no caption", 'as {"id": 1, "image_id": 42, "caption": "A dog."}'
-            )
+            raise CsrError(f"{path}, row {number}: image_id or caption is missing", f"write rows {_CAPTION_EXAMPLE}")
         captions.append(Caption(row.get("id", image_id), image_id, text))
     if not captions:
-        raise CsrError(f"{path} holds no caption", 'as {"id": 1, "image_id": 42, "caption": "A dog."}')
+        raise CsrError(f"{path} contains no captions", f"write one row per caption, {_CAPTION_EXAMPLE}")
     return captions

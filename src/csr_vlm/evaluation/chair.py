@@ -1,14 +1,14 @@
-"""CHAIR: how many of the objects that captions name are not there.
+"""Compute CHAIR: the share of the objects named in captions that are not in the image.
 
     CHAIR_I = mentions of objects that are not in the image / mentions of objects
     CHAIR_S = captions with such a mention / captions
     recall  = objects of the images that their captions name / objects of the images
 
-(Rohrbach et al. 2018, arXiv 1809.02156; recall as in OPERA's evaluator.) Mentions are
-pooled over captions and repetitions count. The objects of an image are the categories of
-its instances together with the objects that its reference captions name, found by the
-same function that reads the captions under test. Everything that names objects in text,
-the embedded world included, goes through :class:`Reader` and :func:`judge`.
+(Rohrbach et al. 2018, arXiv 1809.02156; recall as in OPERA's evaluator.) Mentions are pooled
+over captions, and repetitions count. The objects of an image are the categories of its
+instances and the objects named in its reference captions, extracted by the same
+:class:`ObjectReader` that reads the captions under test. Everything that looks for objects in
+text, the embedded world included, goes through :class:`ObjectReader` and :func:`check_mentions`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from csr_vlm.evaluation.objects import ObjectTable, Reading, find_objects
+from csr_vlm.evaluation.objects import ObjectMentions, ObjectTable, find_objects
 from csr_vlm.evaluation.statistics import Metric, Tally, bootstrap, pooled
 from csr_vlm.evaluation.words import WordRule
 
@@ -27,19 +27,19 @@ _LENGTH_BINS = 4
 
 
 @dataclass(frozen=True)
-class Reader:
-    """A word rule and a table of objects: all that decides what a text mentions."""
+class ObjectReader:
+    """Extract object mentions from text with a word rule and an object table."""
 
     rule: WordRule
     table: ObjectTable
 
-    def read(self, text: str) -> Reading:
+    def read(self, text: str) -> ObjectMentions:
         return find_objects(self.rule.read(text), self.table)
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A text about an image."""
+    """Represent a text about an image."""
 
     caption_id: str | int
     image_id: str | int
@@ -47,50 +47,52 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a text mentions, against what is there."""
+class CheckedMentions:
+    """Hold the objects that a text mentions, compared with the objects in the image."""
 
     mentioned: tuple[str, ...]
     """Objects named, in order, repetitions included."""
     hallucinated: tuple[str, ...]
-    """Those of them that are not there."""
+    """The mentioned objects that are not in the image, in order, repetitions included."""
     hallucinated_words: tuple[str, ...]
     """The words that named them."""
-    hallucinated_places: tuple[int, ...]
+    hallucinated_positions: tuple[int, ...]
+    """Their positions in the text, as in :class:`~csr_vlm.evaluation.objects.ObjectMentions`."""
     recalled: frozenset[str]
-    """Objects that are there and named."""
+    """Objects that are both in the image and named."""
 
 
-def judge(reading: Reading, truth: Set[str]) -> Verdict:
-    """Compare the objects that a text names with those that are there."""
-    absent = [index for index, name in enumerate(reading.objects) if name not in truth]
-    return Verdict(
-        mentioned=reading.objects,
-        hallucinated=tuple(reading.objects[index] for index in absent),
-        hallucinated_words=tuple(reading.words[index] for index in absent),
-        hallucinated_places=tuple(reading.places[index] for index in absent),
-        recalled=frozenset(reading.objects) & truth,
+def check_mentions(mentions: ObjectMentions, truth: Set[str]) -> CheckedMentions:
+    """Compare the objects that a text mentions with ``truth``, the objects in the image."""
+    absent = [index for index, name in enumerate(mentions.objects) if name not in truth]
+    return CheckedMentions(
+        mentioned=mentions.objects,
+        hallucinated=tuple(mentions.objects[index] for index in absent),
+        hallucinated_words=tuple(mentions.words[index] for index in absent),
+        hallucinated_positions=tuple(mentions.positions[index] for index in absent),
+        recalled=frozenset(mentions.objects) & truth,
     )
 
 
 @dataclass(frozen=True)
-class Row:
-    """One caption, judged."""
+class CaptionScore:
+    """Hold the CHAIR scores of one caption and everything they were computed from."""
 
     caption: Caption
-    reading: Reading
-    verdict: Verdict
+    mentions: ObjectMentions
+    checked: CheckedMentions
     truth: frozenset[str]
+    """Objects in the image."""
 
     @property
     def chair_i(self) -> float:
-        """Its share of hallucinated mentions; 0 without a mention."""
-        return len(self.verdict.hallucinated) / max(len(self.verdict.mentioned), 1)
+        """Return the share of its mentions that are hallucinated; 0 without a mention."""
+        return len(self.checked.hallucinated) / max(len(self.checked.mentioned), 1)
 
     @property
     def recall(self) -> float:
-        """Its share of the image's objects; 0 where the image has none."""
-        return len(self.verdict.recalled) / max(len(self.truth), 1)
+        """Return the share of the image's objects that it names; 0 where the image has none."""
+        return len(self.checked.recalled) / max(len(self.truth), 1)
 
     @property
     def num_words(self) -> int:
@@ -98,43 +100,45 @@ class Row:
 
     @property
     def tallies(self) -> dict[str, Tally]:
-        """What it adds to each rate and to the mean lengths."""
-        lengths = {"words": (self.num_words, 1), "tokens": (len(self.reading.tokens), 1)}
-        return {**tallies(self.verdict, self.truth), **lengths}
+        """Return its contribution to each rate and to the mean lengths."""
+        lengths = {"words": (self.num_words, 1), "tokens": (len(self.mentions.tokens), 1)}
+        return {**tallies(self.checked, self.truth), **lengths}
 
     def dump(self) -> dict[str, Any]:
         return {
             "id": self.caption.caption_id,
             "image_id": self.caption.image_id,
-            "mentioned": list(self.verdict.mentioned),
-            "hallucinated": list(self.verdict.hallucinated),
-            "matched_words": list(self.reading.words),
-            "hallucinated_words": list(self.verdict.hallucinated_words),
+            "mentioned": list(self.checked.mentioned),
+            "hallucinated": list(self.checked.hallucinated),
+            "matched_words": list(self.mentions.words),
+            "hallucinated_words": list(self.checked.hallucinated_words),
             "truth": sorted(self.truth),
-            "chair_s": int(bool(self.verdict.hallucinated)),
+            "chair_s": int(bool(self.checked.hallucinated)),
             "chair_i": self.chair_i,
             "recall": self.recall,
             "words": self.num_words,
-            "tokens": len(self.reading.tokens),
+            "tokens": len(self.mentions.tokens),
         }
 
 
-def evaluate(captions: Sequence[Caption], truth: Mapping[str | int, Set[str]], reader: Reader) -> list[Row]:
-    """Judge every caption.
+def evaluate(
+    captions: Sequence[Caption], truth: Mapping[str | int, Set[str]], reader: ObjectReader
+) -> list[CaptionScore]:
+    """Score every caption.
 
     Args:
-        truth: Image id to the objects in the image, for every image of a caption.
+        truth: Image id to the objects in the image; must contain the image of every caption.
     """
-    rows = []
+    scores = []
     for caption in captions:
         objects = frozenset(truth[caption.image_id])
-        reading = reader.read(caption.text)
-        rows.append(Row(caption, reading, judge(reading, objects), objects))
-    return rows
+        mentions = reader.read(caption.text)
+        scores.append(CaptionScore(caption, mentions, check_mentions(mentions, objects), objects))
+    return scores
 
 
-class Judged(Protocol):
-    """What rates are computed from; :class:`Verdict` is one."""
+class ObjectCounts(Protocol):
+    """Describe what CHAIR's rates need to know about a text; :class:`CheckedMentions` provides it."""
 
     @property
     def mentioned(self) -> Sized: ...
@@ -144,41 +148,41 @@ class Judged(Protocol):
     def recalled(self) -> Sized: ...
 
 
-def tallies(judged: Judged, truth: Sized) -> dict[str, Tally]:
+def tallies(checked: ObjectCounts, truth: Sized) -> dict[str, Tally]:
     """Return what one text adds to the numerator and the denominator of each rate."""
     return {
-        "chair_s": (int(len(judged.hallucinated) > 0), 1),
-        "chair_i": (len(judged.hallucinated), len(judged.mentioned)),
-        "recall": (len(judged.recalled), len(truth)),
+        "chair_s": (int(len(checked.hallucinated) > 0), 1),
+        "chair_i": (len(checked.hallucinated), len(checked.mentioned)),
+        "recall": (len(checked.recalled), len(truth)),
     }
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Metric]:
-    """Compute all metrics of some judged captions.
+def summarize(scores: Sequence[CaptionScore]) -> dict[str, Metric]:
+    """Compute all metrics of a set of captions.
 
     Returns:
         ``chair_s``, ``chair_i``, ``recall``; ``f1``, the harmonic mean of 1 - CHAIR_I and
-        recall; ``words`` and ``tokens``, mean lengths by white space and by CHAIR's own
-        tokens after merging.
+        recall; ``words`` and ``tokens``, the mean caption length in whitespace-separated words
+        and in CHAIR's tokens after merging.
     """
-    return {**pooled([row.tallies for row in rows]), "f1": _f1(rows)}
+    return {**pooled([score.tallies for score in scores]), "f1": _f1(scores)}
 
 
-def document(rows: Sequence[Row], protocol: Mapping[str, Any]) -> dict[str, Any]:
+def evaluation_document(scores: Sequence[CaptionScore], protocol: Mapping[str, Any]) -> dict[str, Any]:
     """Return the evaluation in the form that runs store: ``metrics``, ``protocol`` and ``rows`` with tallies."""
     return {
-        "metrics": {name: metric.dump() for name, metric in summarise(rows).items()},
+        "metrics": {name: metric.dump() for name, metric in summarize(scores).items()},
         "protocol": dict(protocol),
-        "rows": [{**row.dump(), "text": row.caption.text, "tallies": row.tallies} for row in rows],
+        "rows": [{**score.dump(), "text": score.caption.text, "tallies": score.tallies} for score in scores],
     }
 
 
-def _f1(rows: Sequence[Row]) -> Metric:
+def _f1(scores: Sequence[CaptionScore]) -> Metric:
     columns = [
-        [float(len(row.verdict.mentioned) - len(row.verdict.hallucinated)) for row in rows],
-        [float(len(row.verdict.mentioned)) for row in rows],
-        [float(len(row.verdict.recalled)) for row in rows],
-        [float(len(row.truth)) for row in rows],
+        [float(len(score.checked.mentioned) - len(score.checked.hallucinated)) for score in scores],
+        [float(len(score.checked.mentioned)) for score in scores],
+        [float(len(score.checked.recalled)) for score in scores],
+        [float(len(score.truth)) for score in scores],
     ]
 
     def harmonic_mean(sums: np.ndarray) -> np.ndarray:
@@ -191,38 +195,38 @@ def _f1(rows: Sequence[Row]) -> Metric:
     return bootstrap(columns, harmonic_mean)
 
 
-def by_length(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Compute the rates in quarters of the captions, from the shortest to the longest.
+def by_length(scores: Sequence[CaptionScore]) -> list[dict[str, Any]]:
+    """Compute the rates for each quarter of the captions, from the shortest to the longest.
 
-    A longer caption mentions more, and more that is absent: two policies whose captions
-    differ in length are compared fairly only where their lengths overlap.
+    Longer captions mention more objects, and more that are absent. Policies whose captions
+    differ in length can be compared fairly only where the lengths overlap.
     """
-    ordered = sorted(rows, key=lambda row: row.num_words)
-    parts = [part for part in np.array_split(np.arange(len(ordered)), _LENGTH_BINS) if len(part)]
+    ordered = sorted(scores, key=lambda score: score.num_words)
+    quarters = [indices for indices in np.array_split(np.arange(len(ordered)), _LENGTH_BINS) if len(indices)]
     table = []
-    for part in parts:
-        mine = [ordered[index] for index in part]
-        metrics = summarise(mine)
+    for indices in quarters:
+        quarter = [ordered[index] for index in indices]
+        metrics = summarize(quarter)
         table.append(
             {
-                "words": [mine[0].num_words, mine[-1].num_words],
-                "n": len(mine),
+                "words": [quarter[0].num_words, quarter[-1].num_words],
+                "n": len(quarter),
                 **{name: metrics[name].value for name in ("chair_s", "chair_i", "recall", "f1")},
             }
         )
     return table
 
 
-def counts(rows: Sequence[Row]) -> dict[str, int]:
-    """Count what the rates alone hide."""
-    texts = [(row.caption.image_id, row.caption.text) for row in rows]
+def counts(scores: Sequence[CaptionScore]) -> dict[str, int]:
+    """Count captions, images and mentions, and the cases that the rates hide (empty or repeated captions...)."""
+    texts = [(score.caption.image_id, score.caption.text) for score in scores]
     return {
-        "captions": len(rows),
-        "images": len({row.caption.image_id for row in rows}),
-        "empty": sum(not row.caption.text.strip() for row in rows),
-        "without_objects": sum(not row.verdict.mentioned for row in rows),
+        "captions": len(scores),
+        "images": len({score.caption.image_id for score in scores}),
+        "empty": sum(not score.caption.text.strip() for score in scores),
+        "without_objects": sum(not score.checked.mentioned for score in scores),
         "repeated": len(texts) - len(set(texts)),
-        "images_without_objects": len({row.caption.image_id for row in rows if not row.truth}),
-        "mentions": sum(len(row.verdict.mentioned) for row in rows),
-        "hallucinated": sum(len(row.verdict.hallucinated) for row in rows),
+        "images_without_objects": len({score.caption.image_id for score in scores if not score.truth}),
+        "mentions": sum(len(score.checked.mentioned) for score in scores),
+        "hallucinated": sum(len(score.checked.hallucinated) for score in scores),
     }

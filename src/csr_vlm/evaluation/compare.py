@@ -1,8 +1,17 @@
-"""Comparing two policies on the prompts that both answered, and rules about the outcome.
+"""Compare two policies on the prompts that both answered, and apply stop rules to the differences.
 
-An evaluation is stored as ``RUN/iteration-N/eval/NAME.json`` with ``protocol``, ``metrics`` and
-``rows``; a row has the prompt's ``id`` and its ``tallies``, what it adds to each metric. Nothing
-here knows what is measured, so any evaluation in that form can be compared.
+An evaluation is stored as ``RUN/iteration-N/eval/NAME.json`` with three keys:
+
+``protocol``  How it was measured. Two evaluations are compared only where their protocols are equal.
+``metrics``   Name to value, 95 % interval and n (:class:`~csr_vlm.evaluation.statistics.Metric`).
+``rows``      One per prompt, with the prompt's ``id`` and its ``tallies``: metric name to what the
+              prompt adds to the metric's numerator and denominator.
+
+To add a benchmark, write a module that returns such a document (:mod:`csr_vlm.evaluation.pope` is the
+shortest example) and a command that stores it with ``files.write_json(run.evaluation_path(iteration,
+NAME), document)``. ``csr eval RUN``, ``csr compare`` and ``stop_if`` then work without a further
+change. A benchmark that lmms-eval has needs one entry in :data:`csr_vlm.evaluation.lmms.BENCHMARKS`
+instead.
 """
 
 from __future__ import annotations
@@ -14,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.config.schema import RULE
+from csr_vlm.config.schema import STOP_RULE
 from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.statistics import Difference, holm, paired_difference
 from csr_vlm.store import files
@@ -29,8 +38,8 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A policy of a run whose evaluations are compared."""
+class EvaluatedPolicy:
+    """Identify a policy whose stored evaluations are compared."""
 
     run: Run
     iteration: int
@@ -45,159 +54,174 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences of one evaluation, metric by metric."""
+    """Hold the differences between two policies in one evaluation."""
 
     evaluation: str
     protocol: Mapping[str, Any]
     metrics: Mapping[str, Difference]
     adjusted: Mapping[str, float]
-    """Holm's p-values over the metrics of the evaluation."""
+    """Holm-adjusted p-values over the metrics of the evaluation."""
 
     def dump(self) -> dict[str, Any]:
-        rows = {name: found.dump() | {"p_adjusted": self.adjusted.get(name)} for name, found in self.metrics.items()}
+        rows = {name: change.dump() | {"p_adjusted": self.adjusted.get(name)} for name, change in self.metrics.items()}
         return {"evaluation": self.evaluation, "protocol": dict(self.protocol), "metrics": rows}
 
 
 def policy_name(iteration: int) -> str:
+    """Return the name of an iteration's policy; iteration 0 is the base model."""
     return f"iteration {iteration}" if iteration else "base model"
 
 
-def evaluated(run: Run) -> list[int]:
+def evaluated_iterations(run: Run) -> list[int]:
     """List the iterations with a stored evaluation; 0 is the base model."""
-    return [number for number in range(run.config.iterations + 1) if documents_of(run, number)]
+    return [number for number in range(run.config.iterations + 1) if evaluation_paths(run, number)]
 
 
-def documents_of(run: Run, iteration: int) -> list[Path]:
+def evaluation_paths(run: Run, iteration: int) -> list[Path]:
+    """List the files of an iteration's stored evaluations."""
     return sorted((run.iteration(iteration) / "eval").glob("*.json"))
 
 
 def read_documents(run: Run, iteration: int) -> dict[str, dict[str, Any]]:
     """Read every stored evaluation of a policy, by name."""
-    return {path.stem: files.read_json(path) for path in documents_of(run, iteration)}
+    return {path.stem: files.read_json(path) for path in evaluation_paths(run, iteration)}
 
 
-def compare(before: Measured, after: Measured) -> list[Comparison]:
+def compare(before: EvaluatedPolicy, after: EvaluatedPolicy) -> list[Comparison]:
     """Compare two policies in every evaluation that both have.
 
     Raises:
-        CsrError: They share none, or were measured under different protocols or on different prompts.
+        CsrError: They have no evaluation in common, or were measured under different protocols
+            or on different prompts.
     """
     old, new = before.documents(), after.documents()
-    shared = sorted(old.keys() & new.keys())
-    if not shared:
-        poorer = after if old else before
+    common = sorted(old.keys() & new.keys())
+    if not common:
+        lacking = after if old else before
         raise CsrError(
-            f"there is nothing to compare: {poorer.name} has no evaluation that the other has",
-            f"measure it: csr eval {poorer.run.root}",
+            f"nothing to compare: {lacking.name} has no evaluation in common with the other policy",
+            f"run csr eval {lacking.run.root}",
         )
-    return [_compared(name, old[name], new[name], before, after) for name in shared]
+    return [_compare_documents(name, old[name], new[name], before, after) for name in common]
 
 
-def _compared(
-    name: str, old: Mapping[str, Any], new: Mapping[str, Any], before: Measured, after: Measured
+def _compare_documents(
+    name: str, old: Mapping[str, Any], new: Mapping[str, Any], before: EvaluatedPolicy, after: EvaluatedPolicy
 ) -> Comparison:
-    _require_one_protocol(name, old["protocol"], new["protocol"])
+    _require_same_protocol(name, old["protocol"], new["protocol"])
     left, right = _tallies(name, old, before), _tallies(name, new, after)
     if left.keys() != right.keys():
-        missing = len(left.keys() ^ right.keys())
+        num_unpaired = len(left.keys() ^ right.keys())
         raise CsrError(
-            f"{name}: {missing} prompts were answered by one policy only", "measure both on the same prompts"
+            f"{name}: {num_unpaired} prompts were answered by only one of the policies",
+            "evaluate both policies on the same prompts",
         )
     names = dict.fromkeys(metric for row in left.values() for metric in row)
     metrics = {}
     for metric in names:
-        both = [key for key in left if metric in left[key] and metric in right[key]]
-        if both:
-            metrics[metric] = paired_difference([left[k][metric] for k in both], [right[k][metric] for k in both])
-    tested = {metric: found.p for metric, found in metrics.items() if found.p is not None}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+        ids = [key for key in left if metric in left[key] and metric in right[key]]
+        if ids:
+            metrics[metric] = paired_difference([left[k][metric] for k in ids], [right[k][metric] for k in ids])
+    p_values = {metric: difference.p for metric, difference in metrics.items() if difference.p is not None}
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     return Comparison(name, old["protocol"], metrics, adjusted)
 
 
-def _require_one_protocol(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def _require_same_protocol(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     differing = sorted(differences(dict(old), dict(new)))
     if differing:
-        shown = ", ".join(f"{key} ({_at(old, key)} against {_at(new, key)})" for key in differing[:4])
+        shown = ", ".join(
+            f"{key} ({lookup(old, key, 'missing')} vs. {lookup(new, key, 'missing')})" for key in differing[:4]
+        )
         raise CsrError(
             f"{name} was measured under different protocols: {shown}",
-            "measure both alike; csr eval RUN --again measures a run's policies under its configuration",
+            "evaluate both with the same settings; csr eval RUN --again measures a run's policies with its config",
         )
 
 
-def _at(protocol: Mapping[str, Any], dotted: str) -> Any:
-    value: Any = protocol
+def lookup(settings: Any, dotted: str, default: Any = None) -> Any:
+    """Return the value of a dotted key in nested mappings; ``default`` where it is missing.
+
+    Example:
+        >>> lookup({"method": {"lambda": 0.9}}, "method.lambda")
+        0.9
+    """
     for part in dotted.split("."):
-        value = value.get(part, "nothing") if isinstance(value, Mapping) else "nothing"
-    return value
+        settings = settings.get(part, default) if isinstance(settings, Mapping) else default
+    return settings
 
 
-def _tallies(name: str, document: Mapping[str, Any], policy: Measured) -> dict[str, dict[str, Any]]:
+def _tallies(name: str, document: Mapping[str, Any], policy: EvaluatedPolicy) -> dict[str, dict[str, Any]]:
+    """Return the tallies of each prompt, by prompt id."""
     rows = document.get("rows", [])
     if not rows or any("tallies" not in row for row in rows):
         raise CsrError(
-            f"the {name} evaluation of {policy.name} does not say what each prompt adds to the metrics",
-            f"an earlier version wrote it; measure again: csr eval {policy.run.root} --again",
+            f"the {name} evaluation of {policy.name} has no per-prompt tallies",
+            f"an earlier version wrote it; measure it again: csr eval {policy.run.root} --again",
         )
     return {row["id"]: row["tallies"] for row in rows}
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A condition on a difference, such as ``recall < -0.01``."""
+class StopRule:
+    """Represent a condition on a difference, such as ``recall < -0.01``."""
 
     text: str
     evaluation: str | None
+    """The evaluation it applies to; None for every evaluation with the metric."""
     metric: str
     field: str
-    """``value``, or an end of its interval: ``low``, ``high``."""
+    """``value``, or a bound of its interval: ``low`` or ``high``."""
     holds: Callable[[float], bool]
 
 
-def parse_rule(text: str) -> Rule:
-    """Read ``[EVALUATION/]METRIC[.low|.high] OPERATOR NUMBER``; the number is a difference, after - before.
+def parse_rule(text: str) -> StopRule:
+    """Parse ``[EVALUATION/]METRIC[.low|.high] OPERATOR NUMBER``, a condition on after - before.
 
-    ``recall < -0.01`` looks at the difference itself; ``recall.high < -0.01`` at the upper end of
-    its interval, so it holds only where chance is ruled out.
+    ``recall < -0.01`` tests the difference itself; ``recall.high < -0.01`` tests the upper bound
+    of its interval, so it triggers only where the drop is statistically significant.
 
     Raises:
-        CsrError: The text is no rule.
+        CsrError: The text is not a valid rule.
     """
-    match = re.fullmatch(RULE, text.strip())
+    match = re.fullmatch(STOP_RULE, text.strip())
     if match is None:
-        raise CsrError(f"{text!r} is not a rule", "write METRIC OPERATOR NUMBER, such as 'recall < -0.01'")
+        raise CsrError(f"{text!r} is not a valid rule", "write METRIC OPERATOR NUMBER, such as 'recall < -0.01'")
     compares, bound = _OPERATORS[match["operator"]], float(match["bound"])
     field = match["field"] or "value"
-    return Rule(text.strip(), match["evaluation"], match["metric"], field, lambda value: compares(value, bound))
+    return StopRule(text.strip(), match["evaluation"], match["metric"], field, lambda value: compares(value, bound))
 
 
-def broken_rules(rules: Sequence[Rule], comparisons: Sequence[Comparison]) -> list[str]:
-    """Say of each rule that holds, where and by how much.
+def triggered_rules(rules: Sequence[StopRule], comparisons: Sequence[Comparison]) -> list[str]:
+    """Describe each rule whose condition holds: the rule, the evaluation and the difference.
 
     Raises:
         CsrError: A rule names a metric that was not measured.
     """
     reasons = []
     for rule in rules:
-        concerned = [
+        matching = [
             (c.evaluation, c.metrics[rule.metric])
             for c in comparisons
             if rule.metric in c.metrics and rule.evaluation in (None, c.evaluation)
         ]
-        if not concerned:
-            known = ", ".join(f"{c.evaluation}/{metric}" for c in comparisons for metric in c.metrics)
-            raise CsrError(f"the rule {rule.text!r} names a metric that was not measured", f"measured are {known}")
-        for evaluation, found in concerned:
-            value = getattr(found, rule.field)
+        if not matching:
+            measured = ", ".join(f"{c.evaluation}/{metric}" for c in comparisons for metric in c.metrics)
+            raise CsrError(
+                f"the rule {rule.text!r} names a metric that was not measured", f"expected one of: {measured}"
+            )
+        for evaluation, difference in matching:
+            value = getattr(difference, rule.field)
             if value is not None and rule.holds(value):
-                reasons.append(f"{rule.text}: {evaluation} {describe(rule.metric, found)}")
+                reasons.append(f"{rule.text}: {evaluation} {describe(rule.metric, difference)}")
     return reasons
 
 
-def describe(metric: str, found: Difference) -> str:
-    """Write a difference as one line of text."""
-    if found.value is None or found.before is None or found.after is None:
+def describe(metric: str, difference: Difference) -> str:
+    """Format a difference as one line of text."""
+    if difference.value is None or difference.before is None or difference.after is None:
         return f"{metric} has no value"
     return (
-        f"{metric} went from {found.before:.4g} to {found.after:.4g} "
-        f"({found.value:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f})"
+        f"{metric} went from {difference.before:.4g} to {difference.after:.4g} "
+        f"({difference.value:+.4f}, 95 % interval {difference.low:+.4f} to {difference.high:+.4f})"
     )

@@ -1,4 +1,4 @@
-"""What a policy's responses show without any truth: how long, how relevant, how repetitive."""
+"""Measure label-free metrics of a policy's responses: length, relevance, repetition."""
 
 from __future__ import annotations
 
@@ -27,26 +27,30 @@ def evaluate(
     """Answer prompts greedily and measure the responses.
 
     Returns:
-        ``metrics``, ``protocol`` and ``rows``, as every evaluation: ``sentences``, ``words``,
-        ``repeats`` (sentences with the words of an earlier one) and ``complete`` a response,
-        ``relevance`` a response that says anything: the mean R_I (eq. 3) of its sentences.
+        ``metrics``, ``protocol`` and ``rows``, like every evaluation. The metrics, per response:
+        ``sentences``, ``words``, ``repeats`` (sentences with the same words as an earlier one),
+        ``complete`` (the response ended by itself) and, over non-empty responses, ``relevance``
+        (the mean of R_I = max(100 cos, 0), eq. 3, over its sentences).
     """
     rule = SentenceRule(delimiters)
     rows: list[dict[str, Any]] = []
     for chunk in batched(prompts, _BATCH):
         responses = engine.respond(chunk, max_new_tokens)
-        said = [sentences(response.text, rule) for response in responses]
-        items = [(prompt, part) for prompt, mine in zip(chunk, said, strict=True) for part in mine]
+        sentence_lists = [split_sentences(response.text, rule) for response in responses]
+        items = [
+            (prompt, sentence)
+            for prompt, sentences in zip(chunk, sentence_lists, strict=True)
+            for sentence in sentences
+        ]
         scores = iter(scorer.score(items))
-        for prompt, response, mine in zip(chunk, responses, said, strict=True):
-            relevance = [max(100 * next(scores)[scorer.name], 0.0) for _ in mine]
-            row = tallies(mine, relevance, response.finish is Finish.EOS)
+        for prompt, response, sentences in zip(chunk, responses, sentence_lists, strict=True):
+            relevance = [max(100 * next(scores)[scorer.name], 0.0) for _ in sentences]
             rows.append(
                 {
                     "id": prompt.prompt_id,
                     "text": response.sentence,
-                    "sentences": list(zip(mine, relevance, strict=True)),
-                    "tallies": row,
+                    "sentences": list(zip(sentences, relevance, strict=True)),
+                    "tallies": tallies(sentences, relevance, response.finish is Finish.EOS),
                 }
             )
         engine.forget()
@@ -65,24 +69,24 @@ def evaluate(
     }
 
 
-def tallies(said: Sequence[str], relevance: Sequence[float], complete: bool) -> dict[str, Tally]:
-    """What one response adds to the numerator and the denominator of each metric."""
-    repeats = len(said) - len({bag_of_words(part) for part in said})
+def tallies(sentences: Sequence[str], relevance: Sequence[float], complete: bool) -> dict[str, Tally]:
+    """Return what one response adds to the numerator and the denominator of each metric."""
+    repeats = len(sentences) - len({bag_of_words(sentence) for sentence in sentences})
     return {
-        "sentences": (len(said), 1),
-        "words": (sum(len(part.split()) for part in said), 1),
+        "sentences": (len(sentences), 1),
+        "words": (sum(len(sentence.split()) for sentence in sentences), 1),
         "repeats": (repeats, 1),
         "complete": (int(complete), 1),
         "relevance": (fmean(relevance) if relevance else 0.0, int(bool(relevance))),
     }
 
 
-def sentences(text: str, rule: SentenceRule) -> list[str]:
-    """Cut a text where sentences end, and leave out what has no word.
+def split_sentences(text: str, rule: SentenceRule) -> list[str]:
+    """Split a text into sentences and drop those without a letter or digit.
 
     Example:
         >>> from csr_vlm.method.sentences import SentenceRule
-        >>> sentences("It costs 3.5 euros. Ask Dr. Low. ...", SentenceRule("."))
+        >>> split_sentences("It costs 3.5 euros. Ask Dr. Low. ...", SentenceRule("."))
         ['It costs 3.5 euros.', 'Ask Dr. Low.']
     """
-    return [part for part in rule.cut(text) if any(char.isalnum() for char in part)]
+    return [sentence for sentence in rule.cut(text) if any(char.isalnum() for char in sentence)]

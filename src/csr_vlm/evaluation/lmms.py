@@ -1,9 +1,13 @@
-"""The paper's benchmarks through lmms-eval, with its traps refused or named.
+"""Run the paper's benchmarks through lmms-eval, refusing or documenting its known pitfalls.
 
-lmms-eval (0.7) can return a number that means nothing: LLaVA-in-the-wild without a judge is
-100.0, MMBench without one guesses letters, a failed judge counts as a score, ``pope`` compares
-lower-case strings. Such a task is refused before the first model is loaded, or its number
-afterwards; what cannot be refused is written into the protocol.
+lmms-eval (0.7) can return a number without meaning: LLaVA-in-the-wild without a judge is 100.0,
+MMBench without one guesses letters, a failed judge counts as a score, and ``pope`` compares
+lower-case strings. Such a task is refused before the first model is loaded, or its result is
+refused afterwards. What cannot be refused is recorded in the protocol.
+
+To add a benchmark that lmms-eval has, add an entry to :data:`BENCHMARKS`: its task, its folder and
+which of its metrics to read. ``published.yaml`` has the paper's numbers for the same metric names.
+A task outside lmms-eval can be run with ``csr eval lmms --include FOLDER`` and needs no entry.
 """
 
 from __future__ import annotations
@@ -22,108 +26,125 @@ from typing import Any
 from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.statistics import Metric, Tally, ratio
 
-_KEYS = {"openai": "OPENAI_API_KEY", "azure": "AZURE_API_KEY"}
-"""Kind of judge (API_TYPE) to the variable that holds its key."""
-_GUESSING = ("mmbench_en", "mmbench_cn", "mmbench_ko", "mmbench_ru")
+_KEY_VARIABLES = {"openai": "OPENAI_API_KEY", "azure": "AZURE_API_KEY"}
+"""Kind of judge (API_TYPE) to the environment variable that holds its key."""
+_LETTER_GUESSING = ("mmbench_en", "mmbench_cn", "mmbench_ko", "mmbench_ru")
+"""Prefixes of tasks that guess a letter where their judge does not answer."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Where a number of ours stands in lmms-eval's results."""
+class BenchmarkMetric:
+    """Map a metric's name in stored evaluations to its name in lmms-eval's results."""
 
     name: str
-    """Its name in our records, as the published tables look for it."""
-    metric: str
-    """lmms-eval's name."""
+    """Name in stored evaluations, which ``published.yaml`` refers to."""
+    lmms_name: str
+    """Name in lmms-eval's results, without the filter suffix."""
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """One of the paper's benchmarks as lmms-eval runs it."""
+class LmmsBenchmark:
+    """Describe one of the paper's benchmarks as a task of lmms-eval."""
 
     task: str
     folder: str
-    """Below lmms_eval/tasks: only these are indexed, all of them take 20 seconds."""
-    readings: tuple[Reading, ...]
+    """Folder below lmms_eval/tasks. Only the folders in use are indexed: indexing all takes 20 seconds."""
+    metrics: tuple[BenchmarkMetric, ...]
     judged: bool = False
-    """A language model scores the answers, so a key is needed and the number depends on the judge."""
+    """Whether a language model scores the answers: it needs a key, and the result depends on the judge."""
     skips: bool = False
-    """Has questions without exactly one image, which the metric read here leaves out."""
+    """Whether it has questions without exactly one image, which ``metrics`` leave out."""
     note: str = ""
+    """Remark on how it is measured, for the protocol."""
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {
-    "mme": Benchmark("mme", "mme", (Reading("mme_p", "mme_perception_score"), Reading("mme_c", "mme_cognition_score"))),
-    "seed": Benchmark(
-        "seedbench", "seedbench", (Reading("seed", "seed_image"),), skips=True, note="images only, videos left out"
+BENCHMARKS: Mapping[str, LmmsBenchmark] = {
+    "mme": LmmsBenchmark(
+        "mme",
+        "mme",
+        (BenchmarkMetric("mme_p", "mme_perception_score"), BenchmarkMetric("mme_c", "mme_cognition_score")),
     ),
-    "llava_w": Benchmark(
-        "llava_in_the_wild", "llava-in-the-wild", (Reading("llava_w", "gpt_eval_llava_all"),), judged=True
+    "seed": LmmsBenchmark(
+        "seedbench",
+        "seedbench",
+        (BenchmarkMetric("seed", "seed_image"),),
+        skips=True,
+        note="images only, videos left out",
     ),
-    "mmb": Benchmark(
+    "llava_w": LmmsBenchmark(
+        "llava_in_the_wild", "llava-in-the-wild", (BenchmarkMetric("llava_w", "gpt_eval_llava_all"),), judged=True
+    ),
+    "mmb": LmmsBenchmark(
         "mmbench_en_dev_static",
         "mmbench",
-        (Reading("mmb", "gpt_eval_score"),),
+        (BenchmarkMetric("mmb", "gpt_eval_score"),),
         note="English development split; letters read by rule, no judge",
     ),
-    "mm_vet": Benchmark("mmvet", "mmvet", (Reading("mm_vet", "gpt_eval_score"),), judged=True),
-    "sqa": Benchmark("scienceqa_img", "scienceqa", (Reading("sqa", "exact_match"),)),
-    "vizwiz": Benchmark(
-        "vizwiz_vqa_val", "vizwiz_vqa", (Reading("vizwiz", "exact_match"),), note="validation split, scored locally"
+    "mm_vet": LmmsBenchmark("mmvet", "mmvet", (BenchmarkMetric("mm_vet", "gpt_eval_score"),), judged=True),
+    "sqa": LmmsBenchmark("scienceqa_img", "scienceqa", (BenchmarkMetric("sqa", "exact_match"),)),
+    "vizwiz": LmmsBenchmark(
+        "vizwiz_vqa_val",
+        "vizwiz_vqa",
+        (BenchmarkMetric("vizwiz", "exact_match"),),
+        note="validation split, scored locally",
     ),
-    "gqa": Benchmark("gqa", "gqa", (Reading("gqa", "exact_match"),)),
+    "gqa": LmmsBenchmark("gqa", "gqa", (BenchmarkMetric("gqa", "exact_match"),)),
 }
 
 
-def chosen(names: Sequence[str], include: Path | None) -> dict[str, Benchmark]:
-    """Look the benchmarks up and refuse what would give a number without a meaning.
+def select_benchmarks(names: Sequence[str], include: Path | None) -> dict[str, LmmsBenchmark]:
+    """Look up benchmarks and refuse those whose result would be meaningless.
 
     Args:
-        names: Names of ours, or of tasks in ``include``.
-        include: Folder with further lmms-eval tasks; their code is run.
+        names: Keys of :data:`BENCHMARKS`, or tasks in ``include``.
+        include: Folder with further lmms-eval tasks; the code in it is executed.
 
     Raises:
-        CsrError: lmms-eval is absent, a name is unknown, or a task would be scored wrongly.
+        CsrError: lmms-eval is not installed, a name is unknown, or a task would be scored wrongly.
     """
-    found: dict[str, Benchmark] = {}
+    selected: dict[str, LmmsBenchmark] = {}
     for name in names:
         if name == "pope":
             raise CsrError(
-                "lmms-eval's pope compares strings and counts labels for its yes ratio", "use: csr eval pope"
+                "lmms-eval's pope compares strings and computes its yes ratio from the labels", "use csr eval pope"
             )
-        if name.startswith(_GUESSING) and not name.endswith("_static"):
-            raise CsrError(f"{name} guesses letters where its judge does not answer", "use: --tasks mmb")
+        if name.startswith(_LETTER_GUESSING) and not name.endswith("_static"):
+            raise CsrError(f"{name} guesses letters where its judge does not answer", "use --tasks mmb")
         if name not in BENCHMARKS and include is None:
             raise CsrError(
-                f"there is no benchmark {name!r}", f"known are {', '.join(BENCHMARKS)}; --include takes own tasks"
+                f"{name!r} is not a valid benchmark",
+                f"expected one of: {', '.join(BENCHMARKS)}; or pass --include with the folder of your own task",
             )
-        found[name] = BENCHMARKS.get(name) or Benchmark(name, "", ())
-        if found[name].judged:
+        selected[name] = BENCHMARKS.get(name) or LmmsBenchmark(name, "", ())
+        if selected[name].judged:
             _require_judge(name)
     if util.find_spec("lmms_eval") is None:
         raise CsrError("lmms-eval is not installed", "pip install 'csr-vlm[eval]'")
-    return found
+    return selected
 
 
 def _require_judge(name: str) -> None:
-    kind = os.environ.get("API_TYPE", "openai").lower()
-    variable = _KEYS.get(kind)
+    variable = _KEY_VARIABLES.get(os.environ.get("API_TYPE", "openai").lower())
     if variable is not None and not os.environ.get(variable):
-        raise CsrError(f"{name} is scored by a language model and {variable} is not set", "set it, or leave it out")
+        raise CsrError(
+            f"{name} is scored by a language model and {variable} is not set", f"set {variable}, or omit {name}"
+        )
 
 
-def run(model: Any, benchmarks: Mapping[str, Benchmark], *, include: Path | None, limit: int | None) -> dict[str, Any]:
-    """Run benchmarks and read the results into an evaluation document.
+def run_benchmarks(
+    model: Any, benchmarks: Mapping[str, LmmsBenchmark], *, include: Path | None, limit: int | None
+) -> dict[str, Any]:
+    """Run benchmarks and convert the results to an evaluation document.
 
     Args:
         model: A :class:`~csr_vlm.evaluation.lmms_model.PolicyModel`.
-        limit: Use the first so many questions of each; the protocol says so.
+        limit: Number of questions per benchmark, from its start; recorded in the protocol.
 
     Returns:
-        ``metrics``, ``protocol`` (by benchmark) and ``rows`` (one a question).
+        ``metrics``, ``protocol`` (by benchmark) and ``rows`` (one per question).
 
     Raises:
-        CsrError: A benchmark cannot be loaded, or its number is not to be trusted.
+        CsrError: A benchmark cannot be loaded, or its result is not trustworthy.
     """
     import lmms_eval
     from lmms_eval.evaluator import simple_evaluate
@@ -136,8 +157,8 @@ def run(model: Any, benchmarks: Mapping[str, Benchmark], *, include: Path | None
     tasks = [benchmark.task for benchmark in benchmarks.values()]
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        raise CsrError(f"lmms-eval has no task {unknown[0]}", f"found are {', '.join(manager.all_tasks[:8])}")
-    # Tasks print, and leave submission files where the command was started.
+        raise CsrError(f"lmms-eval has no task {unknown[0]!r}", f"expected one of: {', '.join(manager.all_tasks[:8])}")
+    # Tasks print to stdout and write submission files to the output path.
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         results = simple_evaluate(
             model=model,
@@ -155,15 +176,20 @@ def run(model: Any, benchmarks: Mapping[str, Benchmark], *, include: Path | None
 
 def read_results(
     results: Mapping[str, Any],
-    benchmarks: Mapping[str, Benchmark],
+    benchmarks: Mapping[str, LmmsBenchmark],
     unanswered: Mapping[str, int],
     limits: Mapping[str, int],
     limit: int | None,
 ) -> dict[str, Any]:
-    """Turn lmms-eval's results into metrics, protocol and rows.
+    """Convert lmms-eval's results to metrics, protocol and rows.
+
+    Args:
+        unanswered: Task to the number of questions that were not put to the policy.
+        limits: Task to its max_new_tokens.
+        limit: Number of questions per benchmark, or None for all.
 
     Raises:
-        CsrError: Questions went unanswered, a judge failed, or a number is missing.
+        CsrError: Questions went unanswered, a judge failed, or a metric is missing.
     """
     metrics: dict[str, Any] = {}
     protocol: dict[str, Any] = {}
@@ -172,53 +198,57 @@ def read_results(
         task = benchmark.task
         samples = results["samples"][task]
         _refuse_untrustworthy(name, benchmark, samples, unanswered.get(task, 0))
-        found = results["results"][task]
-        readings = benchmark.readings or _all_readings(name, found)
-        tallies = {reading.name: _tallies(samples, reading.metric) for reading in readings}
-        for reading in readings:
-            value = found.get(f"{reading.metric},none")
+        values = results["results"][task]
+        task_metrics = benchmark.metrics or _all_metrics(name, values)
+        columns = {metric.name: _tallies(samples, metric.lmms_name) for metric in task_metrics}
+        for metric in task_metrics:
+            value = values.get(f"{metric.lmms_name},none")
             if not isinstance(value, int | float):
-                raise CsrError(f"lmms-eval gave no {reading.metric} for {name}", "is its version 0.7?")
-            metrics[reading.name] = _metric(float(value), tallies[reading.name], len(samples)).dump()
+                raise CsrError(
+                    f"lmms-eval returned no {metric.lmms_name} for {name}", "install lmms-eval 0.7: csr-vlm[eval]"
+                )
+            metrics[metric.name] = _metric(float(value), columns[metric.name], len(samples)).dump()
         protocol[name] = _protocol(benchmark, results, limits.get(task), limit, unanswered.get(task, 0))
-        for place, sample in enumerate(samples):
-            mine = {key: column[place] for key, column in tallies.items() if column is not None}
-            rows.append({"id": f"{name}/{sample['doc_id']}", "text": _answer(sample), "tallies": mine})
+        for index, sample in enumerate(samples):
+            tallies = {key: column[index] for key, column in columns.items() if column is not None}
+            rows.append({"id": f"{name}/{sample['doc_id']}", "text": _answer(sample), "tallies": tallies})
     return {"metrics": metrics, "protocol": protocol, "rows": rows}
 
 
 def _refuse_untrustworthy(
-    name: str, benchmark: Benchmark, samples: Sequence[Mapping[str, Any]], unanswered: int
+    name: str, benchmark: LmmsBenchmark, samples: Sequence[Mapping[str, Any]], unanswered: int
 ) -> None:
     if unanswered and not benchmark.skips:
         raise CsrError(
-            f"{name}: {unanswered} questions have no image or several and were not answered",
-            "a policy takes one image; leave this benchmark out",
+            f"{name}: {unanswered} questions do not have exactly one image and were not answered",
+            f"a policy takes one image per prompt; omit {name}",
         )
-    scored = [sample.get(reading.metric) for sample in samples for reading in benchmark.readings]
-    failed = sum(_judge_failed(found) for found in scored if isinstance(found, Mapping))
-    if failed:
-        raise CsrError(f"{name}: the judge failed on {failed} answers, which would count as scores", "try again later")
+    scores = [sample.get(metric.lmms_name) for sample in samples for metric in benchmark.metrics]
+    num_failed = sum(_judge_failed(score) for score in scores if isinstance(score, Mapping))
+    if num_failed:
+        raise CsrError(
+            f"{name}: the judge failed on {num_failed} answers, which would count as scores", "try again later"
+        )
 
 
-def _judge_failed(found: Mapping[str, Any]) -> bool:
-    """Whether an answer has no verdict: -1 in LLaVA-in-the-wild, 0 by a judge without a name in MM-Vet."""
-    return -1 in found.get("scores", ()) or found.get("eval_model") == ""
+def _judge_failed(score: Mapping[str, Any]) -> bool:
+    """Check whether the judge gave no score: -1 in LLaVA-in-the-wild, an empty judge name in MM-Vet."""
+    return -1 in score.get("scores", ()) or score.get("eval_model") == ""
 
 
-def _all_readings(name: str, found: Mapping[str, Any]) -> tuple[Reading, ...]:
-    """Every number of a task that is not one of ours, under lmms-eval's own names."""
-    metrics = [key.removesuffix(",none") for key, value in found.items() if key.endswith(",none")]
+def _all_metrics(name: str, values: Mapping[str, Any]) -> tuple[BenchmarkMetric, ...]:
+    """Return every number of a task without an entry in ``BENCHMARKS``, under lmms-eval's own names."""
+    metrics = [key.removesuffix(",none") for key, value in values.items() if key.endswith(",none")]
     return tuple(
-        Reading(f"{name}_{metric}", metric)
+        BenchmarkMetric(f"{name}_{metric}", metric)
         for metric in metrics
         if not metric.endswith(("_stderr", "_stderr_clt", "_stderr_clustered"))
-        and isinstance(found[f"{metric},none"], int | float)
+        and isinstance(values[f"{metric},none"], int | float)
     )
 
 
 def _tallies(samples: Sequence[Mapping[str, Any]], metric: str) -> list[Tally] | None:
-    """Each question's share of a metric that is a mean over questions; None for any other."""
+    """Return each question's tally for a metric that is a mean over questions; None for any other."""
     values = [sample.get(metric) for sample in samples]
     if not values or not all(isinstance(value, int | float) for value in values):
         return None
@@ -226,7 +256,7 @@ def _tallies(samples: Sequence[Mapping[str, Any]], metric: str) -> list[Tally] |
 
 
 def _metric(value: float, tallies: Sequence[Tally] | None, number: int) -> Metric:
-    """Give the value an interval where it is the mean that the questions' own scores add up to."""
+    """Attach an interval to the value where it equals the mean of the questions' scores."""
     if tallies is not None:
         mean = ratio([a for a, _ in tallies], [b for _, b in tallies])
         if mean.value is not None and abs(mean.value - value) < 1e-6:
@@ -235,9 +265,13 @@ def _metric(value: float, tallies: Sequence[Tally] | None, number: int) -> Metri
 
 
 def _protocol(
-    benchmark: Benchmark, results: Mapping[str, Any], max_new_tokens: int | None, limit: int | None, unanswered: int
+    benchmark: LmmsBenchmark,
+    results: Mapping[str, Any],
+    max_new_tokens: int | None,
+    limit: int | None,
+    unanswered: int,
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    protocol: dict[str, Any] = {
         "task": benchmark.task,
         "lmms_eval": metadata.version("lmms-eval"),
         "version": results.get("versions", {}).get(benchmark.task),
@@ -245,39 +279,39 @@ def _protocol(
         "decoding": "as the task asks, through the run's own engine",
     }
     if benchmark.judged:
-        found["judge"] = os.environ.get("MODEL_VERSION", "the default of lmms-eval")
+        protocol["judge"] = os.environ.get("MODEL_VERSION", "the default of lmms-eval")
     if limit is not None:
-        found["limit"] = f"the first {limit} questions only"
+        protocol["limit"] = f"the first {limit} questions only"
     if unanswered:
-        found["left_out"] = unanswered
+        protocol["left_out"] = unanswered
     if benchmark.note:
-        found["note"] = benchmark.note
-    return found
+        protocol["note"] = benchmark.note
+    return protocol
 
 
 def _answer(sample: Mapping[str, Any]) -> str:
-    """The first answer as it was scored."""
-    found: Any = sample.get("filtered_resps") or sample.get("resps") or ""
-    while isinstance(found, list) and found:
-        found = found[0]
-    return str(found) if found else ""
+    """Return the first answer as it was scored."""
+    answer: Any = sample.get("filtered_resps") or sample.get("resps") or ""
+    while isinstance(answer, list) and answer:
+        answer = answer[0]
+    return str(answer) if answer else ""
 
 
-def protocol_of(document: Mapping[str, Any], reading: str) -> Mapping[str, Any]:
-    """The protocol of the benchmark that a number belongs to; empty where it is not one of the paper's."""
+def benchmark_protocol(document: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
+    """Return the protocol of the benchmark that a metric belongs to; empty if it has no entry in ``BENCHMARKS``."""
     for name, benchmark in BENCHMARKS.items():
-        if any(known.name == reading for known in benchmark.readings):
-            found: Mapping[str, Any] = document["protocol"].get(name, {})
-            return found
+        if any(known.name == metric for known in benchmark.metrics):
+            protocol: Mapping[str, Any] = document["protocol"].get(name, {})
+            return protocol
     return {}
 
 
-def joined(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
-    """Put newly measured benchmarks beside those that a policy already has."""
+def merge_documents(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
+    """Add newly measured benchmarks to the stored ones; a benchmark in both is taken from ``new``."""
     if old is None:
         return dict(new)
-    fresh = new["protocol"].keys()
-    kept = [row for row in old["rows"] if row["id"].partition("/")[0] not in fresh]
+    replaced = new["protocol"].keys()
+    kept = [row for row in old["rows"] if row["id"].partition("/")[0] not in replaced]
     return {
         "metrics": {**old["metrics"], **new["metrics"]},
         "protocol": {**old["protocol"], **new["protocol"]},

@@ -1,4 +1,4 @@
-"""The objects that captions are searched for, and how they are found in a row of words."""
+"""Define the objects that captions are searched for, and find them in a sequence of words."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _COCO_TWO_WORDS = (
     "tennis racket", "wine glass", "hot dog", "cell phone", "mobile phone", "teddy bear", "hair drier", "potted plant",
     "laptop computer", "home plate", "train track",
 )  # fmt: skip
-"""Pairs of words that CHAIR reads as one; two of them so that they are NOT read as an object."""
-_YOUNG_AND_OLD = (
+"""Word pairs that CHAIR merges; the last two name no object, and are merged so that train is not read as one."""
+_ANIMALS_WITH_AGE = (
     "bird",
     "cat",
     "dog",
@@ -31,33 +31,33 @@ _YOUNG_AND_OLD = (
     "animal",
     "cub",
 )
-_FOR_PASSENGERS = ("jet", "train")
+_PASSENGER_VEHICLES = ("jet", "train")
 
 
 def _coco_pairs() -> dict[str, str]:
     pairs = {pair: pair for pair in _COCO_TWO_WORDS}
-    pairs |= {f"{age} {animal}": animal for age in ("baby", "adult") for animal in _YOUNG_AND_OLD}
-    pairs |= {f"passenger {vehicle}": vehicle for vehicle in _FOR_PASSENGERS}
+    pairs |= {f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS_WITH_AGE}
+    pairs |= {f"passenger {vehicle}": vehicle for vehicle in _PASSENGER_VEHICLES}
     return pairs | {"bow tie": "tie", "toilet seat": "toilet", "wine glas": "wine glass"}
 
 
 @dataclass(frozen=True)
 class ObjectTable:
-    """Which words name which objects."""
+    """Map words to the objects that they name."""
 
     objects: Mapping[str, str]
-    """Word, or pair of words, to object."""
+    """Word or word pair to object."""
     pairs: Mapping[str, str]
-    """Two neighbouring words to what they are read as."""
+    """Two adjacent words to the token that replaces them."""
     of_coco: bool
-    """Whether CHAIR's rules about COCO's captions apply: its pairs, and no seat beside a toilet."""
+    """Whether CHAIR's special cases for COCO apply: its word pairs, and no seat beside a toilet."""
 
     @classmethod
     def read(cls, path: Path, of_coco: bool = True) -> ObjectTable:
-        """Read a synonym file: a line an object, its name first, then its synonyms, split at ", ".
+        """Read a synonym file: one object per line, its name first, then its synonyms, separated by ", ".
 
-        It is read as CHAIR reads it, so a synonym behind two spaces keeps one and is never
-        found, and a name on two lines belongs to the last.
+        The file is parsed exactly as CHAIR parses it: a synonym after two spaces keeps one of
+        them and never matches, and a name on two lines belongs to the last of them.
 
         Raises:
             CsrError: The file cannot be read or is empty.
@@ -65,28 +65,25 @@ class ObjectTable:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise CsrError(f"the synonym file {path} cannot be read: {error}", "one object a line") from None
+            raise CsrError(
+                f"the synonym file {path} cannot be read: {error}", "pass a UTF-8 text file with one object per line"
+            ) from None
         lines = [line.strip().split(", ") for line in text.splitlines() if line.strip()]
         if not lines:
-            raise CsrError(f"the synonym file {path} is empty", "one object a line: name, synonym, synonym")
+            raise CsrError(f"the synonym file {path} is empty", "write one object per line: name, synonym, synonym")
         return cls.of(lines, of_coco)
 
     @classmethod
     def of(cls, lines: Iterable[Iterable[str]], of_coco: bool) -> ObjectTable:
-        """Make a table of lines of synonyms, the object's name first in each."""
+        """Build a table from lists of synonyms, each of which starts with the object's name."""
         objects = {word: names[0] for names in map(list, lines) for word in names}
         pairs = {word: word for word in objects if word.count(" ") == 1}
         return cls(objects, _coco_pairs() if of_coco else pairs, of_coco)
 
     @classmethod
     def coco(cls) -> ObjectTable:
-        """Return our own table of COCO's 80 categories."""
+        """Return the table of COCO's 80 categories that ships with this package."""
         return cls.read(Path(str(resources.files("csr_vlm.evaluation"))) / "assets" / "coco_synonyms.txt")
-
-    @property
-    def vocabulary(self) -> frozenset[str]:
-        """Every single word that can be part of an object or of a pair."""
-        return frozenset(word for entry in (*self.objects, *self.pairs) for word in entry.split())
 
     @property
     def sha256(self) -> str:
@@ -94,40 +91,40 @@ class ObjectTable:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """The objects found in a row of words."""
+class ObjectMentions:
+    """Hold the objects that a text mentions."""
 
     tokens: tuple[str, ...]
-    """The words, pairs merged."""
+    """All words of the text, word pairs merged."""
     words: tuple[str, ...]
-    """Those of them that name an object, in order, repetitions included."""
+    """The tokens that name an object, in order, repetitions included."""
     objects: tuple[str, ...]
-    """The objects they name."""
-    places: tuple[int, ...]
-    """Where they stand among the words before merging, as CHAIR counts: see :func:`find_objects`."""
+    """The object that each entry of ``words`` names."""
+    positions: tuple[int, ...]
+    """Index of each mention among the words before merging, as CHAIR counts: see :func:`find_objects`."""
 
 
-def find_objects(words: list[str], table: ObjectTable) -> Reading:
-    """Merge pairs from left to right, then keep the words that name objects.
+def find_objects(words: list[str], table: ObjectTable) -> ObjectMentions:
+    """Merge word pairs from left to right, then keep the tokens that name objects.
 
-    Where a caption of COCO has both toilet and seat, every seat is dropped; CHAIR does not
-    drop their places, so the places behind one are too small, and ours are the same.
+    Where a COCO caption has both toilet and seat, CHAIR drops every seat but not its position,
+    so positions after it are one too small. This function reproduces that.
     """
     tokens: list[str] = []
-    places: list[int] = []
-    at = 0
-    while at < len(words):
-        places.append(at)
-        merged = table.pairs.get(" ".join(words[at : at + 2]))
-        tokens.append(words[at] if merged is None else merged)
-        at += 1 if merged is None else 2
+    positions: list[int] = []
+    index = 0
+    while index < len(words):
+        positions.append(index)
+        merged = table.pairs.get(" ".join(words[index : index + 2]))
+        tokens.append(words[index] if merged is None else merged)
+        index += 1 if merged is None else 2
     kept = tokens
     if table.of_coco and "toilet" in tokens and "seat" in tokens:
         kept = [word for word in tokens if word != "seat"]
-    found = [(token, places[index]) for index, token in enumerate(kept) if token in table.objects]
-    return Reading(
+    mentions = [(token, positions[index]) for index, token in enumerate(kept) if token in table.objects]
+    return ObjectMentions(
         tokens=tuple(tokens),
-        words=tuple(token for token, _ in found),
-        objects=tuple(table.objects[token] for token, _ in found),
-        places=tuple(place for _, place in found),
+        words=tuple(token for token, _ in mentions),
+        objects=tuple(table.objects[token] for token, _ in mentions),
+        positions=tuple(position for _, position in mentions),
     )

@@ -1,19 +1,19 @@
-"""POPE: yes-or-no questions about objects (Li et al. 2023, arXiv 2305.10355).
+"""Compute POPE: yes-or-no questions about objects (Li et al. 2023, arXiv 2305.10355).
 
-Positive is yes: accuracy = (TP + TN) / n, precision = TP / (TP + FP),
+Yes is the positive class: accuracy = (TP + TN) / n, precision = TP / (TP + FP),
 recall = TP / (TP + FN), F1 = 2 precision recall / (precision + recall),
-yes ratio = answers read as yes / n.
+yes ratio = answers parsed as yes / n.
 
-How an answer is read decides the numbers, so three parsers stand side by side:
+The results depend on how answers are parsed, so three parsers are reported side by side:
 
-``official``  POPE's and LLaVA's own. Of the text before the first "." it deletes commas
-              and splits at blanks: no, if a piece is exactly No, no or not; yes otherwise,
-              also for NO, No!, isn't, and an empty answer.
-``strict``    The first word must be yes or no, in any case; anything else is unread.
+``official``  The parser of POPE and LLaVA. It takes the text before the first ".", deletes
+              commas and splits at spaces; the answer is no if a piece is exactly No, no or
+              not, and yes otherwise, also for NO, No!, isn't and an empty answer.
+``strict``    The first word must be yes or no, in any case; any other answer is unread.
 ``lenient``   The first yes or no anywhere decides; without one, a negation means no; an
               answer with neither is unread.
 
-An unread answer is wrong, and neither a yes nor a no.
+An unread answer is wrong, and counts neither as yes nor as no.
 """
 
 from __future__ import annotations
@@ -39,36 +39,41 @@ _NEGATED = re.compile(r"n['’]t\b", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Question:
+    """Represent a yes-or-no question about an image."""
+
     question_id: str
     image: str
     text: str
     label: bool
+    """Whether the right answer is yes."""
 
 
 @dataclass(frozen=True)
 class QuestionFile:
-    """The questions of one setting."""
+    """Hold the questions of one setting."""
 
     setting: str
+    """random, popular or adversarial; the stem of the file name where it contains none of these."""
     name: str
-    """Which published file it is, where it is one."""
+    """Description of the file; names the published file with the same questions, if any."""
     questions: tuple[Question, ...]
     sha256: str
+    """Digest of the questions."""
 
 
 def parse_official(answer: str) -> bool:
-    """Read an answer as POPE's own script does."""
+    """Parse an answer as POPE's own script does."""
     pieces = answer.partition(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(pieces)
 
 
 def parse_strict(answer: str) -> bool | None:
-    """Read the first word, which must be yes or no."""
+    """Parse the first word, which must be yes or no; return None otherwise."""
     return {"yes": True, "no": False}.get(next(iter(letters(answer)), ""))
 
 
 def parse_lenient(answer: str) -> bool | None:
-    """Read the first yes or no anywhere, or else a negation."""
+    """Parse the first yes or no anywhere, or else a negation; return None where there is neither."""
     words = letters(answer)
     for word in words:
         if word in {"yes", "no"}:
@@ -84,12 +89,16 @@ PARSERS: Mapping[str, Callable[[str], bool | None]] = {
 
 
 def score(labels: Sequence[bool], answers: Sequence[bool | None]) -> dict[str, Any]:
-    """Compute POPE's metrics of some answers.
+    """Compute POPE's metrics of parsed answers.
+
+    Args:
+        labels: Whether the right answer is yes, per question.
+        answers: Whether the parsed answer is yes, per question; None for an unread answer.
 
     Returns:
         ``TP``, ``FP``, ``TN``, ``FN``, ``unread``, ``n``; ``accuracy``, ``precision``,
-        ``recall``, ``f1``, ``yes_ratio``, None where a denominator is 0, with the reason in
-        ``undefined``; ``intervals``, 95 % bootstrap over questions.
+        ``recall``, ``f1``, ``yes_ratio``, each None where its denominator is 0, with the reason
+        in ``undefined``; ``intervals``, 95 % bootstrap intervals over questions.
     """
     pairs = list(zip(labels, answers, strict=True))
     cells = {
@@ -102,16 +111,18 @@ def score(labels: Sequence[bool], answers: Sequence[bool | None]) -> dict[str, A
         "n": [1.0] * len(pairs),
     }
     columns = list(cells.values())
-    found = {name: bootstrap(columns, _rate(name)) for name in _RATES}
+    metrics = {name: bootstrap(columns, _rate(name)) for name in _RATES}
     return {
         **{name: int(sum(cells[name])) for name in ("n", "TP", "FP", "TN", "FN", "unread")},
-        **{name: metric.value for name, metric in found.items()},
-        "intervals": {name: [metric.low, metric.high] for name, metric in found.items()},
-        "undefined": {name: _WHY_UNDEFINED[name] for name, metric in found.items() if metric.value is None},
+        **{name: metric.value for name, metric in metrics.items()},
+        "intervals": {name: [metric.low, metric.high] for name, metric in metrics.items()},
+        "undefined": {name: _UNDEFINED_REASONS[name] for name, metric in metrics.items() if metric.value is None},
     }
 
 
 def _rate(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from the sums of the columns in :func:`score` to a rate."""
+
     def rate(sums: np.ndarray) -> np.ndarray:
         tp, fp, tn, _, _, positive, n = sums
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -129,24 +140,24 @@ def _rate(name: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 _RATES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-_WHY_UNDEFINED = {
-    "accuracy": "there is no question",
-    "precision": "no answer was read as yes",
+_UNDEFINED_REASONS = {
+    "accuracy": "there are no questions",
+    "precision": "no answer was parsed as yes",
     "recall": "no question has the label yes",
     "f1": "precision or recall is undefined, or both are 0",
-    "yes_ratio": "there is no question",
+    "yes_ratio": "there are no questions",
 }
 
 
 def evaluate(files: Sequence[tuple[QuestionFile, Mapping[str, str]]]) -> dict[str, Any]:
-    """Score the answers to some question files under every parser.
+    """Score the answers to one or more question files under every parser.
 
     Args:
-        files: Questions, and question id to answer.
+        files: Question files, each with a mapping from question id to answer.
 
     Returns:
-        Parser name to ``settings`` (setting to :func:`score`) and ``mean`` (of the settings,
-        None where one of them is).
+        Parser name to ``settings`` (setting to :func:`score`) and ``mean`` (over the settings;
+        None where the rate of a setting is None).
     """
     result: dict[str, Any] = {}
     for parser, parse in PARSERS.items():
@@ -161,25 +172,27 @@ def evaluate(files: Sequence[tuple[QuestionFile, Mapping[str, str]]]) -> dict[st
     return result
 
 
-def document(files: Sequence[tuple[QuestionFile, Mapping[str, str]]], protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """Score answers by the official parser, in the form that runs store.
+def evaluation_document(
+    files: Sequence[tuple[QuestionFile, Mapping[str, str]]], protocol: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Score answers with the official parser, in the form that runs store.
 
     Returns:
-        ``metrics``, ``protocol`` and ``rows`` with tallies. Of one setting the metrics are the
-        rates; of several, ``RATE_SETTING`` and ``mean_RATE``, which is no ratio of sums, so
-        it has no interval and no tallies.
+        ``metrics``, ``protocol`` and ``rows`` with tallies. For a single setting the metrics are
+        the rates. For several settings they are ``RATE_SETTING`` and ``mean_RATE``; the mean is
+        not a ratio of sums over questions, so it has no interval and no tallies.
     """
     several = len(files) > 1
     rows: list[dict[str, Any]] = []
-    shares: list[dict[str, Tally]] = []
+    row_tallies: list[dict[str, Tally]] = []
     for questions, answers in files:
         suffix = f"_{questions.setting}" if several else ""
         for question in questions.questions:
             text = answers[question.question_id]
-            found = tallies(question.label, parse_official(text))
-            shares.append({f"{name}{suffix}": tally for name, tally in found.items()})
-            rows.append({"id": f"{questions.setting}/{question.question_id}", "text": text, "tallies": shares[-1]})
-    metrics = pooled(shares)
+            rates = tallies(question.label, parse_official(text))
+            row_tallies.append({f"{name}{suffix}": tally for name, tally in rates.items()})
+            rows.append({"id": f"{questions.setting}/{question.question_id}", "text": text, "tallies": row_tallies[-1]})
+    metrics = pooled(row_tallies)
     if several:
         for name in _RATES:
             values = [metrics[f"{name}_{questions.setting}"].value for questions, _ in files]
@@ -194,7 +207,7 @@ def document(files: Sequence[tuple[QuestionFile, Mapping[str, str]]], protocol: 
 def tallies(label: bool, answer: bool | None) -> dict[str, Tally]:
     """Return what one answer adds to the numerator and the denominator of each rate.
 
-    F1 is one such ratio too, 2 TP / (answered yes + labelled yes), and 0 where nothing is right.
+    F1 is such a ratio too: 2 TP / (answered yes + labeled yes). It is 0 where TP is 0.
     """
     hit = int(label and answer is True)
     return {
@@ -207,20 +220,20 @@ def tallies(label: bool, answer: bool | None) -> dict[str, Tally]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Average; None where a value is None."""
+    """Return the mean; None where a value is None or there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _means(scores: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    return {name: _mean([found[name] for found in scores]) for name in _RATES}
+    return {name: _mean([rates[name] for rates in scores]) for name in _RATES}
 
 
 def read_questions(path: Path) -> QuestionFile:
     """Read a POPE question file: JSON lines with question_id, image, text, label.
 
     Raises:
-        CsrError: A line is no such question, or an id comes twice.
+        CsrError: A line is not a valid question, or an id occurs twice.
     """
     rows = read_rows(path)
     try:
@@ -235,17 +248,17 @@ def read_questions(path: Path) -> QuestionFile:
         )
     except KeyError as error:
         raise CsrError(
-            f"{path}: a question has no {error}, or a label other than yes and no",
-            "each line needs question_id, image, text, label",
+            f"{path}: a question has no {error}, or a label other than yes or no",
+            "write question_id, image, text and label in each line",
         ) from None
     if not questions:
-        raise CsrError(f"{path} holds no question", "give a POPE question file")
+        raise CsrError(f"{path} contains no questions", "pass a POPE question file")
     ids = [question.question_id for question in questions]
     if len(set(ids)) < len(ids):
-        raise CsrError(f"{path}: a question_id comes twice", "number the questions of a file uniquely")
+        raise CsrError(f"{path}: a question_id occurs twice", "number the questions of a file uniquely")
     content = digest([[q.question_id, q.image, q.text, q.label] for q in questions])
     setting = next((name for name in SETTINGS if name in path.stem.lower()), path.stem)
-    return QuestionFile(setting, _published(content, setting, len(questions)), questions, content)
+    return QuestionFile(setting, _describe_file(content, setting, len(questions)), questions, content)
 
 
 _LABELS = {"yes": True, "no": False}
@@ -254,74 +267,79 @@ _PUBLISHED = {
     "fa041884c3ada06b": "POPE on COCO val2014, popular, 3,000 questions",
     "9e7122e0c5ea8e88": "POPE on COCO val2014, adversarial, 3,000 questions",
 }
-"""Digest of the questions to the published file they are."""
+"""Digest of the questions to the published file that contains them."""
 
 
-def _published(content: str, setting: str, count: int) -> str:
-    """Name the published file that this is, or say that it is none known."""
+def _describe_file(content: str, setting: str, count: int) -> str:
+    """Return the name of the published file with these questions, or state that none is known."""
     if content in _PUBLISHED:
         return _PUBLISHED[content]
     if setting == "random" and count == 2910:
-        return "random, 2,910 questions: as many as POPE's older file, on which LLaVA-1.5's published number stands"
-    return f"{setting}, {count:,} questions: none of POPE's present files"
+        return "random, 2,910 questions: as many as POPE's older file, which LLaVA-1.5's published number is based on"
+    return f"{setting}, {count:,} questions: none of POPE's current files"
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """Read answers: JSON lines with question_id and answer (or text, as LLaVA names it).
+    """Read answers: JSON lines with question_id and answer (or text, LLaVA's name for it).
 
     Raises:
-        CsrError: A line has neither, or an id comes twice.
+        CsrError: A line lacks one of these, or an id occurs twice.
     """
     answers: dict[str, str] = {}
     for row in read_rows(path):
         key, answer = str(row.get("question_id", "")), row.get("answer", row.get("text"))
         if not key or not isinstance(answer, str):
-            raise CsrError(f"{path}: a line has no question_id or no answer", 'as {"question_id": 1, "answer": "Yes"}')
+            raise CsrError(
+                f"{path}: a line lacks question_id or answer", 'write rows such as {"question_id": 1, "answer": "Yes"}'
+            )
         if key in answers:
-            raise CsrError(f"{path}: question {key} is answered twice", "keep one answer a question")
+            raise CsrError(f"{path}: question {key} is answered twice", "keep one answer per question")
         answers[key] = answer
     return answers
 
 
-def pair_up(questions: Sequence[QuestionFile], answers: Sequence[Path]) -> list[tuple[QuestionFile, Mapping[str, str]]]:
-    """Give each question file its answers.
+def match_answers(
+    questions: Sequence[QuestionFile], answers: Sequence[Path]
+) -> list[tuple[QuestionFile, Mapping[str, str]]]:
+    """Match each question file with its answers.
 
     Args:
-        answers: One file for each question file, in the same order; or one file for all,
-            if no question id is in two of them.
+        answers: One file per question file, in the same order; or one file for all, if no
+            question id occurs in two question files.
 
     Raises:
-        CsrError: Another number of files, questions without an answer, or answers to
-            questions that nobody asked.
+        CsrError: The number of files does not match, a question has no answer, or an answer
+            has no question.
     """
-    asked = [frozenset(question.question_id for question in file.questions) for file in questions]
+    ids_by_file = [frozenset(question.question_id for question in file.questions) for file in questions]
     if len(answers) == 1:
-        if sum(map(len, asked)) > len(frozenset().union(*asked)):
+        all_ids = frozenset[str]().union(*ids_by_file)
+        if sum(map(len, ids_by_file)) > len(all_ids):
             raise CsrError(
-                "the question files number their questions alike, so one answer file cannot answer them all",
-                "give one --answers for each --questions, in the same order",
+                "the question files share question ids, so a single answer file is ambiguous",
+                "pass one --answers per --questions, in the same order",
             )
-        everything = read_answers(answers[0])
-        _refuse_others(frozenset().union(*asked), everything, answers[0])
-        found = [{key: text for key, text in everything.items() if key in ids} for ids in asked]
+        all_answers = read_answers(answers[0])
+        _require_same_ids(all_ids, all_answers, answers[0])
+        matched = [{key: text for key, text in all_answers.items() if key in ids} for ids in ids_by_file]
     elif len(answers) == len(questions):
-        found = [read_answers(path) for path in answers]
-        for ids, mine, path in zip(asked, found, answers, strict=True):
-            _refuse_others(ids, mine, path)
+        matched = [read_answers(path) for path in answers]
+        for ids, file_answers, path in zip(ids_by_file, matched, answers, strict=True):
+            _require_same_ids(ids, file_answers, path)
     else:
         raise CsrError(
-            f"{len(questions)} question files and {len(answers)} answer files",
-            "give one --answers for each --questions, in the same order",
+            f"got {len(questions)} question files but {len(answers)} answer files",
+            "pass one --answers per --questions, in the same order",
         )
-    return list(zip(questions, found, strict=True))
+    return list(zip(questions, matched, strict=True))
 
 
-def _refuse_others(asked: Set[str], answers: Mapping[str, str], path: Path) -> None:
-    missing, other = sorted(asked - answers.keys()), sorted(answers.keys() - asked)
-    if missing or other:
+def _require_same_ids(ids: Set[str], answers: Mapping[str, str], path: Path) -> None:
+    missing, unknown = sorted(ids - answers.keys()), sorted(answers.keys() - ids)
+    if missing or unknown:
         raise CsrError(
-            f"{path}: {len(missing)} questions without an answer, {len(other)} answers to other questions",
-            f"look at question {(missing or other)[0]}",
+            f"{path}: {len(missing)} questions without an answer, {len(unknown)} answers to other questions",
+            f"see question {(missing or unknown)[0]}",
         )
 
 
@@ -329,12 +347,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines, or a JSON array, of objects.
 
     Raises:
-        CsrError: The file cannot be read, or a line is no JSON object; it is named.
+        CsrError: The file cannot be read, or a row is not a JSON object.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CsrError(f"{path} cannot be read: {error}", "give a file of JSON lines in UTF-8") from None
+        raise CsrError(f"{path} cannot be read: {error}", "pass a file of JSON lines in UTF-8") from None
     try:
         if text.lstrip().startswith("["):
             rows = [(number, row) for number, row in enumerate(json.loads(text), start=1)]
@@ -342,8 +360,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             lines = enumerate(text.split("\n"), start=1)
             rows = [(number, json.loads(line)) for number, line in lines if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise CsrError(f"{path} is not JSON lines: {error}", "one JSON object a line") from None
+        raise CsrError(f"{path} is not in JSON Lines format: {error}", "write one JSON object per line") from None
     for number, row in rows:
         if not isinstance(row, dict):
-            raise CsrError(f"{path}, row {number}: no JSON object", "one JSON object a line")
+            raise CsrError(f"{path}, row {number} is not a JSON object", "write one JSON object per line")
     return [row for _, row in rows]

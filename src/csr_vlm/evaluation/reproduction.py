@@ -1,8 +1,8 @@
-"""The paper's published tables, and what runs measured to set beside them.
+"""Read the paper's published tables, and collect the results of runs to compare with them.
 
-The tables are data (``published.yaml``): a transcription, marked as such. An own number is
-looked for in the evaluations that a run has stored; it is a number of the same name, which
-does not make it a number of the same thing, so the protocols are compared field by field.
+The tables are data (``published.yaml``), marked as a transcription. A run's result for a published
+benchmark is taken from the run's stored evaluations. Equal names do not make two results
+comparable, so their protocols are compared field by field.
 """
 
 from __future__ import annotations
@@ -17,62 +17,69 @@ import yaml
 
 from csr_vlm.config.load import resolve
 from csr_vlm.config.schema import presets
-from csr_vlm.evaluation.compare import evaluated, read_documents
-from csr_vlm.evaluation.lmms import protocol_of
+from csr_vlm.evaluation.compare import evaluated_iterations, lookup, read_documents
+from csr_vlm.evaluation.lmms import benchmark_protocol
 from csr_vlm.evaluation.statistics import Metric
 from csr_vlm.store.run import Run, differences
 
 LAMBDA_OF_ABLATION = {"only R_T": 0.0, "only R_I": 1.0}
+"""Row of the published ablation to its lambda (eq. 4)."""
 _METHOD = ("method", "training.lora", "training.trl", "training.projector_learning_rate", "iterations")
-"""The settings that the method consists of; the rest is where and on what."""
+"""Prefixes of the settings that define the method; all others define model, data and hardware."""
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """A column of the published tables."""
+class PublishedBenchmark:
+    """Describe a column of the published tables."""
 
     key: str
     name: str
     better: Literal["higher", "lower"]
-    own: tuple[tuple[str, str, float], ...]
-    """Where an own number is looked for, the first that is there: (evaluation, metric, factor)."""
+    sources: tuple[tuple[str, str, float], ...]
+    """Where to find a run's result, in order of preference: (evaluation, metric, factor to the paper's unit)."""
     protocol: Mapping[str, Any]
-    """What is known of how the paper measured it; None where it does not say."""
+    """Known settings of the paper's measurement; None where the paper does not state one."""
     note: str = ""
     digits: int = 1
-    """Decimals that the paper prints."""
+    """Number of decimals that the paper prints."""
 
 
 @dataclass(frozen=True)
-class Table:
-    """Published numbers: a row's name to its values, one a column."""
+class PublishedTable:
+    """Hold a published table."""
 
     columns: tuple[str, ...]
+    """Keys of the benchmarks."""
     rows: Mapping[Any, tuple[float, ...]]
+    """Name of a row to its values, one per column."""
     model: str = ""
 
 
 @dataclass(frozen=True)
 class Published:
+    """Hold the published tables and their provenance."""
+
     source: str
     transcription: str
     caution: str
-    benchmarks: Mapping[str, Benchmark]
-    main: tuple[Table, ...]
-    iterations: Table
-    lambdas: Table
-    ablation: Table
+    benchmarks: Mapping[str, PublishedBenchmark]
+    """By key."""
+    main: tuple[PublishedTable, ...]
+    """The main table, one per model."""
+    iterations: PublishedTable
+    lambdas: PublishedTable
+    ablation: PublishedTable
 
-    def main_table(self, model_path: str) -> Table:
-        """The main table of the model that a path names: VILA, a 13B, or else the 7B."""
+    def main_table(self, model_path: str) -> PublishedTable:
+        """Return the main table for the model that a path names: VILA, a 13B, otherwise LLaVA-1.5-7B."""
         name = model_path.lower()
-        wanted = "vila-7b" if "vila" in name else "llava-1.5-13b" if "13b" in name else "llava-1.5-7b"
-        return next(table for table in self.main if table.model.lower() == wanted)
+        model = "vila-7b" if "vila" in name else "llava-1.5-13b" if "13b" in name else "llava-1.5-7b"
+        return next(table for table in self.main if table.model.lower() == model)
 
 
 @dataclass(frozen=True)
-class Obtained:
-    """An own number in the paper's units."""
+class RunResult:
+    """Hold a run's result for a published benchmark, in the paper's unit."""
 
     metric: Metric
     evaluation: str
@@ -80,32 +87,34 @@ class Obtained:
 
     @property
     def same_data(self) -> bool:
-        """Whether it was measured on the paper's kind of data; the drawn world is another."""
+        """Return whether it was measured on the paper's kind of data rather than on drawn scenes."""
         return self.evaluation != "world"
 
 
 @dataclass(frozen=True)
 class ProtocolField:
+    """Hold one setting of a measurement, in the paper and in a run."""
+
     name: str
     paper: Any
-    """None where the paper does not say."""
+    """None where the paper does not state it."""
     own: Any
-    """None where the evaluation does not say."""
+    """The run's value; None where the evaluation does not record it."""
 
 
 @dataclass(frozen=True)
-class RunNumbers:
-    """Everything of one run that stands beside a published number."""
+class RunResults:
+    """Hold all results of one run that can be compared with published numbers."""
 
     run: Run
-    by_iteration: Mapping[int, Mapping[str, Obtained]]
-    """Iteration (0: base model) to benchmark key to number."""
+    by_iteration: Mapping[int, Mapping[str, RunResult]]
+    """Iteration (0: base model) to benchmark key to result."""
     rewards: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    """Iteration to mean reward of its chosen, its rejected, and of both."""
+    """Iteration to the mean reward of its chosen responses, its rejected responses, and both."""
 
     @property
-    def result(self) -> Mapping[str, Obtained]:
-        """The numbers of the policy that the run ends with."""
+    def result(self) -> Mapping[str, RunResult]:
+        """Return the results of the run's final policy."""
         return self.by_iteration.get(self.run.final, {})
 
 
@@ -115,7 +124,7 @@ def published() -> Published:
     text = resources.files("csr_vlm.evaluation").joinpath("published.yaml").read_text(encoding="utf-8")
     raw = yaml.safe_load(text)
     benchmarks = {
-        item["key"]: Benchmark(**item | {"own": tuple(tuple(place) for place in item["own"])})
+        item["key"]: PublishedBenchmark(**item | {"sources": tuple(tuple(source) for source in item["sources"])})
         for item in raw["benchmarks"]
     }
     return Published(
@@ -130,28 +139,29 @@ def published() -> Published:
     )
 
 
-def _table(raw: Mapping[str, Any]) -> Table:
+def _table(raw: Mapping[str, Any]) -> PublishedTable:
     rows = {name: tuple(float(value) for value in values) for name, values in raw["rows"].items()}
-    return Table(tuple(raw["columns"]), rows, raw.get("model", ""))
+    return PublishedTable(tuple(raw["columns"]), rows, raw.get("model", ""))
 
 
-def numbers_of(run: Run) -> RunNumbers:
-    """Gather a run's own numbers for every benchmark of the paper that it measured."""
+def collect_results(run: Run) -> RunResults:
+    """Collect a run's results for every published benchmark that it has measured, and its mean rewards."""
     by_iteration = {}
-    for number in evaluated(run):
+    for number in evaluated_iterations(run):
         documents = read_documents(run, number)
-        found = {key: _obtained(benchmark, documents) for key, benchmark in published().benchmarks.items()}
-        by_iteration[number] = {key: value for key, value in found.items() if value is not None}
+        results = {key: _find_result(benchmark, documents) for key, benchmark in published().benchmarks.items()}
+        by_iteration[number] = {key: result for key, result in results.items() if result is not None}
     rewards = {}
     for number in run.iterations_done("pairs"):
-        made = run.result(number, "pairs")
-        chosen, rejected = made["chosen_reward"], made["rejected_reward"]
+        pairs = run.result(number, "pairs")
+        chosen, rejected = pairs["chosen_reward"], pairs["rejected_reward"]
         rewards[number] = {"chosen": chosen, "rejected": rejected, "average": (chosen + rejected) / 2}
-    return RunNumbers(run, by_iteration, rewards)
+    return RunResults(run, by_iteration, rewards)
 
 
-def _obtained(benchmark: Benchmark, documents: Mapping[str, Mapping[str, Any]]) -> Obtained | None:
-    for evaluation, name, factor in benchmark.own:
+def _find_result(benchmark: PublishedBenchmark, documents: Mapping[str, Mapping[str, Any]]) -> RunResult | None:
+    """Return the result from the first of the benchmark's sources that was measured, in the paper's unit."""
+    for evaluation, name, factor in benchmark.sources:
         metric = documents.get(evaluation, {}).get("metrics", {}).get(name)
         if metric is not None and metric.get("value") is not None:
             value, low, high = (
@@ -159,43 +169,37 @@ def _obtained(benchmark: Benchmark, documents: Mapping[str, Mapping[str, Any]]) 
             )
             scaled = Metric(value, low, high, metric.get("n") or 0)
             document = documents[evaluation]
-            protocol = protocol_of(document, name) if evaluation == "lmms" else document["protocol"]
-            return Obtained(scaled, evaluation, protocol)
+            protocol = benchmark_protocol(document, name) if evaluation == "lmms" else document["protocol"]
+            return RunResult(scaled, evaluation, protocol)
     return None
 
 
-def protocol_fields(benchmark: Benchmark, obtained: Obtained) -> list[ProtocolField]:
-    """Set the paper's protocol beside that of an own number, field by field."""
-    own = dict(obtained.protocol)
-    if not obtained.same_data:
-        own["data"] = f"drawn scenes of the embedded world {own.pop('world', '')}".strip()
-    own.setdefault("data", obtained.evaluation)
-    own.pop("interval", None)
-    names = dict.fromkeys([*benchmark.protocol, *own])
-    return [ProtocolField(name, benchmark.protocol.get(name), own.get(name)) for name in names]
+def protocol_fields(benchmark: PublishedBenchmark, result: RunResult) -> list[ProtocolField]:
+    """Compare the paper's protocol with that of a run's result, field by field."""
+    protocol = dict(result.protocol)
+    if not result.same_data:
+        protocol["data"] = f"drawn scenes of the embedded world {protocol.pop('world', '')}".strip()
+    protocol.setdefault("data", result.evaluation)
+    protocol.pop("interval", None)
+    names = dict.fromkeys([*benchmark.protocol, *protocol])
+    return [ProtocolField(name, benchmark.protocol.get(name), protocol.get(name)) for name in names]
 
 
 def departures(run: Run) -> list[tuple[str, Any, Any]]:
-    """List the settings of the method in which a run departs from the preset ``paper``.
+    """List the settings of the method in which a run differs from the preset ``paper``.
 
     Returns:
-        (dotted key, the paper's value, the run's value), by key.
+        (dotted key, the preset's value, the run's value), sorted by key.
     """
-    own = run.config.dump()
-    required = {key: own[key] for key in ("model", "scorer", "data")}
+    config = run.config.dump()
+    required = {key: config[key] for key in ("model", "scorer", "data")}
     paper = resolve(required | {"preset": "paper"} | dict(presets()["paper"])).dump()
-    keys = [key for key in differences(paper, own) if key.startswith(_METHOD)]
-    return [(key, _at(paper, key), _at(own, key)) for key in sorted(keys)]
+    keys = [key for key in differences(paper, config) if key.startswith(_METHOD)]
+    return [(key, lookup(paper, key), lookup(config, key)) for key in sorted(keys)]
 
 
-def _at(settings: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        settings = settings.get(part) if isinstance(settings, Mapping) else None
-    return settings
-
-
-def with_lambda(runs: Sequence[RunNumbers], weight: float) -> list[RunNumbers]:
-    """Pick the runs whose pairs were made with this lambda from a preference, not at random."""
+def with_lambda(runs: Sequence[RunResults], weight: float) -> list[RunResults]:
+    """Select the runs with this lambda (eq. 4), except those that pair responses at random."""
     return [
         item
         for item in runs

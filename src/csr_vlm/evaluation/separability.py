@@ -1,7 +1,7 @@
-"""How well a policy tells the chosen responses of some pairs from the rejected ones.
+"""Measure how well a policy separates the chosen from the rejected responses of preference pairs.
 
-Pairs that the policy separates already teach it little; pairs it gets wrong, or calls equal, are
-where it can learn. After training on them it should separate them better.
+A policy learns little from pairs that it already separates, and most from pairs that it gets wrong
+or rates equal. After training on the pairs it should separate them better.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _RESAMPLES = 500
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A pair as a policy reads it."""
+    """Represent a preference pair by token ids."""
 
     prompt: Prompt
     chosen_ids: tuple[int, ...]
@@ -31,32 +31,32 @@ class TokenPair:
 
 
 @dataclass(frozen=True)
-class LogProbs:
-    """Log-probabilities of some pairs under one policy, in nats a token."""
+class PairLogprobs:
+    """Hold mean log-probabilities of pairs under one policy, in nats per token, pair by pair."""
 
     chosen: tuple[float, ...]
     rejected: tuple[float, ...]
 
 
-def logprobs(policy: Policy, pairs: Sequence[TokenPair]) -> LogProbs:
-    """Compute log P(y | x) / tokens of both sides of each pair, by teacher forcing."""
+def pair_logprobs(policy: Policy, pairs: Sequence[TokenPair]) -> PairLogprobs:
+    """Compute log P(y | x) / number of tokens for both responses of each pair, by teacher forcing."""
     sides: list[list[float]] = []
     for side in ("chosen_ids", "rejected_ids"):
-        found: list[float] = []
+        values: list[float] = []
         for batch in batched(pairs, _BATCH):
             forced = policy.teacher_forced([pair.prompt for pair in batch], [getattr(pair, side) for pair in batch])
-            found += [float(row.mean()) for row in forced]
-        sides.append(found)
-    return LogProbs(tuple(sides[0]), tuple(sides[1]))
+            values += [float(row.mean()) for row in forced]
+        sides.append(values)
+    return PairLogprobs(tuple(sides[0]), tuple(sides[1]))
 
 
 def separability(chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, Any]:
-    """Say how a score tells chosen from rejected.
+    """Compute how well a score separates chosen from rejected.
 
     Returns:
-        ``margin``, mean of chosen - rejected; ``preferred``, share of pairs with chosen above
-        rejected, equal ones counting half; ``auc``, P(a chosen > a rejected of any pair). Each with
-        a 95 % bootstrap interval over pairs.
+        ``margin``, the mean of chosen - rejected; ``preferred``, the share of pairs with chosen >
+        rejected, where equality counts one half; ``auc``, the probability that a chosen response
+        scores higher than a rejected one of any pair. Each with a 95 % bootstrap interval over pairs.
     """
     ones = [1.0] * len(chosen)
     margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
@@ -68,16 +68,16 @@ def separability(chosen: Sequence[float], rejected: Sequence[float]) -> dict[str
     }
 
 
-def implicit_reward(policy: LogProbs, reference: LogProbs) -> LogProbs:
-    """DPO's reward over beta, a token: (log pi(y | x) - log pi_ref(y | x)) / tokens."""
-    return LogProbs(
+def implicit_reward(policy: PairLogprobs, reference: PairLogprobs) -> PairLogprobs:
+    """Compute DPO's reward over beta, per token: (log pi(y | x) - log pi_ref(y | x)) / number of tokens."""
+    return PairLogprobs(
         tuple(a - b for a, b in zip(policy.chosen, reference.chosen, strict=True)),
         tuple(a - b for a, b in zip(policy.rejected, reference.rejected, strict=True)),
     )
 
 
 def auc_metric(positive: Sequence[float], negative: Sequence[float], seed: int = 0) -> Metric:
-    """AUC with a percentile bootstrap interval; item i of both sides is one pair, drawn together."""
+    """Compute the AUC and its percentile bootstrap interval; item i of both sides is one pair, resampled together."""
     high, low = np.asarray(positive), np.asarray(negative)
     draws = np.random.default_rng(seed).integers(0, len(high), (_RESAMPLES, len(high)))
     ends = np.percentile([auc(high[draw].tolist(), low[draw].tolist()) for draw in draws], [2.5, 97.5])

@@ -1,11 +1,10 @@
-"""Singular forms as the ``pattern`` library computes them, mistakes included.
+"""Compute singular forms exactly as the ``pattern`` library does, mistakes included.
 
-The original CHAIR reads captions through ``pattern.en.singularize``, which takes a final s
-off nearly everything: bus becomes bu and ties becomes ty, so neither is found. Numbers
-that shall be comparable with it need the same forms. The rules are those of that library
-(BSD licence; they go back to Bermi Ferrer's Inflector, MIT licence), restated as endings:
-a word takes the first rule whose ending it has, behind one of the letters that the rule
-asks for.
+The original CHAIR applies ``pattern.en.singularize``, which removes a final s from nearly every
+word: bus becomes bu and ties becomes ty, so neither matches an object. Results comparable with
+the original need the same forms. The rules are those of that library (BSD license; they go back
+to Bermi Ferrer's Inflector, MIT license), restated as suffixes: the first rule applies whose
+ending the word has, preceded by one of the strings that the rule requires.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ _UNCHANGED = tuple(
     rabies research rice salmon sand scissors series shears software species swine swiss trout tuna understanding water
     whiting wildebeest""".split()
 )
-"""Words without a singular; the library leaves alone whatever one of them ENDS in, such as ears (shears)."""
+"""Words without a singular; the library keeps every word that is an ENDING of one of them, such as ears (shears)."""
 _PLURAL_KEPT = tuple(
     f"{word}s"
     for word in """alergie auntie beanie birdie bogie bombie collie cookie cutie doggie eyrie freebie goonie groupie
     hankie hippie hoagie hottie indie junkie laddie laramie lingerie meanie newbie nightie oldie pixie quickie reverie
     rookie softie sortie stoolie sweetie techie toughie valkyrie veggie weenie yuppie zombie""".split()
 )
-"""Plurals that the library recognises and then returns as they are."""
+"""Plurals that the library recognizes but returns unchanged."""
 _IRREGULAR = {
     "atlantes": "atlas", "atlases": "atlas", "axes": "axe", "beeves": "beef", "brethren": "brother",
     "children": "child", "corpora": "corpus", "corpuses": "corpus", "ephemerides": "ephemeris", "feet": "foot",
@@ -44,17 +43,17 @@ _IRREGULAR = {
     "penises": "penis", "people": "person", "sexes": "sex", "soliloquies": "soliloquy", "teeth": "tooth",
     "testes": "testis", "trilbys": "trilby", "turves": "turf", "zoa": "zoon",
 }  # fmt: skip
-"""Endings, not words: four ends in our and becomes fmy. No key is the ending of another."""
+"""Endings, not whole words: four ends in our and becomes fmy. No key is an ending of another."""
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """Words ending in ``before`` + ``ending`` get ``singular`` in the place of ``ending``."""
+    """Replace ``ending`` by ``singular`` in words that end in ``before`` + ``ending``."""
 
     ending: str
     singular: str
     before: tuple[str, ...] = ("",)
-    """One of these stands before the ending; with ``other_than`` none of these letters does."""
+    """Strings, one of which must precede the ending; with ``other_than``, letters that must not."""
     other_than: bool = False
 
     def apply(self, word: str) -> str | None:
@@ -107,7 +106,7 @@ _RULES = (
 
 @lru_cache(maxsize=65536)
 def singularize(word: str) -> str:
-    """Return what ``pattern.en.singularize`` makes of a lower-case token.
+    """Return ``pattern.en.singularize(word)`` for a lower-case token.
 
     Example:
         >>> [singularize(word) for word in ("dogs", "children", "bus", "ties", "knives")]
@@ -127,8 +126,8 @@ def singularize(word: str) -> str:
 
 
 def _regular(word: str) -> str:
-    if word.startswith("oxen"):  # the one rule about a beginning
+    if word.startswith("oxen"):  # the only rule about a prefix
         return "ox" + word.removeprefix("oxen")
-    if word.endswith("analyses"):  # behind a prefix the library writes the a of its group twice
+    if word.endswith("analyses"):  # after a prefix, the library repeats the letter a of its regex group
         return word.removesuffix("yses") + ("ysis" if word == "analyses" else "yasis")
-    return next((found for rule in _RULES if (found := rule.apply(word)) is not None), word)
+    return next((singular for rule in _RULES if (singular := rule.apply(word)) is not None), word)

@@ -1,15 +1,14 @@
-"""Numbers with the doubt that belongs to them.
+"""Compute metrics with confidence intervals, and paired tests between two policies.
 
-Every metric is a ratio of sums over prompts, so a prompt's share of it is a tally: what it
-adds to the numerator and to the denominator. Prompts are resampled and exchanged whole:
-mentions within one may depend on each other.
+Every metric is a ratio of sums over prompts. A prompt contributes a tally: what it adds to the
+numerator and to the denominator. Prompts are resampled and permuted as a whole, because mentions
+within one prompt may depend on each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import exp, lgamma, log
 from typing import Any
 
 import numpy as np
@@ -18,23 +17,23 @@ import numpy.typing as npt
 _RESAMPLES = 2000
 _PERMUTATIONS = 10_000
 _CELLS = 1 << 22
-"""Draws held in memory at once."""
+"""Upper limit on the random draws held in memory at once."""
 
 Tally = tuple[float, float]
-"""What one prompt adds to a metric's numerator and to its denominator."""
+"""A prompt's contribution to a metric: (numerator, denominator)."""
 _Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A ratio of sums over prompts, with a 95 % bootstrap interval over prompts."""
+    """Hold a ratio of sums over prompts and its 95 % bootstrap interval over prompts."""
 
     value: float | None
     """None where the denominator is 0."""
     low: float | None
     high: float | None
     n: int
-    """Prompts it was computed over."""
+    """Number of prompts."""
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,7 +41,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a metric differs between two policies that answered the same prompts."""
+    """Hold the difference of a metric between two policies that answered the same prompts."""
 
     before: float | None
     after: float | None
@@ -55,23 +54,21 @@ class Difference:
     """Two-sided p-value of no difference, by ``test``."""
     test: str
     n: int
-    """Prompts it was computed over."""
+    """Number of prompts."""
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Metric:
-    """Compute sum(numerators) / sum(denominators) and its percentile bootstrap interval.
-
-    Prompts are resampled whole, so mentions within a prompt may depend on each other.
+    """Compute sum(numerators) / sum(denominators) and its percentile bootstrap interval over prompts.
 
     Example:
         >>> ratio([1, 0, 1, 0], [1, 1, 1, 1]).value
         0.5
     """
     if len(numerators) != len(denominators):
-        raise ValueError("numerators and denominators must be sequences of one length")
+        raise ValueError("numerators and denominators must have the same length")
 
     def quotient(sums: _Array) -> _Array:
         quotients: _Array = sums[0] / np.where(sums[1] > 0, sums[1], np.nan)
@@ -81,16 +78,19 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int 
 
 
 def bootstrap(columns: Sequence[Sequence[float]], statistic: Callable[[_Array], _Array], seed: int = 0) -> Metric:
-    """Compute a function of sums over prompts and its percentile bootstrap interval.
+    """Compute a function of sums over prompts and its 95 % percentile bootstrap interval.
+
+    This function is used instead of ``scipy.stats.bootstrap`` because the latter draws its resamples
+    from another random stream, which would change the last digits of every interval reported so far.
 
     Args:
-        columns: What each prompt adds to each sum; all of one length n.
-        statistic: Maps sums of shape (columns, draws) to values of shape (draws,); nan
-            where it is not defined.
+        columns: Each prompt's contribution to each sum; all of the same length n.
+        statistic: Maps sums of shape (columns, draws) to values of shape (draws,), nan
+            where it is undefined.
     """
     table = np.asarray(columns, dtype=float).T
     if table.ndim != 2:
-        raise ValueError("every column must be a sequence of one length")
+        raise ValueError("all columns must have the same length")
     value = float(statistic(table.sum(axis=0)[:, None])[0]) if len(table) else float("nan")
     if np.isnan(value):
         return Metric(None, None, None, len(table))
@@ -99,21 +99,22 @@ def bootstrap(columns: Sequence[Sequence[float]], statistic: Callable[[_Array], 
 
 
 def pooled(rows: Sequence[Mapping[str, Tally]]) -> dict[str, Metric]:
-    """Compute every metric from the prompts' tallies; a prompt may be without some of them."""
+    """Compute every metric from the prompts' tallies; a prompt may lack some metrics."""
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row[name] for row in rows if name in row] for name in names}
-    return {name: ratio([a for a, _ in mine], [b for _, b in mine]) for name, mine in columns.items()}
+    return {name: ratio([a for a, _ in column], [b for _, b in column]) for name, column in columns.items()}
 
 
 def paired_difference(before: Sequence[Tally], after: Sequence[Tally], seed: int = 0) -> Difference:
-    r"""Compare a metric of two policies over the same prompts, item i being the same prompt in both.
+    r"""Compare a metric of two policies on the same prompts; item i of both is the same prompt.
 
     With a_i / b_i a prompt's tally, the difference is
 
         D = sum a_i(after) / sum b_i(after) - sum a_i(before) / sum b_i(before)
 
-    and its interval the 2.5th and 97.5th percentile of D over resampled prompts. Where every
-    tally is 0/1 or 1/1 the test is McNemar's, exact; otherwise the paired permutation test.
+    and its interval extends from the 2.5th to the 97.5th percentile of D over resampled prompts.
+    The test is McNemar's exact test where every tally is 0/1 or 1/1, and otherwise the paired
+    permutation test.
 
     Example:
         >>> paired_difference([(1, 2), (1, 2)], [(0, 2), (1, 2)]).value
@@ -138,43 +139,43 @@ def paired_difference(before: Sequence[Tally], after: Sequence[Tally], seed: int
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    r"""Two-sided exact p-value of McNemar's test.
+    r"""Compute the two-sided p-value of McNemar's exact test.
 
-    Of the prompts whose outcome changed, each direction is as likely as the other under no
-    difference:
+    Under no difference, a prompt whose outcome changed did so in either direction with equal
+    probability:
 
         p = min(1, 2 P(X <= min(gained, lost))),  X ~ Binomial(gained + lost, 1/2)
 
     Example:
-        >>> round(mcnemar(1, 5), 6)  # 2 (1 + 6) / 64
+        >>> mcnemar(1, 5)  # 2 (1 + 6) / 64
         0.21875
     """
+    from scipy.stats import binomtest
+
     total = gained + lost
-    if total == 0:
-        return 1.0
-    halves = total * log(2)
-    tail = sum(
-        exp(lgamma(total + 1) - lgamma(k + 1) - lgamma(total - k + 1) - halves) for k in range(min(gained, lost) + 1)
-    )
-    return min(1.0, 2 * tail)
+    return float(binomtest(gained, total).pvalue) if total else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for their number (Holm 1979): the i-th smallest of m, from 0, times (m - i).
+    """Adjust p-values for multiple testing (Holm 1979).
+
+    The i-th smallest of m p-values, counted from 0, is multiplied by m - i and made at least as
+    large as the ones before it. scipy has no Holm adjustment (``false_discovery_control`` controls
+    another error rate), so it is implemented here.
 
     Example:
         >>> holm([0.01, 0.5, 0.02])
         [0.03, 0.5, 0.04]
     """
     adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda at: p_values[at])):
-        largest = max(largest, min(1.0, p_values[place] * (len(p_values) - rank)))
-        adjusted[place] = largest
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
+        adjusted[index] = largest
     return adjusted
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """P(a positive > a negative) + P(equal) / 2, over all pairs of one of each.
+    """Compute the area under the ROC curve: P(positive > negative) + P(positive = negative) / 2.
 
     Example:
         >>> auc([2.0, 1.0], [1.0, 0.0])
@@ -187,13 +188,13 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
 
 
 def _chunks(rows: int, columns: int) -> Iterator[int]:
-    """Split ``rows`` so that no more than so many cells are drawn at once."""
+    """Yield batch sizes that sum to ``rows``, each with at most ``_CELLS`` cells of ``columns`` columns."""
     size = max(_CELLS // max(columns, 1), 1)
     yield from (min(size, rows - start) for start in range(0, rows, size))
 
 
 def _resampled_sums(table: _Array, seed: int) -> _Array:
-    """Sum the columns over prompts drawn with replacement: of shape (resamples, columns)."""
+    """Sum the columns over prompts drawn with replacement; return shape (resamples, columns)."""
     generator, number = np.random.default_rng(seed), len(table)
     share = np.full(number, 1 / number)
     return np.concatenate(
@@ -202,16 +203,16 @@ def _resampled_sums(table: _Array, seed: int) -> _Array:
 
 
 def _differences(sums: _Array) -> _Array:
-    """Ratio of the last two columns less that of the first two, where both have a value."""
+    """Compute column 2 / column 3 - column 0 / column 1 in the rows where both ratios are defined."""
     sums = sums[(sums[:, 1] > 0) & (sums[:, 3] > 0)]
-    found: _Array = sums[:, 2] / sums[:, 3] - sums[:, 0] / sums[:, 1]
-    return found
+    values: _Array = sums[:, 2] / sums[:, 3] - sums[:, 0] / sums[:, 1]
+    return values
 
 
 def _permutation_p(table: _Array, seed: int) -> float:
-    """Two-sided p-value when each prompt's two tallies are exchanged at random.
+    """Compute a two-sided p-value by swapping the two tallies of each prompt at random.
 
-    p = (1 + number of exchanges with |D*| >= |D|) / (1 + number of exchanges)
+    p = (1 + number of permutations with |D*| >= |D|) / (1 + number of permutations)
     """
     generator = np.random.default_rng(seed)
     change = table[:, [2, 3, 0, 1]] - table

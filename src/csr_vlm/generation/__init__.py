@@ -1,0 +1,1 @@
+"""Generate the sentences of a search, with transformers or vLLM."""

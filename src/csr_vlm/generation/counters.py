@@ -1,4 +1,4 @@
-"""What the model was made to do, counted where it is done."""
+"""Count the work that the model does, where it is done."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 @dataclass
 class Counters:
-    """Work since the engine was made."""
+    """Count the work done since the engine was created."""
 
     vision_encodes: int = 0
     """Images that went through the vision encoder."""
     prefill_tokens: int = 0
-    """Tokens of prompts and prefixes that were read, padding not counted."""
+    """Tokens of prompts and prefixes that were prefilled, without padding."""
     decode_tokens: int = 0
-    """Tokens fed back, one a row and step."""
+    """Generated tokens that were fed back, one per row and step."""
     forwards: int = 0
-    """Calls of the language model."""
+    """Forward passes of the language model."""
 
-    def read(self, num_tokens: int) -> None:
-        """Count a forward pass over prompts."""
+    def count_prefill(self, num_tokens: int) -> None:
+        """Count a forward pass over prompts of ``num_tokens`` tokens in total."""
         self.prefill_tokens += num_tokens
         self.forwards += 1
 
-    def decode(self, num_rows: int) -> None:
-        """Count a forward pass over one token a row."""
+    def count_decode(self, num_rows: int) -> None:
+        """Count a forward pass over one token per row."""
         self.decode_tokens += num_rows
         self.forwards += 1

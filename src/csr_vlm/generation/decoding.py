@@ -1,10 +1,9 @@
-"""From logits to candidates: choosing tokens, noting them, and seeing where a sentence ends.
+"""Turn logits into candidates: choose tokens, record them, and detect where a sentence ends.
 
-Both ways of running the model, :mod:`csr_vlm.generation.plain` and
-:mod:`csr_vlm.generation.scheduler`, leave all of this to a :class:`Writer`, so with the
-same logits they write the same candidates; engines that choose tokens themselves leave the
-ends of sentences to :class:`Sentences`. Log-probabilities are those of the raw
-distribution; bars, temperature and diversity only steer the choice.
+Both decoders, :mod:`csr_vlm.generation.plain_decoder` and :mod:`csr_vlm.generation.scheduler`,
+use one :class:`TokenSampler`, so equal logits give equal candidates. Engines that choose tokens
+themselves use :class:`SentenceTracker` alone. Recorded log-probabilities are those of the raw
+distribution; masked image tokens, temperature, top-p and diversity only affect the choice.
 """
 
 from __future__ import annotations
@@ -18,29 +17,30 @@ import torch
 from csr_vlm.config.schema import SearchConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Candidate, Expansion, Finish
-from csr_vlm.generation.sampling import diverse, sample, uniforms
+from csr_vlm.generation.sampling import choose_diverse, sample, uniforms
 from csr_vlm.method.sentences import SentenceRule
-from csr_vlm.models.policy import Policy, Reader
+from csr_vlm.models.encoding import PromptEncoder
+from csr_vlm.models.policy import Policy
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How tokens are chosen and when a candidate stops."""
+class DecodingSettings:
+    """Configure how tokens are chosen and when a candidate stops."""
 
     max_new_tokens: int
     rule: SentenceRule | None
-    """None decodes to the end of the response."""
+    """Where a sentence ends; None decodes to the end of the response."""
     temperature: float
-    """0 takes the most probable token."""
+    """0 selects the most probable token."""
     top_p: float = 1.0
     diversity_penalty: float | None = None
-    """Not None makes siblings avoid each other's tokens."""
+    """Penalty of diverse beam search among siblings; None samples each sibling independently."""
     greedy_first: bool = False
-    """The first sibling takes the most probable tokens, whatever the temperature."""
+    """Whether the first sibling is decoded greedily at any temperature."""
 
     @classmethod
-    def of(cls, config: SearchConfig) -> Decoding:
-        """Read how the search wants its sentences."""
+    def from_search(cls, config: SearchConfig) -> DecodingSettings:
+        """Build the settings that decode one sentence of a search."""
         return cls(
             max_new_tokens=config.max_sentence_tokens,
             rule=SentenceRule(config.delimiters),
@@ -52,138 +52,159 @@ class Decoding:
 
 
 @dataclass(slots=True)
-class Row:
-    """One candidate in the making."""
+class PartialCandidate:
+    """Represent a candidate while it is being decoded."""
 
-    family: int
-    """The same for siblings, and for them alone."""
-    place: int
-    """Among the siblings."""
+    group_id: int
+    """Id of its sibling group: equal for siblings, different for all other candidates."""
+    sibling_index: int
+    """Index among the siblings, from 0."""
     prefix_ids: tuple[int, ...]
-    uniform: np.ndarray
+    """Token ids of the partial response that the candidate continues."""
+    uniforms: np.ndarray
+    """Numbers in [0, 1) that its tokens are drawn with, of shape (max_new_tokens,)."""
     prompt_id: str = ""
     prefix_text: str = ""
-    ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    """log P(r_o | x, r_<o) of the raw distribution, in nats, one per token."""
     finish: Finish | None = None
+    """Why the candidate ended; None while it is decoding."""
     text: str | None = None
-    """Of the sentence, once its end was looked for."""
+    """Text of the sentence as of the last check for its end; None before the first check."""
 
 
-class Sentences:
-    """Notes rows' tokens as they come, sees where sentences end, and makes candidates of them."""
+class SentenceTracker:
+    """Record candidates' tokens, detect where their sentences end, and build the finished candidates."""
 
-    def __init__(self, reader: Reader, decoding: Decoding) -> None:
+    def __init__(self, prompt_encoder: PromptEncoder, decoding: DecodingSettings) -> None:
         self.decoding = decoding
-        self._reader = reader
-        self._num_families = 0
+        self._prompt_encoder = prompt_encoder
+        self._num_groups = 0
         delimiters = decoding.rule.delimiters if decoding.rule is not None else ""
         self._delimiter_ids = frozenset(
-            index
-            for token, index in (reader.tokenizer.get_vocab().items() if delimiters else ())
+            token_id
+            for token, token_id in (prompt_encoder.tokenizer.get_vocab().items() if delimiters else ())
             if any(char in token for char in delimiters)
         )
 
-    def start(self, request: Expansion) -> list[Row]:
-        """Make the rows of a request's candidates."""
-        self._num_families += 1
-        prefix_text = self._text(request.prefix_ids)
+    def start(self, request: Expansion) -> list[PartialCandidate]:
+        """Create the candidates of a request, all of one sibling group."""
+        self._num_groups += 1
+        prefix_text = self._decode(request.prefix_ids)
         return [
-            Row(
-                family=self._num_families,
-                place=place,
+            PartialCandidate(
+                group_id=self._num_groups,
+                sibling_index=index,
                 prefix_ids=request.prefix_ids,
-                uniform=uniforms((*request.seed, place), self.decoding.max_new_tokens),
+                uniforms=uniforms((*request.seed, index), self.decoding.max_new_tokens),
                 prompt_id=request.prompt.prompt_id,
                 prefix_text=prefix_text,
             )
-            for place in range(request.num_candidates)
+            for index in range(request.num_candidates)
         ]
 
-    def candidate(self, row: Row) -> Candidate:
-        """Give the finished row as a candidate."""
-        if row.finish is not Finish.DELIMITER or row.text is None:
-            row.text = self._text((*row.prefix_ids, *row.ids))[len(row.prefix_text) :]
-        return Candidate(tuple(row.ids), tuple(row.logprobs), row.text, row.finish or Finish.LENGTH)
+    def append(self, candidate: PartialCandidate, token: int, logprob: float) -> None:
+        """Add a token to a candidate, or set its ``finish`` if its sentence ended before the token.
 
-    def note(self, row: Row, token: int, logprob: float) -> None:
-        """Add a token to a row, or see that the row ended before it."""
-        ends_response = token in self._reader.eos_ids
-        if self._may_end(row) and self._ends(row, None if ends_response else token):
-            # The token looked at is taken back: the next sentence draws its own.
-            row.finish = Finish.DELIMITER
+        Args:
+            token: Token id that the engine chose.
+            logprob: Log-probability of the token under the raw distribution, in nats.
+        """
+        ends_response = token in self._prompt_encoder.eos_ids
+        if self._may_end(candidate) and self._ends(candidate, None if ends_response else token):
+            # The token is discarded: the next sentence draws its own first token.
+            candidate.finish = Finish.DELIMITER
             return
-        row.ids.append(token)
-        row.logprobs.append(logprob)
+        candidate.token_ids.append(token)
+        candidate.logprobs.append(logprob)
         if ends_response:
-            row.finish = Finish.EOS
-        elif len(row.ids) >= self.decoding.max_new_tokens:
-            row.finish = Finish.LENGTH
+            candidate.finish = Finish.EOS
+        elif len(candidate.token_ids) >= self.decoding.max_new_tokens:
+            candidate.finish = Finish.LENGTH
 
-    def _may_end(self, row: Row) -> bool:
-        """Cheap test on the last two tokens; a closing quote may follow the delimiter."""
-        return any(token in self._delimiter_ids for token in row.ids[-2:])
+    def completed(self, candidate: PartialCandidate) -> Candidate:
+        """Return a finished candidate as a record."""
+        if candidate.finish is not Finish.DELIMITER or candidate.text is None:
+            candidate.text = self._decode((*candidate.prefix_ids, *candidate.token_ids))[len(candidate.prefix_text) :]
+        return Candidate(
+            tuple(candidate.token_ids),
+            tuple(candidate.logprobs),
+            candidate.text,
+            candidate.finish or Finish.LENGTH,
+        )
 
-    def _ends(self, row: Row, token: int | None) -> bool:
-        """Whether the sentence ends before ``token``, or with the response if that is None."""
+    def _may_end(self, candidate: PartialCandidate) -> bool:
+        """Check cheaply for a delimiter among the last two tokens; a closing quote may follow the delimiter."""
+        return any(token in self._delimiter_ids for token in candidate.token_ids[-2:])
+
+    def _ends(self, candidate: PartialCandidate, token: int | None) -> bool:
+        """Check whether the sentence ends before ``token``; None stands for the end of the response."""
         assert self.decoding.rule is not None
-        text = self._text((*row.prefix_ids, *row.ids))
-        following = None if token is None else self._text((*row.prefix_ids, *row.ids, token))[len(text) :]
-        row.text = text[len(row.prefix_text) :]
-        return self.decoding.rule.ends(row.text, following)
+        text = self._decode((*candidate.prefix_ids, *candidate.token_ids))
+        following = None
+        if token is not None:
+            following = self._decode((*candidate.prefix_ids, *candidate.token_ids, token))[len(text) :]
+        candidate.text = text[len(candidate.prefix_text) :]
+        return self.decoding.rule.ends(candidate.text, following)
 
-    def _text(self, ids: Sequence[int]) -> str:
-        text: str = self._reader.tokenizer.decode(list(ids), skip_special_tokens=True)
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self._prompt_encoder.tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
 
-class Writer(Sentences):
-    """Continues rows by a token each, chosen from the policy's logits."""
+class TokenSampler(SentenceTracker):
+    """Choose candidates' next tokens from the policy's logits."""
 
-    def __init__(self, policy: Policy, decoding: Decoding) -> None:
-        super().__init__(policy.reader, decoding)
-        self._barred = torch.tensor(policy.barred_ids, dtype=torch.long, device=policy.device)
+    def __init__(self, policy: Policy, decoding: DecodingSettings) -> None:
+        super().__init__(policy.prompt_encoder, decoding)
+        self._image_token_ids = torch.tensor(policy.image_token_ids, dtype=torch.long, device=policy.device)
 
-    def choose(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-        """Choose a token for each row and note it; rows that end with it get their ``finish``.
+    def choose(self, logits: torch.Tensor, candidates: Sequence[PartialCandidate]) -> torch.Tensor:
+        """Choose a token for each candidate and append it; candidates that end get their ``finish``.
 
         Args:
-            logits: Of shape (rows, vocabulary).
+            logits: Logits of shape (candidates, vocabulary), row i for candidate i.
 
         Returns:
-            The tokens, of shape (rows,), on the logits' device.
+            Token ids of shape (candidates,), on the device of the logits.
+
+        Raises:
+            CsrError: A row of logits holds NaN or plus infinity, or nothing but minus infinity.
         """
         logits = logits.float()
-        _refuse_nonsense(logits, rows)
-        barred = logits.index_fill(1, self._barred, -torch.inf)
+        _require_finite(logits, candidates)
+        masked = logits.index_fill(1, self._image_token_ids, -torch.inf)
         if self.decoding.diversity_penalty is not None:
-            family = torch.tensor([row.family for row in rows], device=logits.device)
-            place = torch.tensor([row.place for row in rows], device=logits.device)
-            tokens = diverse(barred, family, place, self.decoding.diversity_penalty)
+            group_ids = torch.tensor([candidate.group_id for candidate in candidates], device=logits.device)
+            indices = torch.tensor([candidate.sibling_index for candidate in candidates], device=logits.device)
+            tokens = choose_diverse(masked, group_ids, indices, self.decoding.diversity_penalty)
         elif self.decoding.temperature == 0.0:
-            tokens = barred.argmax(dim=-1)
+            tokens = masked.argmax(dim=-1)
         else:
-            uniform = torch.from_numpy(np.array([row.uniform[len(row.ids)] for row in rows]))
-            tokens = sample(barred, uniform, self.decoding.temperature, self.decoding.top_p)
+            drawn = np.array([candidate.uniforms[len(candidate.token_ids)] for candidate in candidates])
+            tokens = sample(masked, torch.from_numpy(drawn), self.decoding.temperature, self.decoding.top_p)
             if self.decoding.greedy_first:
-                first = torch.tensor([row.place == 0 for row in rows], device=logits.device)
-                tokens = torch.where(first, barred.argmax(dim=-1), tokens)
+                is_first = torch.tensor(
+                    [candidate.sibling_index == 0 for candidate in candidates], device=logits.device
+                )
+                tokens = torch.where(is_first, masked.argmax(dim=-1), tokens)
         logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            self.note(row, token, logprob)
+        for candidate, token, logprob in zip(candidates, tokens.tolist(), logprobs.tolist(), strict=True):
+            self.append(candidate, token, logprob)
         return tokens
 
 
-def _refuse_nonsense(logits: torch.Tensor, rows: Sequence[Row]) -> None:
-    """Stop where a model computes what is no distribution, and name the prompt.
+def _require_finite(logits: torch.Tensor, candidates: Sequence[PartialCandidate]) -> None:
+    """Refuse logits that define no distribution, and name the prompt.
 
     Raises:
         CsrError: A row of logits holds NaN or plus infinity, or nothing but minus infinity.
     """
-    sound = logits.amax(dim=-1).isfinite()  # The maximum of a row with NaN is NaN.
-    if not bool(sound.all()):
-        culprit = rows[int((~sound).nonzero()[0])].prompt_id
+    is_finite = logits.amax(dim=-1).isfinite()  # The maximum of a row with NaN is NaN.
+    if not bool(is_finite.all()):
+        prompt_id = candidates[int((~is_finite).nonzero()[0])].prompt_id
         raise CsrError(
-            f"prompt {culprit}: the policy computes logits that are not finite",
-            "look at its image and at the weights; float16 overflows where bfloat16 and float32 do not",
+            f"prompt {prompt_id}: the policy computes logits that are not finite",
+            "check its image and the weights; float16 overflows where bfloat16 and float32 do not",
         )

@@ -1,65 +1,112 @@
-"""Which engine generates: chosen, started, tried on a prompt and stopped in one place."""
+"""Select, start, check and stop the engine that generates.
+
+To add an engine:
+
+1. Write a class with the methods of :class:`Engine`. Its ``proposer`` returns a
+   :class:`csr_vlm.method.search.Proposer`; each candidate that it answers with carries the token
+   ids as sampled and their log-probabilities under the raw distribution (untempered, before any
+   masking), since these serve as the DPO reference. Where the engine streams tokens of one
+   sequence at a time, implement only :class:`csr_vlm.generation.streaming.TokenStream` and wrap
+   it in :class:`csr_vlm.generation.streaming.StreamingEngine`, which detects sentence ends.
+2. Write a context manager that starts it, checks it on ``example`` and stops it, and register it
+   in ``_OPENERS`` under the name that ``generation.engine`` gets. Import optional libraries
+   inside the function.
+3. Add the name to :class:`csr_vlm.config.schema.GenerationConfig`.
+4. Test it against teacher forcing as ``tests/vllm/test_search.py`` does: equal log-probabilities,
+   greedy tokens equal to those of the transformers engine, and tokens that do not depend on the
+   order or the number of requests.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from csr_vlm.config.schema import RunConfig, SearchConfig
 from csr_vlm.core.records import Prompt
 from csr_vlm.generation.self_check import self_check
-from csr_vlm.generation.streaming import StreamingEngine
+from csr_vlm.generation.streaming import StreamingEngine, TokenStream
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.search import Proposer
-from csr_vlm.models.policy import load_policy, load_reader
+from csr_vlm.models.encoding import PromptEncoder
+from csr_vlm.models.loading import load_policy, load_prompt_encoder
 
 
 class Engine(Protocol):
-    """What a search needs of an engine."""
+    """Define what a search needs of an engine."""
 
     def proposer(self, config: SearchConfig, example: Prompt) -> Proposer:
-        """Give what a search asks for sentences; ``example`` is a prompt that it will ask about."""
+        """Return a proposer of sentences for a search; ``example`` is one of its prompts."""
         ...
 
     def forget(self) -> None:
-        """Drop what is kept about images; call it between work items."""
+        """Drop cached images; called between work items."""
         ...
 
 
-@contextmanager
+Opener = Callable[[RunConfig, Path | None, Prompt, Callable[[str], None]], AbstractContextManager[Engine]]
+"""Start an engine; the arguments are those of :func:`open_engine`."""
+
+
 def open_engine(
-    config: RunConfig, adapter: Path | None, example: Prompt, notice: Callable[[str], None]
-) -> Iterator[Engine]:
-    """Start the engine that the configuration names, with an adapter on the model or none.
+    config: RunConfig, adapter: Path | None, example: Prompt, warn: Callable[[str], None]
+) -> AbstractContextManager[Engine]:
+    """Start the engine that ``generation.engine`` names; leaving the context stops it.
 
     Args:
-        example: A prompt that the engine must handle as it should before it is given out.
-        notice: Called with what the user should know.
+        config: Configuration of the run.
+        adapter: LoRA adapter to generate with; None for the base model.
+        example: Prompt that the engine is checked on before it is returned.
+        warn: Called with messages that the user should see.
 
     Raises:
-        CsrError: It does not start, or does not do as it should.
+        CsrError: The engine does not start, or fails its check.
     """
-    pixels, generation = config.data.max_image_pixels, config.generation
-    if generation.engine == "transformers":
-        policy = load_policy(config.model, adapter, pixels)
-        self_check(policy, example)
-        yield TransformersEngine(policy, generation.max_rows, generation.attention, notice)
-        return
-    reader = load_reader(config.model, pixels)
-    if generation.engine == "vllm":
-        from csr_vlm.generation.vllm import VllmStream, running
+    return _OPENERS[config.generation.engine](config, adapter, example, warn)
 
-        with running(config.model, generation, adapter) as vllm:
-            engine = StreamingEngine(VllmStream(vllm, reader, adapter), reader)
-            engine.check(example)
-            yield engine
-    else:
-        from csr_vlm.generation.vllm_server import connected
 
-        assert generation.server is not None
-        with connected(generation.server, reader, adapter, generation.max_rows) as stream:
-            engine = StreamingEngine(stream, reader)
-            engine.check(example)
-            yield engine
+@contextmanager
+def _open_transformers(
+    config: RunConfig, adapter: Path | None, example: Prompt, warn: Callable[[str], None]
+) -> Iterator[Engine]:
+    policy = load_policy(config.model, adapter, config.data.max_image_pixels)
+    self_check(policy, example)
+    yield TransformersEngine(policy, config.generation.max_rows, config.generation.attention, warn)
+
+
+@contextmanager
+def _open_vllm(
+    config: RunConfig, adapter: Path | None, example: Prompt, warn: Callable[[str], None]
+) -> Iterator[Engine]:
+    prompt_encoder = load_prompt_encoder(config.model, config.data.max_image_pixels)
+    from csr_vlm.generation.vllm import VllmStream, vllm_engine
+
+    with vllm_engine(config.model, config.generation, adapter) as engine:
+        yield _checked(VllmStream(engine, prompt_encoder, adapter), prompt_encoder, example)
+
+
+@contextmanager
+def _open_server(
+    config: RunConfig, adapter: Path | None, example: Prompt, warn: Callable[[str], None]
+) -> Iterator[Engine]:
+    prompt_encoder = load_prompt_encoder(config.model, config.data.max_image_pixels)
+    from csr_vlm.generation.vllm_server import server_stream
+
+    assert config.generation.server is not None
+    with server_stream(config.generation.server, prompt_encoder, adapter, config.generation.max_rows) as stream:
+        yield _checked(stream, prompt_encoder, example)
+
+
+_OPENERS: Mapping[str, Opener] = {
+    "transformers": _open_transformers,
+    "vllm": _open_vllm,
+    "server": _open_server,
+}
+
+
+def _checked(stream: TokenStream, prompt_encoder: PromptEncoder, example: Prompt) -> StreamingEngine:
+    engine = StreamingEngine(stream, prompt_encoder)
+    engine.check(example)
+    return engine

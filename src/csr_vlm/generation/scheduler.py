@@ -1,11 +1,11 @@
-"""Many prompts in flight: which candidates decode now, and what is kept for the next.
+"""Schedule the decoding of many prompts: which candidates decode now, and what stays cached for the next round.
 
-A *family* is the candidates of one expansion: they start together from the same node and
-decode in lockstep with each other, while other families are at other steps, of other
-sentences, of other prompts. A row leaves when its candidate ends; a family leaves with its
-last row and another enters. What a finished family computed is kept until the search says
-which of its sentences go on; their keys and values then become the path that the next
-families read, so no token is read twice.
+A :class:`SiblingGroup` holds the candidates of one expansion: they continue the same node,
+start together and decode in lockstep, while other groups are at other steps, of other
+sentences, of other prompts. A row leaves when its candidate ends; a group leaves with its last
+row and another enters. What a finished group computed is kept until the search decides which
+of its sentences to continue; their keys and values then become the path that the next groups
+attend to, so no token is prefilled or decoded twice.
 """
 
 from __future__ import annotations
@@ -20,308 +20,333 @@ import torch
 
 from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
-from csr_vlm.generation.decoding import Row
-from csr_vlm.generation.shared_attention import Blocks, Grid, Shelf, Step, View, hidden_padding
+from csr_vlm.generation.decoding import PartialCandidate
+from csr_vlm.generation.shared_attention import CacheView, DecodeStep, KVCache, RowLayout, SiblingLayout, padding_mask
 from csr_vlm.generation.shared_model import SharedModel
-from csr_vlm.models.policy import EncodedPrompt
+from csr_vlm.models.encoding import EncodedPrompt
 
-READ_PROMPTS = 16
-READ_TOKENS = 8192
-"""Most prompts and most of their tokens read in one forward pass."""
+MAX_PREFILL_PROMPTS = 16
+MAX_PREFILL_TOKENS = 8192
+"""Most prompts, and most tokens of them, prefilled in one forward pass."""
 READY_SHARE = 0.25
-"""Answers are handed over when their candidates are so many, measured by those still decoding:
-few enough to keep the batch full, enough to score them together."""
+"""Answers are returned once their candidates exceed this share of the live ones: small enough
+to keep the batch full, large enough to score answers together."""
 
 
-class Writes(Protocol):
-    """What the scheduler needs of a :class:`csr_vlm.generation.decoding.Writer`."""
+class Sampler(Protocol):
+    """Define what the scheduler needs of a :class:`csr_vlm.generation.decoding.TokenSampler`."""
 
-    def start(self, request: Expansion) -> list[Row]: ...
-    def choose(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor: ...
-    def candidate(self, row: Row) -> Candidate: ...
+    def start(self, request: Expansion) -> list[PartialCandidate]:
+        """Create the candidates of a request."""
+        ...
+
+    def choose(self, logits: torch.Tensor, candidates: Sequence[PartialCandidate]) -> torch.Tensor:
+        """Choose and append a token for each candidate; return the tokens, of shape (candidates,)."""
+        ...
+
+    def completed(self, candidate: PartialCandidate) -> Candidate:
+        """Return a finished candidate as a record."""
+        ...
 
 
 @dataclass(frozen=True)
-class Branch:
-    """A finished sentence that may be continued."""
+class CachedResponse:
+    """Hold the keys and values of a partial response that may be continued."""
 
     block: torch.Tensor
-    """Keys and values of its family, of shape (layers, 2, key heads, tokens, head size)."""
-    tokens: torch.Tensor
-    """Which of the block's tokens lie on the path to its end."""
-    hidden: torch.Tensor
+    """Keys and values of its sibling group, of shape (layers, 2, key heads, tokens, head size)."""
+    token_index: torch.Tensor
+    """Index in the block of each of the response's tokens, of shape (path tokens,)."""
+    hidden_state: torch.Tensor
     """Final hidden state of its last token, of shape (width,)."""
 
     def path(self) -> torch.Tensor:
-        """Keys and values of the partial response, of shape (layers, 2, key heads, tokens, head size)."""
-        return self.block.index_select(3, self.tokens)
+        """Return the response's keys and values, of shape (layers, 2, key heads, path tokens, head size)."""
+        return self.block.index_select(3, self.token_index)
 
 
 @dataclass
-class Held:
-    """A prompt whose keys and values are stored."""
+class ActivePrompt:
+    """Hold a prompt whose keys and values are cached, with its current round of requests."""
 
     prompt: Prompt
     num_tokens: int
     next_position: int
-    root: Branch
+    """Position id of the first response token."""
+    root: CachedResponse
+    """The empty response."""
     slot: int = -1
     requests: list[Expansion] = field(default_factory=list)
     answers: dict[int, list[Candidate]] = field(default_factory=dict)
-    """By the request's place in ``requests``."""
-    branches: dict[tuple[int, ...], Branch] = field(default_factory=dict)
-    """By the partial response's token ids."""
+    """Finished candidates by the request's index in ``requests``."""
+    responses: dict[tuple[int, ...], CachedResponse] = field(default_factory=dict)
+    """Partial responses that may be continued, by their token ids."""
 
     @property
     def is_answered(self) -> bool:
+        """Return whether all requests of the round have their candidates."""
         return len(self.answers) == len(self.requests)
 
 
 @dataclass
-class Family:
-    """The rows of one request while they decode."""
+class SiblingGroup:
+    """Hold the candidates of one request while they decode."""
 
-    held: Held
-    number: int
-    """The request's place among its prompt's."""
-    rows: list[Row]
+    prompt: ActivePrompt
+    request_index: int
+    """Index of the request in ``prompt.requests``."""
+    candidates: list[PartialCandidate]
     path_length: int
+    """Tokens of the partial response that the candidates continue."""
     slot: int = -1
     num_steps: int = 0
-    """Tokens that each live row has stored."""
-    ends: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By place, the final hidden state of a finished sentence's last token."""
+    """Tokens that each live candidate has stored."""
+    end_states: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Final hidden state of the last token of each finished sentence, by sibling index."""
 
     @property
     def num_tokens(self) -> int:
-        """Of its block: the path, then a token of each sibling a step, in turn."""
-        return self.path_length + self.num_steps * len(self.rows)
+        """Return the tokens in the group's block: the path, then one per sibling and step."""
+        return self.path_length + self.num_steps * len(self.candidates)
 
-    def tokens_of(self, row: Row) -> list[int]:
-        """Which tokens of the block lie on the path to a row's end."""
-        own = range(self.path_length + row.place, self.num_tokens, len(self.rows))
-        return [*range(self.path_length), *own[: len(row.ids)]]
+    def token_index(self, candidate: PartialCandidate) -> list[int]:
+        """List the indices in the block of the path's and the candidate's tokens."""
+        tokens = range(self.path_length + candidate.sibling_index, self.num_tokens, len(self.candidates))
+        return [*range(self.path_length), *tokens[: len(candidate.token_ids)]]
 
     @property
     def is_done(self) -> bool:
-        return all(row.finish is not None for row in self.rows)
+        """Return whether all candidates have ended."""
+        return all(candidate.finish is not None for candidate in self.candidates)
 
 
 class Scheduler:
-    """Answers requests as they come, with at most ``max_rows`` rows decoding at once.
+    """Answer requests as they come (a :class:`csr_vlm.method.search.Proposer`).
 
     Args:
-        max_prompts: Prompts held at once.
+        model: Model to prefill and decode with.
+        sampler: Sampler that chooses the tokens.
+        max_rows: Most candidates decoded at once; a single larger request decodes alone.
+        max_prompts: Most prompts cached at once.
     """
 
-    def __init__(self, model: SharedModel, writer: Writes, *, max_rows: int, max_prompts: int) -> None:
+    def __init__(self, model: SharedModel, sampler: Sampler, *, max_rows: int, max_prompts: int) -> None:
         self._policy = model.policy
         self._counters = model.counters
         self._model = model
-        self._writer = writer
+        self._sampler = sampler
         self._max_rows = max_rows
         self._max_prompts = max_prompts
         self._waiting: deque[list[Expansion]] = deque()
-        """Requests of prompts that are not held, prompt by prompt."""
-        self._next: deque[tuple[Held, int]] = deque()
-        """Requests of prompts that are held."""
-        self._held: dict[str, Held] = {}
-        self._prompts: Shelf[Held] = Shelf(max_prompts)
-        self._families: Shelf[Family] = Shelf(max_rows)
-        self._images: dict[str, tuple[torch.Tensor, ...] | None] = {}
-        """Features of images that waiting prompts will need again."""
-        self._live: list[tuple[Family, Row]] = []
-        self._hidden: torch.Tensor | None = None
-        """From which each live row's next token is chosen, of shape (rows, width)."""
+        """Requests of prompts that are not active, one list per prompt."""
+        self._queue: deque[tuple[ActivePrompt, int]] = deque()
+        """Requests of active prompts that have not started, by index."""
+        self._active: dict[str, ActivePrompt] = {}
+        self._prompt_cache: KVCache[ActivePrompt] = KVCache(max_prompts)
+        self._group_cache: KVCache[SiblingGroup] = KVCache(max_rows)
+        self._image_features: dict[str, tuple[torch.Tensor, ...] | None] = {}
+        """Features of images that waiting prompts need again."""
+        self._live: list[tuple[SiblingGroup, PartialCandidate]] = []
+        """Candidates that are decoding, in the order of the model's rows."""
+        self._hidden_states: torch.Tensor | None = None
+        """Final hidden states that each live row's next token is chosen from, of shape (rows, width)."""
 
     def submit(self, requests: Sequence[Expansion]) -> None:
-        """Take on the next round of some prompts; branches it does not continue are forgotten."""
+        """Accept the next round of some prompts; responses that it does not continue are dropped."""
         by_prompt: dict[str, list[Expansion]] = defaultdict(list)
         for request in requests:
             by_prompt[request.prompt.prompt_id].append(request)
-        for prompt_id, own in by_prompt.items():
-            held = self._held.get(prompt_id)
-            if held is None:
-                self._waiting.append(own)
+        for prompt_id, prompt_requests in by_prompt.items():
+            prompt = self._active.get(prompt_id)
+            if prompt is None:
+                self._waiting.append(prompt_requests)
             else:
-                self._begin_round(held, own)
+                self._begin_round(prompt, prompt_requests)
 
     @torch.inference_mode()
     def release(self, prompt_id: str) -> None:
-        """Forget a prompt."""
-        self._prompts.take(self._held.pop(prompt_id))
+        """Drop a prompt and its cache."""
+        self._prompt_cache.remove(self._active.pop(prompt_id))
 
     @torch.inference_mode()
     def collect(self) -> list[tuple[Expansion, list[Candidate]]]:
         """Decode until some prompts have all their requests answered, and return those answers."""
         while True:
             self._admit()
-            ready = [held for held in self._held.values() if held.requests and held.is_answered]
-            num_ready = sum(len(candidates) for held in ready for candidates in held.answers.values())
+            ready = [prompt for prompt in self._active.values() if prompt.requests and prompt.is_answered]
+            num_ready = sum(len(candidates) for prompt in ready for candidates in prompt.answers.values())
             if not self._live or num_ready > READY_SHARE * len(self._live):
                 break
             self._advance()
-        answers = [(request, held.answers[number]) for held in ready for number, request in enumerate(held.requests)]
-        for held in ready:
-            held.requests, held.answers = [], {}
+        answers = [
+            (request, prompt.answers[index]) for prompt in ready for index, request in enumerate(prompt.requests)
+        ]
+        for prompt in ready:
+            prompt.requests, prompt.answers = [], {}
         return answers
 
-    def _begin_round(self, held: Held, requests: list[Expansion]) -> None:
-        wanted = {request.prefix_ids for request in requests}
-        held.branches = {ids: branch for ids, branch in held.branches.items() if ids in wanted}
-        held.requests, held.answers = requests, {}
-        self._next += [(held, number) for number in range(len(requests))]
+    def _begin_round(self, prompt: ActivePrompt, requests: list[Expansion]) -> None:
+        continued = {request.prefix_ids for request in requests}
+        prompt.responses = {ids: response for ids, response in prompt.responses.items() if ids in continued}
+        prompt.requests, prompt.answers = requests, {}
+        self._queue += [(prompt, index) for index in range(len(requests))]
 
     def _admit(self) -> None:
-        """Let requests in while there is room: first of prompts that are held, then of others."""
+        """Start requests while there is room: those of active prompts first, then those of waiting prompts."""
         while True:
-            starts = []
-            while self._next and self._fits(self._next[0][0].requests[self._next[0][1]].num_candidates):
-                starts.append(self._enter(*self._next.popleft()))
-            if starts:
-                earlier = [] if self._hidden is None else [self._hidden]
-                self._hidden = torch.cat(earlier + starts)
-            if self._next or not self._open():
+            started = []
+            while self._queue and self._fits(self._queue[0][0].requests[self._queue[0][1]].num_candidates):
+                started.append(self._start(*self._queue.popleft()))
+            if started:
+                earlier = [] if self._hidden_states is None else [self._hidden_states]
+                self._hidden_states = torch.cat(earlier + started)
+            if self._queue or not self._activate_prompts():
                 return
 
     def _fits(self, num_rows: int) -> bool:
         return not self._live or len(self._live) + num_rows <= self._max_rows
 
-    def _enter(self, held: Held, number: int) -> torch.Tensor:
-        """Start a request's family; return the hidden states that its rows start from."""
-        request = held.requests[number]
-        branch = held.branches.pop(request.prefix_ids, None) if request.prefix_ids else held.root
-        if branch is None:
-            branch = self._read_again(held, request.prefix_ids)
-        rows = self._writer.start(request)
-        family = Family(held, number, rows, path_length=len(branch.tokens))
-        self._families.put(family, branch.path())
-        self._live += [(family, row) for row in rows]
-        return branch.hidden.expand(len(rows), -1)
+    def _start(self, prompt: ActivePrompt, request_index: int) -> torch.Tensor:
+        """Start a request's sibling group; return its rows' hidden states, (candidates, width)."""
+        request = prompt.requests[request_index]
+        response = prompt.responses.pop(request.prefix_ids, None) if request.prefix_ids else prompt.root
+        if response is None:
+            response = self._prefill_response(prompt, request.prefix_ids)
+        candidates = self._sampler.start(request)
+        group = SiblingGroup(prompt, request_index, candidates, path_length=len(response.token_index))
+        self._group_cache.insert(group, response.path())
+        self._live += [(group, candidate) for candidate in candidates]
+        return response.hidden_state.expand(len(candidates), -1)
 
-    def _read_again(self, held: Held, prefix_ids: tuple[int, ...]) -> Branch:
-        """Read a partial response that was not generated here, such as that of a run that goes on."""
-        (encoded,) = self._encode([held.prompt])
-        (reading,) = self._model.read([encoded], [prefix_ids])
-        tokens = torch.arange(held.num_tokens, held.num_tokens + len(prefix_ids), device=reading.kv.device)
-        return Branch(reading.kv, tokens, reading.hidden)
+    def _prefill_response(self, prompt: ActivePrompt, prefix_ids: tuple[int, ...]) -> CachedResponse:
+        """Prefill a partial response that this scheduler did not generate, such as that of a resumed run."""
+        (encoded,) = self._encode([prompt.prompt])
+        (prefill,) = self._model.prefill([encoded], [prefix_ids])
+        tokens = torch.arange(prompt.num_tokens, prompt.num_tokens + len(prefix_ids), device=prefill.kv.device)
+        return CachedResponse(prefill.kv, tokens, prefill.hidden_state)
 
-    def _open(self) -> bool:
-        """Read the prompts of waiting requests that there is room for; tell whether there were any."""
-        opened: list[list[Expansion]] = []
+    def _activate_prompts(self) -> bool:
+        """Prefill waiting prompts that there is room for; return whether there were any."""
+        admitted: list[list[Expansion]] = []
         num_rows = len(self._live)
-        while self._waiting and len(self._held) + len(opened) < self._max_prompts:
+        while self._waiting and len(self._active) + len(admitted) < self._max_prompts:
             num_rows += sum(request.num_candidates for request in self._waiting[0])
-            if num_rows > self._max_rows and (self._live or opened):
+            if num_rows > self._max_rows and (self._live or admitted):
                 break
-            opened.append(self._waiting.popleft())
-        for chunk in batched(opened, READ_PROMPTS):
+            admitted.append(self._waiting.popleft())
+        for chunk in batched(admitted, MAX_PREFILL_PROMPTS):
             encoded = self._encode([requests[0].prompt for requests in chunk])
             longest = max(len(item.input_ids) for item in encoded)
-            for some in batched(zip(chunk, encoded, strict=True), max(READ_TOKENS // longest, 1)):
-                self._hold([requests for requests, _ in some], [item for _, item in some])
-        return bool(opened)
+            for batch in batched(zip(chunk, encoded, strict=True), max(MAX_PREFILL_TOKENS // longest, 1)):
+                self._prefill_prompts([requests for requests, _ in batch], [item for _, item in batch])
+        return bool(admitted)
 
-    def _hold(self, opened: Sequence[list[Expansion]], encoded: Sequence[EncodedPrompt]) -> None:
-        """Read some prompts in one forward pass and begin their first rounds."""
-        for requests, reading in zip(opened, self._model.read(encoded, [()] * len(encoded)), strict=True):
-            prompt = requests[0].prompt
-            nothing = torch.arange(0, device=reading.kv.device)
+    def _prefill_prompts(self, rounds: Sequence[list[Expansion]], encoded: Sequence[EncodedPrompt]) -> None:
+        """Prefill prompts in one forward pass and begin their first rounds."""
+        for requests, prefill in zip(rounds, self._model.prefill(encoded, [()] * len(encoded)), strict=True):
+            no_tokens = torch.arange(0, device=prefill.kv.device)
             # A copy, so that the storage of the whole batch is not kept alive.
-            root = Branch(reading.kv[:, :, :, :0].clone(), nothing, reading.hidden.clone())
-            held = Held(prompt, reading.kv.shape[3], reading.next_position, root)
-            self._held[prompt.prompt_id] = held
-            self._prompts.put(held, reading.kv)
-            self._begin_round(held, requests)
+            root = CachedResponse(prefill.kv[:, :, :, :0].clone(), no_tokens, prefill.hidden_state.clone())
+            prompt = ActivePrompt(requests[0].prompt, prefill.kv.shape[3], prefill.next_position, root)
+            self._active[prompt.prompt.prompt_id] = prompt
+            self._prompt_cache.insert(prompt, prefill.kv)
+            self._begin_round(prompt, requests)
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
-        """Encode prompts, each image once for all the prompts in sight that show it."""
+        """Encode prompts, each image once for all given and waiting prompts that show it."""
         encoded = [self._policy.encode(prompt) for prompt in prompts]
         if not self._policy.reuses_features:
             self._counters.vision_encodes += len(prompts)
             return encoded
-        new = {prompt.image: item for prompt, item in zip(prompts, encoded, strict=True)}
-        new = {image: item for image, item in new.items() if image not in self._images}
+        by_image = {prompt.image: item for prompt, item in zip(prompts, encoded, strict=True)}
+        new = {image: item for image, item in by_image.items() if image not in self._image_features}
         if new:
             self._counters.vision_encodes += len(new)
-            found = self._policy.with_features(list(new.values()))
-            self._images |= {image: item.features for image, item in zip(new, found, strict=True)}
+            with_features = self._policy.with_features(list(new.values()))
+            self._image_features |= {image: item.features for image, item in zip(new, with_features, strict=True)}
         result = [
-            replace(item, features=self._images[prompt.image]) for prompt, item in zip(prompts, encoded, strict=True)
+            replace(item, features=self._image_features[prompt.image])
+            for prompt, item in zip(prompts, encoded, strict=True)
         ]
         still_needed = {requests[0].prompt.image for requests in self._waiting}
-        self._images = {image: features for image, features in self._images.items() if image in still_needed}
+        self._image_features = {
+            image: features for image, features in self._image_features.items() if image in still_needed
+        }
         return result
 
     def _advance(self) -> None:
-        """Choose every live row's next token; drop the rows that end; feed the others' tokens."""
-        assert self._hidden is not None
-        tokens = self._writer.choose(self._model.logits(self._hidden), [row for _, row in self._live])
-        going = []
+        """Choose every live row's next token, drop the rows that end, and feed the others' tokens."""
+        assert self._hidden_states is not None
+        logits = self._model.logits(self._hidden_states)
+        tokens = self._sampler.choose(logits, [candidate for _, candidate in self._live])
+        unfinished = []
         done = {}
-        for place, (family, row) in enumerate(self._live):
-            if row.finish is None:
-                going.append(place)
+        for row, (group, candidate) in enumerate(self._live):
+            if candidate.finish is None:
+                unfinished.append(row)
                 continue
-            if row.finish is Finish.DELIMITER:
-                family.ends[row.place] = self._hidden[place].clone()
-            if family.is_done:
-                done[id(family)] = family
-        for family in done.values():
-            self._close(family)
-        if not going:
-            self._live, self._hidden = [], None
+            if candidate.finish is Finish.DELIMITER:
+                group.end_states[candidate.sibling_index] = self._hidden_states[row].clone()
+            if group.is_done:
+                done[id(group)] = group
+        for group in done.values():
+            self._finish_group(group)
+        if not unfinished:
+            self._live, self._hidden_states = [], None
             return
-        if len(going) < len(self._live):
-            self._live = [self._live[place] for place in going]
-            tokens = tokens[torch.tensor(going, device=tokens.device)]
-        positions, step = self._next_step()
-        self._hidden = self._model.step(tokens, positions, step)
+        if len(unfinished) < len(self._live):
+            self._live = [self._live[row] for row in unfinished]
+            tokens = tokens[torch.tensor(unfinished, device=tokens.device)]
+        positions, decode_step = self._next_step()
+        self._hidden_states = self._model.decode(tokens, positions, decode_step)
 
-    def _close(self, family: Family) -> None:
-        """Answer a request whose candidates are complete, and keep what their successors will read."""
-        held = family.held
-        block = self._families.of(family).clone() if family.ends else None
-        for row in family.rows:
-            if block is not None and row.place in family.ends:
-                tokens = family.tokens_of(row)
-                held.branches[(*row.prefix_ids, *row.ids)] = Branch(
-                    block, torch.tensor(tokens, device=block.device), family.ends[row.place]
+    def _finish_group(self, group: SiblingGroup) -> None:
+        """Answer a request whose candidates have ended, and keep the cache of its sentences for the next round."""
+        prompt = group.prompt
+        block = self._group_cache.read(group).clone() if group.end_states else None
+        for candidate in group.candidates:
+            if block is not None and candidate.sibling_index in group.end_states:
+                token_index = torch.tensor(group.token_index(candidate), device=block.device)
+                prompt.responses[(*candidate.prefix_ids, *candidate.token_ids)] = CachedResponse(
+                    block, token_index, group.end_states[candidate.sibling_index]
                 )
-        self._families.take(family)
-        held.answers[family.number] = [self._writer.candidate(row) for row in family.rows]
+        self._group_cache.remove(group)
+        prompt.answers[group.request_index] = [self._sampler.completed(candidate) for candidate in group.candidates]
 
-    def _next_step(self) -> tuple[torch.Tensor, Step]:
-        """Lay out the live rows' next tokens; return their positions, (rows,), and the step."""
-        families: list[Family] = self._families.owners
-        for family in families:
-            family.num_steps += 1
-        self._families.lengthen([family.num_tokens for family in families])
-        of_families = [
-            (f.held.slot, f.held.num_tokens, f.held.next_position, f.path_length, len(f.rows), f.num_steps - 1)
-            for f in families
+    def _next_step(self) -> tuple[torch.Tensor, DecodeStep]:
+        """Arrange the live rows' next tokens; return their position ids, (rows,), and the step."""
+        groups: list[SiblingGroup] = self._group_cache.owners
+        for group in groups:
+            group.num_steps += 1
+        self._group_cache.set_lengths([group.num_tokens for group in groups])
+        per_group = [
+            (g.prompt.slot, g.prompt.num_tokens, g.prompt.next_position, g.path_length, len(g.candidates), g.num_steps)
+            for g in groups
         ]
-        slot = np.array([family.slot for family, _ in self._live])
-        place = np.array([row.place for _, row in self._live])
-        prompt, prompt_length, position, path, siblings, step = np.array(of_families).T[:, slot]
-        blocks = Blocks(
-            prompt_lengths=[family.held.num_tokens for family in families],
-            path_lengths=[family.path_length for family in families],
-            num_siblings=[len(family.rows) for family in families],
-            lengths=self._families.lengths,
-            width=self._families.width,
+        slot = np.array([group.slot for group, _ in self._live])
+        sibling = np.array([candidate.sibling_index for _, candidate in self._live])
+        prompt, prompt_length, position, path, siblings, num_steps = np.array(per_group).T[:, slot]  # each (rows,)
+        step = num_steps - 1
+        sibling_layout = SiblingLayout(
+            prompt_lengths=[group.prompt.num_tokens for group in groups],
+            path_lengths=[group.path_length for group in groups],
+            num_siblings=[len(group.candidates) for group in groups],
+            lengths=self._group_cache.lengths,
+            width=self._group_cache.width,
             device=self._policy.device,
         )
-        prompt_grid = Grid.of(prompt, _running_count(prompt), len(self._prompts.owners), blocks.device)
-        family_grid = Grid.of(slot, place, len(families), blocks.device)
-        padding = hidden_padding(self._prompts.lengths, self._prompts.width, blocks.device)
-        write_at = self._families.flat(*self._tensors(slot, path + step * siblings + place))
-        positions, index = self._tensors(position + path + step, prompt_length + path + step)
-        return positions, Step(
-            prompts=View(self._prompts, prompt_grid, padding),
-            families=View(self._families, family_grid, blocks.hidden(family_grid.shape[1]), blocks.token_index()),
-            write_at=write_at,
-            index=index,
+        device = self._policy.device
+        prompt_layout = RowLayout.of(prompt, _running_count(prompt), len(self._prompt_cache.owners), device)
+        group_layout = RowLayout.of(slot, sibling, len(groups), device)
+        padding = padding_mask(self._prompt_cache.lengths, self._prompt_cache.width, device)
+        mask = sibling_layout.mask(group_layout.shape[1])
+        write_index = self._group_cache.flat_index(*self._tensors(slot, path + step * siblings + sibling))
+        positions, token_index = self._tensors(position + path + step, prompt_length + path + step)
+        return positions, DecodeStep(
+            prompts=CacheView(self._prompt_cache, prompt_layout, padding),
+            groups=CacheView(self._group_cache, group_layout, mask, sibling_layout.token_index()),
+            write_index=write_index,
+            token_index=token_index,
         )
 
     def _tensors(self, *arrays: np.ndarray) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""A policy's model, taken apart for shared attention: read prompts, then step rows."""
+"""Split a policy's model for shared attention: prefill prompts, then decode rows."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from transformers import DynamicCache
 
 from csr_vlm.generation import shared_attention
 from csr_vlm.generation.counters import Counters
-from csr_vlm.models.policy import EncodedPrompt, Policy
+from csr_vlm.models.encoding import EncodedPrompt
+from csr_vlm.models.policy import Policy
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the model keeps of tokens it has read."""
+class Prefill:
+    """Hold the results of prefilling one prompt and, where given, a partial response."""
 
     kv: torch.Tensor
     """Keys and values of shape (layers, 2, key heads, tokens, head size)."""
-    hidden: torch.Tensor
-    """The last token's final hidden state, of shape (width,)."""
+    hidden_state: torch.Tensor
+    """Final hidden state of the last token, of shape (width,)."""
     next_position: int
-    """Position of the token that follows; not the number of tokens where images count otherwise."""
+    """Position id of the next token; differs from the number of tokens where images count otherwise."""
 
 
 class SharedModel:
-    """Reads prompts through the whole model, and steps rows through its language model alone."""
+    """Prefill prompts with the whole model, and decode rows with its language model alone."""
 
     def __init__(self, policy: Policy, counters: Counters) -> None:
         self.policy = policy
@@ -37,38 +38,49 @@ class SharedModel:
         self._decoder: Any = model.get_decoder()
         self._embed: Any = model.get_input_embeddings()
         self._head: Any = model.get_output_embeddings()
-        # An attention mask of four dimensions is taken as it stands; ours is never looked at.
+        # Transformers passes a four-dimensional mask on unchanged; shared attention ignores it.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=policy.device)
         shared_attention.install(self._decoder)
 
-    def read(self, encoded: Sequence[EncodedPrompt], prefixes: Sequence[Sequence[int]]) -> list[Reading]:
-        """Read prompts, each followed by the ids of a partial response."""
+    def prefill(self, encoded: Sequence[EncodedPrompt], prefixes: Sequence[Sequence[int]]) -> list[Prefill]:
+        """Prefill prompts, each followed by the token ids of a partial response, in one forward pass."""
         inputs = self.policy.model_inputs(encoded, prefixes, "left")
         cache = DynamicCache()
         output = self._body(**inputs, use_cache=True, past_key_values=cache)
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        self.counters.read(sum(lengths))
+        self.counters.count_prefill(sum(lengths))
+        # (layers, 2, rows, key heads, tokens, head size)
         kv = torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers])
-        last = output.last_hidden_state[:, -1].clone()
+        last_hidden_states = output.last_hidden_state[:, -1].clone()
         return [
-            Reading(kv[:, :, row, :, kv.shape[4] - length :], last[row], length + item.shift)
+            Prefill(kv[:, :, row, :, kv.shape[4] - length :], last_hidden_states[row], length + item.position_delta)
             for row, (length, item) in enumerate(zip(lengths, encoded, strict=True))
         ]
 
-    def step(self, tokens: torch.Tensor, positions: torch.Tensor, step: shared_attention.Step) -> torch.Tensor:
-        """Feed one token a row, (rows,), and return the final hidden states, (rows, width)."""
-        self.counters.decode(len(tokens))
+    def decode(
+        self, tokens: torch.Tensor, positions: torch.Tensor, decode_step: shared_attention.DecodeStep
+    ) -> torch.Tensor:
+        """Feed one token per row and return the final hidden states.
+
+        Args:
+            tokens: Token ids of shape (rows,).
+            positions: Position ids of shape (rows,).
+
+        Returns:
+            Hidden states of shape (rows, width).
+        """
+        self.counters.count_decode(len(tokens))
         output = self._decoder(
             inputs_embeds=self._embed(tokens)[None],
             attention_mask=self._no_mask,
             position_ids=positions[None],
             use_cache=False,
-            shared=step,
+            decode_step=decode_step,
         )
-        hidden: torch.Tensor = output.last_hidden_state[0]
-        return hidden
+        hidden_states: torch.Tensor = output.last_hidden_state[0]
+        return hidden_states
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map final hidden states to the logits of the next token."""
-        logits: torch.Tensor = self._head(hidden)
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map final hidden states, (rows, width), to the logits of the next token, (rows, vocabulary)."""
+        logits: torch.Tensor = self._head(hidden_states)
         return logits

@@ -1,9 +1,9 @@
-"""Search over an engine that is asked for one candidate at a time and gives its tokens as they come.
+"""Search with an engine that generates one candidate per request and streams its tokens.
 
-Such an engine (vLLM) chooses tokens, batches, shares prefixes and keeps images encoded by
-itself, so everything that a search asks for goes in at once. What is left to do here is what
-the engine cannot know: where a sentence ends. A candidate whose sentence has ended is called
-off; the token that showed it is taken back, as everywhere in this package.
+Such an engine (vLLM) chooses tokens, batches, shares prefixes and caches images by itself, so
+all of a search's requests are submitted at once. This module adds what the engine cannot know:
+where a sentence ends. A request whose sentence has ended is aborted, and the token that showed
+the end is discarded, as by :class:`csr_vlm.generation.decoding.SentenceTracker` everywhere.
 """
 
 from __future__ import annotations
@@ -17,170 +17,183 @@ from typing import Any, Protocol
 from csr_vlm.config.schema import SearchConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Candidate, Expansion, Prompt
-from csr_vlm.generation.decoding import Decoding, Row, Sentences
+from csr_vlm.generation.decoding import DecodingSettings, PartialCandidate, SentenceTracker
 from csr_vlm.generation.sampling import stream_key
 from csr_vlm.method.search import Proposer
-from csr_vlm.models.policy import Reader
+from csr_vlm.models.encoding import PromptEncoder
 
-_BAR = -100.0
-"""Added to a barred token's logit, the most that vLLM takes; log-probabilities are recorded without it."""
+_IMAGE_TOKEN_BIAS = -100.0
+"""Added to the logits of image tokens, the most that vLLM accepts; log-probabilities are recorded without it."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request for one candidate."""
+class TokenRequest:
+    """Request the tokens of one candidate."""
 
-    key: str
+    request_id: str
     prompt: Prompt
     token_ids: list[int]
-    """The prompt with ONE token in the image's place, which the engine expands, then the partial response."""
+    """Prompt with ONE token in the image's place, which the engine expands, then the partial response."""
     sampling: dict[str, Any]
     """Fields of vLLM's SamplingParams."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some more tokens of a candidate."""
+class TokenChunk:
+    """Hold further tokens of a candidate."""
 
-    key: str
+    request_id: str
     token_ids: Sequence[int]
     logprobs: Sequence[float]
-    """log P(r_o | x, r_<o) of the raw distribution."""
-    ended: bool
-    """Whether no more will come."""
+    """log P(r_o | x, r_<o) of the raw distribution, in nats, one per token."""
+    is_last: bool
+    """Whether the engine has finished the request."""
     prompt_ids: Sequence[int] | None = None
-    """The prompt and partial response as the engine read them, the image's token expanded."""
+    """Prompt and partial response as the engine tokenized them, the image's token expanded."""
 
 
 class TokenStream(Protocol):
-    """An engine that streams."""
+    """Define what :class:`StreamingEngine` needs of an engine that streams tokens."""
 
-    def start(self, asked: Asked) -> None:
-        """Take on a request."""
+    def add(self, request: TokenRequest) -> None:
+        """Start a request."""
         ...
 
-    def pieces(self) -> Sequence[Piece]:
-        """Wait until there are some, of any of the requests."""
+    def next_chunks(self) -> Sequence[TokenChunk]:
+        """Wait for chunks of any requests, and return them."""
         ...
 
-    def stop(self, keys: Sequence[str]) -> None:
-        """Give requests up; a few more of their tokens may still come."""
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Abort requests; a few more of their chunks may still be returned."""
         ...
 
-    def forget(self, prompt_id: str) -> None:
-        """Drop what is kept about a prompt's image."""
+    def release(self, prompt_id: str) -> None:
+        """Drop a prompt's cached image."""
         ...
 
 
 class StreamingEngine:
-    """Proposes sentences through a stream of tokens."""
+    """Propose sentences through a stream of tokens (a :class:`csr_vlm.generation.engines.Engine`)."""
 
-    def __init__(self, stream: TokenStream, reader: Reader) -> None:
-        self.reader = reader
+    def __init__(self, stream: TokenStream, prompt_encoder: PromptEncoder) -> None:
+        self.prompt_encoder = prompt_encoder
         self._stream = stream
 
     def proposer(self, config: SearchConfig, example: Prompt) -> Proposer:
-        """Give what a search asks for sentences."""
-        return StreamProposer(self._stream, self.reader, Decoding.of(config))
+        """Return a proposer of sentences for a search."""
+        return StreamProposer(self._stream, self.prompt_encoder, DecodingSettings.from_search(config))
 
     def forget(self) -> None:
-        """Nothing is kept between work items but what the engine keeps by itself."""
+        """Do nothing: only the engine itself caches anything between work items."""
 
     def check(self, prompt: Prompt) -> None:
-        """See that the engine reads a prompt, and a partial response to it, as training will.
+        """Check that the engine reads a prompt, and a partial response to it, as the same tokens as training.
 
         Raises:
-            CsrError: It does not, as with an image that is expanded otherwise, or twice.
+            CsrError: The tokens differ, such as an image that is expanded differently, or twice.
         """
-        whole: list[int] = self.reader.processed(prompt)["input_ids"][0].tolist()
-        short = self.reader.short_ids(prompt)
-        said = [token for token in short if token not in {*self.reader.barred_ids, *self.reader.eos_ids}][-3:]
-        for number, begun in enumerate(([], said)):
+        prompt_ids: list[int] = self.prompt_encoder.process(prompt)["input_ids"][0].tolist()
+        short_ids = self.prompt_encoder.short_ids(prompt)
+        special_ids = {*self.prompt_encoder.image_token_ids, *self.prompt_encoder.eos_ids}
+        partial_response = [token for token in short_ids if token not in special_ids][-3:]
+        for index, prefix_ids in enumerate(([], partial_response)):
             sampling = {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "detokenize": False}
-            self._stream.start(Asked(f"check-{number}", prompt, [*short, *begun], sampling))
-            pieces: list[Piece] = []
-            while not (pieces and pieces[-1].ended):
-                pieces += self._stream.pieces()
-            if list(pieces[0].prompt_ids or ()) != [*whole, *begun]:
+            self._stream.add(TokenRequest(f"check-{index}", prompt, [*short_ids, *prefix_ids], sampling))
+            chunks: list[TokenChunk] = []
+            while not (chunks and chunks[-1].is_last):
+                chunks += self._stream.next_chunks()
+            if list(chunks[0].prompt_ids or ()) != [*prompt_ids, *prefix_ids]:
                 raise CsrError(
-                    f"the engine reads prompt {prompt.prompt_id} as other tokens than the model's processor writes",
-                    "generation.engine=transformers",
+                    f"the engine tokenizes prompt {prompt.prompt_id} differently from the model's processor",
+                    "set generation.engine=transformers",
                 )
-        self._stream.forget(prompt.prompt_id)
+        self._stream.release(prompt.prompt_id)
 
 
 class StreamProposer:
-    """Continues partial responses of many prompts, each prompt at its own pace."""
+    """Continue partial responses of many prompts, each prompt at its own pace."""
 
-    def __init__(self, stream: TokenStream, reader: Reader, decoding: Decoding) -> None:
+    def __init__(self, stream: TokenStream, prompt_encoder: PromptEncoder, decoding: DecodingSettings) -> None:
         self._stream = stream
-        self._reader = reader
+        self._prompt_encoder = prompt_encoder
         self._decoding = decoding
-        self._sentences = Sentences(reader, decoding)
-        self._keys = map(str, count())
+        self._tracker = SentenceTracker(prompt_encoder, decoding)
+        self._next_ids = map(str, count())
         self._short_ids: dict[str, list[int]] = {}
-        self._live: dict[str, tuple[str, Row]] = {}
+        """Token ids of each prompt, with one token in the image's place."""
+        self._live: dict[str, tuple[str, PartialCandidate]] = {}
+        """Prompt id and candidate of each unfinished request, by request id."""
         self._num_live: Counter[str] = Counter()
-        self._asked: dict[str, list[tuple[Expansion, list[Row]]]] = defaultdict(list)
+        """Unfinished candidates of each prompt."""
+        self._submitted: dict[str, list[tuple[Expansion, list[PartialCandidate]]]] = defaultdict(list)
+        """Requests of each prompt's current round, with their candidates."""
 
     def submit(self, requests: Sequence[Expansion]) -> None:
+        """Start one token request for each candidate of each request."""
         for request in requests:
             prompt = request.prompt
             if prompt.prompt_id not in self._short_ids:
-                self._short_ids[prompt.prompt_id] = self._reader.short_ids(prompt)
-            rows = self._sentences.start(request)
-            self._asked[prompt.prompt_id].append((request, rows))
-            self._num_live[prompt.prompt_id] += len(rows)
-            for row in rows:
-                key = next(self._keys)
-                self._live[key] = prompt.prompt_id, row
-                ids = [*self._short_ids[prompt.prompt_id], *request.prefix_ids]
-                self._stream.start(Asked(key, prompt, ids, self._sampling(request, row)))
+                self._short_ids[prompt.prompt_id] = self._prompt_encoder.short_ids(prompt)
+            candidates = self._tracker.start(request)
+            self._submitted[prompt.prompt_id].append((request, candidates))
+            self._num_live[prompt.prompt_id] += len(candidates)
+            for candidate in candidates:
+                request_id = next(self._next_ids)
+                self._live[request_id] = prompt.prompt_id, candidate
+                token_ids = [*self._short_ids[prompt.prompt_id], *request.prefix_ids]
+                sampling = self._sampling(request, candidate.sibling_index)
+                self._stream.add(TokenRequest(request_id, prompt, token_ids, sampling))
 
     def collect(self) -> Sequence[tuple[Expansion, Sequence[Candidate]]]:
-        while not (done := [prompt_id for prompt_id in self._asked if not self._num_live[prompt_id]]) and self._live:
-            over = [piece.key for piece in self._stream.pieces() if self._is_over(piece)]
-            if over:
-                self._stream.stop(over)
+        """Wait until some prompts have all their requests answered, and return those answers."""
+        while not (done := [id_ for id_ in self._submitted if not self._num_live[id_]]) and self._live:
+            ended = [chunk.request_id for chunk in self._stream.next_chunks() if self._must_abort(chunk)]
+            if ended:
+                self._stream.abort(ended)
         return [
-            (request, [self._sentences.candidate(row) for row in rows])
+            (request, [self._tracker.completed(candidate) for candidate in candidates])
             for prompt_id in done
-            for request, rows in self._asked.pop(prompt_id)
+            for request, candidates in self._submitted.pop(prompt_id)
         ]
 
     def release(self, prompt_id: str) -> None:
+        """Drop a prompt and its cached image."""
         del self._short_ids[prompt_id]
-        self._stream.forget(prompt_id)
+        self._stream.release(prompt_id)
 
-    def _is_over(self, piece: Piece) -> bool:
-        """Note a candidate's tokens, and tell whether it has ended before the engine knew."""
-        if piece.key not in self._live:
+    def _must_abort(self, chunk: TokenChunk) -> bool:
+        """Record a chunk's tokens; return whether its sentence ended while the engine still generates.
+
+        Raises:
+            CsrError: The engine finished the request before the sentence ended.
+        """
+        if chunk.request_id not in self._live:
             return False
-        prompt_id, row = self._live[piece.key]
-        for token, logprob in zip(piece.token_ids, piece.logprobs, strict=True):
-            self._sentences.note(row, token, logprob)
-            if row.finish is not None:
-                del self._live[piece.key]
+        prompt_id, candidate = self._live[chunk.request_id]
+        for token, logprob in zip(chunk.token_ids, chunk.logprobs, strict=True):
+            self._tracker.append(candidate, token, logprob)
+            if candidate.finish is not None:
+                del self._live[chunk.request_id]
                 self._num_live[prompt_id] -= 1
-                return not piece.ended
-        if piece.ended:
+                return not chunk.is_last
+        if chunk.is_last:
             raise CsrError(
-                f"the engine broke off a sentence of prompt {prompt_id} after {len(row.ids)} tokens",
+                f"the engine stopped a sentence of prompt {prompt_id} early, after {len(candidate.token_ids)} tokens",
                 "raise its max_model_len, or lower method.search.max_sentences",
             )
         return False
 
-    def _sampling(self, request: Expansion, row: Row) -> dict[str, Any]:
-        """Say how a candidate's tokens are drawn: as far as vLLM goes, as :class:`Writer` does."""
+    def _sampling(self, request: Expansion, sibling_index: int) -> dict[str, Any]:
+        """Build vLLM's sampling parameters, as close to :class:`csr_vlm.generation.decoding.TokenSampler` as it can."""
         decoding = self._decoding
-        greedy = decoding.temperature == 0.0 or (decoding.greedy_first and row.place == 0)
+        is_greedy = decoding.temperature == 0.0 or (decoding.greedy_first and sibling_index == 0)
         return {
             "max_tokens": decoding.max_new_tokens,
-            "temperature": 0.0 if greedy else decoding.temperature,
-            "top_p": 1.0 if greedy else decoding.top_p,
-            "seed": stream_key((*request.seed, row.place)) % 2**63,
+            "temperature": 0.0 if is_greedy else decoding.temperature,
+            "top_p": 1.0 if is_greedy else decoding.top_p,
+            "seed": stream_key((*request.seed, sibling_index)) % 2**63,
             "logprobs": 0,  # of the chosen token alone
-            "logit_bias": dict.fromkeys(self._reader.barred_ids, _BAR),
-            "stop_token_ids": sorted(self._reader.eos_ids),
+            "logit_bias": dict.fromkeys(self._prompt_encoder.image_token_ids, _IMAGE_TOKEN_BIAS),
+            "stop_token_ids": sorted(self._prompt_encoder.eos_ids),
             "detokenize": False,
         }

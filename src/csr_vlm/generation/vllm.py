@@ -1,8 +1,8 @@
-"""vLLM in this process, as a stream of tokens.
+"""Stream tokens from a vLLM engine in this process.
 
-vLLM batches continuously, computes a shared prefix once and encodes an image once. The last
-iteration's adapter goes along with every request as a LoRA, named by its content: vLLM's
-caches tell requests with different adapters apart, so nothing stale is ever read.
+vLLM batches continuously, computes a common prefix once and encodes an image once. Every request
+carries the last iteration's adapter as a LoRA, named by its content: vLLM keeps separate cache
+entries per adapter name, so no stale entry is ever used.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 from csr_vlm.config.schema import GenerationConfig, ModelConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
-from csr_vlm.generation.streaming import Asked, Piece
+from csr_vlm.generation.streaming import TokenChunk, TokenRequest
 from csr_vlm.models.devices import resolve_device, resolve_dtype
-from csr_vlm.models.policy import Reader
+from csr_vlm.models.encoding import PromptEncoder
 from csr_vlm.store.files import sha256_of
 
 _ENVIRONMENT = {
@@ -32,86 +32,101 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""Set unless the user has set them, before vLLM is imported."""
+"""Environment variables to set before vLLM is imported, unless the user has set them."""
 
 _DEFAULTS = {
     "gpu_memory_utilization": 0.85,  # the scorer is on the same device
-    "max_model_len": -1,  # the model's own, or as much as fits
+    "max_model_len": -1,  # the model's own limit, or as much as fits
     "limit_mm_per_prompt": {"image": 1},
 }
 
-_ON_CPU = {"enable_chunked_prefill": False}  # vLLM cannot rewind a CPU's random stream after a part of a prompt
+_ON_CPU = {"enable_chunked_prefill": False}  # vLLM cannot rewind a CPU's random stream after a prompt chunk
 
 
 class VllmStream:
-    """Requests to a running engine, with one adapter or none."""
+    """Send requests to a running engine, with one adapter or none (a TokenStream).
 
-    def __init__(self, engine: Any, reader: Reader, adapter: Path | None = None) -> None:
+    Raises:
+        CsrError: vLLM rejects the adapter.
+    """
+
+    def __init__(self, engine: Any, prompt_encoder: PromptEncoder, adapter: Path | None = None) -> None:
         self._engine = engine
-        self._images = Images(reader)
+        self._images = PromptImages(prompt_encoder)
         self._lora = None if adapter is None else _lora_request(adapter)
         if self._lora is not None:
             try:
                 engine.add_lora(self._lora)
             except Exception as error:
                 raise CsrError(
-                    f"vLLM does not take the adapter {adapter}: {_reason(error)}", "generation.engine=transformers"
+                    f"vLLM rejects the adapter {adapter}: {_reason(error)}", "set generation.engine=transformers"
                 ) from None
 
-    def start(self, asked: Asked) -> None:
+    def add(self, request: TokenRequest) -> None:
+        """Start a request.
+
+        Raises:
+            CsrError: vLLM rejects it, for example because it is too long.
+        """
         from vllm import SamplingParams
         from vllm.exceptions import VLLMError
         from vllm.sampling_params import RequestOutputKind
 
-        name, image = self._images.of(asked.prompt)
+        uuid, image = self._images.load(request.prompt)
         prompt = {
-            "prompt_token_ids": asked.token_ids,
+            "prompt_token_ids": request.token_ids,
             "multi_modal_data": {"image": image},
-            "multi_modal_uuids": {"image": [name]},
+            "multi_modal_uuids": {"image": [uuid]},
         }
-        sampling = SamplingParams(**asked.sampling, output_kind=RequestOutputKind.DELTA)
+        sampling = SamplingParams(**request.sampling, output_kind=RequestOutputKind.DELTA)
         try:
-            self._engine.add_request(asked.key, prompt, sampling, lora_request=self._lora)
+            self._engine.add_request(request.request_id, prompt, sampling, lora_request=self._lora)
         except (ValueError, VLLMError) as error:
             raise CsrError(
-                f"vLLM does not take prompt {asked.prompt.prompt_id}: {_reason(error)}",
-                "generation.vllm takes vLLM's own options, max_model_len among them",
+                f"vLLM rejects prompt {request.prompt.prompt_id}: {_reason(error)}",
+                "generation.vllm accepts the arguments of vllm.EngineArgs, such as max_model_len",
             ) from None
 
-    def pieces(self) -> list[Piece]:
-        return [_piece(output) for output in self._engine.step()]
+    def next_chunks(self) -> list[TokenChunk]:
+        """Run one step of the engine and return its tokens."""
+        return [_chunk(output) for output in self._engine.step()]
 
-    def stop(self, keys: Sequence[str]) -> None:
-        self._engine.abort_request(list(keys))
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Abort requests."""
+        self._engine.abort_request(list(request_ids))
 
-    def forget(self, prompt_id: str) -> None:
-        self._images.forget(prompt_id)
+    def release(self, prompt_id: str) -> None:
+        """Drop a prompt's image."""
+        self._images.release(prompt_id)
 
 
-class Images:
-    """Loaded images of the prompts in the making, and names for them that follow their content."""
+class PromptImages:
+    """Cache the images of the prompts in progress, each with a digest of its file."""
 
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+    def __init__(self, prompt_encoder: PromptEncoder) -> None:
+        self._prompt_encoder = prompt_encoder
         self._loaded: dict[str, tuple[str, Any]] = {}
 
-    def of(self, prompt: Prompt) -> tuple[str, Any]:
-        """Give the name and the image."""
+    def load(self, prompt: Prompt) -> tuple[str, Any]:
+        """Return the SHA-256 of a prompt's image file and the loaded image."""
         if prompt.prompt_id not in self._loaded:
-            self._loaded[prompt.prompt_id] = sha256_of(Path(prompt.image)), self._reader.image(prompt)
+            self._loaded[prompt.prompt_id] = sha256_of(Path(prompt.image)), self._prompt_encoder.image(prompt)
         return self._loaded[prompt.prompt_id]
 
-    def forget(self, prompt_id: str) -> None:
+    def release(self, prompt_id: str) -> None:
         """Drop a prompt's image."""
         self._loaded.pop(prompt_id, None)
 
 
 @contextmanager
-def running(model: ModelConfig, generation: GenerationConfig, adapter: Path | None) -> Iterator[Any]:
-    """Run vLLM's engine for a model, ready for an adapter if one is given; its memory is given back in the end.
+def vllm_engine(model: ModelConfig, generation: GenerationConfig, adapter: Path | None) -> Iterator[Any]:
+    """Start vLLM's engine for a model; leaving the context stops it and frees its memory.
+
+    Args:
+        adapter: LoRA adapter to make room for; None for the base model.
 
     Raises:
-        CsrError: vLLM is not installed, does not know an option, or does not start.
+        CsrError: vLLM is not installed, an option is not valid, or vLLM does not start.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -127,7 +142,8 @@ def running(model: ModelConfig, generation: GenerationConfig, adapter: Path | No
             engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except (ValueError, RuntimeError, OSError, AssertionError, NotImplementedError) as error:
             raise CsrError(
-                f"vLLM does not start with {model.path}: {_reason(error)}", "generation.vllm takes vLLM's own options"
+                f"vLLM does not start with {model.path}: {_reason(error)}",
+                "generation.vllm accepts the arguments of vllm.EngineArgs",
             ) from None
         yield engine
     finally:
@@ -139,18 +155,18 @@ def running(model: ModelConfig, generation: GenerationConfig, adapter: Path | No
 
 
 def engine_arguments(
-    model: ModelConfig, generation: GenerationConfig, adapter: Path | None, known: Sequence[str]
+    model: ModelConfig, generation: GenerationConfig, adapter: Path | None, valid_options: Sequence[str]
 ) -> dict[str, Any]:
-    """Build the arguments of vllm.EngineArgs: ours, under what the user passes, under what must be.
+    """Build the arguments of vllm.EngineArgs: defaults, overridden by ``generation.vllm``, then by what the run needs.
 
     Args:
-        known: The arguments that there are.
+        valid_options: Names of the arguments that vllm.EngineArgs accepts.
 
     Raises:
-        CsrError: The user passes something unknown, or something that the run sets.
+        CsrError: ``generation.vllm`` has an argument that does not exist, or one that the run sets.
     """
     device = resolve_device(model.device)
-    needed: dict[str, Any] = {
+    required: dict[str, Any] = {
         "model": model.path,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
@@ -159,36 +175,36 @@ def engine_arguments(
         "logprobs_mode": "raw_logprobs",
     }
     if adapter is not None:
-        # vLLM takes 8, 16, 32, ... 512.
-        needed |= {"enable_lora": True, "max_lora_rank": max(8, 1 << (_rank(adapter) - 1).bit_length())}
+        # vLLM accepts 8, 16, 32, ... 512.
+        required |= {"enable_lora": True, "max_lora_rank": max(8, 1 << (_rank(adapter) - 1).bit_length())}
     for name in generation.vllm:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "it takes the arguments of vllm.EngineArgs"
-            raise CsrError(f"unknown option generation.vllm.{name}", hint)
-        if name in needed:
-            raise CsrError(f"generation.vllm.{name} is set by the run itself", "leave it out")
+        if name not in valid_options:
+            near = difflib.get_close_matches(name, valid_options, n=1)
+            hint = f"did you mean {near[0]}?" if near else "generation.vllm accepts the arguments of vllm.EngineArgs"
+            raise CsrError(f"generation.vllm.{name} is not a valid option", hint)
+        if name in required:
+            raise CsrError(f"generation.vllm.{name} is set by the run and cannot be changed", "remove it")
     defaults = {**_DEFAULTS, **(_ON_CPU if device == "cpu" else {}), "max_num_seqs": generation.max_rows}
-    return {**defaults, **generation.vllm, **needed}
+    return {**defaults, **generation.vllm, **required}
 
 
 def adapter_name(adapter: Path) -> str:
-    """Name an adapter by its weights.
+    """Return the SHA-256 of an adapter's weights, as its name.
 
     Raises:
-        CsrError: There is none.
+        CsrError: The directory has no adapter weights.
     """
     weights = adapter / "adapter_model.safetensors"
     if not weights.is_file():
-        raise CsrError(f"there is no adapter in {adapter}", "it holds adapter_model.safetensors")
+        raise CsrError(f"there is no adapter in {adapter}", "the directory must contain adapter_model.safetensors")
     return sha256_of(weights)
 
 
-def _piece(output: Any) -> Piece:
-    (fresh,) = output.outputs
-    at_each = zip(fresh.token_ids, fresh.logprobs or (), strict=True)
-    logprobs = [choices[token].logprob for token, choices in at_each]
-    return Piece(output.request_id, fresh.token_ids, logprobs, output.finished, output.prompt_token_ids)
+def _chunk(output: Any) -> TokenChunk:
+    (delta,) = output.outputs
+    tokens = zip(delta.token_ids, delta.logprobs or (), strict=True)
+    logprobs = [by_token[token].logprob for token, by_token in tokens]
+    return TokenChunk(output.request_id, delta.token_ids, logprobs, output.finished, output.prompt_token_ids)
 
 
 def _lora_request(adapter: Path) -> Any:
@@ -202,7 +218,7 @@ def _rank(adapter: Path) -> int:
     try:
         rank: int = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise CsrError(f"{adapter} holds no LoRA", "generation.engine=transformers") from None
+        raise CsrError(f"{adapter} is not a LoRA adapter", "set generation.engine=transformers") from None
     return rank
 
 

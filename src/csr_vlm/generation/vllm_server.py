@@ -1,9 +1,9 @@
-"""A running vLLM server, as a stream of tokens.
+"""Stream tokens from a running vLLM server.
 
-OpenAI's own endpoints take a picture as a conversation only, and a conversation is encoded
-anew. vLLM's ``/inference/v1/generate``, which a server started with ``--enable-scale-out`` has,
-takes token ids and a picture, and gives token ids. A candidate that is given up is closed at our
-end, whereupon the server stops it.
+The OpenAI-compatible endpoints accept images in chat messages only, which the server tokenizes
+again. vLLM's ``/inference/v1/generate``, available on a server started with
+``--enable-scale-out``, accepts token ids and an image and returns token ids. To abort a request
+the client closes its connection, and the server stops generating.
 """
 
 from __future__ import annotations
@@ -23,88 +23,108 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.generation.streaming import Asked, Piece
-from csr_vlm.generation.vllm import Images, adapter_name
-from csr_vlm.models.policy import Reader
+from csr_vlm.generation.streaming import TokenChunk, TokenRequest
+from csr_vlm.generation.vllm import PromptImages, adapter_name
+from csr_vlm.models.encoding import PromptEncoder
 
 _TIMEOUT = 600.0
-"""Seconds without a word from the server."""
-_HOW = "start it as docs/engines.md says: vllm serve MODEL --enable-scale-out --enable-lora"
+"""Seconds to wait for the server to send something."""
+_START_HINT = "start it as described in docs/engines.md: vllm serve MODEL --enable-scale-out --enable-lora"
 
 
 class ServerStream:
-    """Requests to a server, each in a thread that listens to its answer."""
+    """Send requests to a server, each with a thread that reads its response (a TokenStream).
 
-    def __init__(self, server: str, model: str, reader: Reader, max_rows: int) -> None:
+    Args:
+        server: Address of the server, without a trailing slash.
+        model: Name of the model or adapter on the server.
+        max_rows: Most requests in progress at once.
+    """
+
+    def __init__(self, server: str, model: str, prompt_encoder: PromptEncoder, max_rows: int) -> None:
         self._server = server
         self._model = model
-        self._images = Images(reader)
+        self._images = PromptImages(prompt_encoder)
         self._urls: dict[str, str] = {}
-        self._answers: SimpleQueue[Piece | CsrError] = SimpleQueue()
-        self._given_up: set[str] = set()
+        self._received: SimpleQueue[TokenChunk | CsrError] = SimpleQueue()
+        self._aborted: set[str] = set()
         self._closed = False
         self._threads = ThreadPoolExecutor(max_rows, thread_name_prefix="vllm-server")
 
-    def start(self, asked: Asked) -> None:
-        name, image = self._images.of(asked.prompt)
-        url = self._urls.get(asked.prompt.prompt_id) or _data_url(image)
-        self._urls[asked.prompt.prompt_id] = url
+    def add(self, request: TokenRequest) -> None:
+        """Start a request."""
+        uuid, image = self._images.load(request.prompt)
+        url = self._urls.get(request.prompt.prompt_id) or _data_url(image)
+        self._urls[request.prompt.prompt_id] = url
         body = {
             "model": self._model,
-            "token_ids": asked.token_ids,
-            "content_parts": [{"type": "image_url", "url": url, "uuid": name}],
-            "sampling_params": asked.sampling,
+            "token_ids": request.token_ids,
+            "content_parts": [{"type": "image_url", "url": url, "uuid": uuid}],
+            "sampling_params": request.sampling,
             "return_token_ids": True,
             "stream": True,
         }
-        self._threads.submit(self._listen, asked.key, body)
+        self._threads.submit(self._listen, request.request_id, body)
 
-    def pieces(self) -> list[Piece]:
-        found = [self._answers.get()]
+    def next_chunks(self) -> list[TokenChunk]:
+        """Wait for chunks of any requests, and return them.
+
+        Raises:
+            CsrError: A request failed.
+        """
+        received = [self._received.get()]
         try:
             while True:
-                found.append(self._answers.get_nowait())
+                received.append(self._received.get_nowait())
         except Empty:
             pass
-        for answer in found:
-            if isinstance(answer, CsrError):
-                raise answer
-        return [answer for answer in found if isinstance(answer, Piece)]
+        for item in received:
+            if isinstance(item, CsrError):
+                raise item
+        return [item for item in received if isinstance(item, TokenChunk)]
 
-    def stop(self, keys: Sequence[str]) -> None:
-        self._given_up.update(keys)
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Abort requests; their threads close the connections at the next chunk."""
+        self._aborted.update(request_ids)
 
-    def forget(self, prompt_id: str) -> None:
-        self._images.forget(prompt_id)
+    def release(self, prompt_id: str) -> None:
+        """Drop a prompt's image."""
+        self._images.release(prompt_id)
         self._urls.pop(prompt_id, None)
 
     def close(self) -> None:
-        """Give up whatever is under way."""
+        """Abort all requests and wait for their threads."""
         self._closed = True
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _listen(self, key: str, body: dict[str, Any]) -> None:
+    def _listen(self, request_id: str, body: dict[str, Any]) -> None:
         try:
             with _send(self._server, "/inference/v1/generate", body) as response:
                 for line in response:
-                    if self._closed or key in self._given_up:
+                    if self._closed or request_id in self._aborted:
                         break
                     if line.startswith(b"data: {"):
-                        self._answers.put(_piece(key, json.loads(line[6:])))
+                        self._received.put(_chunk(request_id, json.loads(line[6:])))
         except CsrError as error:
-            self._answers.put(error)
+            self._received.put(error)
         except Exception as error:
-            # Whatever goes wrong in this thread must reach the one that waits.
-            self._answers.put(CsrError(f"{self._server} broke off: {type(error).__name__}: {error}", "see its log"))
-        self._given_up.discard(key)
+            # Any error in this thread must reach the thread that waits in next_chunks.
+            message = f"{self._server} stopped responding: {type(error).__name__}: {error}"
+            self._received.put(CsrError(message, "see the server's log"))
+        self._aborted.discard(request_id)
 
 
 @contextmanager
-def connected(server: str, reader: Reader, adapter: Path | None, max_rows: int) -> Iterator[ServerStream]:
-    """Connect to a server; an adapter is loaded there for as long.
+def server_stream(
+    server: str, prompt_encoder: PromptEncoder, adapter: Path | None, max_rows: int
+) -> Iterator[ServerStream]:
+    """Connect to a server; an adapter stays loaded there until the context is left.
+
+    Args:
+        adapter: LoRA adapter; the server itself reads the directory. None for the base model.
 
     Raises:
-        CsrError: Nothing answers, or the adapter is refused. The server reads its directory.
+        CsrError: The server does not respond, or rejects the adapter.
     """
     server = server.rstrip("/")
     with _send(server, "/v1/models") as response:
@@ -116,7 +136,7 @@ def connected(server: str, reader: Reader, adapter: Path | None, max_rows: int) 
             body = {"lora_name": name, "lora_path": str(adapter.resolve())}
             with _send(server, "/v1/load_lora_adapter", body):
                 pass
-    stream = ServerStream(server, name, reader, max_rows)
+    stream = ServerStream(server, name, prompt_encoder, max_rows)
     try:
         yield stream
     finally:
@@ -126,21 +146,22 @@ def connected(server: str, reader: Reader, adapter: Path | None, max_rows: int) 
                 pass
 
 
-def _piece(key: str, chunk: dict[str, Any]) -> Piece:
-    if "error" in chunk:
-        raise CsrError(f"the vLLM server failed: {chunk['error'].get('message', chunk['error'])}", "see its log")
-    choice = chunk["choices"][0]
-    return Piece(
-        key=key,
+def _chunk(request_id: str, event: dict[str, Any]) -> TokenChunk:
+    if "error" in event:
+        reason = event["error"].get("message", event["error"])
+        raise CsrError(f"the vLLM server failed: {reason}", "see the server's log")
+    choice = event["choices"][0]
+    return TokenChunk(
+        request_id=request_id,
         token_ids=choice["token_ids"] or (),
         logprobs=[entry["logprob"] for entry in (choice["logprobs"] or {"content": ()})["content"]],
-        ended=choice["finish_reason"] is not None,
-        prompt_ids=chunk.get("prompt_token_ids"),
+        is_last=choice["finish_reason"] is not None,
+        prompt_ids=event.get("prompt_token_ids"),
     )
 
 
 def _data_url(image: Any) -> str:
-    """Write an image as the server is to see it, without loss."""
+    """Encode an image as a data URL, without loss."""
     file = io.BytesIO()
     image.save(file, format="PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -152,14 +173,18 @@ def _headers() -> dict[str, str]:
 
 
 def _send(server: str, path: str, body: dict[str, Any] | None = None) -> HTTPResponse:
-    """Post a body, or get a page where there is none; the configuration lets nothing but http(s) through."""
+    """Send a POST request with a body, or a GET request without one; the configuration allows http(s) URLs only.
+
+    Raises:
+        CsrError: The server responds with an error status, or does not respond.
+    """
     data = None if body is None else json.dumps(body).encode()
     request = Request(f"{server}{path}", data, _headers())  # noqa: S310
     try:
         response: HTTPResponse = urlopen(request, timeout=_TIMEOUT)  # noqa: S310
     except HTTPError as error:
-        said = error.read().decode(errors="replace")[:300]
-        raise CsrError(f"{request.full_url} answers {error.code}: {said}", _HOW) from None
+        reason = error.read().decode(errors="replace")[:300]
+        raise CsrError(f"{request.full_url} returned status {error.code}: {reason}", _START_HINT) from None
     except (URLError, HTTPException, OSError) as error:
-        raise CsrError(f"nothing answers at {request.full_url}: {error}", _HOW) from None
+        raise CsrError(f"no response from {request.full_url}: {error}", _START_HINT) from None
     return response

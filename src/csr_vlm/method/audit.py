@@ -1,10 +1,10 @@
-"""Signs of health that need no truth, and what they say about a run.
+"""Check the quality of a run without labels.
 
-Before training, the iteration's ledger and pairs are looked at: do the pairs prefer what
-suits the image, or merely what is short, long or said twice? After training, the
-responses of base and new policy to prompts that nobody trained on are compared. Each sign
-has a bound at which it warns and one at which it stops; docs/method.md has the settings
-that were used to find them, those that collapsed and those that worked.
+Before training, the iteration's ledger and pairs are checked: do the pairs prefer sentences
+that suit the image, or merely short, long or repeated ones? After training, the responses of
+the base model and the new policy to held-out prompts are compared. Each metric has a bound from
+which it warns and one from which it stops the run; docs/method.md lists the settings that the
+bounds were derived from.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from statistics import correlation, fmean
 from typing import Any
 
 from csr_vlm.config.schema import MethodConfig
-from csr_vlm.core.records import Node, Pair, others_column
+from csr_vlm.core.records import Node, Pair, Response, negatives_column
 from csr_vlm.method.pairs import responses
 from csr_vlm.method.reward import (
-    OUT_OF_THE_RUNNING,
+    NOT_CANDIDATES,
     bag_of_words,
     path_ids,
     reward_scale,
@@ -29,243 +29,325 @@ from csr_vlm.method.reward import (
 
 
 class Verdict(StrEnum):
+    """Enumerate the results of a check, in order of severity."""
+
     GO = "go"
     WARN = "warn"
     STOP = "stop"
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One sign, and what it means."""
+class Check:
+    """Hold the result of comparing one metric with its bound."""
 
-    sign: str
+    metric: str
     value: float
     verdict: Verdict
     reason: str
+    """Why the metric warns or stops; empty for ``go``."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Beyond ``warn`` a sign warns, from ``stop`` on it stops; ``high`` signs are bad above.
+    """Define from which value on a metric warns or stops.
 
-    So a gap of exactly nothing is well where ``warn`` is 0.
+    A metric warns beyond ``warn`` and stops from ``stop`` on. A value equal to ``warn`` passes,
+    so a gap of exactly 0 passes where ``warn`` is 0.
     """
 
     warn: float
     stop: float
-    high: bool
+    higher_is_worse: bool
     reason: str
+    """Template of the reason; ``{value}`` is the metric."""
 
     def judge(self, value: float) -> Verdict:
-        side = 1 if self.high else -1
-        if side * value >= side * self.stop:
+        """Return the verdict on a value."""
+        sign = 1 if self.higher_is_worse else -1
+        if sign * value >= sign * self.stop:
             return Verdict.STOP
-        return Verdict.WARN if side * value > side * self.warn else Verdict.GO
+        return Verdict.WARN if sign * value > sign * self.warn else Verdict.GO
 
 
 _NEVER = math.inf
 SCORER_BOUND = Bound(
-    0.75,
-    0.55,
-    False,
-    "the scorer finds only {value:.2f} of the sentences to suit their own picture better than others, 0.5 is chance: "
-    "either the model does not describe its pictures, or another scorer is needed (docs/scorers.md)",
+    warn=0.75,
+    stop=0.55,
+    higher_is_worse=False,
+    reason="the scorer rates only {value:.2f} of the sentences higher for their own image than for negative images "
+    "(0.5 is chance): the model does not describe its images, or another scorer is needed (docs/scorers.md)",
 )
-"""Of what is known of the scorer without any truth, ``scorer_agreement``; set with scorers of graded quality
-(docs/evidence): one whose AUC was 0.63 had 0.73 and cost recall, those from 0.82 up had 0.84."""
+"""Bound of ``scorer_agreement``, derived from scorers of graded quality (docs/evidence): one with an AUC of 0.63 had
+0.73 and reduced recall, those with an AUC of at least 0.82 had at least 0.84."""
 PAIR_BOUNDS = {
     "scorer_agreement": SCORER_BOUND,
     "relevance_win": Bound(
-        0.90, 0.80, False, "what is chosen hardly suits the image better than what is rejected: {value:.2f} of pairs"
+        warn=0.90,
+        stop=0.80,
+        higher_is_worse=False,
+        reason="the chosen side suits the image better than the rejected side in only {value:.2f} of the pairs",
     ),
     "omission_gap": Bound(
-        0.0, 0.05, True, "what is chosen leaves out more of what was seen than what is rejected: {value:+.2f} a pair"
+        warn=0.0,
+        stop=0.05,
+        higher_is_worse=True,
+        reason="chosen sides omit more of the sentences that suit the image than rejected sides: {value:+.2f} per pair",
     ),
-    "repeat_gap": Bound(0.0, 0.08, True, "what is chosen says more things twice than what is rejected: {value:+.2f}"),
+    "repeat_gap": Bound(
+        warn=0.0,
+        stop=0.08,
+        higher_is_worse=True,
+        reason="chosen sides repeat more sentences than rejected sides: {value:+.2f} per pair",
+    ),
     "length_correlation": Bound(
-        0.55, 0.9, True, "length decides: the rewards of a prompt's responses go with their length, r = {value:+.2f}"
+        warn=0.55,
+        stop=0.9,
+        higher_is_worse=True,
+        reason="the rewards of a prompt's responses correlate with their length: r = {value:+.2f}",
     ),
     "prompts_with_pairs": Bound(
-        0.10, 0.03, False, "hardly a prompt has a pair left: {value:.2f} of them; there is nothing more to learn"
+        warn=0.10, stop=0.03, higher_is_worse=False, reason="too few prompts yield pairs: {value:.2f} of them"
     ),
 }
-"""Signs of an iteration's pairs, in the order they are shown."""
+"""Bounds of the metrics of an iteration's pairs, in display order."""
 RESPONSE_BOUNDS = {
     "sentences_ratio": Bound(
-        0.80, 0.65, False, "responses have shrunk to {value:.2f} of the base model's: the policy falls silent"
+        warn=0.80,
+        stop=0.65,
+        higher_is_worse=False,
+        reason="responses collapse: they have {value:.2f} times as many sentences as those of the base model",
     ),
-    "relevance_gain": Bound(-0.5, -1.5, False, "responses suit their images less than the base's: R_I {value:+.1f}"),
-    "repeats_gain": Bound(0.10, 0.30, True, "responses say more things twice than the base's: {value:+.2f} each"),
-    "unfinished_gain": Bound(0.10, 0.30, True, "more responses come to no end than the base's: {value:+.2f} of them"),
-    "chosen_drop": Bound(1.0, _NEVER, True, "training made the chosen responses less likely, by {value:.2f} nats each"),
+    "relevance_gain": Bound(
+        warn=-0.5,
+        stop=-1.5,
+        higher_is_worse=False,
+        reason="responses suit their images less than those of the base model: R_I {value:+.1f}",
+    ),
+    "repeats_gain": Bound(
+        warn=0.10,
+        stop=0.30,
+        higher_is_worse=True,
+        reason="responses repeat more sentences than those of the base model: {value:+.2f} per response",
+    ),
+    "unfinished_gain": Bound(
+        warn=0.10,
+        stop=0.30,
+        higher_is_worse=True,
+        reason="more responses are cut off by a limit than with the base model: {value:+.2f} of them",
+    ),
+    "chosen_drop": Bound(
+        warn=1.0,
+        stop=_NEVER,
+        higher_is_worse=True,
+        reason="training reduced the log-probability of the chosen responses by {value:.2f} nats on average",
+    ),
 }
-"""Signs of a trained policy, against the base model's."""
+"""Bounds of the metrics of a trained policy, compared with the base model."""
 
 
 @dataclass(frozen=True)
-class TreeSigns:
-    """What one prompt's tree and pairs show; sums and counts, so that prompts can be pooled."""
+class TreeMetrics:
+    """Hold the metrics of one prompt's tree and pairs, as sums and counts that can be pooled over prompts.
+
+    Gaps are sums over pairs of (chosen - rejected).
+    """
 
     pairs: int
     wins: int
+    """Pairs whose chosen side suits the image better."""
     losses: int
+    """Pairs whose rejected side suits the image better."""
     margin: float
+    """Sum of the margins, in units of :func:`csr_vlm.method.reward.reward_scale`."""
     length_gap: int
+    """In sentences."""
     omission_gap: int
+    """In sentences that suit the image and that the side does not contain."""
     repeat_gap: int
+    """In repeated sentences."""
     correlation: float | None
-    own_above_others: float | None
+    """Pearson's r between R(y) and the number of sentences; None if undefined, or between siblings."""
+    scorer_agreement: float | None
+    """Fraction of distinct sentences whose cosine exceeds the mean over negative images; None without these."""
 
 
-def tree_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfig, scorer: str) -> TreeSigns:
-    """Look at one prompt's tree and the pairs made of it."""
+@dataclass(frozen=True)
+class _Side:
+    """Hold the counts of one side of a pair."""
+
+    score: int
+    """Sentences that suit the image minus those that do not; repeated ones count 0."""
+    length: int
+    omissions: int
+    repeats: int
+
+
+def tree_metrics(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfig, scorer: str) -> TreeMetrics:
+    """Compute the metrics of one prompt's tree and of the pairs derived from it.
+
+    Raises:
+        CsrError: A cosine is missing or not finite.
+    """
     by_id = {node.node_id: node for node in nodes}
-    sentences = [node for node in nodes if node.sentence and node.fate not in OUT_OF_THE_RUNNING]
-    seen = _seen(sentences, scorer)
+    sentences = [node for node in nodes if node.sentence and node.status not in NOT_CANDIDATES]
+    relevant = _relevant_sentences(sentences, scorer)
     rewards = sentence_rewards(nodes, method, scorer)
     scale = reward_scale(rewards.values(), method)
-    # A sentence that suits the image counts 1, one that does not -1, one said before nothing.
-    points = {
-        node.node_id: 0 if rewards[node.node_id].repeated else 1 if bag_of_words(node.sentence) in seen else -1
+    scores = {
+        node.node_id: 0 if rewards[node.node_id].repeated else 1 if bag_of_words(node.sentence) in relevant else -1
         for node in sentences
     }
-    wins = losses = length = omission = repeats = 0
-    for pair in pairs:
-        sides = [_said(by_id, side.node_id) for side in (pair.chosen, pair.rejected)]
-        chosen, rejected = (sum(points.get(node.node_id, 0) for node in side) for side in sides)
-        wins += chosen > rejected
-        losses += chosen < rejected
-        words = [{bag_of_words(node.sentence) for node in side} for side in sides]
-        length += len(sides[0]) - len(sides[1])
-        omission += len(seen - words[0]) - len(seen - words[1])
-        repeats += (len(sides[0]) - len(words[0])) - (len(sides[1]) - len(words[1]))
-    return TreeSigns(
+
+    def side(response: Response) -> _Side:
+        path = [by_id[node_id] for node_id in path_ids(response.node_id) if by_id[node_id].sentence]
+        distinct = {bag_of_words(node.sentence) for node in path}
+        return _Side(
+            score=sum(scores.get(node.node_id, 0) for node in path),
+            length=len(path),
+            omissions=len(relevant - distinct),
+            repeats=len(path) - len(distinct),
+        )
+
+    sides = [(side(pair.chosen), side(pair.rejected)) for pair in pairs]
+    return TreeMetrics(
         pairs=len(pairs),
-        wins=wins,
-        losses=losses,
+        wins=sum(chosen.score > rejected.score for chosen, rejected in sides),
+        losses=sum(chosen.score < rejected.score for chosen, rejected in sides),
         margin=sum(pair.margin for pair in pairs) / scale if scale else 0.0,
-        length_gap=length,
-        omission_gap=omission,
-        repeat_gap=repeats,
-        # Between siblings R(y) decides nothing: where most candidates are false, to end is right.
+        length_gap=sum(chosen.length - rejected.length for chosen, rejected in sides),
+        omission_gap=sum(chosen.omissions - rejected.omissions for chosen, rejected in sides),
+        repeat_gap=sum(chosen.repeats - rejected.repeats for chosen, rejected in sides),
+        # Between siblings R(y) decides nothing: where most candidates are false, ending is right.
         correlation=_length_correlation(nodes, method, scorer) if method.pairs.between == "responses" else None,
-        own_above_others=_own_above_others(sentences, scorer),
+        scorer_agreement=_scorer_agreement(sentences, scorer),
     )
 
 
-def pair_signs(trees: Iterable[TreeSigns]) -> dict[str, float]:
-    """Pool the prompts of an iteration.
+def pair_metrics(trees: Iterable[TreeMetrics]) -> dict[str, float]:
+    """Pool the metrics of an iteration's trees; metrics that are undefined are left out.
 
-    ``relevance_win``: of the pairs whose sides differ in it, the share whose chosen side says
-    more of what suits the image, less what does not; 0.5 is chance. ``omission_gap``,
-    ``repeat_gap``, ``length_gap``: chosen less rejected, a pair, in sentences of the tree that
-    suit the image and are left out, in repeats, in sentences. ``margin``: mean reward margin
-    in units of the prompt's scale.
-    ``length_correlation``: mean over prompts of Pearson's r between R(y) and the number of
-    sentences, where pairs are of whole responses. ``scorer_agreement``: share of sentences
-    that suit their own image better than the average other one; it needs a ledger with
-    :func:`others_column`. What nothing is known of is left out.
+    - ``prompts_with_pairs``: fraction of prompts with at least one pair
+    - ``pairs``: number of pairs
+    - ``margin``: mean reward margin, in units of the prompt's reward scale
+    - ``length_gap``, ``omission_gap``, ``repeat_gap``: mean over pairs of (chosen - rejected), in
+      sentences, omitted relevant sentences, and repeated sentences
+    - ``relevance_win``: wins / (wins + losses); 0.5 is chance
+    - ``length_correlation``: mean over prompts of Pearson's r between R(y) and the number of
+      sentences, for pairs of whole responses
+    - ``scorer_agreement``: mean over prompts of the fraction of sentences whose cosine exceeds
+      the mean over negative images; 0.5 is chance
     """
-    found = list(trees)
-    num_pairs = sum(tree.pairs for tree in found)
-    signs = {"prompts_with_pairs": fmean(tree.pairs > 0 for tree in found) if found else 0.0, "pairs": float(num_pairs)}
+    trees = list(trees)
+    num_pairs = sum(tree.pairs for tree in trees)
+    metrics = {
+        "prompts_with_pairs": fmean(tree.pairs > 0 for tree in trees) if trees else 0.0,
+        "pairs": float(num_pairs),
+    }
     if num_pairs:
-        signs |= {
-            "margin": sum(tree.margin for tree in found) / num_pairs,
-            "length_gap": sum(tree.length_gap for tree in found) / num_pairs,
-            "omission_gap": sum(tree.omission_gap for tree in found) / num_pairs,
-            "repeat_gap": sum(tree.repeat_gap for tree in found) / num_pairs,
+        metrics |= {
+            "margin": sum(tree.margin for tree in trees) / num_pairs,
+            "length_gap": sum(tree.length_gap for tree in trees) / num_pairs,
+            "omission_gap": sum(tree.omission_gap for tree in trees) / num_pairs,
+            "repeat_gap": sum(tree.repeat_gap for tree in trees) / num_pairs,
         }
-    wins, losses = (sum(getattr(tree, name) for tree in found) for name in ("wins", "losses"))
+    wins, losses = sum(tree.wins for tree in trees), sum(tree.losses for tree in trees)
     if wins + losses:
-        signs["relevance_win"] = wins / (wins + losses)
-    for name, values in (
-        ("length_correlation", [tree.correlation for tree in found if tree.correlation is not None]),
-        ("scorer_agreement", [tree.own_above_others for tree in found if tree.own_above_others is not None]),
-    ):
-        if values:
-            signs[name] = fmean(values)
-    return signs
+        metrics["relevance_win"] = wins / (wins + losses)
+    if correlations := [tree.correlation for tree in trees if tree.correlation is not None]:
+        metrics["length_correlation"] = fmean(correlations)
+    if agreements := [tree.scorer_agreement for tree in trees if tree.scorer_agreement is not None]:
+        metrics["scorer_agreement"] = fmean(agreements)
+    return metrics
 
 
-def response_signs(
-    base: Mapping[str, float], now: Mapping[str, float], chosen_change: float | None
+def response_metrics(
+    base: Mapping[str, float], policy: Mapping[str, float], chosen_change: float | None
 ) -> dict[str, float]:
-    """Compare the policy's responses to held-out prompts with the base model's.
+    """Compare a policy's responses to held-out prompts with those of the base model.
+
+    - ``sentences_ratio``: policy / base
+    - ``relevance_gain``, ``repeats_gain``: policy - base
+    - ``unfinished_gain``: base - policy, of the fraction of complete responses
+    - ``chosen_drop``: -``chosen_change``
 
     Args:
-        base: ``sentences``, ``relevance``, ``repeats``, ``complete``: means over responses.
-        now: The same of the policy.
-        chosen_change: Mean change of the chosen responses' log-probability in training, nats.
+        base: Means over responses: ``sentences``, ``relevance`` (R_I), ``repeats``, ``complete``.
+        policy: The same means of the policy.
+        chosen_change: Mean change of log P(chosen) during training in nats; None if unknown.
     """
     return {
-        **({"sentences_ratio": now["sentences"] / base["sentences"]} if base["sentences"] else {}),
-        "relevance_gain": now["relevance"] - base["relevance"],
-        "repeats_gain": now["repeats"] - base["repeats"],
-        "unfinished_gain": base["complete"] - now["complete"],
+        **({"sentences_ratio": policy["sentences"] / base["sentences"]} if base["sentences"] else {}),
+        "relevance_gain": policy["relevance"] - base["relevance"],
+        "repeats_gain": policy["repeats"] - base["repeats"],
+        "unfinished_gain": base["complete"] - policy["complete"],
         **({} if chosen_change is None else {"chosen_drop": -chosen_change}),
     }
 
 
-def findings(signs: Mapping[str, float], bounds: Mapping[str, Bound]) -> list[Finding]:
-    """Judge every sign that has a bound."""
-    found = []
-    for sign, bound in bounds.items():
-        if sign in signs:
-            value = abs(signs[sign]) if sign == "length_correlation" else signs[sign]
-            verdict = bound.judge(value)
-            reason = "" if verdict is Verdict.GO else bound.reason.format(value=signs[sign])
-            found.append(Finding(sign, signs[sign], verdict, reason))
-    return found
+def checks(metrics: Mapping[str, float], bounds: Mapping[str, Bound]) -> list[Check]:
+    """Compare every metric that has a bound with it."""
+    results = []
+    for metric, bound in bounds.items():
+        if metric in metrics:
+            value = metrics[metric]
+            verdict = bound.judge(abs(value) if metric == "length_correlation" else value)
+            reason = "" if verdict is Verdict.GO else bound.reason.format(value=value)
+            results.append(Check(metric, value, verdict, reason))
+    return results
 
 
-def worst(found: Iterable[Finding]) -> Verdict:
-    """Return the verdict of the gravest finding."""
-    order = list(Verdict)
-    return max((finding.verdict for finding in found), key=order.index, default=Verdict.GO)
+def worst_verdict(results: Iterable[Check]) -> Verdict:
+    """Return the most severe verdict; ``go`` without any check."""
+    severity = list(Verdict)
+    return max((check.verdict for check in results), key=severity.index, default=Verdict.GO)
 
 
-def dump(found: Sequence[Finding]) -> list[dict[str, Any]]:
-    return [asdict(finding) | {"verdict": finding.verdict.value} for finding in found]
+def dump(results: Sequence[Check]) -> list[dict[str, Any]]:
+    """Return checks as plain data."""
+    return [asdict(check) | {"verdict": check.verdict.value} for check in results]
 
 
-def _said(by_id: Mapping[str, Node], node_id: str) -> list[Node]:
-    return [by_id[part] for part in path_ids(node_id) if by_id[part].sentence]
+def _relevant_sentences(sentences: Sequence[Node], scorer: str) -> set[tuple[str, ...]]:
+    """Return the sentences, as bags of words, that suit the image.
 
-
-def _seen(sentences: Sequence[Node], scorer: str) -> set[tuple[str, ...]]:
-    """Collect the sentences, as bags of words, that suit the image.
-
-    Where the ledger has the cosines with other images, those whose contrast is above half of
-    the best; otherwise those whose cosine is above the middle of the tree's.
+    With cosines over negative images, these are the sentences whose contrast exceeds half of the
+    best one; otherwise those whose cosine exceeds the midpoint of the tree's lowest and highest.
+    Only the first of several scorers counts.
     """
-    name = scorer.partition("+")[0]
-    by_words = {bag_of_words(node.sentence): node.cosines for node in reversed(sentences)}
-    if not by_words:
+    column = scorer.partition("+")[0]
+    cosines_by_words = {bag_of_words(node.sentence): node.cosines for node in reversed(sentences)}
+    if not cosines_by_words:
         return set()
-    if all(others_column(name) in cosines for cosines in by_words.values()):
-        values = {words: cosines[name] - cosines[others_column(name)] for words, cosines in by_words.items()}
-        middle = max(values.values()) / 2
+    negatives = negatives_column(column)
+    if all(negatives in cosines for cosines in cosines_by_words.values()):
+        values = {words: cosines[column] - cosines[negatives] for words, cosines in cosines_by_words.items()}
+        threshold = max(values.values()) / 2
     else:
-        values = {words: cosines[name] for words, cosines in by_words.items()}
-        middle = (min(values.values()) + max(values.values())) / 2
-    return {words for words, value in values.items() if value > middle}
+        values = {words: cosines[column] for words, cosines in cosines_by_words.items()}
+        threshold = (min(values.values()) + max(values.values())) / 2
+    return {words for words, value in values.items() if value > threshold}
 
 
 def _length_correlation(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> float | None:
-    by_text = {r.text: r for r in responses(nodes, method, scorer) if r.complete}
-    lengths = [r.num_sentences for r in by_text.values()]
-    rewards = [r.reward for r in by_text.values()]
+    """Return Pearson's r between R(y) and the number of sentences, over distinct complete responses."""
+    by_text = {response.text: response for response in responses(nodes, method, scorer) if response.complete}
+    lengths = [response.num_sentences for response in by_text.values()]
+    rewards = [response.reward for response in by_text.values()]
     if len(lengths) < 3 or len(set(lengths)) < 2 or len(set(rewards)) < 2:
         return None
     return correlation(lengths, rewards)
 
 
-def _own_above_others(sentences: Sequence[Node], scorer: str) -> float | None:
+def _scorer_agreement(sentences: Sequence[Node], scorer: str) -> float | None:
+    """Return the fraction of distinct sentences with cos > mean cos over negative images; ties count 1/2.
+
+    Cosines are summed over the scorers of ``a+b``.
+    """
     names = scorer.split("+")
+    distinct = {bag_of_words(node.sentence): node for node in sentences}.values()
     gaps = [
-        sum(node.cosines[name] - node.cosines[others_column(name)] for name in names)
-        for node in {bag_of_words(node.sentence): node for node in sentences}.values()
-        if all(others_column(name) in node.cosines for name in names)
+        sum(node.cosines[name] - node.cosines[negatives_column(name)] for name in names)
+        for node in distinct
+        if all(negatives_column(name) in node.cosines for name in names)
     ]
     return fmean((gap > 0) + (gap == 0) / 2 for gap in gaps) if gaps else None

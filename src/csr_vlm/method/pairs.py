@@ -1,4 +1,8 @@
-"""Preference pairs (section 3.2.2): what the policy should rather say, and what not."""
+"""Derive preference pairs from a prompt's tree (section 3.2.2).
+
+The paper prefers the response with the highest R(y) to the one with the lowest. Between
+``siblings``, a pair instead compares two sentences that continue the same partial response.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from csr_vlm.config.schema import MethodConfig, PairsConfig
-from csr_vlm.core.batching import spread
-from csr_vlm.core.records import Fate, Finish, Node, Pair, Prompt, Response
+from csr_vlm.core.batching import evenly_spaced
+from csr_vlm.core.records import Finish, Node, NodeStatus, Pair, Prompt, Response
 from csr_vlm.method.reward import (
-    OUT_OF_THE_RUNNING,
+    NOT_CANDIDATES,
     SentenceReward,
     path_ids,
     response_reward,
@@ -18,98 +22,143 @@ from csr_vlm.method.reward import (
     sentence_rewards,
 )
 
-_LEAVES = (Fate.FINISHED, Fate.TRUNCATED)
+_LEAVES = (NodeStatus.FINISHED, NodeStatus.TRUNCATED)
 
 
 @dataclass(frozen=True)
 class _Option:
-    """A response, whole or so far, that could be preferred to others."""
+    """Hold a complete or partial response that can be preferred to others."""
 
     response: Response
-    after: float | None
-    """The most that was found to be earned after it; None where nobody looked."""
+    future_reward: float | None
+    """Highest reward that the tree reaches after it; None if it was not expanded, or is not looked ahead of."""
+
+    @property
+    def value(self) -> float:
+        """Return the reward including the future reward, as far as it is known."""
+        return self.response.reward + (self.future_reward or 0.0)
 
 
 def responses(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> list[Response]:
-    """List the whole responses of one prompt's tree, with their rewards R(y)."""
+    """Return the complete and truncated responses of one prompt's tree, with their rewards R(y).
+
+    Raises:
+        CsrError: A cosine is missing or not finite.
+    """
     by_id = {node.node_id: node for node in nodes}
     rewards = sentence_rewards(nodes, method, scorer)
-    found = []
-    for leaf in nodes:
-        if leaf.fate in _LEAVES:
-            said = [part for part in path_ids(leaf.node_id) if part in rewards]
-            reward = response_reward((rewards[part].total for part in said), method.reward)
-            found.append(_response(leaf, by_id, reward))
-    return found
+    leaves = [node for node in nodes if node.status in _LEAVES]
+    return [_response(leaf, by_id, _response_reward_of(leaf, rewards, method)) for leaf in leaves]
+
+
+def _response_reward_of(leaf: Node, rewards: Mapping[str, SentenceReward], method: MethodConfig) -> float:
+    sentence_ids = [node_id for node_id in path_ids(leaf.node_id) if node_id in rewards]
+    return response_reward((rewards[node_id].total for node_id in sentence_ids), method.reward)
 
 
 def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scorer: str, seed: int) -> list[Pair] | str:
-    """Return the prompt's pairs, of extremes the widest margin first, or in a word why it has none.
+    """Return the prompt's pairs, or the reason why it has none.
 
-    Between ``responses`` the best whole response meets others, spread over the ranking
-    (``per_prompt`` 1: the worst). Between ``siblings`` the best sentence of every partial
-    response meets the others that could have stood in its place; the two sides share all
-    tokens before it, so that a pair is about one decision and nothing else. A sentence is
-    worth its reward and, with ``look_ahead``, the most that the tree earns after it, so
-    that passing over something that is never said later costs; two of which one was not
-    followed are compared by their own rewards. Ending the response earns 0.
+    Between ``responses``, the response with the highest R(y) is preferred to others, spread
+    evenly over the ranking; with ``per_prompt`` 1 only to the one with the lowest.
 
-    The reasons: ``incomplete`` (fewer than two came to an end), ``identical`` (all say the
-    same), ``margin`` (no rewards differ by more than ``min_margin``).
+    Between ``siblings``, the best continuation of every partial response is preferred to its
+    siblings. Both sides share all tokens before it, so a pair is about one decision. The value
+    of a sentence s is R(s) and, with ``look_ahead``, the highest reward that the tree reaches
+    after it:
+
+        V(s) = R(s) + max over children c of V(c)
+
+    so that omitting something that is never said later has a cost. Two siblings of which one
+    was not expanded are compared by R(s) alone. Ending the response is worth 0.
+
+    Pairs are sorted by decreasing margin if ``selection`` is ``extremes``.
+
+    Args:
+        prompt: The prompt.
+        nodes: Its tree.
+        method: Settings of reward and pairs.
+        scorer: Columns that the reward uses.
+        seed: Random seed of ``selection: random``.
+
+    Returns:
+        The pairs, or ``incomplete`` (fewer than two responses ended), ``identical`` (all of
+        them have the same text) or ``margin`` (no margin exceeds ``min_margin``).
+
+    Raises:
+        CsrError: A cosine is missing or not finite.
     """
     config = method.pairs
     rewards = sentence_rewards(nodes, method, scorer)
     if config.between == "siblings":
-        contests = _siblings(nodes, rewards, config)
+        groups, limit = _sibling_options(nodes, rewards, config), config.per_node
     else:
-        found = responses(nodes, method, scorer)
-        contests = [[_Option(r, 0.0) for r in found if r.complete or not config.require_complete]]
-    contests = [contest for contest in contests if len(contest) > 1]
-    if not contests:
+        groups, limit = [_response_options(nodes, method, scorer)], config.per_prompt
+    groups = [group for group in groups if len(group) > 1]
+    if not groups:
         return "incomplete" if config.between == "responses" else "identical"
-    distinct = [kept for contest in contests if len(kept := _distinct(contest)) > 1]
-    if not distinct:
+    groups = [distinct for group in groups if len(distinct := _without_duplicates(group)) > 1]
+    if not groups:
         return "identical"
     key = f"{seed}:{nodes[0].iteration}:{prompt.prompt_id}"
-    least = config.min_margin * reward_scale(rewards.values(), method)
-    limit = config.per_node if config.between == "siblings" else config.per_prompt
-    ranked = [pair for contest in distinct for pair in spread(_ranking(contest, config, key, least), limit)]
-    if not ranked:
+    min_margin = config.min_margin * reward_scale(rewards.values(), method)
+    preferences = [
+        preference
+        for group in groups
+        for preference in evenly_spaced(_preferences(group, config, key, min_margin), limit)
+    ]
+    if not preferences:
         return "margin"
-    if config.selection == "extremes":  # at random, taking the widest margins first would be a preference
-        ranked.sort(key=lambda pair: pair[1].reward - pair[0].reward)
+    if config.selection == "extremes":  # at random, sorting by margin would introduce a preference
+        preferences.sort(key=_negative_margin)
     return [
         Pair(prompt=prompt, iteration=nodes[0].iteration, chosen=chosen, rejected=rejected)
-        for chosen, rejected in spread(ranked, config.per_prompt)
+        for chosen, rejected in evenly_spaced(preferences, config.per_prompt)
     ]
 
 
-def _siblings(nodes: Sequence[Node], rewards: Mapping[str, SentenceReward], config: PairsConfig) -> list[list[_Option]]:
-    """Group the partial responses that differ in their last sentence only, each worth that sentence."""
-    by_id = {node.node_id: node for node in nodes}
-    families: dict[str, list[Node]] = {}
-    for node in nodes:
-        ended = node.finish is not Finish.LENGTH
-        if node.fate not in OUT_OF_THE_RUNNING and (ended or not config.require_complete):
-            families.setdefault(node.parent_id, []).append(node)
+def _response_options(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> list[_Option]:
+    """Return the responses of the tree as options; nothing follows them."""
+    return [
+        _Option(response, 0.0)
+        for response in responses(nodes, method, scorer)
+        if response.complete or not method.pairs.require_complete
+    ]
 
-    def worth(node: Node) -> float:
+
+def _sibling_options(
+    nodes: Sequence[Node], rewards: Mapping[str, SentenceReward], config: PairsConfig
+) -> list[list[_Option]]:
+    """Return a group of options for each partial response: its continuations, each with the reward of its sentence."""
+    by_id = {node.node_id: node for node in nodes}
+    children: dict[str, list[Node]] = {}
+    for node in nodes:
+        is_whole = node.finish is not Finish.LENGTH
+        if node.status not in NOT_CANDIDATES and (is_whole or not config.require_complete):
+            children.setdefault(node.parent_id, []).append(node)
+
+    def reward(node: Node) -> float:
         return rewards[node.node_id].total if node.sentence else 0.0
 
-    def after(node: Node) -> float | None:
-        if node.fate is Fate.FINISHED:
+    def future_reward(node: Node) -> float | None:
+        if node.status is NodeStatus.FINISHED:
             return 0.0
-        children = families.get(node.node_id)
-        return max(worth(child) + (after(child) or 0.0) for child in children) if children else None
+        if node.node_id not in children:
+            return None
+        return max(reward(child) + (future_reward(child) or 0.0) for child in children[node.node_id])
 
     return [
-        [_Option(_response(node, by_id, worth(node)), after(node) if config.look_ahead else None) for node in family]
-        for family in families.values()
+        [
+            _Option(_response(node, by_id, reward(node)), future_reward(node) if config.look_ahead else None)
+            for node in siblings
+        ]
+        for siblings in children.values()
     ]
 
 
 def _response(last: Node, by_id: Mapping[str, Node], reward: float) -> Response:
-    path = [by_id[part] for part in path_ids(last.node_id)]
+    """Return the response that ends in a node."""
+    path = [by_id[node_id] for node_id in path_ids(last.node_id)]
     return Response(
         node_id=last.node_id,
         token_ids=tuple(token for node in path for token in node.token_ids),
@@ -117,44 +166,49 @@ def _response(last: Node, by_id: Mapping[str, Node], reward: float) -> Response:
         text="".join(node.text for node in path).strip(),
         num_sentences=sum(bool(node.sentence) for node in path),
         reward=reward,
-        complete=last.fate is Fate.FINISHED,
+        complete=last.status is NodeStatus.FINISHED,
     )
 
 
-def _distinct(contest: Iterable[_Option]) -> list[_Option]:
-    """Keep one of several that say the same, if possible one that was followed."""
-    by_words: dict[object, _Option] = {}
-    for option in contest:
+def _without_duplicates(options: Iterable[_Option]) -> list[_Option]:
+    """Keep one of the options with the same text: the first one that was expanded, else the first one."""
+    by_text: dict[tuple[str, bool], _Option] = {}
+    for option in options:
         key = (option.response.text, option.response.complete)
-        if key not in by_words or (by_words[key].after is None and option.after is not None):
-            by_words[key] = option
-    return list(by_words.values())
+        if key not in by_text or (by_text[key].future_reward is None and option.future_reward is not None):
+            by_text[key] = option
+    return list(by_text.values())
 
 
-def _ranking(
-    contest: Sequence[_Option], config: PairsConfig, key: str, least: float
+def _preferences(
+    options: Sequence[_Option], config: PairsConfig, key: str, min_margin: float
 ) -> list[tuple[Response, Response]]:
-    """Choose what is preferred, and pair it with what it is preferred to, the widest margin first."""
+    """Return (chosen, rejected) for one group: the best option against the others, by decreasing margin.
+
+    With ``selection: random``, one option against the others, in random order.
+    """
     if config.selection == "random":
-        chosen, *others = _shuffled([option.response for option in contest], key)
-        return [(chosen, other) for other in others]
-    followed = [option for option in contest if option.after is not None]
-    best = max(followed or contest, key=lambda option: option.response.reward + (option.after or 0.0))
-    pairs = [_compared(best, other) for other in contest if other is not best]
-    pairs = [pair for pair in pairs if pair[0].reward - pair[1].reward > least]
-    return sorted(pairs, key=lambda pair: pair[1].reward - pair[0].reward)
+        chosen, *rejected = _shuffled([option.response for option in options], key)
+        return [(chosen, other) for other in rejected]
+    expanded = [option for option in options if option.future_reward is not None]
+    best = max(expanded or options, key=lambda option: option.value)
+    preferences = [_with_values(best, other) for other in options if other is not best]
+    preferences = [(chosen, other) for chosen, other in preferences if chosen.reward - other.reward > min_margin]
+    return sorted(preferences, key=_negative_margin)
 
 
-def _compared(best: _Option, other: _Option) -> tuple[Response, Response]:
-    """Return the two with what each is worth: with what comes after, where that is known of both."""
-    if best.after is None or other.after is None:
+def _with_values(best: _Option, other: _Option) -> tuple[Response, Response]:
+    """Return both responses with their values as rewards, or with R(s) if one future reward is unknown."""
+    if best.future_reward is None or other.future_reward is None:
         return best.response, other.response
-    return (
-        replace(best.response, reward=best.response.reward + best.after),
-        replace(other.response, reward=other.response.reward + other.after),
-    )
+    return replace(best.response, reward=best.value), replace(other.response, reward=other.value)
 
 
-def _shuffled(found: Sequence[Response], key: str) -> list[Response]:
-    """Order responses by a keyed hash: random, yet the same on every machine and run."""
-    return sorted(found, key=lambda r: hashlib.sha256(f"{key}:{r.node_id}".encode()).digest())
+def _negative_margin(preference: tuple[Response, Response]) -> float:
+    chosen, rejected = preference
+    return rejected.reward - chosen.reward
+
+
+def _shuffled(unordered: Sequence[Response], key: str) -> list[Response]:
+    """Order responses by a keyed hash: random, but the same on every machine and in every run."""
+    return sorted(unordered, key=lambda r: hashlib.sha256(f"{key}:{r.node_id}".encode()).digest())

@@ -1,11 +1,11 @@
-"""Yes-or-no questions about what the policy says, answered by what suits the image.
+"""Turn the claims of a policy's responses into yes-or-no questions, answered by image-text relevance.
 
-Descriptions teach a policy to describe. Whether it also answers better when it is asked is
-another matter: on the embedded world it does not. But a tree of candidates is full of
-claims, and relevance has already told those that suit the image from those that do not.
-Asked about one of them, the policy is to say yes or no accordingly. No label is needed, and
-the false claims are the very things that this policy likes to make up. Claims made about
-other images keep the policy from saying yes to what it would never have made up.
+Training on descriptions improves descriptions, but not the answers to questions: on the
+embedded world it left these unchanged. A tree of candidate sentences contains many claims,
+and relevance already separates those that suit the image from those that do not. The policy is
+trained to answer questions about them accordingly, without any label; the false claims are the
+hallucinations of this very policy. Claims about other images serve as negatives, so that the
+policy does not learn to affirm what it would never have claimed itself.
 """
 
 from __future__ import annotations
@@ -19,95 +19,113 @@ from typing import TypeVar
 
 from csr_vlm.config.schema import QuestionsConfig
 from csr_vlm.core.records import Node, Pair
-from csr_vlm.method.reward import OUT_OF_THE_RUNNING, contrasts
+from csr_vlm.method.reward import NOT_CANDIDATES, contrasts
 
 _Item = TypeVar("_Item")
-_SURE = (0.25, 0.5)
-"""Shares of the best contrast below which a claim does not suit the image, and above which it does."""
+_FALSE_BELOW = 0.25
+"""Fraction of the best contrast below which the image contradicts a claim."""
+_TRUE_ABOVE = 0.5
+"""Fraction of the best contrast above which the image supports a claim."""
 
 
 @dataclass(frozen=True)
 class Claims:
-    """What one prompt's tree says that can be asked about."""
+    """Hold the claims of one prompt's tree, by the question about each."""
 
     sentences: dict[str, list[str]]
-    """By question, the distinct sentences that claim what it asks."""
+    """Question to the distinct sentences that make the claim."""
     strongest: dict[str, float]
-    """By question, the best contrast of any of them."""
+    """Question to the highest contrast of these sentences."""
     best: float
-    """The tree's best contrast."""
+    """Highest contrast of the tree."""
 
-    def holds(self, contrast: float) -> bool:
-        """Whether a claim with this contrast suits the image: it has more than half of the tree's best."""
-        return contrast > _SURE[1] * self.best
+    def is_supported(self, contrast: float) -> bool:
+        """Return whether the image supports a claim with this contrast: more than half of the best."""
+        return contrast > _TRUE_ABOVE * self.best
 
-    def fails(self, contrast: float) -> bool:
-        """Whether it does not: it has less than a quarter. In between nothing is asked."""
-        return contrast < _SURE[0] * self.best
+    def is_contradicted(self, contrast: float) -> bool:
+        """Return whether the image contradicts a claim with this contrast: less than a quarter of the best."""
+        return contrast < _FALSE_BELOW * self.best
 
 
-def claims(nodes: Sequence[Node], config: QuestionsConfig, scorer: str) -> Claims:
-    """Collect what ``config.pattern`` finds in the sentences of one prompt's tree.
+def find_claims(nodes: Sequence[Node], config: QuestionsConfig, scorer: str) -> Claims:
+    """Find the matches of ``config.pattern`` in the sentences of one prompt's tree.
 
     Raises:
-        CsrError: The ledger has no cosines with other images.
+        CsrError: The ledger has no cosines with negative images.
     """
     pattern = re.compile(config.pattern)
-    sentences = [node for node in nodes if node.sentence and node.fate not in OUT_OF_THE_RUNNING]
+    sentences = [node for node in nodes if node.sentence and node.status not in NOT_CANDIDATES]
     values = contrasts(sentences, scorer)
-    found = Claims({}, {}, max(values.values(), default=0.0))
+    claims = Claims({}, {}, max(values.values(), default=0.0))
     for node in sentences:
         for match in pattern.finditer(node.sentence):
             question = config.ask(*match.groups())
-            said = found.sentences.setdefault(question, [])
-            if node.sentence not in said:
-                said.append(node.sentence)
-            found.strongest[question] = max(found.strongest.get(question, -2.0), values[node.node_id])
-    return found
+            wordings = claims.sentences.setdefault(question, [])
+            if node.sentence not in wordings:
+                wordings.append(node.sentence)
+            claims.strongest[question] = max(claims.strongest.get(question, -2.0), values[node.node_id])
+    return claims
 
 
-def strangers(own: Claims, pool: Iterable[str], number: int, key: str) -> list[str]:
-    """Choose questions that other images gave rise to and this tree did not, by a keyed hash of their words."""
-    strange = [question for question in pool if question not in own.sentences]
-    return sorted(strange, key=lambda question: _digest(f"{key}:{question}"))[:number]
-
-
-def questions(own: Claims, strange: Mapping[str, float], config: QuestionsConfig) -> list[tuple[str, bool]]:
-    """List (question, whether the answer is yes) about one prompt's image.
-
-    Yes is right for claims of the tree that hold; no for those that fail, and for claims
-    that the tree never made, if they fail. What the policy never claimed and relevance likes
-    all the same is left out: it is the scorer that errs more often there. No and yes take
-    turns, and so do the two kinds of no; what is left of no or yes comes last, up to
-    ``config.per_prompt``.
+def negative_questions(claims: Claims, pool: Iterable[str], number: int, key: str) -> list[str]:
+    """Choose questions that only other images gave rise to, by a keyed hash.
 
     Args:
-        strange: Contrasts of claims that only other trees make, by question.
+        claims: Claims of the prompt's own tree.
+        pool: Questions about the claims of all trees.
+        number: Maximum number of questions.
+        key: Key of the hash; the order of the pool has no influence.
     """
-    true = [(question, True) for question, value in own.strongest.items() if own.holds(value)]
-    false = [[(q, False) for q, value in claimed.items() if own.fails(value)] for claimed in (own.strongest, strange)]
-    turns = _in_turns(_in_turns(*false), true)
-    return turns[: config.per_prompt]
+    candidates = [question for question in pool if question not in claims.sentences]
+    return sorted(candidates, key=lambda question: _hash(f"{key}:{question}"))[:number]
 
 
-def worth_asking(pairs: Sequence[Pair], config: QuestionsConfig, key: str) -> list[Pair]:
-    """Keep the questions about one image if the policy does not answer all of them surely, or else mostly none.
+def choose_questions(claims: Claims, negatives: Mapping[str, float], config: QuestionsConfig) -> list[tuple[str, bool]]:
+    """Return up to ``config.per_prompt`` (question, whether the answer is yes) about one prompt's image.
 
-    Surely: log P(right answer) - log P(wrong answer) >= ``config.sure``, in nats. What is
-    known already would only be learnt to be said louder, at the cost of what descriptions
-    teach; but asking nothing lets the answers drift, so a share of ``config.rehearsed`` of
-    such images stays, by a keyed hash. All or none, since the sure yes beside an unsure no
-    is what keeps no from becoming a habit.
+    The answer is yes for claims of the tree that the image supports, and no for claims of the
+    tree, or of other trees, that it contradicts. Nothing is asked about the others. A claim of
+    another tree is never affirmed: where the policy did not make a claim but relevance is high,
+    the scorer is usually wrong. No and yes alternate, as do the two kinds of no; the rest of
+    the longer list comes last.
+
+    Args:
+        claims: Claims of the prompt's tree.
+        negatives: Question about a claim that only other trees make, to its contrast here.
+        config: Number of questions.
     """
-    sure = all(pair.chosen.logprob - pair.rejected.logprob >= config.sure for pair in pairs)
-    drawn = int.from_bytes(_digest(key)[:8]) / 2**64
-    return [] if sure and drawn >= config.rehearsed else list(pairs)
+    true = [(question, True) for question, value in claims.strongest.items() if claims.is_supported(value)]
+    false = [
+        [(question, False) for question, value in contrast_by_question.items() if claims.is_contradicted(value)]
+        for contrast_by_question in (claims.strongest, negatives)
+    ]
+    return _alternate(_alternate(*false), true)[: config.per_prompt]
 
 
-def _digest(text: str) -> bytes:
+def drop_if_sure(pairs: Sequence[Pair], config: QuestionsConfig, key: str) -> list[Pair]:
+    """Return the questions about one image, or none of them if the policy is sure of every answer.
+
+    It is sure of an answer if log P(right) - log P(wrong) >= ``config.sure`` nats. Training on
+    what it knows already would only amplify it, at the expense of the descriptions. But without
+    any questions the answers drift, so a fraction of ``config.rehearsed`` of such images is
+    kept, chosen by a keyed hash. Questions are kept or dropped together, because the sure yes
+    beside an unsure no prevents a bias toward no.
+    """
+    is_sure = all(pair.chosen.logprob - pair.rejected.logprob >= config.sure for pair in pairs)
+    uniform = int.from_bytes(_hash(key)[:8]) / 2**64
+    return [] if is_sure and uniform >= config.rehearsed else list(pairs)
+
+
+def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _in_turns(*lists: Sequence[_Item]) -> list[_Item]:
-    """Merge lists by taking one of each at a time, as long as there are any."""
+def _alternate(*lists: Sequence[_Item]) -> list[_Item]:
+    """Merge lists by taking one item of each in turn, until all are exhausted.
+
+    Example:
+        >>> _alternate([1, 2, 3], [10])
+        [1, 10, 2, 3]
+    """
     return [item for row in zip_longest(*lists) for item in row if item is not None]

@@ -1,12 +1,15 @@
-"""Sentence-level search (section 3.2.1, first half of algorithm 1).
+"""Search sentence by sentence (section 3.2.1, first half of algorithm 1).
 
-From every live partial response several candidate sentences are proposed and scored; the
-best and the worst partial responses go on; a response that ends by itself leaves the
-beam. Models appear only as what proposes and what scores, so everything here is pure.
+From every live partial response of a prompt, several candidate sentences are proposed and
+scored. The best and the worst partial responses (top-k and bottom-k) are expanded in the next
+round, until every response has ended. Models appear only as a proposer and a scoring function,
+so everything here is pure.
 
-Where the paper is silent: candidates of all live partial responses of a prompt compete
-with each other; a finished response is kept whatever its reward, since it costs no more
-generation; a sibling with the very tokens of an earlier one is recorded and not expanded.
+Where the paper leaves it open:
+
+- The candidates of all live partial responses of a prompt compete with each other.
+- A finished response is kept whatever its reward, since it needs no more generation.
+- A sibling with the same tokens as an earlier one is recorded but not expanded.
 """
 
 from __future__ import annotations
@@ -18,33 +21,35 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Protocol
 
-from csr_vlm.config.schema import FilterConfig, MethodConfig
+from csr_vlm.config.schema import FilterConfig, MethodConfig, SearchConfig
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Candidate, Expansion, Fate, Finish, Node, Prompt
+from csr_vlm.core.records import Candidate, Expansion, Finish, Node, NodeStatus, Prompt
 from csr_vlm.method.reward import bag_of_words, path_ids, response_reward, sentence_rewards
 
 Propose = Callable[[Sequence[Expansion]], Sequence[Sequence[Candidate]]]
-"""Continue each partial response by one sentence, several times."""
+"""Continues each partial response by one sentence, several times."""
+Score = Callable[[Sequence[tuple[Prompt, str]]], Sequence[Mapping[str, float]]]
+"""Returns the cosines of (prompt's image, sentence), by ledger column."""
 
 
 class Proposer(Protocol):
-    """Continues partial responses of many prompts, each prompt at its own pace."""
+    """Continue partial responses of many prompts, each prompt at its own pace."""
 
     def submit(self, requests: Sequence[Expansion]) -> None:
-        """Take on the next round of some prompts; no other partial response of theirs is asked for again."""
+        """Accept the next round of some prompts; none of their earlier partial responses follows later."""
         ...
 
     def collect(self) -> Sequence[tuple[Expansion, Sequence[Candidate]]]:
-        """Wait until some prompts have all their requests answered; give these, in the order of asking."""
+        """Wait for prompts whose requests are all answered; return these in the order of submission."""
         ...
 
     def release(self, prompt_id: str) -> None:
-        """Forget a prompt, all of whose requests are answered."""
+        """Free what is held for a prompt whose requests are all answered."""
         ...
 
 
-class InRounds:
-    """Makes a proposer of a function: everything submitted is answered together."""
+class RoundProposer:
+    """Turn a function into a proposer that answers everything submitted so far at once."""
 
     def __init__(self, propose: Propose) -> None:
         self._propose = propose
@@ -61,27 +66,23 @@ class InRounds:
         pass
 
 
-Score = Callable[[Sequence[tuple[Prompt, str]]], Sequence[Mapping[str, float]]]
-"""Cosines of (prompt's image, sentence), by scorer name."""
-
-
 @dataclass
 class Tree:
-    """The growing tree of one prompt."""
+    """Hold the growing tree of one prompt."""
 
     prompt: Prompt
     iteration: int
     nodes: list[Node] = field(default_factory=list)
     frontier: list[str] = field(default_factory=lambda: [""])
-    """Ids of the partial responses to expand next; the root at first."""
+    """Ids of the partial responses to expand next; first the root, whose id is empty."""
 
     def path(self, node_id: str) -> list[Node]:
-        """List a partial response's nodes from its first sentence on."""
+        """Return the nodes of a partial response, from its first sentence on."""
         by_id = {node.node_id: node for node in self.nodes}
-        return [by_id[part] for part in path_ids(node_id)] if node_id else []
+        return [by_id[ancestor] for ancestor in path_ids(node_id)] if node_id else []
 
     def expansions(self, method: MethodConfig, seed: int) -> list[Expansion]:
-        """Say what the engine is to continue."""
+        """Return the requests of the next round."""
         return [
             Expansion(
                 prompt=self.prompt,
@@ -100,68 +101,110 @@ class Tree:
         method: MethodConfig,
         scorer: str,
     ) -> None:
-        """Take one round's candidates, by the node they continue, and choose who goes on."""
-        fresh = [
-            self._node(parent, index, candidate, siblings, cosines, method)
-            for parent, siblings in candidates.items()
-            for index, candidate in enumerate(siblings)
+        """Add the candidates of one round and select the next frontier.
+
+        Args:
+            candidates: Candidate sentences, by the id of the node they continue.
+            cosines: Cosines by ledger column, by sentence.
+            method: Settings of search and reward.
+            scorer: Columns that the reward uses.
+
+        Raises:
+            CsrError: A log-probability or a cosine is not finite, or a cosine is missing.
+        """
+        new_nodes = [
+            self._node(parent_id, index, siblings, cosines, method.search)
+            for parent_id, siblings in candidates.items()
+            for index in range(len(siblings))
         ]
-        self.nodes += fresh
-        undecided = [node for node in fresh if node.fate is Fate.PRUNED]
-        kept = choose(self.nodes, undecided, method, scorer)
-        at_limit = all(node.depth >= method.search.max_sentences for node in undecided)
+        self.nodes += new_nodes
+        expandable = [node for node in new_nodes if node.status is NodeStatus.PRUNED]
+        kept = select_beam(self.nodes, expandable, method, scorer)
+        at_limit = all(node.depth >= method.search.max_sentences for node in expandable)
         if at_limit:
-            kept = dict.fromkeys(kept, Fate.TRUNCATED)
-        self.nodes = [replace(node, fate=kept[node.node_id]) if node.node_id in kept else node for node in self.nodes]
+            kept = dict.fromkeys(kept, NodeStatus.TRUNCATED)
+        self.nodes = [replace(node, status=kept[node.node_id]) if node.node_id in kept else node for node in self.nodes]
         self.frontier = [] if at_limit else list(kept)
 
     def _node(
         self,
-        parent: str,
+        parent_id: str,
         index: int,
-        candidate: Candidate,
         siblings: Sequence[Candidate],
         cosines: Mapping[str, Mapping[str, float]],
-        method: MethodConfig,
+        config: SearchConfig,
     ) -> Node:
-        earlier = self.path(parent)
-        if not all(map(isfinite, candidate.token_logprobs)):
-            raise CsrError(
-                f"prompt {self.prompt.prompt_id}: the policy gives a token the log-probability "
-                f"{next(lp for lp in candidate.token_logprobs if not isfinite(lp))}",
-                f"look at {self.prompt.image} and at the weights; float16 overflows where bfloat16 and float32 do not",
-            )
-        if candidate.token_ids in [sibling.token_ids for sibling in siblings[:index]]:
-            fate = Fate.DUPLICATE
-        elif not candidate.sentence:
-            # Nothing but an end: of the response so far, if there is one.
-            fate = Fate.FINISHED if candidate.finish is Finish.EOS and earlier else Fate.FILTERED
-        elif refused(candidate.sentence, [node.sentence for node in earlier], method.search.filters):
-            fate = Fate.FILTERED
-        elif candidate.finish is Finish.EOS:
-            fate = Fate.FINISHED
-        elif candidate.finish is Finish.LENGTH or self._too_long(earlier, candidate, method):
-            fate = Fate.TRUNCATED
-        else:
-            fate = Fate.PRUNED
+        candidate, context = siblings[index], self.path(parent_id)
+        self._check_logprobs(candidate)
         return Node(
             prompt_id=self.prompt.prompt_id,
             iteration=self.iteration,
-            node_id=f"{parent}.{index}" if parent else str(index),
-            parent_id=parent,
-            depth=len(earlier) + 1,
+            node_id=f"{parent_id}.{index}" if parent_id else str(index),
+            parent_id=parent_id,
+            depth=len(context) + 1,
             token_ids=candidate.token_ids,
             token_logprobs=candidate.token_logprobs,
             text=candidate.text,
             finish=candidate.finish,
-            fate=fate,
+            status=initial_status(candidate, siblings[:index], context, config),
             cosines=dict(cosines.get(candidate.sentence, {})),
         )
 
-    @staticmethod
-    def _too_long(earlier: Sequence[Node], candidate: Candidate, method: MethodConfig) -> bool:
-        limit = method.search.max_response_chars
-        return limit is not None and sum(len(node.text) for node in earlier) + len(candidate.text) > limit
+    def _check_logprobs(self, candidate: Candidate) -> None:
+        invalid = [logprob for logprob in candidate.token_logprobs if not isfinite(logprob)]
+        if invalid:
+            raise CsrError(
+                f"prompt {self.prompt.prompt_id}: the policy gives a token the log-probability {invalid[0]}",
+                f"check {self.prompt.image} and the weights; float16 overflows where bfloat16 and float32 do not",
+            )
+
+
+def initial_status(
+    candidate: Candidate, earlier_siblings: Sequence[Candidate], context: Sequence[Node], config: SearchConfig
+) -> NodeStatus:
+    """Return the status of a candidate before the beam is selected; ``PRUNED`` if it can be expanded.
+
+    Args:
+        candidate: A candidate sentence.
+        earlier_siblings: The candidates before it that continue the same partial response.
+        context: The nodes of that partial response.
+        config: Limits and filters.
+    """
+    if candidate.token_ids in [sibling.token_ids for sibling in earlier_siblings]:
+        return NodeStatus.DUPLICATE
+    if not candidate.sentence:  # it only ends the response, if there is one
+        return NodeStatus.FINISHED if candidate.finish is Finish.EOS and context else NodeStatus.FILTERED
+    if is_filtered(candidate.sentence, [node.sentence for node in context], config.filters):
+        return NodeStatus.FILTERED
+    if candidate.finish is Finish.EOS:
+        return NodeStatus.FINISHED
+    if candidate.finish is Finish.LENGTH or _exceeds_char_limit(candidate, context, config):
+        return NodeStatus.TRUNCATED
+    return NodeStatus.PRUNED
+
+
+def is_filtered(sentence: str, context: Sequence[str], filters: FilterConfig) -> bool:
+    """Return whether a candidate filter rejects a sentence.
+
+    Args:
+        sentence: A candidate sentence, without surrounding white space.
+        context: The sentences before it in the response.
+        filters: Which filters apply.
+    """
+    if len(sentence) < filters.min_chars:
+        return True
+    if filters.max_newlines is not None and sentence.count("\n") > filters.max_newlines:
+        return True
+    if filters.repeats and bag_of_words(sentence) in [bag_of_words(earlier) for earlier in context]:
+        return True
+    return filters.non_latin and any(
+        char.isalpha() and not unicodedata.name(char, "LATIN").startswith("LATIN") for char in sentence
+    )
+
+
+def _exceeds_char_limit(candidate: Candidate, context: Sequence[Node], config: SearchConfig) -> bool:
+    num_chars = sum(len(node.text) for node in context) + len(candidate.text)
+    return config.max_response_chars is not None and num_chars > config.max_response_chars
 
 
 def search(
@@ -174,13 +217,28 @@ def search(
     seed: int,
     scorer: str,
 ) -> list[Tree]:
-    """Grow the trees of some prompts, one sentence a round, until all have ended.
+    """Grow a tree for each prompt, one sentence a round, until all responses have ended.
 
-    A tree goes on as soon as its own round is answered. It depends on its prompt, the
-    iteration and the seed, not on its company. A plain function is asked :class:`InRounds`.
+    A tree enters its next round as soon as its own requests are answered. It depends only on
+    its prompt, the iteration, the seed and the settings, not on the other prompts.
+
+    Args:
+        prompts: Prompts to respond to.
+        proposer: Proposes candidate sentences; a plain function is wrapped in :class:`RoundProposer`.
+        score: Scores sentences against images.
+        method: Settings of search and reward.
+        iteration: Stored with every node, and part of the seed.
+        seed: Random seed of the run.
+        scorer: Columns that the reward uses.
+
+    Returns:
+        The trees, in the order of the prompts.
+
+    Raises:
+        CsrError: A log-probability or a cosine is not finite, or a cosine is missing.
     """
     if callable(proposer):
-        proposer = InRounds(proposer)
+        proposer = RoundProposer(proposer)
     trees = {prompt.prompt_id: Tree(prompt, iteration) for prompt in prompts}
     live = set(trees)
     proposer.submit([request for tree in trees.values() for request in tree.expansions(method, seed)])
@@ -188,57 +246,67 @@ def search(
         candidates: dict[str, dict[str, Sequence[Candidate]]] = defaultdict(dict)
         for request, siblings in proposer.collect():
             candidates[request.prompt.prompt_id][request.node_id] = siblings
-        grown = [trees[prompt_id] for prompt_id in candidates]
-        cosines = _score_once(grown, candidates, score)
-        for tree in grown:
+        answered = [trees[prompt_id] for prompt_id in candidates]
+        cosines = _score_distinct(answered, candidates, score)
+        for tree in answered:
             prompt_id = tree.prompt.prompt_id
             tree.grow(candidates[prompt_id], cosines[prompt_id], method, scorer)
             if not tree.frontier:
                 proposer.release(prompt_id)
                 live.remove(prompt_id)
-        proposer.submit([request for tree in grown for request in tree.expansions(method, seed)])
+        proposer.submit([request for tree in answered for request in tree.expansions(method, seed)])
     return list(trees.values())
 
 
-def _score_once(
+def _score_distinct(
     trees: Sequence[Tree], candidates: Mapping[str, Mapping[str, Sequence[Candidate]]], score: Score
 ) -> dict[str, dict[str, Mapping[str, float]]]:
     """Score each distinct sentence of each prompt once: prompt id -> sentence -> cosines."""
-    wanted: dict[str, dict[str, Mapping[str, float]]] = {}
+    scored: dict[str, dict[str, Mapping[str, float]]] = {}
     for tree in trees:
-        siblings = candidates[tree.prompt.prompt_id].values()
-        wanted[tree.prompt.prompt_id] = {c.sentence: {} for family in siblings for c in family if c.sentence}
-    items = [(tree.prompt, sentence) for tree in trees for sentence in wanted[tree.prompt.prompt_id]]
+        groups = candidates[tree.prompt.prompt_id].values()
+        scored[tree.prompt.prompt_id] = {c.sentence: {} for siblings in groups for c in siblings if c.sentence}
+    items = [(tree.prompt, sentence) for tree in trees for sentence in scored[tree.prompt.prompt_id]]
     for (prompt, sentence), cosines in zip(items, score(items), strict=True):
-        wanted[prompt.prompt_id][sentence] = cosines
-    return wanted
+        scored[prompt.prompt_id][sentence] = cosines
+    return scored
 
 
-def choose(nodes: Sequence[Node], candidates: Sequence[Node], method: MethodConfig, scorer: str) -> dict[str, Fate]:
-    """Pick the top-k and the bottom-k partial responses; ties go to the earlier node.
+def select_beam(
+    nodes: Sequence[Node], candidates: Sequence[Node], method: MethodConfig, scorer: str
+) -> dict[str, NodeStatus]:
+    """Select the top-k and the bottom-k partial responses; ties go to the earlier node.
 
     Args:
-        nodes: All of the prompt's nodes so far, the candidates among them.
-        candidates: Nodes of this round that may be expanded.
+        nodes: All nodes of the prompt so far, including the candidates.
+        candidates: Nodes of this round that can be expanded.
+        method: Settings of search and reward.
+        scorer: Columns that the reward uses.
 
     Returns:
-        The fate of those kept, best first, then worst first.
+        The status of each selected node, by its id: the best ones first, then the worst ones,
+        starting from the worst.
     """
-    merit = steering_scores(nodes, candidates, method, scorer)
-    best_first = sorted(candidates, key=lambda node: -merit[node.node_id])
+    scores = steering_scores(nodes, candidates, method, scorer)
+    best_first = sorted(candidates, key=lambda node: -scores[node.node_id])
     top = best_first[: method.search.keep_top]
     rest = best_first[method.search.keep_top :]
-    worst_first = sorted(rest, key=lambda node: merit[node.node_id])
+    worst_first = sorted(rest, key=lambda node: scores[node.node_id])
     bottom = worst_first[: method.search.keep_bottom]
-    return {node.node_id: Fate.TOP for node in top} | {node.node_id: Fate.BOTTOM for node in bottom}
+    return {node.node_id: NodeStatus.TOP for node in top} | {node.node_id: NodeStatus.BOTTOM for node in bottom}
 
 
 def steering_scores(
     nodes: Sequence[Node], candidates: Sequence[Node], method: MethodConfig, scorer: str
 ) -> dict[str, float]:
-    """Compute what ranks the partial responses that end in the candidates."""
+    """Compute the scores that rank the partial responses s_1..s_n that end in the candidates, by node id.
+
+    - ``sentence``: R(s_n)
+    - ``response``: R(y) of s_1..s_n
+    - ``logprob``: log P(s_1..s_n) per token
+    """
     by_id = {node.node_id: node for node in nodes}
-    paths = {node.node_id: [by_id[part] for part in path_ids(node.node_id)] for node in candidates}
+    paths = {node.node_id: [by_id[ancestor] for ancestor in path_ids(node.node_id)] for node in candidates}
     if method.search.steer_by == "logprob":
         return {
             node_id: sum(node.logprob for node in path) / sum(len(node.token_ids) for node in path)
@@ -251,16 +319,3 @@ def steering_scores(
         node_id: response_reward((rewards[node.node_id].total for node in path if node.sentence), method.reward)
         for node_id, path in paths.items()
     }
-
-
-def refused(text: str, earlier: Sequence[str], filters: FilterConfig) -> bool:
-    """Whether a candidate filter refuses the sentence."""
-    if len(text) < filters.min_chars:
-        return True
-    if filters.max_newlines is not None and text.count("\n") > filters.max_newlines:
-        return True
-    if filters.repeats and bag_of_words(text) in [bag_of_words(before) for before in earlier]:
-        return True
-    return filters.non_latin and any(
-        char.isalpha() and not unicodedata.name(char, "LATIN").startswith("LATIN") for char in text
-    )

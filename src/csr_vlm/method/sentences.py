@@ -1,8 +1,8 @@
-"""Where a sentence ends while it is being written.
+"""Decide where a sentence ends while it is being generated.
 
-A delimiter alone does not tell: "3.5", "Dr. Low" and "well..." have it too. So the rule
-also looks at what follows, one token ahead; the engine takes that token back, and the
-next sentence samples its first token anew.
+A delimiter alone does not decide: "3.5", "Dr. Low" and "well..." contain one as well. The rule
+therefore also looks at the next token; the engine then discards that token, and the next
+sentence samples its first token again.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _ABBREVIATIONS = frozenset(
 )
 _LAST_WORD = re.compile(r"([^\s(\[\"']+)$")
 _BEFORE_NUMBERS = frozenset({"no", "fig", "eq"})
-"""Abbreviations only before a number: "No. 5" against "No. There is a car."."""
+"""Words that are abbreviations only before a number: "No. 5" but not "No. There is a car."."""
 
 
 class SentenceRule:
-    """Decides whether a text that contains a delimiter is a finished sentence.
+    """Decide whether a text that contains a delimiter is a finished sentence.
 
     Args:
-        delimiters: The characters that end a sentence, such as ".".
+        delimiters: Characters that end a sentence, such as ".".
     """
 
     def __init__(self, delimiters: str = ".") -> None:
         self.delimiters = delimiters
 
     def ends(self, text: str, following: str | None) -> bool:
-        """Tell whether the sentence ends after ``text``.
+        """Return whether the sentence ends after ``text``.
 
         Args:
             text: The sentence so far.
@@ -50,7 +50,7 @@ class SentenceRule:
             return False
         if following is None:
             return True
-        if unicodedata.east_asian_width(body[-1]) in "WF":  # "。" is not followed by a space
+        if unicodedata.east_asian_width(body[-1]) in "WF":  # no space follows a "。"
             return following[:1] not in _CLOSERS
         if not (text[-1].isspace() or following[:1].isspace()):
             return False
@@ -63,7 +63,7 @@ class SentenceRule:
         return not (_is_list_number(body) or _is_abbreviation(body, following))
 
     def cut(self, text: str) -> Iterator[str]:
-        """Yield a whole text's sentences, and what is left behind the last.
+        """Yield the sentences of a complete text, and the rest after the last one.
 
         Example:
             >>> list(SentenceRule(".").cut("It costs 3.5 euros. Ask Dr. Low. And"))
@@ -82,11 +82,11 @@ def _is_abbreviation(body: str, following: str) -> bool:
     match = _LAST_WORD.search(body[:-1])
     word = match.group(1) if match else ""
     if word.lower() in _BEFORE_NUMBERS:
-        after = following.strip()  # empty where white space is a token of its own: wait for the next
+        after = following.strip()  # empty if white space is a token of its own: decide at the next token
         return not after or after[0].isdigit()
     return word.lower() in _ABBREVIATIONS or (len(word) == 1 and word.isupper() and word != "I")
 
 
 def _is_list_number(body: str) -> bool:
-    """Whether the sentence so far is only the number of a list item, such as "2."."""
+    """Return whether the sentence so far is only the number of a list item, such as "2."."""
     return body.strip()[:-1].isdigit()

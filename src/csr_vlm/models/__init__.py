@@ -1,0 +1,1 @@
+"""Load policies and their checkpoints, and encode prompts for them."""

@@ -1,8 +1,20 @@
-"""What model families do differently, as data.
+"""Describe how model families differ, as data.
 
-A family is found by its configuration's ``model_type``. The code that reads this table is
-the same for all; a model type that is not in it is taken for ``Family()``, whose defaults
-assume least, and :mod:`csr_vlm.generation.self_check` tells whether that was right.
+A family is looked up by its configuration's ``model_type``. The code that reads this table is the
+same for all families. A model type without an entry gets ``Family()``, whose defaults assume
+least, and :mod:`csr_vlm.generation.self_check` finds out whether they are right.
+
+To add a family:
+
+1. Try it: ``csr check`` on a recipe with the model compares the log-probabilities of generation
+   with those of transformers' own forward pass. If they agree, generation and scoring work.
+2. Add an entry to :data:`FAMILIES`, which speeds up generation (``features``) and training
+   (``causal``) and is required for other token positions or a model without a chat template.
+   Name the language model (``text_module``) and the projectors, so that LoRA adapts the former only.
+3. If its configuration names image tokens in a new way, add the option to :data:`IMAGE_TOKEN_OPTIONS`;
+   if its vision modules have new names, add them to :data:`FULL_PRECISION_MODULES`.
+4. Add a function that builds a tiny checkpoint to ``tests/families/checkpoints.py``. Every test in
+   ``tests/families`` then runs on it, and ``python -m tests.families.table`` writes docs/families.md.
 """
 
 from __future__ import annotations
@@ -15,30 +27,34 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Family:
-    """The quirks of one model type."""
+    """Describe one model type."""
 
-    features: Literal["each", "stacked", "never"] = "never"
-    """How image features computed beforehand go in: a tensor an image, one of all images' tiles, or not at all."""
-    positions: Literal["counted", "mrope"] = "counted"
-    """Token positions: counted along the row, or in time, height and width (Qwen)."""
+    features: Literal["per_image", "stacked", "never"] = "never"
+    """Form in which the model accepts precomputed image features: a list with one tensor per image,
+    one tensor with the tiles of all images, or not at all."""
+    positions: Literal["sequential", "mrope"] = "sequential"
+    """Token positions: one index per token, or three, for time, height and width (Qwen's M-RoPE)."""
     first_position: int = 0
-    """Position of a row's first token, where they are counted."""
-    response_type: int = 0
-    """Token type of what the model writes; PaliGemma tells prompt (0) from answer (1) by it."""
+    """Position of a row's first token, if positions are sequential."""
+    response_token_type: int = 0
+    """Token type id of response tokens; PaliGemma distinguishes prompt (0) and response (1) by it."""
     causal: bool = False
-    """Whether every token sees all before it and none after it; in some the picture's see each other."""
+    """True if every token attends to all earlier tokens and to no later one; in some families the
+    tokens of an image attend to each other."""
     chat: bool = True
-    """Whether the processor needs a chat template; without, the picture and the question are the prompt."""
+    """True if prompts are formatted by a chat template; if false, the prompt is the image and the question."""
     text_module: str = "(language_model|text_model)"
-    """Name (regex) of the language model inside the model."""
+    """Regular expression for the name of the language model inside the model."""
     projectors: tuple[str, ...] = ("multi_modal_projector", "connector", "merger")
-    """Names of what maps image features to the language model's width."""
+    """Names of the modules that map image features to the width of the language model."""
 
 
-_LLAVA = Family(features="each", causal=True, text_module="language_model", projectors=("multi_modal_projector",))
-_STACKED = Family(features="stacked", causal=True, text_module="language_model", projectors=("multi_modal_projector",))
-_QWEN = Family(features="each", positions="mrope", causal=True, text_module="language_model", projectors=("merger",))
-_IDEFICS = Family(features="each", causal=True, text_module="text_model", projectors=("connector",))
+_LLAVA = Family(features="per_image", causal=True, text_module="language_model", projectors=("multi_modal_projector",))
+_STACKED = replace(_LLAVA, features="stacked")
+_QWEN = Family(
+    features="per_image", positions="mrope", causal=True, text_module="language_model", projectors=("merger",)
+)
+_IDEFICS = Family(features="per_image", causal=True, text_module="text_model", projectors=("connector",))
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -49,32 +65,20 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "vipllava": _STACKED,
         "internvl": _STACKED,
         "gemma3": replace(_STACKED, causal=False),
-        "paligemma": Family(
-            features="stacked",
-            first_position=1,
-            response_type=1,
-            chat=False,
-            text_module="language_model",
-            projectors=("multi_modal_projector",),
-        ),
+        "paligemma": replace(_STACKED, causal=False, first_position=1, response_token_type=1, chat=False),
         "qwen2_vl": _QWEN,
         "qwen2_5_vl": _QWEN,
-        "qwen3_vl": Family(
-            features="each",
-            positions="mrope",
-            causal=True,
-            text_module="language_model",
-            projectors=("merger", "deepstack_merger_list"),
-        ),
+        "qwen3_vl": replace(_QWEN, projectors=("merger", "deepstack_merger_list")),
         "idefics3": _IDEFICS,
         "smolvlm": _IDEFICS,
     }
 )
+"""Family by ``model_type``."""
 
-NOT_INPUTS = frozenset({"input_ids", "attention_mask", "labels"})
-"""What a processor returns that is no extra input; PaliGemma's adds labels unasked."""
+NOT_EXTRA_INPUTS = frozenset({"input_ids", "attention_mask", "labels"})
+"""Outputs of a processor that are not extra inputs of the model; PaliGemma's always adds labels."""
 
-NOT_QUANTIZED = (
+FULL_PRECISION_MODULES = (
     "lm_head",
     "vision_tower",
     "vision_model",
@@ -82,9 +86,9 @@ NOT_QUANTIZED = (
     "multi_modal_projector",
     "connector",
 )
-"""Modules, by name, that stay in full precision when a model is loaded in 4 bits."""
+"""Names of modules that are not quantized when a model is loaded in 4 bits."""
 
-PICTURE_TOKENS = (
+IMAGE_TOKEN_OPTIONS = (
     "image_token_id",
     "image_token_index",
     "video_token_id",
@@ -94,20 +98,20 @@ PICTURE_TOKENS = (
     "vision_start_token_id",
     "vision_end_token_id",
 )
-"""Options of a configuration that name ids standing for pictures."""
+"""Options of a configuration that name tokens for images, videos or their borders."""
 
 
 def family_of(config: Any) -> Family:
-    """Look up the family of a model's configuration."""
+    """Return the family of a model's configuration."""
     return FAMILIES.get(config.model_type, Family())
 
 
-def picture_ids(config: Any, processor: Any) -> list[int]:
-    """List the ids that stand for pictures or their borders, sorted.
+def image_token_ids(config: Any, processor: Any) -> list[int]:
+    """Return the sorted ids that stand for images or their borders.
 
-    A response that contained an image placeholder could not be read back: the model would
-    look for an image that is not there.
+    A response with such a token could not be encoded again, since the model would expect an
+    image that does not exist.
     """
-    found = {getattr(config, name, None) for name in PICTURE_TOKENS}
-    found |= set(getattr(processor, "image_token_ids", None) or [])
-    return sorted(token for token in found if isinstance(token, int))
+    ids = {getattr(config, name, None) for name in IMAGE_TOKEN_OPTIONS}
+    ids |= set(getattr(processor, "image_token_ids", None) or [])
+    return sorted(token for token in ids if isinstance(token, int))

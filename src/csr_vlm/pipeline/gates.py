@@ -1,4 +1,4 @@
-"""Whether a run may go on: before training, by its pairs; after it, by what the policy became."""
+"""Decide whether a run may continue: before training by its pairs, after training by the new policy."""
 
 from __future__ import annotations
 
@@ -9,72 +9,73 @@ from typing import Any
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter, Silent
-from csr_vlm.evaluation.compare import Measured, broken_rules, compare, parse_rule
-from csr_vlm.method import audit as health
+from csr_vlm.evaluation.compare import EvaluatedPolicy, compare, parse_rule, triggered_rules
+from csr_vlm.method import audit as quality
 from csr_vlm.method.audit import Verdict
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.store import ledger
 from csr_vlm.store.run import Run
 
-_ENOUGH = 8
-"""Fewer responses to held-out prompts than this warn, and stop nothing."""
+_MIN_RESPONSES = 8
+"""With fewer held-out responses than this, the gate warns instead of stopping the run."""
 
 
-def audit(run: Run, iteration: int, tell: Reporter) -> bool:
-    """Judge an iteration's pairs before anything is trained on them.
+def audit(run: Run, iteration: int, reporter: Reporter) -> bool:
+    """Check an iteration's pairs before training on them.
 
     Returns:
-        Whether the run is to stop: a sign says so, and evaluation.audit is ``stop``.
+        True if the run must stop: a metric is beyond its stop bound and evaluation.audit is ``stop``.
+
+    Raises:
+        CsrError: The pairs of the first iteration stop the run.
     """
     if not run.is_done(iteration, "generate"):
-        return False  # pairs from outside have no ledger to look at
+        return False  # offline pairs have no ledger
     if not run.is_done(iteration, "audit"):
-        signs = pair_signs(run, iteration, run.config, tell)
-        found = health.findings(signs, health.PAIR_BOUNDS)
-        _conclude(run, iteration, "audit", signs, found)
-    return _announce(run, iteration, "audit", tell)
+        metrics = pair_metrics(run, iteration, run.config, reporter)
+        _record(run, iteration, "audit", metrics, quality.checks(metrics, quality.PAIR_BOUNDS))
+    return _report_outcome(run, iteration, "audit", reporter)
 
 
-def pair_signs(run: Run, iteration: int, config: RunConfig, tell: Reporter | None = None) -> dict[str, float]:
-    """Compute the signs of an iteration's ledger and of the pairs that a configuration makes of it."""
+def pair_metrics(run: Run, iteration: int, config: RunConfig, reporter: Reporter | None = None) -> dict[str, float]:
+    """Compute the quality metrics of an iteration's ledger and of the pairs that a configuration derives from it."""
     trees = []
-    found = zip(run.prompts(), ledger.trees(run, iteration), strict=True)
-    with (tell or Silent()).stage(f"iteration {iteration}: judging pairs", run.num_prompts) as advance:
-        for prompt, nodes in found:
-            pairs = make_pairs(prompt, nodes, config.method, config.scorer.used, config.seed)
-            made = [] if isinstance(pairs, str) else pairs
-            trees.append(health.tree_signs(nodes, made, config.method, config.scorer.used))
-            advance(1)
-    return health.pair_signs(trees)
+    with (reporter or Silent()).stage(f"iteration {iteration}: checking pairs", run.num_prompts) as progress:
+        for prompt, nodes in zip(run.prompts(), ledger.trees(run, iteration), strict=True):
+            pairs_or_reason = make_pairs(prompt, nodes, config.method, config.scorer.used, config.seed)
+            pairs = [] if isinstance(pairs_or_reason, str) else pairs_or_reason
+            trees.append(quality.tree_metrics(nodes, pairs, config.method, config.scorer.used))
+            progress.advance(1)
+    return quality.pair_metrics(trees)
 
 
-def gate(run: Run, iteration: int, tell: Reporter) -> bool:
-    """Judge a trained policy: by its responses to held-out prompts, and by evaluation.stop_if.
+def gate(run: Run, iteration: int, reporter: Reporter) -> bool:
+    """Check a trained policy: its responses to held-out prompts, and the rules in evaluation.stop_if.
 
     Returns:
-        Whether the run is to stop, with the iteration before as its result.
+        True if the run must stop, with the previous iteration as its result.
     """
     if not run.is_done(iteration, "gate"):
-        signs = response_signs(run, iteration)
-        found = health.findings(signs, health.RESPONSE_BOUNDS)
-        if _num_answers(run) < _ENOUGH:
-            found = [replace(f, verdict=Verdict.WARN) if f.verdict is Verdict.STOP else f for f in found]
+        metrics = response_metrics(run, iteration)
+        checks = quality.checks(metrics, quality.RESPONSE_BOUNDS)
+        if _num_heldout_responses(run) < _MIN_RESPONSES:
+            checks = [replace(c, verdict=Verdict.WARN) if c.verdict is Verdict.STOP else c for c in checks]
         against = 0 if run.config.evaluation.stop_against == "base" else iteration - 1
-        _conclude(run, iteration, "gate", signs, found, broken=_broken(run, iteration, against), against=against)
-    return _announce(run, iteration, "gate", tell)
+        _record(run, iteration, "gate", metrics, checks, broken=_broken_rules(run, iteration, against), against=against)
+    return _report_outcome(run, iteration, "gate", reporter)
 
 
-def _num_answers(run: Run) -> int:
+def _num_heldout_responses(run: Run) -> int:
     return int(run.result(0, "evaluate").get("heldout", {}).get("sentences", {}).get("n", 0))
 
 
-def response_signs(run: Run, iteration: int) -> dict[str, float]:
-    """Compare the policy's responses to held-out prompts with the base model's; empty without any."""
-    base, now = (run.result(number, "evaluate").get("heldout") for number in (0, iteration))
-    if not base or not now:
+def response_metrics(run: Run, iteration: int) -> dict[str, float]:
+    """Compare the policy's responses to held-out prompts with the base model's; empty if there are none."""
+    base, policy = (run.result(number, "evaluate").get("heldout") for number in (0, iteration))
+    if not base or not policy:
         return {}
     log = run.result(iteration, "train")["log"] if run.is_done(iteration, "train") else []
-    return health.response_signs(_values(base), _values(now), _chosen_change(run, log))
+    return quality.response_metrics(_values(base), _values(policy), _chosen_change(run, log))
 
 
 def _values(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
@@ -82,7 +83,11 @@ def _values(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, floa
 
 
 def _chosen_change(run: Run, log: list[dict[str, float]]) -> float | None:
-    """Mean change of log P(chosen) against the reference over the last quarter of the training, in nats."""
+    """Compute the mean of log P_policy(chosen) - log P_reference(chosen) over the last quarter of training, in nats.
+
+    Returns:
+        None if the log has no rewards or beta is 0.
+    """
     rewards = [entry["rewards/chosen"] for entry in log if "rewards/chosen" in entry]
     if not rewards:
         return None
@@ -91,47 +96,51 @@ def _chosen_change(run: Run, log: list[dict[str, float]]) -> float | None:
     return sum(last) / len(last) / beta if beta else None
 
 
-def _broken(run: Run, iteration: int, against: int) -> list[str]:
+def _broken_rules(run: Run, iteration: int, against: int) -> list[str]:
     rules = [parse_rule(rule) for rule in run.config.evaluation.stop_if]
-    return broken_rules(rules, compare(Measured(run, against), Measured(run, iteration))) if rules else []
+    return (
+        triggered_rules(rules, compare(EvaluatedPolicy(run, against), EvaluatedPolicy(run, iteration))) if rules else []
+    )
 
 
-def _conclude(
+def _record(
     run: Run,
     iteration: int,
     stage: str,
-    signs: Mapping[str, float],
-    found: list[health.Finding],
+    metrics: Mapping[str, float],
+    checks: list[quality.Check],
     broken: Sequence[str] = (),
-    **more: Any,
+    **extra: Any,
 ) -> None:
-    verdict = health.worst(found)
+    """Write the marker of a gate: its metrics, checks, verdict and reasons to stop."""
+    verdict = quality.worst_verdict(checks)
     stops = verdict is Verdict.STOP and run.config.evaluation.audit == "stop"
     run.mark_done(
         iteration,
         stage,
         verdict=verdict.value,
         stopped=stops or bool(broken),
-        signs=dict(signs),
-        findings=health.dump(found),
-        reasons=[*broken, *(f.reason for f in found if f.verdict is Verdict.STOP)],
-        **more,
+        metrics=dict(metrics),
+        checks=quality.dump(checks),
+        reasons=[*broken, *(check.reason for check in checks if check.verdict is Verdict.STOP)],
+        **extra,
     )
 
 
-def _announce(run: Run, iteration: int, stage: str, tell: Reporter) -> bool:
+def _report_outcome(run: Run, iteration: int, stage: str, reporter: Reporter) -> bool:
+    """Log the warnings and reasons in a gate's marker; return whether the run stops."""
     result: dict[str, Any] = run.result(iteration, stage)
     if run.config.evaluation.audit != "off":
-        for finding in result["findings"]:
-            if finding["verdict"] != Verdict.GO.value and not result["stopped"]:
-                tell.say(f"iteration {iteration}: warning: {finding['reason']}")
+        for check in result["checks"]:
+            if check["verdict"] != Verdict.GO.value and not result["stopped"]:
+                reporter.log(f"iteration {iteration}: warning: {check['reason']}")
     if result["stopped"]:
         for reason in result["reasons"]:
-            tell.say(f"iteration {iteration}: stopped: {reason}")
+            reporter.log(f"iteration {iteration}: stopped: {reason}")
         if iteration == 1 and stage == "audit":
             raise CsrError(
                 f"these pairs are not worth training on: {'; '.join(result['reasons'])}",
-                f"csr audit {run.root} shows all signs; a new run with evaluation.audit=warn trains all the same",
+                f"csr audit {run.root} shows all metrics; evaluation.audit=warn in a new run trains anyway",
             )
-        tell.say(f"the result is {'iteration ' + str(iteration - 1) if iteration > 1 else 'the base model'}")
+        reporter.log(f"the result is {'iteration ' + str(iteration - 1) if iteration > 1 else 'the base model'}")
     return bool(result["stopped"])

@@ -1,59 +1,79 @@
-"""What a few pictures tell about model and scorer before a run is begun."""
+"""Try model and scorer on a few images before a run."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import ModelConfig, RunConfig
 from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.prompts import InputReport, read_prompts
-from csr_vlm.method.audit import SCORER_BOUND, Verdict, pair_signs, tree_signs
+from csr_vlm.method.audit import SCORER_BOUND, Verdict, pair_metrics, tree_metrics
 
-_PROMPTS = 16
-_SHORT = {"method": {"search": {"max_sentences": 2}}}
-"""Enough sentences to judge a scorer by."""
+if TYPE_CHECKING:
+    from csr_vlm.models.policy import Policy
+
+_NUM_PROMPTS = 16
+_SHORT_SEARCH = {"method": {"search": {"max_sentences": 2}}}
+"""Enough sentences to check the scorer."""
 
 
-def try_out(config: RunConfig, tell: Reporter) -> dict[str, Any]:
-    """Let a model whose weights are on disk write a few sentences; see whether it and the scorer do as they should.
+@dataclass(frozen=True)
+class Preflight:
+    """Represent the outcome of a preflight; None where a check could not be done."""
 
-    Returns:
-        ``estimate``: the difference between generated and teacher-forced log-probabilities in
-        nats a token, and the scorer's agreement, the share of sentences that it finds to suit
-        their own picture better than the average other one. ``warnings``: what follows from
-        that. Both empty where there are no weights or no prompt yet.
+    log_prob_difference_nats: float | None = None
+    """Mean |generated - teacher-forced| log-probability of a token."""
+    scorer_agreement: float | None = None
+    """Share of sentences that the scorer finds closer to their own image than to the average other one."""
+    scorer_images: int | None = None
+    """Number of images behind ``scorer_agreement``."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """List what the scorer's agreement warns about."""
+        agreement = self.scorer_agreement
+        if agreement is None or SCORER_BOUND.judge(agreement) is Verdict.GO:
+            return []
+        return [SCORER_BOUND.reason.format(value=agreement)]
+
+    def dump(self) -> dict[str, Any]:
+        """Return the measured values as JSON data."""
+        return asdict(self)
+
+
+def run_preflight(config: RunConfig, reporter: Reporter) -> Preflight:
+    """Generate a few sentences if the weights are on disk, and check model and scorer on them.
 
     Raises:
-        CsrError: Model or scorer cannot be loaded, or the model does not do as it should.
+        CsrError: Model or scorer cannot be loaded, or the model fails its self-check.
     """
-    found: dict[str, Any] = {"estimate": {}, "warnings": []}
-    if not _weights_at_hand(config.model):
-        return found
+    if not _has_local_weights(config.model):
+        return Preflight()
     with tempfile.TemporaryDirectory() as images:
         rows = read_prompts(config.data, InputReport(), seed=config.seed, images=Path(images))
-        prompts = list(islice(rows, _PROMPTS))
+        prompts = list(islice(rows, _NUM_PROMPTS))
         if not prompts:
-            return found
-        with tell.stage("trying the model", 1) as advance:
-            policy = _checked(config, prompts[0], found["estimate"])
-            advance(1)
-        with tell.stage("trying the scorer", 1) as advance:
-            agreement = _agreement(config, policy, prompts)
-            advance(1)
-    if agreement is not None:
-        found["estimate"][f"scorer's agreement, {len(prompts)} pictures"] = round(agreement, 3)
-        if SCORER_BOUND.judge(agreement) is not Verdict.GO:
-            found["warnings"].append(SCORER_BOUND.reason.format(value=agreement))
-    return found
+            return Preflight()
+        with reporter.stage("trying the model", 1) as progress:
+            policy, difference = _check_policy(config, prompts[0])
+            progress.advance(1)
+        with reporter.stage("trying the scorer", 1) as progress:
+            agreement = _scorer_agreement(config, policy, prompts)
+            progress.advance(1)
+    if agreement is None:
+        return Preflight(difference)
+    return Preflight(difference, round(agreement, 3), len(prompts))
 
 
-def _weights_at_hand(model: ModelConfig) -> bool:
-    """Tell whether the weights lie in a directory or in the hub's cache, so that nothing is downloaded."""
+def _has_local_weights(model: ModelConfig) -> bool:
+    """Return whether the weights are in a directory or in the hub's cache, so that nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
     directory = Path(model.path)
@@ -65,26 +85,26 @@ def _weights_at_hand(model: ModelConfig) -> bool:
     return any(directory.glob("*.safetensors"))
 
 
-def _checked(config: RunConfig, prompt: Prompt, estimate: dict[str, Any]) -> Any:
+def _check_policy(config: RunConfig, prompt: Prompt) -> tuple[Policy, float]:
+    """Load the policy and run its self-check; return it with the difference in nats per token."""
     from csr_vlm.generation.self_check import self_check
-    from csr_vlm.models.policy import load_policy
+    from csr_vlm.models.loading import load_policy
 
     adapter = None if config.model.adapter is None else Path(config.model.adapter)
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)
-    estimate["generated against scored, nats a token"] = float(f"{self_check(policy, prompt):.1e}")
-    return policy
+    return policy, float(f"{self_check(policy, prompt):.1e}")
 
 
-def _agreement(config: RunConfig, policy: Any, prompts: list[Prompt]) -> float | None:
-    """Search shallowly; None where sentences are not compared with other pictures, or there are none."""
+def _scorer_agreement(config: RunConfig, policy: Policy, prompts: list[Prompt]) -> float | None:
+    """Measure the scorer on a shallow search; None if it compares no images or there are no sentences."""
     if not config.scorer.others or len({prompt.image for prompt in prompts}) < 2:
         return None
     from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.pipeline.tasks import load_scorer_of, search_trees
+    from csr_vlm.pipeline.tasks import load_run_scorer, search_trees
 
-    short = resolve(merged(config.dump(), _SHORT))
-    scorer = load_scorer_of(short, None)
+    short = resolve(merged(config.dump(), _SHORT_SEARCH))
+    scorer = load_run_scorer(short, None)
     engine = TransformersEngine(policy, short.generation.max_rows, short.generation.attention)
     trees = search_trees(prompts, prompts, engine, scorer, short, 1)
-    signs = pair_signs(tree_signs(tree.nodes, [], short.method, short.scorer.used) for tree in trees)
-    return signs.get("scorer_agreement")
+    metrics = pair_metrics(tree_metrics(tree.nodes, [], short.method, short.scorer.used) for tree in trees)
+    return metrics.get("scorer_agreement")

@@ -1,7 +1,7 @@
-"""What a run is doing, read from its directory alone: the view that ``csr watch`` shows.
+"""Read what a run is doing from its directory alone, for ``csr watch``.
 
-Whether somebody works in it is asked of the lock, which the system frees however the process
-ends; how far the work is stands in ``progress.json``, what is done in the stages' markers.
+The lock tells whether a process works in the directory (the system frees it however the process
+ends), ``progress.json`` how far the current stage is, and the stages' markers what is done.
 """
 
 from __future__ import annotations
@@ -12,46 +12,47 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
-from csr_vlm.core.batching import spread
+from csr_vlm.core.batching import evenly_spaced
 from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import responses
+from csr_vlm.pipeline.schedule import Step, StepState, schedule, seconds_left
 from csr_vlm.store import files, tables
-from csr_vlm.store.progress_file import Progress, read_progress
+from csr_vlm.store.progress_file import ProgressRecord, read_progress
 from csr_vlm.store.run import Run
+from csr_vlm.store.stage_names import TIMED_STAGES
 
-State = Literal["waiting", "running", "finished", "failed", "interrupted", "gone"]
-"""``gone``: the process ended without a word; ``waiting``: none has begun."""
-STAGES = ("generate", "pairs", "train", "evaluate")
-_MOST_SAMPLES = 3
-_MOST_CHARS = 400
+RunState = Literal["waiting", "running", "finished", "failed", "interrupted", "gone"]
+"""``gone``: the process exited unexpectedly; ``waiting``: no process has begun."""
+_MAX_SAMPLES = 3
+_MAX_CHARS = 400
 
 
 @dataclass(frozen=True)
-class Current:
-    """The stage in progress."""
+class CurrentStage:
+    """Represent the stage in progress."""
 
     title: str
     done: int
     total: int
-    """0 where it is not known."""
+    """0 if unknown."""
     rate: float | None
-    """Items a second."""
+    """Items per second."""
     seconds: float
-    """Since it began."""
+    """Seconds since the stage began."""
     left: float | None
-    """Seconds until it is done, at this rate."""
+    """Seconds left at this rate."""
     numbers: Mapping[str, float]
+    """Metrics that the stage reports, such as the training loss."""
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """A response that the policy gave lately."""
+class SampleResponse:
+    """Represent a recent response of the policy."""
 
     prompt_id: str
     text: str
@@ -59,140 +60,125 @@ class Spoken:
 
 
 @dataclass(frozen=True)
-class View:
+class RunStatus:
+    """Represent the status of a run at one moment."""
+
     run: str
     model: str
-    state: State
+    state: RunState
     why: str
-    """How the work ended, where it did."""
+    """How the work ended; empty while it goes on."""
     iterations: int
-    current: Current | None
+    current: CurrentStage | None
     left: float | None
-    """Seconds until the whole run is done; None until every kind of stage was timed."""
+    """Seconds left in the whole run; None until every kind of stage has been timed."""
     quiet_for: float | None
-    """Seconds since the process last wrote down its progress."""
+    """Seconds since the process last updated its progress file."""
     stages: Mapping[int, Mapping[str, float | None]]
-    """Iteration (0: the base model) to finished stage to its seconds."""
+    """Seconds of each finished stage, by iteration (0: base model)."""
     metrics: Mapping[int, Mapping[str, Any]]
     said: Sequence[str]
-    samples: Sequence[Spoken]
+    """Last log lines."""
+    samples: Sequence[SampleResponse]
 
     def dump(self) -> dict[str, Any]:
+        """Return the status as JSON data."""
         return asdict(self)
 
 
 class Watcher:
-    """Looks at a run again and again; what is slow to read is read when it changes."""
+    """Read the status of a run repeatedly; sample responses are read again only when they change."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._read: Path | None = None
-        self._samples: Sequence[Spoken] = ()
+        self._samples_path: Path | None = None
+        self._samples: Sequence[SampleResponse] = ()
 
-    def look(self) -> View:
-        """Take one view."""
+    def read(self) -> RunStatus:
+        """Read the status now."""
         run = self._run
         in_use, progress = run.in_use(), read_progress(run.root)
         state = _state(run, in_use, progress)
-        if progress is not None and in_use and not _is_at_work(progress):
-            progress = None  # another command works here now, one that keeps no account
+        if progress is not None and in_use and not _is_current(progress):
+            progress = None  # another command works here and writes no progress file
         current = _current(progress) if progress is not None and state != "finished" else None
-        stages = _stages(run)
-        return View(
+        steps = schedule(run)
+        return RunStatus(
             run=str(run.root),
             model=run.config.model.path,
             state=state,
             why=_why(run, state, progress),
             iterations=run.config.iterations,
             current=current,
-            left=_left(run, stages, current) if state == "running" else None,
+            left=seconds_left(steps, current.left if current else None) if state == "running" else None,
             quiet_for=time.time() - progress.updated if progress is not None and state == "running" else None,
-            stages=stages,
+            stages=_durations(run, steps),
             metrics={number: run.metrics(number) for number in run.iterations_done("evaluate")},
             said=progress.said if progress is not None else (),
             samples=self._newest_samples(),
         )
 
-    def _newest_samples(self) -> Sequence[Spoken]:
-        path = _newest(self._run)
-        if path is not None and path != self._read:
+    def _newest_samples(self) -> Sequence[SampleResponse]:
+        path = _newest_responses(self._run)
+        if path is not None and path != self._samples_path:
             self._samples = _samples(self._run, path)
-            self._read = path
+            self._samples_path = path
         return self._samples
 
 
-def _state(run: Run, in_use: bool, progress: Progress | None) -> State:
+def _state(run: Run, in_use: bool, progress: ProgressRecord | None) -> RunState:
     if in_use:
         return "running"
     if run.is_finished:
         return "finished"
     if progress is None:
         return "waiting"
-    # A single stage that was asked for may be done where the run is not.
+    # A command may have finished one stage of a run that is not finished.
     return {"working": "gone", "done": "waiting", "failed": "failed", "interrupted": "interrupted"}[progress.state]  # type: ignore[return-value]
 
 
-def _is_at_work(progress: Progress) -> bool:
-    """Whether who wrote the account may still be writing it; of another machine's processes nothing is known."""
+def _is_current(progress: ProgressRecord) -> bool:
+    """Check whether the process that wrote the progress may still be alive; on another machine, assume that it is."""
     if progress.state != "working" or progress.host != platform.node():
         return progress.state == "working"
     try:
         os.kill(progress.pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # the process of another user
         return True
     return True
 
 
-def _why(run: Run, state: State, progress: Progress | None) -> str:
+def _why(run: Run, state: RunState, progress: ProgressRecord | None) -> str:
     if state == "finished" and run.stopped_at is not None:
         return f"stopped at iteration {run.stopped_at}; the result is {policy_name(run.final)}"
     if state == "failed" and progress is not None:
         return progress.error
-    return {"gone": "its process ended without a word", "waiting": "nobody works in it"}.get(state, "")
+    return {"gone": "the process exited unexpectedly", "waiting": "idle"}.get(state, "")
 
 
-def _current(progress: Progress) -> Current | None:
+def _current(progress: ProgressRecord) -> CurrentStage | None:
     stage = progress.stage
     if stage is None:
         return None
     left = None
     if stage.total and stage.rate:
-        passed = time.time() - progress.updated if progress.state == "working" else 0.0
-        left = max((stage.total - stage.done) / stage.rate - passed, 0.0)
+        elapsed = time.time() - progress.updated if progress.state == "working" else 0.0
+        left = max((stage.total - stage.done) / stage.rate - elapsed, 0.0)
     seconds = progress.updated - stage.started
-    return Current(stage.title, stage.done, stage.total, stage.rate, seconds, left, stage.numbers)
+    return CurrentStage(stage.title, stage.done, stage.total, stage.rate, seconds, left, stage.numbers)
 
 
-def _stages(run: Run) -> dict[int, dict[str, float | None]]:
-    return {
-        number: {stage: run.result(number, stage).get("seconds") for stage in STAGES if run.is_done(number, stage)}
-        for number in range(run.config.iterations + 1)
-    }
+def _durations(run: Run, steps: Sequence[Step]) -> dict[int, dict[str, float | None]]:
+    durations: dict[int, dict[str, float | None]] = {number: {} for number in range(run.config.iterations + 1)}
+    for step in steps:
+        if step.state is StepState.DONE and step.stage in TIMED_STAGES:
+            durations[step.iteration][step.stage] = step.seconds
+    return durations
 
 
-def _left(run: Run, stages: Mapping[int, Mapping[str, float | None]], current: Current | None) -> float | None:
-    """Add up what is to do, each stage as long as its like took; the one at work by its own rate."""
-    took = {
-        stage: [seconds for mine in stages.values() if (seconds := mine.get(stage)) is not None] for stage in STAGES
-    }
-    missing = [
-        stage
-        for number in range(run.config.iterations + 1)
-        for stage in (STAGES if number else STAGES[-1:])
-        if stage not in stages[number]
-    ]
-    if current is not None and current.left is not None and missing:
-        first, missing = current.left, missing[1:]
-    else:
-        first = 0.0
-    if not all(took[stage] for stage in missing):
-        return None
-    return first + sum(fmean(took[stage]) for stage in missing)
-
-
-def _newest(run: Run) -> Path | None:
+def _newest_responses(run: Run) -> Path | None:
     """Return the evaluation or ledger part that was written last."""
     paths = [
         path
@@ -203,26 +189,27 @@ def _newest(run: Run) -> Path | None:
     return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _samples(run: Run, path: Path) -> list[Spoken]:
-    """Take some responses from an evaluation, or the best ones of a ledger part."""
+def _samples(run: Run, path: Path) -> list[SampleResponse]:
+    """Select some responses of an evaluation, or the best responses of some prompts in a ledger part."""
     number = int(path.parent.parent.name.removeprefix("iteration-"))
     if path.suffix == ".json":
-        rows = files.read_json(path)["rows"]
+        rows = evenly_spaced(files.read_json(path)["rows"], _MAX_SAMPLES)
         source = f"{policy_name(number)}, {path.stem}"
-        return [Spoken(str(row["id"]), _short(row["text"]), source) for row in spread(rows, _MOST_SAMPLES)]
-    ids = dict.fromkeys(pq.read_table(path, columns=["prompt_id"]).column("prompt_id").to_pylist())
-    found = []
-    for prompt_id in list(ids)[-_MOST_SAMPLES:]:
+        return [SampleResponse(str(row["id"]), _shorten(row["text"]), source) for row in rows]
+    prompt_ids = dict.fromkeys(pq.read_table(path, columns=["prompt_id"]).column("prompt_id").to_pylist())
+    source = f"{policy_name(number - 1)}, best of its search"
+    samples = []
+    for prompt_id in list(prompt_ids)[-_MAX_SAMPLES:]:
         nodes = tables.read_nodes_of(path, [prompt_id])
         try:
-            said = responses(nodes, run.config.method, run.config.scorer.used)
-        except CsrError:  # scored otherwise than the run is configured now
+            complete = responses(nodes, run.config.method, run.config.scorer.used)
+        except CsrError:  # the ledger lacks a score that the current configuration names
             continue
-        if said:
-            best = max(said, key=lambda response: response.reward)
-            found.append(Spoken(prompt_id, _short(best.text), f"{policy_name(number - 1)}, best of its search"))
-    return found
+        if complete:
+            best = max(complete, key=lambda response: response.reward)
+            samples.append(SampleResponse(prompt_id, _shorten(best.text), source))
+    return samples
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _MOST_CHARS else f"{text[:_MOST_CHARS]} …"
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]} …"

@@ -1,7 +1,7 @@
-"""What the processes of a run share out among them: searching, scoring, training.
+"""Define the work that a run's processes share: search, scoring, claim questions and training.
 
-Everything here is opened by name in any process (see :mod:`csr_vlm.scale.executor`) and works
-from the run directory alone.
+Any process can build these workers by name (see :mod:`csr_vlm.scale.executor`); they read and write
+the run directory alone.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from csr_vlm.config.load import scorer_config
 from csr_vlm.config.schema import RunConfig
-from csr_vlm.core.progress import Advance
+from csr_vlm.core.progress import Progress
 from csr_vlm.core.records import Node, Prompt
 from csr_vlm.method.search import Tree, search
-from csr_vlm.pipeline.claim_questions import Asker
-from csr_vlm.scale.executor import Done
+from csr_vlm.pipeline.claim_questions import ClaimQuestioner
+from csr_vlm.scale.executor import ItemResult
 from csr_vlm.store import files, ledger, parts, tables
 from csr_vlm.store.run import Run
 
@@ -30,108 +30,121 @@ if TYPE_CHECKING:
     from csr_vlm.scoring.scorer import ScorerGroup
 
 
-class Search:
-    """Search with the last iteration's policy; an item is a group of prompts and becomes a part of the ledger."""
+class SearchWorker:
+    """Search with the previous iteration's policy. An item is a group of prompts and becomes a ledger part."""
 
-    def __init__(self, root: Path, iteration: int, say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, iteration: int, log: Callable[[str], None]) -> None:
         from csr_vlm.generation.engines import open_engine
 
         self._run = Run.open(root)
         self._iteration = iteration
         self._groups = tables.PromptGroups(self._run.prompts_path)
-        self._company = self._groups[0]
+        self._filler_prompts = self._groups[0]
         config, adapter = self._run.config, self._run.adapter_path(iteration - 1)
-        self._scorer = load_scorer_of(config, adapter)
-        self._open = ExitStack()
-        self._engine = self._open.enter_context(open_engine(config, adapter, self._company[0], say))
+        self._scorer = load_run_scorer(config, adapter)
+        self._resources = ExitStack()
+        self._engine = self._resources.enter_context(open_engine(config, adapter, self._filler_prompts[0], log))
 
-    def do(self, item: int) -> Done:
+    def run_item(self, item: int) -> ItemResult:
+        """Write the ledger part of a group unless it exists; count its prompts and node statuses."""
         prompts, config = self._groups[item], self._run.config
         part = self._run.iteration(self._iteration) / "ledger" / part_name(item, prompts, config, self._iteration)
         if part.exists():
             nodes = list(tables.read_nodes(part))
         else:
-            trees = search_trees(prompts, self._company, self._engine, self._scorer, config, self._iteration)
+            trees = search_trees(prompts, self._filler_prompts, self._engine, self._scorer, config, self._iteration)
             nodes = [node for tree in trees for node in tree.nodes]
             tables.write_nodes(part, nodes)
         sentences = [node.sentence for node in nodes if node.sentence]
         tally = {
-            "fates": Counter(node.fate.value for node in nodes),
+            "statuses": Counter(node.status.value for node in nodes),
             "sentences_over_length": Counter(self._scorer.num_over_length(sentences)),
         }
-        return Done(len(prompts), tally)
+        return ItemResult(len(prompts), tally)
 
     def close(self) -> None:
-        self._open.close()
+        """Free the engine."""
+        self._resources.close()
 
 
-class Rescore:
-    """Add a scorer's cosines to every sentence of a ledger; an item is a part."""
+class RescoreWorker:
+    """Add a scorer's cosines to every sentence of a ledger. An item is a ledger part."""
 
-    def __init__(self, root: Path, iteration: int, scorer: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, iteration: int, scorer: Mapping[str, Any], log: Callable[[str], None]) -> None:
         run = Run.open(root)
         self._config = scorer_config(**scorer)
         config = run.config.model_copy(update={"scorer": self._config})
-        self._scorer = load_scorer_of(config, run.adapter_path(iteration - 1))
+        self._scorer = load_run_scorer(config, run.adapter_path(iteration - 1))
         groups = list(tables.prompt_groups(run.prompts_path))
         self._prompts = {prompt.prompt_id: (number, prompt) for number, group in enumerate(groups) for prompt in group}
-        self._company = groups[0]
+        self._filler_prompts = groups[0]
         self._parts = run.ledger_parts(iteration)
 
-    def do(self, item: int) -> Done:
+    def run_item(self, item: int) -> ItemResult:
+        """Rewrite a part with the new cosines."""
         part = self._parts[item]
-        by_work_item = groupby(tables.read_nodes(part), key=lambda node: self._prompts[node.prompt_id][0])
-        tables.write_nodes(part, (node for _, nodes in by_work_item for node in self._scored(list(nodes))))
-        return Done(1, {})
+        groups = groupby(tables.read_nodes(part), key=lambda node: self._prompts[node.prompt_id][0])
+        tables.write_nodes(part, (node for _, nodes in groups for node in self._scored(list(nodes))))
+        return ItemResult(1, {})
 
     def _scored(self, nodes: Sequence[Node]) -> Iterator[Node]:
-        """Score the nodes of one work item, whose pictures are compared among each other."""
+        """Score the nodes of one group of prompts, whose images are each other's negatives."""
         items = [(self._prompts[node.prompt_id][1], node.sentence) for node in nodes if node.sentence]
-        own = [self._prompts[prompt_id][1] for prompt_id in dict.fromkeys(node.prompt_id for node in nodes)]
-        self._scorer.compare_among([*own, *self._company], self._config.others)
+        prompts = [self._prompts[prompt_id][1] for prompt_id in dict.fromkeys(node.prompt_id for node in nodes)]
+        self._scorer.set_negative_images([*prompts, *self._filler_prompts], self._config.others)
         scores = iter(self._scorer.score(items))
         yield from (replace(n, cosines={**n.cosines, **next(scores)}) if n.sentence else n for n in nodes)
         self._scorer.forget()
 
     def close(self) -> None:
+        """Free the scorer's embeddings."""
         self._scorer.forget()
 
 
-class Ask:
-    """Ask the last iteration's policy about its claims; an item is a group of prompts and becomes a file of pairs."""
+class QuestionWorker:
+    """Ask the previous policy about its claims. An item is a group of prompts and becomes a file of pairs."""
 
-    def __init__(self, root: Path, iteration: int, say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, iteration: int, log: Callable[[str], None]) -> None:
         run = Run.open(root)
-        engine, scorer = engine_and_scorer(run.config, run.adapter_path(iteration - 1), say)
+        engine, scorer = load_engine_and_scorer(run.config, run.adapter_path(iteration - 1), log)
         self._groups = tables.PromptGroups(run.prompts_path)
-        self._asker = Asker(run.config, engine.policy, scorer, iteration, self._groups[0])
-        self._ledger = {item: part for part in run.ledger_parts(iteration) for item in parts.items_of(part)}
+        self._questioner = ClaimQuestioner(run.config, engine.policy, scorer, iteration, self._groups[0])
+        self._ledger_part = {item: part for part in run.ledger_parts(iteration) for item in parts.items_of(part)}
         self._folder = run.question_parts(iteration)
 
-    def do(self, item: int) -> Done:
+    def run_item(self, item: int) -> ItemResult:
+        """Write the question pairs of a group unless they exist."""
         prompts, path = self._groups[item], self._folder / f"part-{item:06d}.parquet"
         if not path.exists():
-            tables.write_pairs(path, self._asker.pairs(prompts, ledger.trees_of(self._ledger[item], prompts)))
-        return Done(len(prompts), {})
+            tables.write_pairs(path, self._questioner.pairs(prompts, ledger.trees_of(self._ledger_part[item], prompts)))
+        return ItemResult(len(prompts), {})
 
     def close(self) -> None:
-        """Nothing outlives it."""
+        """Do nothing: the worker holds no resources beyond its models."""
 
 
 def search_trees(
     prompts: Sequence[Prompt],
-    company: Sequence[Prompt],
+    filler_prompts: Sequence[Prompt],
     engine: Engine,
     scorer: ScorerGroup,
     config: RunConfig,
     iteration: int,
 ) -> list[Tree]:
-    """Grow and score the trees of one work item.
+    """Search the responses to a group of prompts (section 3.2.1) and score every sentence.
 
     Args:
-        company: Prompts whose images stand in where a work item is too small to have others.
+        prompts: The group; its images are each other's negatives.
+        filler_prompts: Prompts whose images serve as negatives if the group is too small to supply them.
+        engine: Proposes sentences with the policy.
+        scorer: Scores sentences against images.
+        config: Settings of search and method, and the seed.
+        iteration: Iteration of the ledger.
+
+    Returns:
+        One tree per prompt.
     """
-    scorer.compare_among([*prompts, *company], config.scorer.others)
+    scorer.set_negative_images([*prompts, *filler_prompts], config.scorer.others)
     trees = search(
         prompts,
         engine.proposer(config.method.search, prompts[0]),
@@ -146,8 +159,12 @@ def search_trees(
     return trees
 
 
-def train_policy(root: Path, iteration: int, processes: int, advance: Advance) -> dict[str, Any]:
-    """Run DPO against the last iteration's policy and keep the adapter; all processes of a run do this at once."""
+def train_policy(root: Path, iteration: int, processes: int, progress: Progress) -> dict[str, Any]:
+    """Run DPO with the previous iteration's policy as reference; all processes of a run call this together.
+
+    Returns:
+        Training log and counts, as :func:`csr_vlm.training.dpo.train` reports them.
+    """
     from csr_vlm.training.callback import count_steps
     from csr_vlm.training.dpo import train
 
@@ -162,29 +179,29 @@ def train_policy(root: Path, iteration: int, processes: int, advance: Advance) -
         adapter=adapter,
         work=run.iteration(iteration) / "trainer",
         seed=run.config.seed * 1000 + iteration,
-        callbacks=[count_steps(advance)],
+        callbacks=[count_steps(progress)],
         processes=processes,
     )
 
 
-SHARED = (Search, Rescore, Ask, train_policy)
-"""What a process may be told to do."""
+WORKERS = (SearchWorker, RescoreWorker, QuestionWorker, train_policy)
+"""Everything that a task may name."""
 
 
-def engine_and_scorer(
-    config: RunConfig, adapter: Path | None, say: Callable[[str], None]
+def load_engine_and_scorer(
+    config: RunConfig, adapter: Path | None, log: Callable[[str], None]
 ) -> tuple[TransformersEngine, ScorerGroup]:
-    """Load a policy and the scorer."""
+    """Load the transformers engine of a policy, and the scorer."""
     from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.models.policy import load_policy
+    from csr_vlm.models.loading import load_policy
 
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)
-    engine = TransformersEngine(policy, config.generation.max_rows, config.generation.attention, say)
-    return engine, load_scorer_of(config, adapter)
+    engine = TransformersEngine(policy, config.generation.max_rows, config.generation.attention, log)
+    return engine, load_run_scorer(config, adapter)
 
 
-def load_scorer_of(config: RunConfig, adapter: Path | None) -> ScorerGroup:
-    """Load the scorer that a configuration names, beside a policy with this adapter."""
+def load_run_scorer(config: RunConfig, adapter: Path | None) -> ScorerGroup:
+    """Load the scorer that a configuration names; a self-judging scorer uses the policy with this adapter."""
     from csr_vlm.models.devices import resolve_device
     from csr_vlm.scoring.registry import load_scorer
 
@@ -193,13 +210,13 @@ def load_scorer_of(config: RunConfig, adapter: Path | None) -> ScorerGroup:
 
 
 def part_name(index: int, prompts: Sequence[Prompt], config: RunConfig, iteration: int) -> str:
-    """Name a work item by its place and by everything that its content depends on."""
+    """Name a ledger part by its index and by a digest of everything that its content depends on."""
     resolved = config.dump()
     content = {
         "prompts": [prompt.prompt_id for prompt in prompts],
         "iteration": iteration,
         **{key: resolved[key] for key in ("seed", "model", "scorer", "method")},
-        # vLLM draws otherwise than transformers do, here or behind a server alike.
+        # vLLM samples differently from transformers, in this process and behind a server alike.
         **({} if config.generation.engine == "transformers" else {"engine": "vllm"}),
     }
     return parts.part_name(index, files.digest(content))

@@ -1,4 +1,4 @@
-"""The signs of health in the report: what was found before and after every training, and what it means."""
+"""Build the report's quality audit: the label-free checks before and after each training."""
 
 from __future__ import annotations
 
@@ -6,94 +6,106 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from csr_vlm.core.formatting import fixed, signed
+from csr_vlm.core.formatting import UNKNOWN, fixed, signed
 from csr_vlm.store.run import Run
+from csr_vlm.store.stage_names import GATES
 
-_STAGES = {"audit": "Pairs, before training", "gate": "Policy, after training"}
-_LABELS = {
-    "scorer_agreement": ("The scorer tells images apart", "share of sentences that suit their own; 0.5 is chance"),
-    "relevance_win": ("Chosen suits the image better", "share of pairs; 0.5 is chance"),
-    "omission_gap": ("Left out of what was seen", "sentences a pair, chosen less rejected"),
-    "repeat_gap": ("Said twice", "sentences a pair, chosen less rejected"),
-    "length_correlation": ("Reward goes with length", "correlation over a prompt’s responses"),
-    "prompts_with_pairs": ("Prompts with a pair", "share of prompts"),
-    "sentences_ratio": ("Length", "sentences, as a share of the base model’s"),
-    "relevance_gain": ("R_I", "change against the base model’s"),
-    "repeats_gain": ("Repeats per response", "change against the base model’s"),
-    "unfinished_gain": ("Responses without an end", "share, change against the base model’s"),
-    "chosen_drop": ("Chosen responses became less likely", "nats, over training"),
+LABELS: Mapping[str, tuple[str, str]] = {
+    "scorer_agreement": ("Scorer agreement", "sentences that score higher on their own image; chance: 0.5"),
+    "relevance_win": ("Chosen more relevant", "pairs whose chosen response fits the image better; chance: 0.5"),
+    "omission_gap": ("Omission gap", "relevant sentences left out per pair, chosen minus rejected"),
+    "repeat_gap": ("Repeat gap", "repeated sentences per pair, chosen minus rejected"),
+    "length_correlation": ("Length correlation", "correlation of reward and length within a prompt"),
+    "prompts_with_pairs": ("Prompts with pairs", "share of prompts"),
+    "sentences_ratio": ("Length ratio", "sentences per response, relative to the base model"),
+    "relevance_gain": ("Change of R_I", "relative to the base model"),
+    "repeats_gain": ("Change of repeats", "per response, relative to the base model"),
+    "unfinished_gain": ("Change of incomplete responses", "share of responses, relative to the base model"),
+    "chosen_drop": ("Drop of chosen log-probability", "nats per response, during training"),
 }
-_SHARES = {"scorer_agreement", "relevance_win", "prompts_with_pairs", "sentences_ratio"}
+"""Metric of the audit to its label and meaning."""
+_UNSIGNED = {"scorer_agreement", "relevance_win", "prompts_with_pairs", "sentences_ratio"}
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A sign of one iteration."""
+class CheckCell:
+    """Represent the outcome of a check in one iteration."""
 
     value: str
     verdict: str
-    """go, warn or stop; empty where it was not looked at."""
+    """go, warn or stop; empty if the metric was not checked."""
 
 
 @dataclass(frozen=True)
-class Sign:
+class CheckRow:
+    """Represent a check with one cell per iteration."""
+
     label: str
     meaning: str
-    cells: Sequence[Judged]
-    """One an iteration."""
+    cells: Sequence[CheckCell]
 
 
 @dataclass(frozen=True)
-class Health:
+class Problem:
+    """Represent a warning or the reason of a stop."""
+
+    subject: str
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class AuditPanel:
+    """Hold the checks of all iterations."""
+
     iterations: Sequence[int]
-    groups: Sequence[tuple[str, Sequence[Sign]]]
-    """(when it was judged, signs)."""
-    reasons: Sequence[tuple[str, str, str]]
-    """(whose, warn or stop, why) of everything that is not well."""
+    groups: Sequence[tuple[str, Sequence[CheckRow]]]
+    """(when the checks ran, checks)."""
+    problems: Sequence[Problem]
 
 
-def health_panel(run: Run) -> Health | None:
-    """Gather the judgements of a run; None where there are none yet."""
-    judged = {
+def audit_panel(run: Run) -> AuditPanel | None:
+    """Gather the checks of a run; None if none has run yet."""
+    results = {
         (stage, number): run.result(number, stage)
         for number in range(1, run.config.iterations + 1)
-        for stage in _STAGES
+        for stage in GATES
         if run.is_done(number, stage)
     }
-    numbers = sorted({number for _, number in judged})
+    numbers = sorted({number for _, number in results})
     groups = []
-    for stage, title in _STAGES.items():
-        signs = _signs([judged.get((stage, number), {}) for number in numbers])
-        if signs:
-            groups.append((title, signs))
-    reasons = [reason for (stage, number), result in judged.items() for reason in _reasons(stage, number, result)]
-    return Health(numbers, groups, reasons) if groups or reasons else None
+    for stage, title in GATES.items():
+        rows = _check_rows([results.get((stage, number), {}) for number in numbers])
+        if rows:
+            groups.append((title, rows))
+    problems = [problem for (stage, number), result in results.items() for problem in _problems(stage, number, result)]
+    return AuditPanel(numbers, groups, problems) if groups or problems else None
 
 
-def _signs(results: Sequence[Mapping[str, Any]]) -> list[Sign]:
-    """Lay out the signs that any iteration has, one row each."""
-    found = [{finding["sign"]: finding for finding in result.get("findings", [])} for result in results]
-    names = dict.fromkeys(name for mine in found for name in mine)
+def _check_rows(results: Sequence[Mapping[str, Any]]) -> list[CheckRow]:
+    """Tabulate the metrics that any iteration has, one row each."""
+    checks = [{check["metric"]: check for check in result.get("checks", [])} for result in results]
+    metrics = dict.fromkeys(metric for by_metric in checks for metric in by_metric)
     rows = []
-    for name in names:
-        label, meaning = _LABELS.get(name, (name.replace("_", " "), ""))
-        rows.append(Sign(label, meaning, [_judged(name, mine.get(name)) for mine in found]))
+    for metric in metrics:
+        label, meaning = LABELS.get(metric, (metric.replace("_", " "), ""))
+        rows.append(CheckRow(label, meaning, [_cell(metric, by_metric.get(metric)) for by_metric in checks]))
     return rows
 
 
-def _judged(name: str, finding: Mapping[str, Any] | None) -> Judged:
-    if finding is None:
-        return Judged(fixed(None), "")
-    write = fixed if name in _SHARES else signed
-    return Judged(write(finding["value"], 2), finding["verdict"])
+def _cell(metric: str, check: Mapping[str, Any] | None) -> CheckCell:
+    if check is None:
+        return CheckCell(UNKNOWN, "")
+    write = fixed if metric in _UNSIGNED else signed
+    return CheckCell(write(check["value"], 2), check["verdict"])
 
 
-def _reasons(stage: str, number: int, result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield what is not well; a rule of the user's own that was broken is among the reasons only."""
-    whose = f"Iteration {number}, {'pairs' if stage == 'audit' else 'policy'}"
-    told = set()
-    for finding in result["findings"]:
-        if finding["verdict"] != "go":
-            told.add(finding["reason"])
-            yield whose, finding["verdict"], finding["reason"]
-    yield from ((whose, "stop", reason) for reason in result["reasons"] if reason not in told)
+def _problems(stage: str, number: int, result: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield failed checks; a ``stop_if`` rule that held is only among the reasons."""
+    subject = f"Iteration {number}, {'pairs' if stage == 'audit' else 'policy'}"
+    reported = set()
+    for check in result["checks"]:
+        if check["verdict"] != "go":
+            reported.add(check["reason"])
+            yield Problem(subject, check["verdict"], check["reason"])
+    yield from (Problem(subject, "stop", reason) for reason in result["reasons"] if reason not in reported)

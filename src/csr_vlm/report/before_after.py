@@ -1,4 +1,4 @@
-"""The base policy's responses against the last one's, on prompts that nothing was trained on."""
+"""Compare responses of the first and the last policy to prompts that were not trained on."""
 
 from __future__ import annotations
 
@@ -6,59 +6,66 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from csr_vlm.core.batching import spread
-from csr_vlm.report.annotate import Scale, Sentence, sentences
+from csr_vlm.core.batching import evenly_spaced
+from csr_vlm.core.records import Prompt
+from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
+from csr_vlm.report.annotate import AnnotatedSentence, ColorScale, annotate
+from csr_vlm.report.evaluations import Evaluation, paired_rows
 from csr_vlm.report.limits import Sample
-from csr_vlm.report.measures import Evaluation, shared_rows
-from csr_vlm.report.pictures import Picture, picture
+from csr_vlm.report.pictures import Picture, embed_picture
 from csr_vlm.store.run import Run
-from csr_vlm.world.dataset import scene_of
-from csr_vlm.world.truth import judge
 
 Tone = Literal["better", "worse", "none"]
 NOTICEABLE_RELEVANCE = 0.5
-"""A response whose mean R_I moved by less than this counts as the same."""
+"""A response whose mean R_I changed by less counts as unchanged."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How a response changed."""
+class Change:
+    """Classify how the response to a prompt changed."""
 
     name: str
     tone: Tone
 
 
-IMPROVED, WORSENED = Kind("improved", "better"), Kind("worsened", "worse")
-STILL, CLEAN = Kind("still hallucinating", "worse"), Kind("clean", "none")
-CLOSER, FARTHER, SAME = Kind("more relevant", "better"), Kind("less relevant", "worse"), Kind("as before", "none")
-_BY_TRUTH = (IMPROVED, WORSENED, STILL, CLEAN)
-_BY_RELEVANCE = (CLOSER, FARTHER, SAME)
+IMPROVED, WORSENED = Change("improved", "better"), Change("worsened", "worse")
+STILL_HALLUCINATING, CLEAN = Change("still hallucinating", "worse"), Change("without hallucination", "none")
+MORE_RELEVANT, LESS_RELEVANT = Change("more relevant", "better"), Change("less relevant", "worse")
+UNCHANGED = Change("unchanged", "none")
+_CHANGES = {
+    True: (IMPROVED, WORSENED, STILL_HALLUCINATING, CLEAN),
+    False: (MORE_RELEVANT, LESS_RELEVANT, UNCHANGED),
+}
+"""The possible changes, by whether the objects in the images are known."""
 
 
 @dataclass(frozen=True)
-class Described:
-    """A policy's response to a prompt."""
+class PolicyResponse:
+    """Represent a policy's response to a prompt."""
 
-    sentences: Sequence[Sentence]
+    sentences: Sequence[AnnotatedSentence]
     relevance: float | None
-    """Mean R_I of its sentences."""
+    """Mean R_I of the sentences."""
     unmentioned: Sequence[str]
+    """Objects in the image that the response does not mention."""
     num_hallucinated: int | None
-    """None where the truth is not known."""
+    """Mentions of absent objects; None if the objects in the image are not known."""
 
 
 @dataclass(frozen=True)
-class Card:
+class ComparisonCard:
+    """Represent a prompt with the responses of both policies."""
+
     prompt_id: str
     question: str
     picture: Picture
-    kind: Kind
-    before: Described
-    after: Described
+    change: Change
+    before: PolicyResponse
+    after: PolicyResponse
 
     @property
-    def change(self) -> float | None:
-        """Of the mean relevance."""
+    def relevance_change(self) -> float | None:
+        """Return the change of the mean R_I."""
         if self.before.relevance is None or self.after.relevance is None:
             return None
         return self.after.relevance - self.before.relevance
@@ -66,85 +73,96 @@ class Card:
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    cards: Sequence[Card]
-    totals: Mapping[Kind, int]
+    """Hold the shown prompts and the number of prompts per kind of change."""
+
+    cards: Sequence[ComparisonCard]
+    totals: Mapping[Change, int]
     first: int
     last: int
     truth_known: bool
-    scale: Scale
+    scale: ColorScale
 
 
-def before_after(run: Run, evaluation: Evaluation, sample: Sample) -> BeforeAfter | None:
-    """Set the base policy's responses against the last one's; None where there are not both."""
-    rows = shared_rows(evaluation)
+def before_after(run: Run, evaluation: Evaluation, sample: Sample, truth_of: TruthOf = no_truth) -> BeforeAfter | None:
+    """Compare the responses to a sample of the prompts; None unless two policies answered them."""
+    rows = paired_rows(evaluation)
     if not rows:
         return None
-    by_kind: dict[Kind, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {
-        kind: [] for kind in (_BY_TRUTH if evaluation.truth_known else _BY_RELEVANCE)
+    classify = hallucination_change if evaluation.truth_known else relevance_change
+    by_change: dict[Change, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {
+        change: [] for change in _CHANGES[evaluation.truth_known]
     }
     for before, after in rows:
-        by_kind[(by_truth if evaluation.truth_known else by_relevance)(before, after)].append((before, after))
-    totals = {kind: len(mine) for kind, mine in by_kind.items()}
-    asked = {prompt.prompt_id: prompt for prompt in run.heldout()} if run.heldout_path.is_file() else {}
+        by_change[classify(before, after)].append((before, after))
+    totals = {change: len(pairs) for change, pairs in by_change.items()}
+    prompts = heldout_prompts(run)
     cards = []
-    for kind, number in _shares(totals, sample.compared).items():
-        for before, after in spread(by_kind[kind], number):
-            name = str(before["id"])
-            prompt = asked.get(name)
-            image = picture(name, prompt.image if prompt else None, run.config.data.max_image_pixels)
-            cards.append(Card(name, prompt.text if prompt else "", image, kind, _described(before), _described(after)))
-    scale = Scale.of(s for card in cards for side in (card.before, card.after) for s in side.sentences)
+    for change, num_shown in _allocate(totals, sample.compared).items():
+        for before, after in evenly_spaced(by_change[change], num_shown):
+            prompt_id = str(before["id"])
+            prompt = prompts.get(prompt_id)
+            image = prompt.image if prompt else None
+            picture = embed_picture(prompt_id, image, run.config.data.max_image_pixels, truth_of)
+            responses = (_response(row, truth_of) for row in (before, after))
+            cards.append(ComparisonCard(prompt_id, prompt.text if prompt else "", picture, change, *responses))
+    scale = ColorScale.of(s for card in cards for response in (card.before, card.after) for s in response.sentences)
     return BeforeAfter(cards, totals, evaluation.first, evaluation.last, evaluation.truth_known, scale)
 
 
-def by_truth(before: Mapping[str, Any], after: Mapping[str, Any]) -> Kind:
+def heldout_prompts(run: Run) -> dict[str, Prompt]:
+    """Return the held-out prompts by id; empty if the run has none."""
+    return {prompt.prompt_id: prompt for prompt in run.heldout()} if run.heldout_path.is_file() else {}
+
+
+def hallucination_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> Change:
     """Compare the number of hallucinated mentions in two rows."""
-    first, last = len(before["hallucinated"]), len(after["hallucinated"])
-    if last < first:
+    num_before, num_after = len(before["hallucinated"]), len(after["hallucinated"])
+    if num_after < num_before:
         return IMPROVED
-    if last > first:
+    if num_after > num_before:
         return WORSENED
-    return STILL if last else CLEAN
+    return STILL_HALLUCINATING if num_after else CLEAN
 
 
-def by_relevance(before: Mapping[str, Any], after: Mapping[str, Any]) -> Kind:
-    """Compare the mean R_I of two rows; silence counts as irrelevant."""
-    change = (_relevance(after) or 0.0) - (_relevance(before) or 0.0)
+def relevance_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> Change:
+    """Compare the mean R_I of two rows; an empty response counts as 0."""
+    change = (_mean_relevance(after) or 0.0) - (_mean_relevance(before) or 0.0)
     if abs(change) < NOTICEABLE_RELEVANCE:
-        return SAME
-    return CLOSER if change > 0 else FARTHER
+        return UNCHANGED
+    return MORE_RELEVANT if change > 0 else LESS_RELEVANT
 
 
-def _shares(totals: Mapping[Kind, int], places: int) -> dict[Kind, int]:
-    """Divide the places: half for the first kind, a quarter each for the next two; the rest to who has more.
+def _allocate(totals: Mapping[Change, int], num_cards: int) -> dict[Change, int]:
+    """Divide the cards: half to the first kind of change, a quarter to each of the next two.
 
-    What is clean both times teaches nothing and is not shown.
+    Cards that a kind cannot fill go to the others. Responses without any hallucination are not shown.
     """
-    wanted = list(totals)[:3]
-    share = dict(zip(wanted, (places - places // 4 * 2, places // 4, places // 4), strict=True))
-    taken = {kind: min(totals[kind], share[kind]) for kind in wanted}
-    for kind in wanted:
-        taken[kind] += min(totals[kind] - taken[kind], places - sum(taken.values()))
-    return taken
+    changes = list(totals)[:3]
+    shares = dict(zip(changes, (num_cards - num_cards // 4 * 2, num_cards // 4, num_cards // 4), strict=True))
+    allocated = {change: min(totals[change], shares[change]) for change in changes}
+    for change in changes:
+        allocated[change] += min(totals[change] - allocated[change], num_cards - sum(allocated.values()))
+    return allocated
 
 
-def _relevance(row: Mapping[str, Any]) -> float | None:
-    found = row.get("relevance")
-    if found is None:
+def _mean_relevance(row: Mapping[str, Any]) -> float | None:
+    relevance: float | None = row.get("relevance")
+    if relevance is None:
         total, number = row.get("tallies", {}).get("relevance", (0.0, 0))
-        found = total / number if number else None
-    return found
+        relevance = total / number if number else None
+    return relevance
 
 
-def _described(row: Mapping[str, Any]) -> Described:
+def absent_words(row: Mapping[str, Any]) -> set[str]:
+    """Return the words of a row's response that name absent objects; empty if those are not known."""
+    return {str(word) for word in row.get("hallucinated_words") or row.get("hallucinated") or ()}
+
+
+def _response(row: Mapping[str, Any], truth_of: TruthOf) -> PolicyResponse:
     hallucinated = row.get("hallucinated")
-    absent = {str(word) for word in row.get("hallucinated_words") or hallucinated or ()}
     text = str(row["text"])
-    said = [(str(part), score) for part, score in row.get("sentences") or [(text, None)]]
-    known = scene_of(str(row["id"])) if hallucinated is not None else None
-    unmentioned: list[str] = []
-    if known is not None:
-        world, scene = known
-        unmentioned = sorted(scene.kinds - judge(world, scene, text).recalled)
-    number = None if hallucinated is None else len(hallucinated)
-    return Described(sentences(said, absent), _relevance(row), unmentioned, number)
+    sentences = [(str(part), score) for part, score in row.get("sentences") or [(text, None)]]
+    known = truth_of(str(row["id"])) if hallucinated is not None else None
+    unmentioned = known.unmentioned(text) if known is not None else ()
+    num_hallucinated = None if hallucinated is None else len(hallucinated)
+    return PolicyResponse(annotate(sentences, absent_words(row)), _mean_relevance(row), unmentioned, num_hallucinated)

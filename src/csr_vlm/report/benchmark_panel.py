@@ -1,72 +1,80 @@
-"""The benchmarks that a run was measured on beside its own evaluation: a table, and a radar chart of three or more."""
+"""Build the report's benchmarks: a table, and a radar chart of three or more."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from csr_vlm.core.formatting import fixed
+from csr_vlm.core.formatting import UNKNOWN, fixed
 from csr_vlm.evaluation.compare import policy_name
-from csr_vlm.evaluation.reproduction import Published, RunNumbers, numbers_of, published
-from csr_vlm.report.grid import Grid, Row
-from csr_vlm.report.panels import Figure, interval
-from csr_vlm.report.radar import Shape, Spoke, legend_of, radar
+from csr_vlm.evaluation.reproduction import Published, RunResults, collect_results, published
+from csr_vlm.report.number_table import NumberTable, TableRow
+from csr_vlm.report.panels import Figure, format_interval
+from csr_vlm.report.radar import RadarSeries, Spoke, radar, radar_legend
 from csr_vlm.store.run import Run
 
 
 @dataclass(frozen=True)
-class Benchmarks:
-    grid: Grid
+class BenchmarkPanel:
+    """Hold the benchmarks of a run; the radar chart is None for fewer than three."""
+
+    table: NumberTable
     figure: Figure | None
-    """None with fewer than three benchmarks."""
 
 
-def benchmark_panel(run: Run) -> Benchmarks | None:
-    """Gather the stored benchmarks of the paper, policy by policy; None where there are none."""
-    tables, found = published(), numbers_of(run)
+def benchmark_panel(run: Run) -> BenchmarkPanel | None:
+    """Gather the paper's benchmarks that the run has measured; None if there are none."""
+    paper, numbers = published(), collect_results(run)
     keys = [
         key
-        for key in tables.benchmarks
-        if any(key in mine and mine[key].same_data for mine in found.by_iteration.values())
+        for key in paper.benchmarks
+        if any(key in values and values[key].same_data for values in numbers.by_iteration.values())
     ]
     if not keys:
         return None
-    return Benchmarks(_grid(tables, found, keys), _figure(tables, found, keys) if len(keys) > 2 else None)
+    return BenchmarkPanel(_table(paper, numbers, keys), _figure(paper, numbers, keys) if len(keys) > 2 else None)
 
 
-def _grid(tables: Published, found: RunNumbers, keys: Sequence[str]) -> Grid:
+def benchmark_headings(paper: Published, keys: Sequence[str]) -> list[str]:
+    """Return the name of each benchmark with an arrow in the direction of improvement."""
+    return [f"{paper.benchmarks[key].name} {'↓' if paper.benchmarks[key].better == 'lower' else '↑'}" for key in keys]
+
+
+def _table(paper: Published, numbers: RunResults, keys: Sequence[str]) -> NumberTable:
     rows = []
-    for number, mine in found.by_iteration.items():
+    for iteration, values in numbers.by_iteration.items():
         cells = [
-            (fixed(mine[key].metric.value, 1), interval(mine[key].metric, 1)) if key in mine else ("–", "")
+            (fixed(values[key].metric.value, 1), format_interval(values[key].metric, 1))
+            if key in values
+            else (UNKNOWN, "")
             for key in keys
         ]
-        if any(key in mine for key in keys):
-            rows.append(Row(policy_name(number), cells))
-    columns = [f"{tables.benchmarks[k].name} {'↓' if tables.benchmarks[k].better == 'lower' else '↑'}" for k in keys]
-    note = "In the units of the paper's tables; csr reproduce sets them beside the published numbers."
-    return Grid("Benchmarks, with 95 % intervals where there are any", "Policy", columns, rows, note)
+        if any(key in values for key in keys):
+            rows.append(TableRow(policy_name(iteration), cells))
+    note = "Same units as the paper’s tables. Run csr reproduce to compare with the published numbers."
+    title = "Benchmarks, with 95 % intervals where available"
+    return NumberTable(title, "Policy", benchmark_headings(paper, keys), rows, note)
 
 
-def _figure(tables: Published, found: RunNumbers, keys: Sequence[str]) -> Figure:
-    main = tables.main_table(found.run.config.model.path)
-    column = {key: place for place, key in enumerate(main.columns)}
+def _figure(paper: Published, numbers: RunResults, keys: Sequence[str]) -> Figure:
+    main = paper.main_table(numbers.run.config.model.path)
+    column = {key: index for index, key in enumerate(main.columns)}
     spokes = [
         Spoke(
-            tables.benchmarks[key].name,
-            tables.benchmarks[key].better == "lower",
+            paper.benchmarks[key].name,
+            paper.benchmarks[key].better == "lower",
             [values[column[key]] for values in main.rows.values()] if key in column else (),
         )
         for key in keys
     ]
-    shapes = [
-        Shape(policy_name(number), [mine[key].metric.value if key in mine else None for key in keys], style)
-        for style, (number, mine) in enumerate(found.by_iteration.items())
-        if any(key in mine for key in keys)
+    series = [
+        RadarSeries(policy_name(iteration), [values[k].metric.value if k in values else None for k in keys], style)
+        for style, (iteration, values) in enumerate(numbers.by_iteration.items())
+        if any(key in values for key in keys)
     ]
     hint = (
-        f"Each spoke runs from the worst (inside) to the best (at the rim) of the published {main.model} models and "
-        "this run; both stand under its name. Only compare shapes along one spoke."
+        f"Each axis spans the values of the published {main.model} models and of this run, from worst (inside) to best "
+        "(at the rim); both ends are given under its name. Compare values along one axis only."
     )
-    text = "; ".join(f"{shape.name}: {', '.join(fixed(value, 1) for value in shape.values)}" for shape in shapes)
-    return Figure("All benchmarks", "further out is better", hint, radar(text, spokes, shapes), legend_of(shapes))
+    text = "; ".join(f"{line.name}: {', '.join(fixed(value, 1) for value in line.values)}" for line in series)
+    return Figure("All benchmarks", "farther out is better", hint, radar(text, spokes, series), radar_legend(series))

@@ -1,7 +1,7 @@
-"""The model card of an adapter: what it is, how it was made, what was measured.
+"""Write the model card of an adapter.
 
-It is written from finished stages only, as ``README.md`` beside the adapter's weights,
-where the Hugging Face hub and PEFT users look for it.
+The card is generated from finished stages only and stored as ``README.md`` beside the adapter's
+weights, where the Hugging Face Hub and PEFT users expect it.
 """
 
 from __future__ import annotations
@@ -11,54 +11,52 @@ from typing import Any
 
 import yaml
 
-from csr_vlm.core.formatting import fixed
+from csr_vlm.core.formatting import plural
+from csr_vlm.evaluation.compare import policy_name
+from csr_vlm.evaluation.metrics import METRICS, MetricSpec
 from csr_vlm.evaluation.statistics import Metric
-from csr_vlm.report.measures import MEASURES, Evaluation, read_evaluation
+from csr_vlm.report.evaluations import Evaluation, read_evaluation
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
 _METHOD = """\
-This LoRA was trained by Calibrated Self-Rewarding (Zhou et al., NeurIPS 2024,
-[arXiv 2405.14622](https://arxiv.org/abs/2405.14622)) without human labels and without a judge
-model: the base model proposed responses sentence by sentence, each sentence was scored by the
-model's own probability calibrated with an image-text relevance score, and DPO was run on the best
-against the worst responses, for {iterations} iterations.
+This LoRA adapter was trained with Calibrated Self-Rewarding (Zhou et al., NeurIPS 2024,
+[arXiv 2405.14622](https://arxiv.org/abs/2405.14622)), without human labels and without a judge
+model. Training ran for {iterations}. In each iteration, the policy generated responses sentence by
+sentence, each sentence was scored by the policy's own probability calibrated with an image-text
+relevance score, and DPO was run on the resulting preference pairs.
 """
-_USE = """\
+_USAGE = """\
 ```python
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained({base!r}{revision})
-model = PeftModel.from_pretrained(model, "PATH OF THIS ADAPTER")
+model = PeftModel.from_pretrained(model, "PATH_TO_THIS_ADAPTER")
 processor = AutoProcessor.from_pretrained({base!r}{revision})
 ```
 """
 
 
 def write_card(run: Run) -> Path:
-    """Write ``RUN/adapter/README.md``.
-
-    Returns:
-        The path of the card.
-    """
+    """Write ``RUN/adapter/README.md`` and return its path."""
     path = run.root / "adapter" / "README.md"
     files.write_text(path, render_card(run))
     return path
 
 
 def render_card(run: Run) -> str:
-    """Return the card of a run's final adapter as Markdown with the hub's YAML header."""
+    """Return the card of a run's final adapter as Markdown with the Hub's YAML header."""
     model = run.config.model
     revision = f", revision={model.revision!r}" if model.revision else ""
     parts = [
         f"---\n{yaml.safe_dump(_header(run), sort_keys=False)}---",
-        f"# {Path(model.path).name}, aligned by Calibrated Self-Rewarding",
-        _METHOD.format(iterations=run.final),
-        "## Use",
-        _USE.format(base=model.path, revision=revision),
-        "## What was measured",
-        _measured(read_evaluation(run)),
+        f"# {Path(model.path).name}, aligned with Calibrated Self-Rewarding",
+        _METHOD.format(iterations=plural(run.final, "iteration")),
+        "## Usage",
+        _USAGE.format(base=model.path, revision=revision),
+        "## Evaluation",
+        _evaluation(read_evaluation(run)),
         "## Training",
         _training(run),
         "## Recipe",
@@ -74,12 +72,12 @@ def _header(run: Run) -> dict[str, Any]:
         "pipeline_tag": "image-text-to-text",
         "tags": ["csr-vlm", "dpo", "lora", "self-rewarding"],
     }
-    licence = base_licence(run.config.model.path)
-    return header if licence is None else {"license": licence, **header}
+    license_id = base_license(run.config.model.path)
+    return header if license_id is None else {"license": license_id, **header}
 
 
-def base_licence(path: str) -> str | None:
-    """Return the licence that a base model's own card names, where the card is on disk; else None."""
+def base_license(path: str) -> str | None:
+    """Return the license in the base model's own card; None if the card is not on disk or names none."""
     directory = Path(path)
     if directory.is_dir():
         card: Path | None = directory / "README.md"
@@ -95,34 +93,33 @@ def base_licence(path: str) -> str | None:
         header = yaml.safe_load(rest.partition("\n---")[0]) if marker else None
     except yaml.YAMLError:
         return None
-    licence = header.get("license") if isinstance(header, dict) else None
-    return licence if isinstance(licence, str) else None
+    license_id = header.get("license") if isinstance(header, dict) else None
+    return license_id if isinstance(license_id, str) else None
 
 
-def _measured(evaluation: Evaluation | None) -> str:
+def _evaluation(evaluation: Evaluation | None) -> str:
     if evaluation is None:
-        return "Nothing was measured in this run."
-    found = evaluation.measured
-    names = ["base" if number == 0 else f"iteration {number}" for number in found]
+        return "This run has no evaluation."
+    names = [policy_name(number) for number in evaluation.metrics]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for measure in MEASURES:
-        values = [metrics.get(measure.key) for metrics in found.values()]
-        if any(value is not None for value in values):
-            hint = f" ({measure.hint})" if measure.hint else ""
-            lines.append(f"| {measure.label}{hint} | " + " | ".join(_cell(v, measure.digits) for v in values) + " |")
+    for key, spec in METRICS.items():
+        if key in evaluation.keys:
+            cells = [_cell(spec, metrics.get(key)) for metrics in evaluation.metrics.values()]
+            hint = f" ({spec.hint})" if spec.hint else ""
+            lines.append(f"| {spec.label}{hint} | " + " | ".join(cells) + " |")
     protocol = ", ".join(f"{name} {value}" for name, value in evaluation.protocol.items())
-    lines += ["", f"95 % bootstrap intervals over prompts in brackets. Protocol: {protocol}."]
+    lines += ["", f"Brackets: 95 % bootstrap intervals over prompts. Protocol: {protocol}."]
     return "\n".join(lines)
 
 
-def _cell(metric: Metric | None, digits: int) -> str:
+def _cell(spec: MetricSpec, metric: Metric | None) -> str:
     if metric is None:
         return "-"
-    return f"{fixed(metric.value, digits)} [{fixed(metric.low, digits)}, {fixed(metric.high, digits)}]"
+    return f"{spec.format(metric.value)} [{spec.format(metric.low)}, {spec.format(metric.high)}]"
 
 
 def _training(run: Run) -> str:
-    lines = ["| iteration | pairs | mean margin | reference |", "|---|---|---|---|"]
+    lines = ["| iteration | pairs | mean margin | reference log-probabilities |", "|---|---|---|---|"]
     for number in range(1, run.final + 1):
         pairs, trained = run.result(number, "pairs"), run.result(number, "train")
         lines.append(f"| {number} | {trained['num_pairs']} | {pairs['margin']:.3f} | {trained['reference']} |")

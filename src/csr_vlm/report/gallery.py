@@ -1,4 +1,4 @@
-"""The pairs of each iteration, as pictures with responses and search trees."""
+"""Show the preference pairs of each iteration with pictures, responses and search trees."""
 
 from __future__ import annotations
 
@@ -8,154 +8,176 @@ from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
-from csr_vlm.core.batching import spread
+from csr_vlm.core.batching import evenly_spaced
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Node, Pair, Response
+from csr_vlm.core.records import Node, Pair, Prompt, Response
+from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
 from csr_vlm.method.reward import image_score, path_ids
-from csr_vlm.report.annotate import Scale, Sentence, sentences
-from csr_vlm.report.limits import Sample, cut
-from csr_vlm.report.pictures import Picture, absent_kinds, picture
+from csr_vlm.report.annotate import AnnotatedSentence, ColorScale, annotate
+from csr_vlm.report.limits import Sample, shorten
+from csr_vlm.report.pictures import Picture, embed_picture
 from csr_vlm.report.search_tree import SearchTree, search_tree
 from csr_vlm.store import tables
 from csr_vlm.store.run import Run
-from csr_vlm.world.dataset import scene_of
 
 
 @dataclass(frozen=True)
-class Told:
-    """A response of a pair, sentence by sentence."""
+class PairResponse:
+    """Represent the chosen or the rejected response of a pair."""
 
     reward: float
-    sentences: Sequence[Sentence]
+    sentences: Sequence[AnnotatedSentence]
     complete: bool
     ends_here: bool
-    """Whether what it prefers or refuses, last of all, is to say no more."""
+    """Whether the last candidate is the end of the response rather than a sentence."""
 
 
 @dataclass(frozen=True)
-class Preference:
-    chosen: Told
-    rejected: Told
+class ShownPair:
+    """Represent a preference pair."""
+
+    chosen: PairResponse
+    rejected: PairResponse
 
     @property
     def margin(self) -> float:
+        """Return the difference of the rewards."""
         return self.chosen.reward - self.rejected.reward
 
 
 @dataclass(frozen=True)
-class Round:
-    """What one iteration made of a prompt."""
+class IterationPairs:
+    """Represent the pairs of a prompt in one iteration."""
 
     iteration: int
-    preferences: Sequence[Preference]
+    pairs: Sequence[ShownPair]
     tree: SearchTree | None
-    """None where the ledger has no such prompt: pairs from outside, or a ledger that was moved away."""
+    """None if the ledger does not contain the prompt: external pairs, or a ledger that was removed."""
 
     @property
     def margin(self) -> float:
-        """The widest."""
-        return max(preference.margin for preference in self.preferences)
+        """Return the largest margin."""
+        return max(pair.margin for pair in self.pairs)
 
 
 @dataclass(frozen=True)
 class PairCard:
+    """Represent a prompt with its pairs in every shown iteration."""
+
     prompt_id: str
     question: str
     picture: Picture
-    rounds: Sequence[Round]
+    iterations: Sequence[IterationPairs]
 
 
 @dataclass(frozen=True)
 class PairGallery:
+    """Hold the cards of some prompts."""
+
     cards: Sequence[PairCard]
     iterations: Sequence[int]
     num_prompts: int
     """Prompts with a pair in any iteration, shown or not."""
-    scale: Scale
+    scale: ColorScale
     truth_known: bool
     has_trees: bool
 
 
-def pair_gallery(run: Run, sample: Sample) -> PairGallery | None:
-    """Gather the pairs of some prompts, the same prompts in every iteration; None without pairs."""
+def pair_gallery(run: Run, sample: Sample, truth_of: TruthOf = no_truth) -> PairGallery | None:
+    """Gather the pairs of a sample of prompts, the same prompts in every iteration; None without pairs."""
     done = [n for n in run.iterations_done("pairs") if n and run.pairs_path(n).is_file()]
-    ids = dict.fromkeys(prompt_id for n in done for prompt_id in _prompt_ids(run, n))
-    if not ids:
+    prompt_ids = list(dict.fromkeys(prompt_id for number in done for prompt_id in _prompt_ids(run, number)))
+    if not prompt_ids:
         return None
-    # The last iteration is the one that people look for.
-    iterations = sorted(spread(done[::-1], sample.iterations))
-    shown = spread(list(ids), sample.prompts)
-    rounds: dict[str, list[Round]] = {prompt_id: [] for prompt_id in shown}
-    prompts = {}
+    # Sampled from the end, so that the last iteration is always shown.
+    iterations = sorted(evenly_spaced(done[::-1], sample.iterations))
+    shown_ids = evenly_spaced(prompt_ids, sample.prompts)
+    by_prompt: dict[str, list[IterationPairs]] = {prompt_id: [] for prompt_id in shown_ids}
+    prompts: dict[str, Prompt] = {}
     for number in iterations:
-        trees = _trees(run, number, shown)
-        for prompt_id, pairs in _pairs(run, number, shown).items():
+        trees = _trees(run, number, shown_ids)
+        for prompt_id, pairs in _pairs(run, number, shown_ids).items():
             prompts[prompt_id] = pairs[0].prompt
-            rounds[prompt_id].append(_round(run, number, pairs, trees.get(prompt_id, [])))
-    most = run.config.data.max_image_pixels
+            by_prompt[prompt_id].append(_iteration_pairs(run, number, pairs, trees.get(prompt_id, []), truth_of))
+    max_pixels = run.config.data.max_image_pixels
     cards = [
-        PairCard(prompt_id, cut(prompt.text), picture(prompt_id, prompt.image, most), rounds[prompt_id])
-        for prompt_id, prompt in sorted(prompts.items(), key=lambda item: shown.index(item[0]))
+        PairCard(
+            prompt_id,
+            shorten(prompts[prompt_id].text),
+            embed_picture(prompt_id, prompts[prompt_id].image, max_pixels, truth_of),
+            by_prompt[prompt_id],
+        )
+        for prompt_id in shown_ids
+        if prompt_id in prompts
     ]
-    every = [found for card in cards for found in card.rounds]
-    said = [s for r in every for p in r.preferences for side in (p.chosen, p.rejected) for s in side.sentences]
-    known = any(scene_of(card.prompt_id) is not None for card in cards)
-    return PairGallery(cards, iterations, len(ids), Scale.of(said), known, any(r.tree is not None for r in every))
+    shown = [iteration for card in cards for iteration in card.iterations]
+    responses = [response for item in shown for pair in item.pairs for response in (pair.chosen, pair.rejected)]
+    scale = ColorScale.of(sentence for response in responses for sentence in response.sentences)
+    truth_known = any(truth_of(card.prompt_id) is not None for card in cards)
+    has_trees = any(item.tree is not None for item in shown)
+    return PairGallery(cards, iterations, len(prompt_ids), scale, truth_known, has_trees)
 
 
 def _prompt_ids(run: Run, iteration: int) -> list[str]:
     column = pq.read_table(run.pairs_path(iteration), columns=["prompt_id"]).column("prompt_id")
-    ids: list[str] = column.to_pylist()
-    return ids
+    prompt_ids: list[str] = column.to_pylist()
+    return prompt_ids
 
 
 def _pairs(run: Run, iteration: int, prompt_ids: Collection[str]) -> dict[str, list[Pair]]:
     """Read the pairs of some prompts, by prompt."""
-    found: dict[str, list[Pair]] = defaultdict(list)
+    pairs: dict[str, list[Pair]] = defaultdict(list)
     wanted = set(prompt_ids)
     for pair in tables.read_pairs(run.pairs_path(iteration)):
         if pair.prompt.prompt_id in wanted:
-            found[pair.prompt.prompt_id].append(pair)
-    return found
+            pairs[pair.prompt.prompt_id].append(pair)
+    return pairs
 
 
 def _trees(run: Run, iteration: int, prompt_ids: Sequence[str]) -> dict[str, list[Node]]:
-    """Read the trees of some prompts; no other row is decoded, since a ledger has millions."""
-    found: dict[str, list[Node]] = defaultdict(list)
+    """Read the trees of some prompts without decoding the other rows, of which a ledger has millions."""
+    trees: dict[str, list[Node]] = defaultdict(list)
     for part in run.ledger_parts(iteration):
         for node in tables.read_nodes_of(part, prompt_ids):
-            found[node.prompt_id].append(node)
-    return found
+            trees[node.prompt_id].append(node)
+    return trees
 
 
-def _round(run: Run, iteration: int, pairs: Sequence[Pair], nodes: Sequence[Node]) -> Round:
-    absent = absent_kinds(pairs[0].prompt.prompt_id) or frozenset()
+def _iteration_pairs(
+    run: Run, iteration: int, pairs: Sequence[Pair], nodes: Sequence[Node], truth_of: TruthOf
+) -> IterationPairs:
+    known = truth_of(pairs[0].prompt.prompt_id)
+    absent = known.absent if known is not None else frozenset()
     by_id = {node.node_id: node for node in nodes}
-    preferences = []
+    shown = []
     for pair in pairs:
-        shared = _num_shared(pair)
-        sides = (_told(run, side, by_id, absent, shared) for side in (pair.chosen, pair.rejected))
-        preferences.append(Preference(*sides))
-    return Round(iteration, preferences, search_tree(nodes, pairs, run.config) if nodes else None)
+        num_in_both = _num_in_both(pair)
+        responses = (_response(run, side, by_id, absent, num_in_both) for side in (pair.chosen, pair.rejected))
+        shown.append(ShownPair(*responses))
+    return IterationPairs(iteration, shown, search_tree(nodes, pairs, run.config) if nodes else None)
 
 
-def _num_shared(pair: Pair) -> int:
-    """Count the sentences that both sides start with: siblings differ in the last only."""
-    sides = (path_ids(side.node_id) for side in (pair.chosen, pair.rejected))
-    return sum(chosen == rejected for chosen, rejected in zip(*sides, strict=False))
+def _num_in_both(pair: Pair) -> int:
+    """Count the sentences that both responses start with; pairs of siblings differ in the last one only."""
+    paths = (path_ids(side.node_id) for side in (pair.chosen, pair.rejected))
+    return sum(chosen == rejected for chosen, rejected in zip(*paths, strict=False))
 
 
-def _told(run: Run, response: Response, nodes: Mapping[str, Node], absent: Collection[str], num_shared: int) -> Told:
-    path = [nodes[node_id] for node_id in path_ids(response.node_id) if node_id in nodes]
-    # A ledger that was moved away still leaves the response's own text.
-    whole = len(path) == len(path_ids(response.node_id))
-    rows = [(node.sentence, _relevance(run, node)) for node in path] if whole else [(response.text, None)]
-    ends_here = whole and not path[-1].sentence
-    return Told(response.reward, sentences(rows, absent, num_shared if whole else 0), response.complete, ends_here)
+def _response(
+    run: Run, response: Response, nodes: Mapping[str, Node], absent: Collection[str], num_in_both: int
+) -> PairResponse:
+    ids = path_ids(response.node_id)
+    path = [nodes[node_id] for node_id in ids if node_id in nodes]
+    # Without the ledger, the text of the response is all there is.
+    has_nodes = len(path) == len(ids)
+    rows = [(node.sentence, _relevance(run, node)) for node in path] if has_nodes else [(response.text, None)]
+    ends_here = has_nodes and not path[-1].sentence
+    sentences = annotate(rows, absent, num_in_both if has_nodes else 0)
+    return PairResponse(response.reward, sentences, response.complete, ends_here)
 
 
 def _relevance(run: Run, node: Node) -> float | None:
-    """R_I of a sentence as the reward takes it; None where the ledger lacks a score that it needs."""
+    """Return the R_I that the reward uses; None if the ledger lacks a score that it needs."""
     try:
         return image_score(node, run.config.scorer.used, run.config.method.reward)
     except CsrError:

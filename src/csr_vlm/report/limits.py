@@ -1,36 +1,38 @@
-"""How much of a run a page shows: enough to judge it, little enough to send."""
+"""Limit how much of a run a page shows: enough to judge the run, small enough to send."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-MOST_BYTES = 14_000_000
-"""A page larger than this is made again from a smaller sample; 15 MB is what is promised."""
-MOST_CHARS = 4_000
-"""Of one text. A response is a paragraph; what is longer went wrong, and its start shows how."""
+MAX_BYTES = 14_000_000
+"""Largest report; a larger one is rendered again with a smaller sample. The documentation promises 15 MB."""
+MAX_CHARS = 4_000
+"""Longest text. A longer response is degenerate, and its beginning shows how."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The most that is shown of each kind."""
+    """Set the largest number of items of each kind on a page."""
 
     prompts: int = 60
-    """With their pairs and search trees."""
+    """Prompts with their pairs and search trees."""
     compared: int = 24
-    """Responses before and after."""
+    """Prompts with responses before and after training."""
     iterations: int = 6
-    """Of one prompt."""
+    """Iterations per prompt."""
 
     def halved(self) -> Sample:
-        """Half of everything, one at least."""
-        return Sample(**{part.name: max(1, getattr(self, part.name) // 2) for part in fields(self)})
+        """Return a sample of half the size, with at least one item of each kind."""
+        return Sample(**{field.name: max(1, getattr(self, field.name) // 2) for field in fields(self)})
 
 
-def cut(text: str, most: int = MOST_CHARS) -> str:
-    """Shorten a text that is too long to be read, and say so.
+def shorten(text: str, max_chars: int = MAX_CHARS) -> str:
+    """Cut a text that is too long and append the number of omitted characters.
 
     Example:
-        >>> cut("abcdef", 3)
-        'abc … (3 characters left out)'
+        >>> shorten("abcdef", 3)
+        'abc … (3 characters omitted)'
     """
-    return text if len(text) <= most else f"{text[:most]} … ({len(text) - most} characters left out)"
+    if len(text) <= max_chars:
+        return text
+    return f"{text[:max_chars]} … ({len(text) - max_chars} characters omitted)"

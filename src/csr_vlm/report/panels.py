@@ -1,4 +1,4 @@
-"""The report's figures and tables: what stands between the verdict and the pictures."""
+"""Build the report's headline numbers, charts and tables of metrics, pairs and training."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from markupsafe import Markup
 
 from csr_vlm.core.formatting import compact, count, fixed, percent, relative_change, scientific, signed
 from csr_vlm.evaluation.compare import policy_name
+from csr_vlm.evaluation.metrics import MetricSpec, metric_spec, sort_metrics
 from csr_vlm.evaluation.statistics import Metric
 from csr_vlm.report.charts import Axes, Point, Series, chart, smoothed
-from csr_vlm.report.measures import MEASURES, Evaluation, Measure, overlap
+from csr_vlm.report.evaluations import Evaluation, intervals_overlap
 from csr_vlm.store.run import Run
+
+Legend = list[tuple[int, str]]
+"""(line style, name) of each series."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline number, before and after."""
+    """Represent a headline number before and after training."""
 
     label: str
     meaning: str
@@ -34,116 +38,126 @@ class Tile:
 
 @dataclass(frozen=True)
 class Figure:
+    """Represent a chart with its caption; the legend is empty for a single series."""
+
     label: str
     meaning: str
     hint: str
     svg: Markup
     legend: Sequence[tuple[int, str]] = ()
-    """(style, name) of each series where there are several."""
 
 
 @dataclass(frozen=True)
-class Table:
+class MetricTable:
+    """Represent the metrics of several policies."""
+
     columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+    rows: Sequence[tuple[MetricSpec, Sequence[tuple[str, str]], int]]
+    """(metric, (value, interval) per policy, number of prompts)."""
 
 
-def iteration_name(number: float) -> str:
+def iteration_label(number: float) -> str:
+    """Return the label of an iteration on a horizontal axis."""
     return "base" if number == 0 else f"{number:g}"
 
 
-def interval(metric: Metric, digits: int) -> str:
-    """Write a 95 % interval; empty where there is none."""
+def format_interval(metric: Metric, digits: int = 3) -> str:
+    """Format a 95 % interval; empty if there is none."""
     return "" if metric.low is None else f"{fixed(metric.low, digits)} to {fixed(metric.high, digits)}"
 
 
+def _spec_interval(spec: MetricSpec, metric: Metric) -> str:
+    return "" if metric.low is None else f"{spec.format(metric.low)} to {spec.format(metric.high)}"
+
+
 def headline_tiles(evaluation: Evaluation) -> list[Tile]:
-    return [_tile(measure, evaluation) for measure in evaluation.headline]
+    """Build a tile for each headline metric."""
+    return [_tile(spec, evaluation) for spec in evaluation.headline]
 
 
-def _tile(measure: Measure, evaluation: Evaluation) -> Tile:
-    before, after = (evaluation.metric(n, measure.key) for n in (evaluation.first, evaluation.last))
+def _tile(spec: MetricSpec, evaluation: Evaluation) -> Tile:
+    before, after = evaluation.endpoints(spec.key)
     if evaluation.first == evaluation.last:
-        value, bounds = fixed(after.value, measure.digits), interval(after, measure.digits)
-        return Tile(measure.label, measure.meaning, "", value, "", bounds)
+        return Tile(spec.label, spec.meaning, "", spec.format(after.value), "", _spec_interval(spec, after))
     tone, change = "none", ""
     if before.value is not None and after.value is not None:
-        worse = measure.worse_by(before.value, after.value)
-        if not overlap(before, after):
-            tone = "worse" if worse > 0 else "better" if worse < 0 else "none"
-        share = relative_change(before.value, after.value) if measure.better == "lower" else None
-        change = share or signed(after.value - before.value, measure.digits)
+        decline = spec.decline(before.value, after.value)
+        if not intervals_overlap(before, after):
+            tone = "worse" if decline > 0 else "better" if decline < 0 else "none"
+        relative = relative_change(before.value, after.value) if spec.better == "lower" else None
+        change = relative or signed(after.value - before.value, spec.digits or 0)
     return Tile(
-        measure.label,
-        measure.meaning,
-        fixed(before.value, measure.digits),
-        fixed(after.value, measure.digits),
-        interval(before, measure.digits),
-        interval(after, measure.digits),
+        spec.label,
+        spec.meaning,
+        spec.format(before.value),
+        spec.format(after.value),
+        _spec_interval(spec, before),
+        _spec_interval(spec, after),
         change,
         tone,
     )
 
 
 def pair_tiles(results: Mapping[int, Mapping[str, Any]]) -> list[Tile]:
-    """Headline numbers of a run that evaluates nothing: first against last pairs."""
+    """Build the headline of a run without evaluation: the pairs of the first and the last iteration."""
     if not results:
         return []
     first, last = results[min(results)], results[max(results)]
-    several = len(results) > 1
-    shown = (
-        ("pairs", "Pairs", "prompts with a preference", count),
-        ("margin", "Margin", "mean reward of chosen less rejected", compact),
+    numbers = (
+        ("pairs", "Pairs", "preference pairs", count),
+        ("margin", "Margin", "mean reward of chosen minus rejected", compact),
         ("chosen_longer", "Chosen longer", "pairs whose chosen response has more sentences", percent),
     )
     return [
-        Tile(label, meaning, write(first.get(key)) if several else "", write(last.get(key)))
-        for key, label, meaning, write in shown
+        Tile(label, meaning, write(first.get(key)) if len(results) > 1 else "", write(last.get(key)))
+        for key, label, meaning, write in numbers
     ]
 
 
 def metric_figures(evaluation: Evaluation) -> list[Figure]:
-    """One small chart a measure, iteration by iteration."""
-    return [_metric_figure(measure, evaluation) for measure in evaluation.plotted]
+    """Draw one chart per metric over the iterations."""
+    figures = []
+    for spec in evaluation.charted:
+        description, series, axes = metric_chart(spec, evaluation)
+        hint = spec.hint if spec.axis_from_zero else f"{spec.hint}; the axis does not start at 0"
+        figures.append(Figure(spec.label, spec.meaning, hint, chart(description, [series], axes)))
+    return figures
 
 
-def _metric_figure(measure: Measure, evaluation: Evaluation) -> Figure:
+def metric_chart(spec: MetricSpec, evaluation: Evaluation) -> tuple[str, Series, Axes]:
+    """Return the description, the line and the axes of a metric's chart over the iterations."""
     points = []
-    for number in evaluation.measured:
-        metric = evaluation.metric(number, measure.key)
+    for number in evaluation.metrics:
+        metric = evaluation.metric(number, spec.key)
         if metric.value is not None:
-            title = f"{policy_name(number)}: {fixed(metric.value, measure.digits)}"
+            title = f"{policy_name(number)}: {spec.format(metric.value)}"
             if metric.low is not None:
-                title += f" (95 % interval {interval(metric, measure.digits)}, n = {metric.n})"
+                title += f" (95 % interval {_spec_interval(spec, metric)}, n = {metric.n})"
             points.append(Point(number, metric.value, metric.low, metric.high, title))
     axes = Axes(
-        from_zero=measure.from_zero,
-        at_most=measure.at_most,
-        digits=measure.digits,
-        x_name=iteration_name,
-        x_ticks=sorted(evaluation.measured),
+        from_zero=spec.axis_from_zero,
+        upper_bound=spec.upper_bound,
+        digits=spec.digits if spec.digits is not None else 3,
+        format_x=iteration_label,
+        x_ticks=sorted(evaluation.metrics),
     )
-    description = f"{measure.label}: " + "; ".join(point.title for point in points)
-    hint = measure.hint if measure.from_zero else f"{measure.hint}; the axis does not start at 0"
-    return Figure(measure.label, measure.meaning, hint, chart(description, [Series(measure.label, points)], axes))
+    return f"{spec.label}: " + "; ".join(point.title for point in points), Series(spec.label, points), axes
 
 
-def metric_table(evaluation: Evaluation) -> Table:
-    """Every measure of every evaluated policy; cells are (value, interval)."""
-    numbers = sorted(evaluation.measured)
-    present = {key for metrics in evaluation.measured.values() for key in metrics}
-    unknown = sorted(present - {measure.key for measure in MEASURES})
-    measures = [m for m in MEASURES if m.key in present] + [Measure(key, key, "", "neither") for key in unknown]
+def metric_table(evaluation: Evaluation) -> MetricTable:
+    """Tabulate every metric of every evaluated policy."""
+    numbers = sorted(evaluation.metrics)
     rows = []
-    for measure in measures:
-        found = [evaluation.metric(number, measure.key) for number in numbers]
-        cells = [(fixed(m.value, measure.digits), interval(m, measure.digits)) for m in found]
-        rows.append((measure, cells, max(m.n for m in found)))
-    return Table([policy_name(number) for number in numbers], rows)
+    for key in sort_metrics(evaluation.keys):
+        spec = metric_spec(key, evaluation.name)
+        metrics = [evaluation.metric(number, key) for number in numbers]
+        cells = [(spec.format(metric.value), _spec_interval(spec, metric)) for metric in metrics]
+        rows.append((spec, cells, max(metric.n for metric in metrics)))
+    return MetricTable([policy_name(number) for number in numbers], rows)
 
 
 def pair_results(run: Run) -> dict[int, dict[str, Any]]:
-    """What the pair and generation stages of each iteration reported."""
+    """Read the results of the pairs stage of each iteration, with those of its generation stage."""
     return {
         number: run.result(number, "pairs")
         | ({"generate": run.result(number, "generate")} if run.is_done(number, "generate") else {})
@@ -153,28 +167,27 @@ def pair_results(run: Run) -> dict[int, dict[str, Any]]:
 
 
 def pair_figures(results: Mapping[int, Mapping[str, Any]]) -> list[Figure]:
-    """Chosen against rejected: reward and length; and how often the chosen is the longer."""
+    """Draw reward and length of chosen and rejected responses, and how often the chosen one is longer."""
     if not results:
         return []
     sides = ("chosen", "rejected")
     figures = []
-    for key, label, meaning, zero in (
+    for key, label, meaning, from_zero in (
         ("reward", "Reward", "mean R(y)", False),
-        ("sentences", "Sentences", "mean number in a response", True),
+        ("sentences", "Length", "mean number of sentences", True),
     ):
-        series = [Series(side, _points(results, f"{side}_{key}", side), style) for style, side in enumerate(sides)]
-        axes = Axes(from_zero=zero, digits=2, x_name=iteration_name, x_ticks=sorted(results))
-        figures.append(
-            Figure(label, meaning, "", chart(_describe(label, series), series, axes), list(enumerate(sides)))
-        )
-    longer = [Series("chosen is longer", _points(results, "chosen_longer", "chosen is longer"))]
-    axes = Axes(from_zero=True, at_most=1.0, digits=2, x_name=iteration_name, x_ticks=sorted(results))
-    svg = chart(_describe("Chosen is longer", longer), longer, axes)
-    figures.append(Figure("Chosen is longer", "share of pairs", "equal lengths count as not longer", svg))
+        series = [Series(side, _pair_points(results, f"{side}_{key}", side), style) for style, side in enumerate(sides)]
+        axes = Axes(from_zero=from_zero, digits=2, format_x=iteration_label, x_ticks=sorted(results))
+        svg = chart(_description(label, series), series, axes)
+        figures.append(Figure(label, meaning, "", svg, list(enumerate(sides))))
+    longer = [Series("chosen is longer", _pair_points(results, "chosen_longer", "chosen is longer"))]
+    axes = Axes(from_zero=True, upper_bound=1.0, digits=2, format_x=iteration_label, x_ticks=sorted(results))
+    svg = chart(_description("Chosen is longer", longer), longer, axes)
+    figures.append(Figure("Chosen is longer", "share of pairs", "equal lengths do not count as longer", svg))
     return figures
 
 
-def _points(results: Mapping[int, Mapping[str, Any]], key: str, name: str) -> list[Point]:
+def _pair_points(results: Mapping[int, Mapping[str, Any]], key: str, name: str) -> list[Point]:
     return [
         Point(number, result[key], title=f"iteration {number}, {name}: {compact(result[key])}")
         for number, result in results.items()
@@ -182,27 +195,28 @@ def _points(results: Mapping[int, Mapping[str, Any]], key: str, name: str) -> li
     ]
 
 
-def _describe(label: str, series: Sequence[Series]) -> str:
-    return f"{label}: " + "; ".join(point.title for item in series for point in item.points)
+def _description(label: str, series: Sequence[Series]) -> str:
+    return f"{label}: " + "; ".join(point.title for line in series for point in line.points)
 
 
 def training_results(run: Run) -> dict[int, dict[str, Any]]:
-    """What each iteration's training reported, with the means over the last tenth of its steps."""
-    found = {}
+    """Read the results of each training, with means over the last tenth of the logged steps."""
+    results = {}
     for number in range(1, run.config.iterations + 1):
         if run.is_done(number, "train"):
             result = run.result(number, "train")
             logged = [entry for entry in result.get("log", []) if isinstance(entry, dict)]
             end = logged[-max(len(logged) // 10, 1) :]
-            found[number] = result | {"log": logged, "end": {key: _mean(end, key) for key, *_ in _CURVES}}
-    return found
+            results[number] = result | {"log": logged, "end": {key: _mean(end, key) for key, *_ in _CURVES}}
+    return results
 
 
 _CURVES = (
-    ("loss", "Loss", "of TRL; the line is ln 2, where DPO knows no preference"),
-    ("rewards/accuracies", "Accuracy", "pairs whose chosen is preferred"),
-    ("rewards/margins", "Margin", "implicit reward of chosen less rejected"),
+    ("loss", "Loss", "training loss; dotted line: ln 2, the DPO loss without a preference"),
+    ("rewards/accuracies", "Accuracy", "pairs with a higher implicit reward for chosen"),
+    ("rewards/margins", "Margin", "implicit reward of chosen minus rejected"),
 )
+"""(key in TRL's log, label, meaning)."""
 
 
 def _mean(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
@@ -211,7 +225,7 @@ def _mean(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 def training_figures(results: Mapping[int, Mapping[str, Any]]) -> list[Figure]:
-    """The trainer's log over steps, one line an iteration."""
+    """Draw the trainer's log over the optimizer steps, one line per iteration."""
     figures = []
     legend = [(number - 1, f"iteration {number}") for number in results] if len(results) > 1 else []
     for key, label, meaning in _CURVES:
@@ -220,8 +234,8 @@ def training_figures(results: Mapping[int, Mapping[str, Any]]) -> list[Figure]:
         ]
         axes = Axes(
             from_zero=key == "rewards/accuracies",
-            at_most=1.0 if key == "rewards/accuracies" else None,
-            marker=log(2) if key == "loss" else None,
+            upper_bound=1.0 if key == "rewards/accuracies" else None,
+            horizontal_line=log(2) if key == "loss" else None,
             label_points=False,
         )
         ends = "; ".join(f"iteration {n} ends at {fixed(result['end'][key])}" for n, result in results.items())
@@ -233,14 +247,14 @@ def training_figures(results: Mapping[int, Mapping[str, Any]]) -> list[Figure]:
 
 def _curve(entries: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
     points = [
-        Point(float(entry.get("step", place)), float(entry[key]))
-        for place, entry in enumerate(entries, start=1)
+        Point(float(entry.get("step", index)), float(entry[key]))
+        for index, entry in enumerate(entries, start=1)
         if entry.get(key) is not None
     ]
     return smoothed(points)
 
 
-def reference_words(result: Mapping[str, Any]) -> str:
-    """Say where the reference log-probabilities came from and how they compared."""
-    source = {"ledger": "ledger", "model": "computed again"}.get(result.get("reference", ""), "unknown")
-    return f"{source}, {scientific(result.get('reference_difference'))} nats apart"
+def reference_source(result: Mapping[str, Any]) -> str:
+    """Describe where the reference log-probabilities came from and how far they were from a teacher-forced pass."""
+    source = {"ledger": "from the ledger", "model": "recomputed"}.get(result.get("reference", ""), "unknown")
+    return f"{source}; largest difference {scientific(result.get('reference_difference'))} nats"

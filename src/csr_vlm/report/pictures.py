@@ -1,4 +1,4 @@
-"""Pictures that travel inside the page."""
+"""Embed pictures in a page as data URIs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Literal
 from PIL import Image
 
 from csr_vlm.data.images import BadImage, load_image
-from csr_vlm.report.limits import cut
-from csr_vlm.world.dataset import scene_of
-from csr_vlm.world.scenes import Scene, render
+from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
+from csr_vlm.report.limits import shorten
 
-_MOST_PIXELS = 336
+_MAX_SIDE = 336
+"""Largest width and height in pixels."""
 _SCENE_SCALE = 3
+_NUM_PALETTE_COLORS = 64
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a data URI, or why there is none."""
+    """Hold an image as a data URI, or the reason why there is none."""
 
     alt: str
     uri: str | None = None
@@ -29,43 +30,29 @@ class Picture:
     missing: str = ""
 
 
-def picture(prompt_id: str, image: str | None, max_pixels: int) -> Picture:
-    """Draw the world's scene of this id, or else load and shrink the image file."""
-    known = scene_of(prompt_id)
+def embed_picture(prompt_id: str, image: str | None, max_pixels: int, truth_of: TruthOf = no_truth) -> Picture:
+    """Draw the known picture of a prompt, or load and shrink its image file."""
+    known = truth_of(prompt_id)
     if known is not None:
-        return _drawn(known[1])
+        return _encoded(known.draw(_SCENE_SCALE), "PNG", known.description)
     if image is None:
-        return Picture(alt="", missing="no picture")
+        return Picture(alt="", missing="no image")
     try:
         loaded = load_image(image, max_pixels)
     except BadImage as error:
-        return Picture(alt="", missing=f"picture {error}")
+        return Picture(alt="", missing=f"image {error}")
     except OSError:
-        return Picture(alt="", missing="picture unreadable")
-    loaded.thumbnail((_MOST_PIXELS, _MOST_PIXELS), Image.Resampling.LANCZOS)
-    return _embedded(loaded, "JPEG", f"Image of prompt {cut(prompt_id, 200)}")
+        return Picture(alt="", missing="image unreadable")
+    loaded.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
+    return _encoded(loaded, "JPEG", f"Image of prompt {shorten(prompt_id, 200)}")
 
 
-def absent_kinds(prompt_id: str) -> frozenset[str] | None:
-    """Name the kinds of object that are not in a scene; None where the truth is not known."""
-    known = scene_of(prompt_id)
-    if known is None:
-        return None
-    world, scene = known
-    return frozenset(world.kinds) - scene.kinds
-
-
-def _drawn(scene: Scene) -> Picture:
-    objects = ", ".join(f"{item.color} {item.kind}" for item in scene.objects)
-    return _embedded(render(scene, scale=_SCENE_SCALE), "PNG", f"Drawn scene: {objects}")
-
-
-def _embedded(image: Image.Image, form: Literal["JPEG", "PNG"], alt: str) -> Picture:
+def _encoded(image: Image.Image, image_format: Literal["JPEG", "PNG"], alt: str) -> Picture:
     buffer = io.BytesIO()
-    if form == "PNG":
-        # Few colours: a palette looks the same and is a third of the size.
-        image.quantize(64, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    if image_format == "PNG":
+        # Drawn scenes have few colors: a palette looks the same at a third of the size.
+        image.quantize(_NUM_PALETTE_COLORS, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     else:
         image.save(buffer, "JPEG", quality=80, optimize=True)
     encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Picture(alt, f"data:image/{form.lower()};base64,{encoded}", image.width, image.height)
+    return Picture(alt, f"data:image/{image_format.lower()};base64,{encoded}", image.width, image.height)

@@ -1,219 +1,218 @@
-"""One self-contained page: the paper's tables with own numbers beside them."""
+"""Render one self-contained page with the paper's tables and the runs' own numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.core.formatting import compact, fixed, plural
+from csr_vlm.core.formatting import UNKNOWN, compact, fixed, plural
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.evaluation.reproduction import (
     LAMBDA_OF_ABLATION,
-    Obtained,
     Published,
-    RunNumbers,
-    Table,
+    PublishedTable,
+    RunResult,
+    RunResults,
+    collect_results,
     departures,
-    numbers_of,
     protocol_fields,
     published,
     with_lambda,
 )
+from csr_vlm.report.benchmark_panel import benchmark_headings
 from csr_vlm.report.charts import Axes, Point, Series, chart
-from csr_vlm.report.grid import Grid, Row
-from csr_vlm.report.html import page
-from csr_vlm.report.panels import Figure, interval, iteration_name
+from csr_vlm.report.html import render_page
+from csr_vlm.report.number_table import NumberTable, TableRow
+from csr_vlm.report.panels import Figure, format_interval, iteration_label
 from csr_vlm.report.provenance import provenance
-from csr_vlm.report.radar import Shape, Spoke, legend_of, radar, values_in
+from csr_vlm.report.radar import RadarSeries, Spoke, radar, radar_legend, values_by_column
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
-_COMPARED = ("base", "self-rewarding", "CSR (3)")
-"""The published models that the radar shows; all are in the table."""
+_RADAR_MODELS = ("base", "self-rewarding", "CSR (3)")
+"""Published models in the radar chart; the table has all of them."""
+_NO_CELL = (UNKNOWN, "")
 
 
 def write_reproduction(runs: Sequence[Run], path: Path) -> Path:
-    """Write the page from what the runs have stored."""
+    """Write the page from the runs' stored evaluations and return its path."""
     files.write_text(path, render(runs))
     return path
 
 
 def render(runs: Sequence[Run]) -> str:
-    """Return the page as HTML; the first run is the one that the charts show."""
-    tables, found = published(), [numbers_of(run) for run in runs]
-    main = tables.main_table(runs[0].config.model.path)
-    return page(
+    """Return the page as HTML; the charts show the first run."""
+    paper, numbers = published(), [collect_results(run) for run in runs]
+    main = paper.main_table(runs[0].config.model.path)
+    return render_page(
         "reproduction.html.j2",
-        published=tables,
-        summary=_summary(found[0], main),
-        main_grids=[_main_grid(tables, table, found if table is main else []) for table in tables.main],
-        radar=_radar(tables, main, found[0]),
-        figures=_iteration_figures(tables, found[0]),
-        grids=[_iterations(tables, found), _lambdas(tables, found), _ablation(tables, found), _rewards(found)],
-        protocols=_protocols(tables, found[0]),
-        notes=[(b.name, b.note) for b in tables.benchmarks.values() if b.note],
-        departures=[(str(item.run.root), departures(item.run)) for item in found],
-        runs=[(item.run, provenance(item.run)) for item in found],
+        published=paper,
+        summary=_summary(numbers[0], main),
+        main_tables=[_main_table(paper, table, numbers if table is main else []) for table in paper.main],
+        radar=_radar(paper, main, numbers[0]),
+        figures=_iteration_figures(paper, numbers[0]),
+        tables=[
+            _iteration_table(paper, numbers),
+            _lambda_table(paper, numbers),
+            _ablation_table(paper, numbers),
+            _reward_table(numbers),
+        ],
+        protocols=_protocols(paper, numbers[0]),
+        notes=[(benchmark.name, benchmark.note) for benchmark in paper.benchmarks.values() if benchmark.note],
+        departures=[(str(item.run.root), departures(item.run)) for item in numbers],
+        runs=[(item.run, provenance(item.run)) for item in numbers],
     )
 
 
-def _summary(item: RunNumbers, main: Table) -> str:
+def _summary(item: RunResults, main: PublishedTable) -> str:
     measured = [key for key in main.columns if key in item.result]
     comparable = [key for key in measured if item.result[key].same_data]
+    num_benchmarks = plural(len(main.columns), "benchmark")
     if not measured:
-        return f"{item.run.root} has measured none of the paper's {len(main.columns)} benchmarks yet."
-    start = f"Of the paper's {plural(len(main.columns), 'benchmark')} {item.run.root} has {len(measured)}"
+        return f"{item.run.root} has not been evaluated on any of the paper's {num_benchmarks} yet."
+    start = f"{item.run.root} has been evaluated on {len(measured)} of the paper's {num_benchmarks}"
     if not comparable:
-        return f"{start}, on drawn scenes of the embedded world: they show the method at work, not the paper's numbers."
-    return f"{start}, {len(comparable)} of them on the paper's kind of data."
+        return f"{start}, using rendered scenes of the embedded world: these are not the paper's numbers."
+    return f"{start}, {len(comparable)} of them on the same kind of data."
 
 
-def _cell(obtained: Obtained | None) -> tuple[str, str]:
+def _cell(obtained: RunResult | None) -> tuple[str, str]:
     if obtained is None:
-        return "–", ""
+        return _NO_CELL
     mark = "" if obtained.same_data else " †"
-    return fixed(obtained.metric.value, 1) + mark, interval(obtained.metric, 1)
+    return fixed(obtained.metric.value, 1) + mark, format_interval(obtained.metric, 1)
 
 
-def _names(tables: Published, columns: Sequence[str]) -> list[str]:
-    return [
-        f"{tables.benchmarks[key].name} {'↓' if tables.benchmarks[key].better == 'lower' else '↑'}" for key in columns
+def _run_row(name: str, values: Mapping[str, RunResult], columns: Sequence[str]) -> TableRow:
+    return TableRow(name, [_cell(values.get(key)) for key in columns], highlighted=True)
+
+
+def _published_cells(paper: Published, columns: Sequence[str], values: Sequence[float]) -> list[tuple[str, str]]:
+    return [(f"{value:.{paper.benchmarks[key].digits}f}", "") for key, value in zip(columns, values, strict=True)]
+
+
+def _main_table(paper: Published, table: PublishedTable, numbers: Sequence[RunResults]) -> NumberTable:
+    rows = [TableRow(name, _published_cells(paper, table.columns, values)) for name, values in table.rows.items()]
+    for item in numbers:
+        for iteration in sorted({0, item.run.final} & item.by_iteration.keys()):
+            name = f"{item.run.root.name}, {policy_name(iteration)}"
+            rows.append(_run_row(name, item.by_iteration[iteration], table.columns))
+    return NumberTable(table.model, "Model", benchmark_headings(paper, table.columns), rows)
+
+
+def _radar(paper: Published, main: PublishedTable, item: RunResults) -> Figure:
+    spokes = [Spoke(paper.benchmarks[key].name, paper.benchmarks[key].better == "lower") for key in main.columns]
+    series = [
+        RadarSeries(f"paper: {name}", main.rows[name], style)
+        for style, name in enumerate(_RADAR_MODELS)
+        if name in main.rows
     ]
-
-
-def _written(tables: Published, columns: Sequence[str], values: Sequence[float]) -> list[tuple[str, str]]:
-    return [(f"{value:.{tables.benchmarks[key].digits}f}", "") for key, value in zip(columns, values, strict=True)]
-
-
-def _main_grid(tables: Published, table: Table, found: Sequence[RunNumbers]) -> Grid:
-    rows = [Row(name, _written(tables, table.columns, values)) for name, values in table.rows.items()]
-    for item in found:
-        for number in sorted({0, item.run.final} & item.by_iteration.keys()):
-            mine = item.by_iteration[number]
-            label = f"{item.run.root.name}, {policy_name(number)}"
-            rows.append(Row(label, [_cell(mine.get(key)) for key in table.columns], own=True))
-    return Grid(table.model, "Model", _names(tables, table.columns), rows)
-
-
-def _radar(tables: Published, main: Table, item: RunNumbers) -> Figure:
-    spokes = [Spoke(tables.benchmarks[key].name, tables.benchmarks[key].better == "lower") for key in main.columns]
-    shapes = [
-        Shape(f"paper: {name}", main.rows[name], style) for style, name in enumerate(_COMPARED) if name in main.rows
-    ]
-    own = {key: value.metric.value for key, value in item.result.items() if value.same_data and value.metric.value}
-    if any(key in own for key in main.columns):
-        shapes.append(Shape(item.run.root.name, values_in(main.columns, {k: v for k, v in own.items() if v}), 3))
-    text = f"{main.model}: " + ", ".join(shape.name for shape in shapes)
+    run_values = {key: obtained.metric.value for key, obtained in item.result.items() if obtained.same_data}
+    known = {key: value for key, value in run_values.items() if value}
+    if any(key in known for key in main.columns):
+        series.append(RadarSeries(item.run.root.name, values_by_column(main.columns, known), 3))
+    text = f"{main.model}: " + ", ".join(line.name for line in series)
     hint = (
-        "Each spoke has its own scale, from the worst value shown on it (inside) to the best (at the rim); both stand "
-        "under its name. Only compare shapes along one spoke: a large gap in the picture can be a small one in points."
+        "Each axis has its own scale, from the worst value on it (inside) to the best (at the rim); both ends are "
+        "given under its name. Compare values along one axis only: a large gap in the chart can be a small one in "
+        "points."
     )
-    return Figure(
-        f"{main.model} on every benchmark",
-        "further out is better",
-        hint,
-        radar(text, spokes, shapes),
-        legend_of(shapes),
-    )
+    svg = radar(text, spokes, series)
+    return Figure(f"{main.model}, all benchmarks", "farther out is better", hint, svg, radar_legend(series))
 
 
-def _iteration_figures(tables: Published, item: RunNumbers) -> list[Figure]:
-    """CHAIR over iterations: the paper's line and the run's own."""
+def _iteration_figures(paper: Published, item: RunResults) -> list[Figure]:
+    """Draw CHAIR over the iterations, published and measured."""
     figures = []
     for key in ("chair_s", "chair_i"):
-        column = tables.iterations.columns.index(key)
-        theirs = [
-            Point(number, values[column], title=f"paper, {policy_name(number)}: {values[column]:g}")
-            for number, values in tables.iterations.rows.items()
+        column = paper.iterations.columns.index(key)
+        published_points = [
+            Point(iteration, values[column], title=f"paper, {policy_name(iteration)}: {values[column]:g}")
+            for iteration, values in paper.iterations.rows.items()
         ]
-        mine = []
-        for number, found in item.by_iteration.items():
-            if key in found and found[key].metric.value is not None:
-                metric = found[key].metric
-                title = f"this run, {policy_name(number)}: {fixed(metric.value, 1)}"
-                mine.append(Point(number, metric.value or 0.0, metric.low, metric.high, title))
-        series = [Series("paper, COCO", theirs), Series("this run", mine, 1)]
-        axes = Axes(from_zero=True, digits=1, x_name=iteration_name, x_ticks=list(tables.iterations.rows))
-        name = tables.benchmarks[key].name
+        run_points = []
+        for iteration, values_by_key in item.by_iteration.items():
+            if key in values_by_key and values_by_key[key].metric.value is not None:
+                metric = values_by_key[key].metric
+                title = f"this run, {policy_name(iteration)}: {fixed(metric.value, 1)}"
+                run_points.append(Point(iteration, metric.value or 0.0, metric.low, metric.high, title))
+        series = [Series("paper, COCO", published_points), Series("this run", run_points, 1)]
+        axes = Axes(from_zero=True, digits=1, format_x=iteration_label, x_ticks=list(paper.iterations.rows))
+        name = paper.benchmarks[key].name
         text = "; ".join(point.title for line in series for point in line.points)
-        drawn = any(key in found and not found[key].same_data for found in item.by_iteration.values())
-        own = f"{item.run.root.name}{', drawn scenes' if drawn else ''}"
-        legend = [(0, f"paper, {tables.iterations.model}"), *([(1, own)] if mine else [])]
-        figures.append(Figure(name, "per cent, lower is better", "", chart(f"{name}: {text}", series, axes), legend))
+        rendered = any(key in values and not values[key].same_data for values in item.by_iteration.values())
+        run_name = f"{item.run.root.name}{', rendered scenes' if rendered else ''}"
+        legend = [(0, f"paper, {paper.iterations.model}"), *([(1, run_name)] if run_points else [])]
+        figures.append(Figure(name, "percent, lower is better", "", chart(f"{name}: {text}", series, axes), legend))
     return figures
 
 
-def _iterations(tables: Published, found: Sequence[RunNumbers]) -> Grid:
-    table = tables.iterations
+def _iteration_table(paper: Published, numbers: Sequence[RunResults]) -> NumberTable:
+    table = paper.iterations
     rows = [
-        Row(f"paper, {policy_name(number)}", _written(tables, table.columns, values))
-        for number, values in table.rows.items()
+        TableRow(f"paper, {policy_name(iteration)}", _published_cells(paper, table.columns, values))
+        for iteration, values in table.rows.items()
     ]
-    for item in found:
-        for number in sorted(item.by_iteration):
-            mine = item.by_iteration[number]
-            cells = [_cell(mine.get(key)) for key in table.columns]
-            rows.append(Row(f"{item.run.root.name}, {policy_name(number)}", cells, own=True))
-    return Grid(
-        "Iteration by iteration", "Policy", _names(tables, table.columns), rows, f"The paper's model is {table.model}."
-    )
+    for item in numbers:
+        for iteration in sorted(item.by_iteration):
+            name = f"{item.run.root.name}, {policy_name(iteration)}"
+            rows.append(_run_row(name, item.by_iteration[iteration], table.columns))
+    note = f"The paper’s model is {table.model}."
+    return NumberTable("Results by iteration", "Policy", benchmark_headings(paper, table.columns), rows, note)
 
 
-def _lambdas(tables: Published, found: Sequence[RunNumbers]) -> Grid:
-    table = tables.lambdas
+def _lambda_table(paper: Published, numbers: Sequence[RunResults]) -> NumberTable:
+    table = paper.lambdas
     rows = []
-    weights = sorted({*table.rows, *(item.run.config.method.lambda_ for item in found)})
-    for weight in weights:
-        if weight in table.rows:
-            rows.append(Row(f"paper, λ = {weight:g}", _written(tables, table.columns, table.rows[weight])))
-        for item in with_lambda(found, weight):
-            cells = [_cell(item.result.get(key)) for key in table.columns]
-            rows.append(Row(f"{item.run.root.name}, λ = {weight:g}", cells, own=True))
-    return Grid(
-        "The weight of image relevance",
-        "λ",
-        _names(tables, table.columns),
-        rows,
-        "λ = 0 is the model's own probability alone, λ = 1 image relevance alone (eq. 4).",
-    )
+    for value in sorted({*table.rows, *(item.run.config.method.lambda_ for item in numbers)}):
+        if value in table.rows:
+            rows.append(TableRow(f"paper, λ = {value:g}", _published_cells(paper, table.columns, table.rows[value])))
+        rows += [
+            _run_row(f"{item.run.root.name}, λ = {value:g}", item.result, table.columns)
+            for item in with_lambda(numbers, value)
+        ]
+    note = "λ = 0 uses the model’s own probability only, λ = 1 image relevance only (eq. 4)."
+    return NumberTable("Sensitivity to λ", "λ", benchmark_headings(paper, table.columns), rows, note)
 
 
-def _ablation(tables: Published, found: Sequence[RunNumbers]) -> Grid:
-    """The published averages, and CHAIR of runs with the same half of the reward."""
+def _ablation_table(paper: Published, numbers: Sequence[RunResults]) -> NumberTable:
+    """Tabulate the published averages, and CHAIR of runs with the same part of the reward."""
+    chair = ("chair_s", "chair_i")
     rows = [
-        Row(f"paper, {name}", [*((f"{value:.2f}", "") for value in values), ("–", ""), ("–", "")])
-        for name, values in tables.ablation.rows.items()
+        TableRow(f"paper, {name}", [*((f"{value:.2f}", "") for value in values), _NO_CELL, _NO_CELL])
+        for name, values in paper.ablation.rows.items()
     ]
-    for name, weight in LAMBDA_OF_ABLATION.items():
-        for item in with_lambda(found, weight):
-            cells = [_cell(item.result.get(key)) for key in ("chair_s", "chair_i")]
-            rows.append(Row(f"{item.run.root.name}, {name}", [("–", ""), ("–", ""), *cells], own=True))
-    columns = [f"average, {size}" for size in tables.ablation.columns] + _names(tables, ("chair_s", "chair_i"))
+    for name, lambda_ in LAMBDA_OF_ABLATION.items():
+        for item in with_lambda(numbers, lambda_):
+            cells = [_cell(item.result.get(key)) for key in chair]
+            rows.append(TableRow(f"{item.run.root.name}, {name}", [_NO_CELL, _NO_CELL, *cells], highlighted=True))
+    columns = [f"average, {size}" for size in paper.ablation.columns] + benchmark_headings(paper, chair)
     note = (
-        "How the paper's average is formed cannot be told from its tables, so no own average stands beside it; "
-        "runs with one half of the reward show their CHAIR instead."
+        "The paper’s tables do not define its average, so the runs have none; CHAIR is shown for runs with one part "
+        "of the reward."
     )
-    return Grid("One half of the reward", "Reward", columns, rows, note)
+    return NumberTable("Ablation of the reward", "Reward", columns, rows, note)
 
 
-def _rewards(found: Sequence[RunNumbers]) -> Grid:
+def _reward_table(numbers: Sequence[RunResults]) -> NumberTable:
+    columns = ["chosen", "rejected", "average"]
     rows = [
-        Row(
-            f"{item.run.root.name}, iteration {number}",
-            [(compact(values[side]), "") for side in ("chosen", "rejected", "average")],
-            own=True,
+        TableRow(
+            f"{item.run.root.name}, {policy_name(iteration)}",
+            [(compact(rewards[column]), "") for column in columns],
+            highlighted=True,
         )
-        for item in found
-        for number, values in item.rewards.items()
+        for item in numbers
+        for iteration, rewards in item.rewards.items()
     ]
-    note = "Mean R(y) of the pairs, in the units of the run's own reward, which differ between presets."
-    return Grid("Rewards over iterations", "Pairs of", ["chosen", "rejected", "average"], rows, note)
+    note = "Mean R(y) of the pairs. The unit depends on the run’s preset."
+    return NumberTable("Rewards by iteration", "Pairs of", columns, rows, note)
 
 
-def _protocols(tables: Published, item: RunNumbers) -> list[tuple[str, list[Any]]]:
-    """For each measured benchmark, the protocols side by side."""
+def _protocols(paper: Published, item: RunResults) -> list[tuple[str, list[Any]]]:
+    """Return the protocol fields, published and measured, of each evaluated benchmark."""
     return [
-        (tables.benchmarks[key].name, protocol_fields(tables.benchmarks[key], obtained))
+        (paper.benchmarks[key].name, protocol_fields(paper.benchmarks[key], obtained))
         for key, obtained in item.result.items()
     ]

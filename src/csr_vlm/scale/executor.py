@@ -1,8 +1,18 @@
-"""Who does the work items of a stage: this process alone, or several together.
+"""Run the work items of a stage, in this process or on several.
 
-Items are cut before anyone takes them, and are named by what they depend on; an item that
-is done leaves one file, written atomically, whose bytes depend on the item alone. So it
-makes no difference who does an item, in which order, or how often.
+The items of a task are fixed before any process claims one, and an item's output is named by
+everything it depends on. A finished item leaves one file, which is written atomically and whose
+bytes depend on the item alone. So the result does not depend on which process runs an item, in
+which order, or how often.
+
+To add an executor, implement :class:`Executor` in a module of its own, preferably as a context
+manager like :func:`csr_vlm.scale.torchrun.torchrun_executor`, and yield it in
+``csr_vlm.cli.executors.executor_for``. ``map`` must run every item at least once and add up the
+counts of each item exactly once; it should call :func:`write_marker` in the leading process and
+:func:`require_marker` in every process on another machine. An executor without distributed
+training inherits ``run_all`` from :class:`LocalExecutor`. ``tests/unit/test_scale.py`` and
+``tests/ray`` show what to test: the ledger has the same bytes as with one process, also after a
+process was killed.
 """
 
 from __future__ import annotations
@@ -17,117 +27,133 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.progress import Advance
+from csr_vlm.core.progress import Progress
 from csr_vlm.store import files
 
-Tally = dict[str, Counter[str]]
-"""What was counted, by what it is about; tallies of different items add up."""
+Counts = dict[str, Counter[str]]
+"""Counters by name, such as ``{"statuses": {"top": 2}}``; those of different items are added up."""
 
-_MARK = ".shared"
-_SETTLES = 30.0
-"""Seconds until a file that one machine wrote is seen by all others of a network file system."""
-
-
-class Done(NamedTuple):
-    """What one work item comes to."""
-
-    amount: int
-    """How far the progress moves."""
-    tally: Tally
+_MARKER_FILE = ".shared"
+_MARKER_TIMEOUT = 30.0
+"""Seconds until a file that one machine wrote is visible on all others of a network file system."""
 
 
-class Work(Protocol):
-    """The items of a stage, by their numbers. Doing one that is done already changes nothing."""
+class ItemResult(NamedTuple):
+    """Hold the result of one work item."""
 
-    def do(self, item: int) -> Done: ...
+    num_finished: int
+    """Number by which the progress advances."""
+    counts: Counts
+
+
+class Worker(Protocol):
+    """Run the items of a stage by their indices. Running a finished item again changes nothing."""
+
+    def run_item(self, item: int) -> ItemResult:
+        """Run one item, from 0 to the task's ``num_items`` - 1."""
+        ...
 
     def close(self) -> None:
-        """Let go of what it holds: models, processes."""
+        """Release models and processes."""
         ...
 
 
 @dataclass(frozen=True)
-class Job:
-    """Names some work in plain data, so that other processes and machines can be told of it.
+class Task:
+    """Describe work as plain data, so that it can be sent to other processes and machines."""
 
-    ``make`` is a class or function at the top of a module. It is called with the run's
-    directory and the settings, and with one more argument that each way to run it gives:
-    what tells a line (:meth:`Crew.spread`), or how many processes there are and what counts
-    (:meth:`Crew.together`).
-    """
-
-    make: Callable[..., Any]
+    target: Callable[..., Any]
+    """Worker class for :meth:`Executor.map`, or function for :meth:`Executor.run_all`, at the top level of a module.
+    It is called with ``root``, the settings as keywords, and the keywords that the executor's method adds."""
     root: Path
+    """Directory of the run."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_items: int = 0
-    """How many to spread."""
+    """Number of work items; 0 for :meth:`Executor.run_all`."""
 
 
-class Crew(Protocol):
-    """One process or several that do a job."""
+class Executor(Protocol):
+    """Run tasks on one process or several."""
 
-    def spread(self, job: Job, advance: Advance, say: Callable[[str], None]) -> Tally:
-        """Do every item of ``job.make(root, say=..., **settings)`` once; return the sum of the tallies."""
+    def map(self, task: Task, progress: Progress, log: Callable[[str], None]) -> Counts:
+        """Run every item of the worker ``task.target(root, log=..., **settings)``; return the summed counts.
+
+        Raises:
+            CsrError: An item failed, or a process was lost.
+        """
         ...
 
-    def together(self, job: Job, advance: Advance) -> Any:
-        """Call ``job.make(root, processes=..., advance=..., **settings)`` in all processes at the same time.
+    def run_all(self, task: Task, progress: Progress) -> Any:
+        """Call ``task.target(root, processes=..., progress=..., **settings)`` in all processes at the same time.
 
         Returns:
-            What it returned here.
+            The result in this process.
+
+        Raises:
+            CsrError: A call failed, or a process was lost.
         """
         ...
 
 
-class Alone:
-    """One process does everything."""
+class LocalExecutor:
+    """Run everything in this process."""
 
-    def spread(self, job: Job, advance: Advance, say: Callable[[str], None]) -> Tally:
-        tally: Tally = {}
-        with closing(job.make(job.root, say=say, **job.settings)) as work:
-            for item in range(job.num_items):
-                done = work.do(item)
-                add_up(tally, done.tally)
-                advance(done.amount)
-        return tally
+    def map(self, task: Task, progress: Progress, log: Callable[[str], None]) -> Counts:
+        counts: Counts = {}
+        with closing(task.target(task.root, log=log, **task.settings)) as worker:
+            for item in range(task.num_items):
+                result = worker.run_item(item)
+                add_counts(counts, result.counts)
+                progress.advance(result.num_finished)
+        return counts
 
-    def together(self, job: Job, advance: Advance) -> Any:
-        return job.make(job.root, processes=1, advance=advance, **job.settings)
-
-
-ALONE = Alone()
+    def run_all(self, task: Task, progress: Progress) -> Any:
+        return task.target(task.root, processes=1, progress=progress, **task.settings)
 
 
-def add_up(tally: Tally, more: Mapping[str, Mapping[str, int]]) -> None:
-    """Add counts to a tally."""
-    for about, counts in more.items():
-        tally.setdefault(about, Counter()).update(counts)
+LOCAL = LocalExecutor()
 
 
-def leave_mark(root: Path) -> str:
-    """Leave a word in a directory by which other processes recognise it; return the word."""
+def add_counts(total: Counts, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Add counts to a total, in place; counters that are zero are kept."""
+    for name, counter in counts.items():
+        total.setdefault(name, Counter()).update(counter)
+
+
+def discard_log(text: str) -> None:
+    """Ignore a log line, in a process other than the leading one."""
+
+
+def write_marker(root: Path) -> str:
+    """Write a random token to a directory, by which other processes recognize it; return the token."""
     token = secrets.token_hex(8)
-    files.write_text(root / _MARK, token)
+    files.write_text(root / _MARKER_FILE, token)
     return token
 
 
-def require_mark(root: Path, token: str, who: str, patience: float = _SETTLES) -> None:
-    """Refuse a directory that is another one than that of the process which leads.
+def require_marker(root: Path, token: str, process: str, timeout: float = _MARKER_TIMEOUT) -> None:
+    """Check that this process sees the same directory as the leading process.
+
+    Args:
+        root: Directory of the run.
+        token: Token that :func:`write_marker` returned in the leading process.
+        process: Name of this process, for the message.
+        timeout: Seconds to wait for the token.
 
     Raises:
-        CsrError: The word is not there after ``patience`` seconds.
+        CsrError: The token is not in the directory after ``timeout`` seconds.
     """
-    deadline = time.monotonic() + patience
-    while not _holds(root / _MARK, token):
+    deadline = time.monotonic() + timeout
+    while not _contains(root / _MARKER_FILE, token):
         if time.monotonic() > deadline:
             raise CsrError(
-                f"{who} sees another {root} than the process that leads the run",
+                f"{process} sees a different {root} than the leading process",
                 "put the run, the models and the images on a file system that all machines share, at the same path",
             )
         time.sleep(0.2)
 
 
-def _holds(path: Path, token: str) -> bool:
+def _contains(path: Path, token: str) -> bool:
     try:
         return path.read_text(encoding="utf-8") == token
     except OSError:

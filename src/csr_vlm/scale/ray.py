@@ -1,11 +1,11 @@
-"""Work items over the machines of a Ray cluster, by Ray Data.
+"""Run work items on the machines of a Ray cluster with Ray Data.
 
-The rows of the data set are the numbers of the work items; a pool of actors, each with the
-models loaded once, does them. Ray Data starts an actor that died again and gives its item
-to another. Its job checkpointing is not used: an item that is done has left its file, named
-by what it depends on, and doing it again changes nothing, so the run directory already
-says what is done, and there is no second record that could say otherwise. A driver that
-crashed is started again by the same command.
+The rows of the dataset are the indices of the work items. A pool of actors runs them, each with
+the models loaded once. Ray Data restarts an actor that died and gives its item to another.
+
+Ray Data's job checkpointing is not used. A finished item has left its file, named by everything
+it depends on, and running it again changes nothing, so the run directory is the only record of
+what is done. If the driver crashes, the same command resumes.
 """
 
 from __future__ import annotations
@@ -19,126 +19,146 @@ from pathlib import Path
 from typing import Any
 
 from csr_vlm.core.errors import CsrError, reason_of
-from csr_vlm.core.progress import Advance
-from csr_vlm.scale.executor import Alone, Job, Tally, Work, add_up, leave_mark, require_mark
+from csr_vlm.core.progress import Progress
+from csr_vlm.scale.executor import (
+    Counts,
+    LocalExecutor,
+    Task,
+    Worker,
+    add_counts,
+    discard_log,
+    require_marker,
+    write_marker,
+)
 
-_CPUS_BESIDE = 2
-"""Ray Data's own tasks need room beside the actors; without any the two wait for each other."""
-_BLOCKS_AN_ACTOR = 64
-"""Rows are handed out in blocks: enough of them that the last ones are small, few enough that a million items do."""
-
-
-def _require_somebody_there(address: str) -> None:
-    """Ask whether anything listens at HOST:PORT, for which Ray itself would wait for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
-        raise CsrError(
-            f"the Ray cluster cannot be reached: {address}: {reason_of(error)}", "check RAY_ADDRESS"
-        ) from None
+_RESERVED_CPUS = 2
+"""CPUs for Ray Data's own tasks; without any, these and the actors would wait for each other."""
+_BLOCKS_PER_ACTOR = 64
+"""Blocks of rows per actor: enough for the last ones to be short, few enough for a million items."""
+_CONNECT_TIMEOUT = 10
+"""Seconds."""
 
 
 @contextmanager
-def ray_crew(actors: int) -> Iterator[RayActors]:
-    """Join the cluster that ``RAY_ADDRESS`` names, or start one on this machine for as long as this lasts.
+def ray_executor(num_actors: int) -> Iterator[RayExecutor]:
+    """Join the cluster that ``RAY_ADDRESS`` names, or start one on this machine until the context ends.
 
     Raises:
-        CsrError: Ray is not installed, or the cluster has no room for so many actors.
+        CsrError: Ray is not installed, or the cluster cannot be reached or has no room for the actors.
     """
     try:
         import ray
     except ImportError:
         raise CsrError("--ray needs Ray", "pip install 'csr-vlm[ray]'") from None
-    _require_somebody_there(os.environ.get("RAY_ADDRESS", ""))
-    here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": max(os.cpu_count() or 1, actors + _CPUS_BESIDE)}
+    _require_listener(os.environ.get("RAY_ADDRESS", ""))
+    options = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": max(os.cpu_count() or 1, num_actors + _RESERVED_CPUS)}
     try:
-        ray.init(log_to_driver=False, include_dashboard=False, **here)
-    except Exception as error:  # Ray has no narrower class for a cluster that does not come up
-        raise CsrError(f"the Ray cluster cannot be reached: {_first_line(error)}", "check RAY_ADDRESS") from None
+        ray.init(log_to_driver=False, include_dashboard=False, **options)
+    except Exception as error:  # Ray has no narrower class for a cluster that does not start.
+        raise CsrError(f"the Ray cluster cannot be reached: {reason_of(error)}", "check RAY_ADDRESS") from None
     try:
-        found = ray.cluster_resources()
-        gpus = int(found.get("GPU", 0)) > 0
-        have = int(found.get("GPU" if gpus else "CPU", 0)) - (0 if gpus else _CPUS_BESIDE)
-        if have < actors:
-            kind = "GPUs" if gpus else "processors that Ray Data leaves free"
+        resources = ray.cluster_resources()
+        use_gpus = int(resources.get("GPU", 0)) > 0
+        available = int(resources.get("GPU" if use_gpus else "CPU", 0)) - (0 if use_gpus else _RESERVED_CPUS)
+        if available < num_actors:
+            kind = "GPUs" if use_gpus else f"CPUs besides the {_RESERVED_CPUS} reserved for Ray Data"
             raise CsrError(
-                f"{actors} actors were asked for, but the cluster has {have} {kind}", f"--ray {max(have, 1)}"
+                f"--ray {num_actors} needs as many {kind}, but the cluster has {available}",
+                f"use --ray {max(available, 1)}",
             )
-        yield RayActors(actors, gpus=gpus)
+        yield RayExecutor(num_actors, use_gpus=use_gpus)
     finally:
         ray.shutdown()
 
 
-class RayActors(Alone):
-    """Actors of a cluster spread the work; what is done together is done in this process.
+class RayExecutor(LocalExecutor):
+    """Map tasks over the actors of a cluster; run everything else in this process.
 
     Args:
-        number: Of actors.
-        gpus: Whether each has a GPU of its own.
+        num_actors: Number of actors.
+        use_gpus: Give each actor one GPU rather than one CPU.
     """
 
-    def __init__(self, number: int, *, gpus: bool) -> None:
-        self._number = number
-        self._gpus = gpus
+    def __init__(self, num_actors: int, *, use_gpus: bool) -> None:
+        self._num_actors = num_actors
+        self._use_gpus = use_gpus
 
-    def spread(self, job: Job, advance: Advance, say: Callable[[str], None]) -> Tally:
+    def map(self, task: Task, progress: Progress, log: Callable[[str], None]) -> Counts:
         import ray
         from ray.data import ActorPoolStrategy
 
-        root = job.root.resolve()
+        root = task.root.resolve()
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        num_blocks = min(job.num_items, _BLOCKS_AN_ACTOR * self._number)
-        items = ray.data.range(job.num_items, override_num_blocks=num_blocks)
-        done = items.map(
-            _Actor,
-            fn_constructor_args=(job.make, str(root), leave_mark(root), dict(job.settings)),
-            compute=ActorPoolStrategy(size=self._number),
-            num_cpus=0 if self._gpus else 1,
-            num_gpus=1 if self._gpus else 0,
+        num_blocks = min(task.num_items, _BLOCKS_PER_ACTOR * self._num_actors)
+        items = ray.data.range(task.num_items, override_num_blocks=num_blocks)
+        results = items.map(
+            Actor,
+            fn_constructor_args=(task.target, str(root), write_marker(root), dict(task.settings)),
+            compute=ActorPoolStrategy(size=self._num_actors),
+            num_cpus=0 if self._use_gpus else 1,
+            num_gpus=1 if self._use_gpus else 0,
         )
-        tally: Tally = {}
+        counts: Counts = {}
         try:
-            for row in done.iter_rows():
-                add_up(tally, json.loads(row["tally"]))
-                advance(int(row["amount"]))
+            for row in results.iter_rows():
+                if row["error"]:
+                    raise CsrError(row["error"], row["hint"])
+                add_counts(counts, json.loads(row["counts"]))
+                progress.advance(int(row["num_finished"]))
         except ray.exceptions.RayError as error:
-            raise _in_our_words(error) from error
-        return tally
+            raise CsrError(f"an actor failed: {reason_of(error)}", "run the same command again to resume") from error
+        return counts
 
 
-class _Actor:
-    """Does items in a process of its own, somewhere in the cluster."""
+class Actor:
+    """Run items in a process of the cluster.
 
-    def __init__(self, make: Callable[..., Work], root: str, mark: str, settings: Mapping[str, Any]) -> None:
-        require_mark(Path(root), mark, f"the actor on {socket.gethostname()}")
-        self._work = make(Path(root), say=_unheard, **settings)
+    Errors for the user are returned as rows: an exception would reach the driver as the text of a
+    traceback if it was raised in the constructor, without its type.
+    """
+
+    def __init__(self, target: Callable[..., Worker], root: str, token: str, settings: Mapping[str, Any]) -> None:
+        self._error: CsrError | None = None
+        try:
+            require_marker(Path(root), token, f"the actor on {socket.gethostname()}")
+            self._worker = target(Path(root), log=discard_log, **settings)
+        except CsrError as error:
+            self._error = error
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        done = self._work.do(int(row["id"]))
-        return {"amount": done.amount, "tally": json.dumps(done.tally)}
+        """Run the item ``row["id"]``; after an error, return the error for all further items.
+
+        Returns:
+            A row with ``num_finished``, ``counts`` as JSON, ``error`` and ``hint``; the latter two are empty
+            on success.
+        """
+        if self._error is None:
+            try:
+                result = self._worker.run_item(int(row["id"]))
+                return {
+                    "num_finished": result.num_finished,
+                    "counts": json.dumps(result.counts),
+                    "error": "",
+                    "hint": "",
+                }
+            except CsrError as error:
+                self._error = error
+        return {"num_finished": 0, "counts": "{}", "error": self._error.message, "hint": self._error.hint}
 
 
-def _in_our_words(error: Exception) -> CsrError:
-    """Find what a user can mend in what Ray says about an actor."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, CsrError):
-            return CsrError(cause.message, cause.hint)
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    # An actor that could not even start leaves only its traceback, as text.
-    said = [line.partition("CsrError: ")[2] for line in str(error).splitlines() if "CsrError: " in line]
-    return CsrError(
-        f"an actor failed: {said[-1] if said else _first_line(error)}", "the same command goes on from here"
-    )
+def _require_listener(address: str) -> None:
+    """Check that something listens at HOST:PORT, for which Ray itself would wait for minutes.
 
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _unheard(text: str) -> None:
-    pass
+    Raises:
+        CsrError: The connection is refused or times out.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT).close()
+    except OSError as error:
+        raise CsrError(
+            f"the Ray cluster cannot be reached: {address}: {reason_of(error)}", "check RAY_ADDRESS"
+        ) from None

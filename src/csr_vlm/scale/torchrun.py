@@ -1,20 +1,21 @@
-"""The processes that torchrun or accelerate launched, as one crew.
+"""Run tasks on the processes that torchrun or accelerate launched.
 
-The first process leads: it runs the command as it would alone, and tells the others when
-there is work for them. They own nothing, draw nothing on the terminal, and decide nothing, so
-no two processes can come to different conclusions. All they share besides the run
-directory is the launcher's key-value store:
+Rank 0 is the leader: it runs the command as a single process would and sends orders to the other
+ranks, the followers. Followers own no state, print nothing and make no decisions, so two
+processes cannot disagree. Besides the run directory, the processes share only the launcher's
+key-value store:
 
-    order/N         what to do as number N: spread a job's items, work together, or end
-    N/next          how many of its items are taken; whoever counts one up does that item
-    N/amount        how far the progress is, all processes together
-    N/tally/R       what rank R counted, once there is nothing left to take
-    beat/R          counted up every few seconds while rank R lives
-    failed          who failed first, and why
+    order/N         order number N as JSON: map a task over its items, run one in all processes, or end
+    N/next          number of items claimed; a process claims an item by incrementing it
+    N/finished      progress, summed over all processes
+    N/counts/R      counts of rank R as JSON, written when no item is left and the order is complete
+    heartbeat/R     heartbeat of rank R, incremented every few seconds
+    failures        number of processes that failed
+    failed          name, message and hint of the first process that failed, as JSON
 
-An item is taken once, since counting is atomic. A process that dies ends the others: those
-that wait for it see its failure or miss its beats. What it had finished is on disk, and the
-same command goes on from there with any number of processes.
+Keys are prefixed with the launcher's restart number. The store's increment is atomic, so each item
+is claimed once. If a process dies, the others see its failure or miss its heartbeat, and end. Its
+finished items are on disk, and the same command resumes from them with any number of processes.
 """
 
 from __future__ import annotations
@@ -28,52 +29,58 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from csr_vlm.core.errors import CsrError
-from csr_vlm.core.progress import Advance
-from csr_vlm.scale.executor import Job, Tally, add_up, leave_mark, require_mark
+from csr_vlm.core.errors import CsrError, reason_of
+from csr_vlm.core.progress import Progress, SilentProgress
+from csr_vlm.scale.executor import Counts, Task, add_counts, discard_log, require_marker, write_marker
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-PATIENCE = "CSR_RANK_PATIENCE"
-"""Environment variable: seconds without a sign of life after which a process counts as dead."""
-_DEFAULT_PATIENCE = 300.0
-_LOOK_EVERY = 0.5
-"""Most seconds between looks at the other processes while waiting for them."""
-_GO_ON = "the same command goes on where this one stopped, with any number of processes"
+TIMEOUT_VARIABLE = "CSR_RANK_PATIENCE"
+"""Environment variable with the seconds without a heartbeat after which a process counts as lost."""
+_DEFAULT_TIMEOUT = 300.0
+_MAX_HEARTBEAT_INTERVAL = 10.0
+_POLL_INTERVAL = 0.5
+"""Longest time in seconds between two checks while waiting for other processes."""
+_RESUME_HINT = "run the same command again to resume, with any number of processes"
 _LEADER = 0
 
 
 def num_launched() -> int:
-    """Count the processes of the launcher that started this one; 1 without a launcher."""
+    """Return the number of processes of the launcher that started this one; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+class FollowerFinished(SystemExit):
+    """End a follower with exit code 0 after the leader ended the run."""
+
+
 @contextmanager
-def launched(makers: Sequence[Callable[..., Any]]) -> Iterator[Ranks | None]:
-    """Join the other processes: the first one gets the crew, the others work for it and then get None.
+def torchrun_executor(targets: Sequence[Callable[..., Any]]) -> Iterator[TorchrunExecutor]:
+    """Join the launched processes; yield their executor in the leader, and follow its orders elsewhere.
 
     Args:
-        makers: What jobs may name.
+        targets: Worker classes and functions that a task may have as its target.
 
     Raises:
-        CsrError: Another process failed or is gone.
+        FollowerFinished: In every follower, after the leader ended the run.
+        CsrError: Another process failed or was lost.
     """
-    with _contact() as contact:
-        if contact.rank != _LEADER:
-            _follow(contact, {make.__name__: make for make in makers})
-            yield None
+    with _join_store() as client:
+        if client.rank == _LEADER:
+            executor = TorchrunExecutor(client)
+            yield executor
+            executor.end()
             return
-        ranks = Ranks(contact)
-        yield ranks
-        ranks.end()
+        _follow(client, {target.__name__: target for target in targets})
+    raise FollowerFinished(0)
 
 
 @contextmanager
-def _contact() -> Iterator[Contact]:
-    """Join the launcher's store, with a device of one's own, and tell the others of any failure."""
+def _join_store() -> Iterator[StoreClient]:
+    """Select this process's GPU, connect to the launcher's store, and report any failure to the other processes."""
     import torch
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
@@ -84,248 +91,275 @@ def _contact() -> Iterator[Contact]:
     try:
         store, rank, size = next(rendezvous("env://"))
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise CsrError(
-            f"the launcher's other processes cannot be reached: {reason}", "start them by torchrun"
+            f"the launcher's other processes cannot be reached: {reason_of(error)}", "start them with torchrun"
         ) from None
-    # A launcher that starts its processes again gives them a number.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    contact = Contact(PrefixStore(f"csr/{attempt}", store), rank, size)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    client = StoreClient(PrefixStore(f"csr/{restart}", store), rank, size)
     try:
-        yield contact
+        yield client
     except BaseException as error:
-        contact.tell_failure(error)
+        client.report_failure(error)
         raise
     finally:
-        contact.close()
+        client.close()
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
 
-class Contact:
-    """What one process knows of the others, by the store that they share.
+class StoreClient:
+    """Give one process access to the shared store, send its heartbeats, and watch those of its peers.
 
     Args:
-        store: Of the launcher.
-        rank: Which process this is, from 0.
-        size: How many there are.
+        store: Key-value store of the launcher.
+        rank: Index of this process, from 0.
+        size: Number of processes.
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
         self.name = f"rank {rank} of {size} on {socket.gethostname()}"
-        self._patience = float(os.environ.get(PATIENCE, _DEFAULT_PATIENCE))
+        self._timeout = float(os.environ.get(TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT))
+        self._heartbeat_interval = min(self._timeout / 10, _MAX_HEARTBEAT_INTERVAL)
         self._store = store
-        self._heard: dict[int, tuple[int, float]] = {}
-        """By rank, its last beat and when that was first seen here."""
+        self._last_heartbeats: dict[int, tuple[int, float]] = {}
+        """(last heartbeat, time when it was first seen here) by rank."""
         self._closing = threading.Event()
-        # A connection of its own, so that waiting here does not silence the beat.
-        own: Store = store.clone()  # type: ignore[attr-defined]
-        threading.Thread(target=self._beat, args=(own,), daemon=True).start()
-
-    def _beat(self, store: Store) -> None:
-        while not self._closing.is_set():
-            try:
-                store.add(f"beat/{self.rank}", 1)
-            except RuntimeError:
-                return  # the store is gone, which the waiting side words
-            self._closing.wait(min(self._patience / 10, 10.0))
+        # The heartbeat has a connection of its own, since a blocking call would delay it.
+        connection: Store = store.clone()  # type: ignore[attr-defined]
+        threading.Thread(target=self._send_heartbeats, args=(connection,), daemon=True).start()
 
     def close(self) -> None:
+        """Stop sending heartbeats."""
         self._closing.set()
 
     def add(self, key: str, amount: int) -> int:
-        """Count up, atomically, and return the sum; adding 0 reads it."""
-        with _reaching_the_leader():
+        """Increment a counter atomically and return its new value; add 0 to read it."""
+        with _store_errors():
             return int(self._store.add(key, amount))
 
     def put(self, key: str, value: Any) -> None:
-        with _reaching_the_leader():
+        """Store a value as JSON."""
+        with _store_errors():
             self._store.set(key, json.dumps(value))
 
-    def get(self, key: str, ranks: Sequence[int], meanwhile: Callable[[], None] = lambda: None) -> Any:
-        """Wait for a value.
+    def get(self, key: str, ranks: Sequence[int], on_poll: Callable[[], None] = lambda: None) -> Any:
+        """Wait for a value and return it.
 
         Args:
-            ranks: Whose it may be; waiting ends when one of them is gone.
-            meanwhile: Called every now and then.
+            key: Key of the value.
+            ranks: Processes to wait for; the wait ends if one of them is lost.
+            on_poll: Called each time the store is checked.
 
         Raises:
-            CsrError: Some process failed, or one of ``ranks`` has not been heard of for too long.
+            CsrError: A process failed, or one of ``ranks`` sent no heartbeat until the timeout.
         """
         pause = 0.01
         while not self._has(key):
-            self.look_at(ranks)
-            meanwhile()
+            self.check_alive(ranks)
+            on_poll()
             time.sleep(pause)
-            pause = min(2 * pause, _LOOK_EVERY)
-        with _reaching_the_leader():
-            return json.loads(self._store.get(key))
+            pause = min(2 * pause, _POLL_INTERVAL)
+        return self._read(key)
 
-    def _has(self, key: str) -> bool:
-        with _reaching_the_leader():
-            return bool(self._store.check([key]))
-
-    def look_at(self, ranks: Sequence[int]) -> None:
-        """Refuse to go on without a process that is gone.
+    def check_alive(self, ranks: Sequence[int]) -> None:
+        """Check that no process has failed and that the given ones are alive.
 
         Raises:
-            CsrError: Some process failed, or one of ``ranks`` has not been heard of for too long.
+            CsrError: A process failed, or one of ``ranks`` sent no heartbeat until the timeout.
         """
         if self._has("failed"):
-            with _reaching_the_leader():
-                failure = json.loads(self._store.get("failed"))
-            raise CsrError(f"{failure['who']} failed: {failure['message']}", failure["hint"] or _GO_ON)
+            failure = self._read("failed")
+            raise CsrError(f"{failure['process']} failed: {failure['message']}", failure["hint"] or _RESUME_HINT)
         now = time.monotonic()
         for rank in ranks:
-            beat = self.add(f"beat/{rank}", 0)
-            last, since = self._heard.get(rank, (-1, now))
-            if beat != last:
-                self._heard[rank] = (beat, now)
-            elif now - since > self._patience:
+            heartbeat = self._heartbeat(rank)
+            last, since = self._last_heartbeats.get(rank, (-1, now))
+            if heartbeat != last:
+                self._last_heartbeats[rank] = (heartbeat, now)
+            elif now - since > self._timeout:
                 raise CsrError(
-                    f"rank {rank} of {self.size} has given no sign of life for {self._patience:g} s",
-                    f"see what it wrote last; {_GO_ON}",
+                    f"rank {rank} of {self.size} has sent no heartbeat for {self._timeout:g} s",
+                    f"see the last lines of its output; {_RESUME_HINT}",
                 )
 
-    def tell_failure(self, error: BaseException) -> None:
-        """Let the others know why this process ends."""
+    def silent_ranks(self, ranks: Sequence[int]) -> list[int]:
+        """Watch the given processes for two heartbeat intervals; return those that sent no heartbeat.
+
+        Raises:
+            CsrError: A process failed.
+        """
+        before = {rank: self._heartbeat(rank) for rank in ranks}
+        silent = set(ranks)
+        deadline = time.monotonic() + 2 * self._heartbeat_interval
+        # A process that failed may take a moment to report it, so wait once even if all heartbeats arrive.
+        while True:
+            time.sleep(_POLL_INTERVAL)
+            self.check_alive(ranks)
+            silent -= {rank for rank in silent if self._heartbeat(rank) != before[rank]}
+            if not silent or time.monotonic() > deadline:
+                return sorted(silent)
+
+    def report_failure(self, error: BaseException) -> None:
+        """Tell the other processes why this one ends."""
         message = error.message if isinstance(error, CsrError) else f"{type(error).__name__}: {error}".split("\n")[0]
-        failure = {"who": self.name, "message": message, "hint": getattr(error, "hint", "")}
+        failure = {"process": self.name, "message": message, "hint": getattr(error, "hint", "")}
         try:
-            # Those who end because of a failure do not report one of their own.
+            # Only the first failure is reported; the other processes end because of it.
             if self.add("failures", 1) == 1:
                 self.put("failed", failure)
         except CsrError:
-            pass  # nobody is left to be told
+            pass  # The store is gone, and with it the processes that could read the report.
+
+    def _has(self, key: str) -> bool:
+        with _store_errors():
+            return bool(self._store.check([key]))
+
+    def _read(self, key: str) -> Any:
+        with _store_errors():
+            return json.loads(self._store.get(key))
+
+    def _heartbeat(self, rank: int) -> int:
+        return self.add(f"heartbeat/{rank}", 0)
+
+    def _send_heartbeats(self, store: Store) -> None:
+        while not self._closing.is_set():
+            try:
+                store.add(f"heartbeat/{self.rank}", 1)
+            except RuntimeError:
+                return  # The store is gone; the main thread reports it.
+            self._closing.wait(self._heartbeat_interval)
 
 
-class Ranks:
-    """The launched processes, as the leading one sees them."""
+class TorchrunExecutor:
+    """Run tasks on all launched processes, from the leader."""
 
-    def __init__(self, contact: Contact) -> None:
-        self._contact = contact
-        self._others = range(1, contact.size)
-        self._orders = count()
+    def __init__(self, client: StoreClient) -> None:
+        self._client = client
+        self._followers = range(1, client.size)
+        self._order_numbers = count()
         self._tokens: dict[Path, str] = {}
 
-    def spread(self, job: Job, advance: Advance, say: Callable[[str], None]) -> Tally:
-        number = self._order("spread", job)
+    def map(self, task: Task, progress: Progress, log: Callable[[str], None]) -> Counts:
+        number = self._send_order("map", task)
         shown = 0
 
-        def show() -> None:
+        def show_progress() -> None:
             nonlocal shown
-            amount = self._contact.add(f"{number}/amount", 0)
-            advance(amount - shown)
-            shown = amount
+            finished = self._client.add(f"{number}/finished", 0)
+            progress.advance(finished - shown)
+            shown = finished
 
-        def after_each() -> None:
-            self._contact.look_at(self._others)
-            show()
+        def after_item() -> None:
+            self._client.check_alive(self._followers)
+            show_progress()
 
-        tally = _take_items(job, number, self._contact, say, after_each)
-        for rank in self._others:
-            add_up(tally, self._contact.get(f"{number}/tally/{rank}", self._others, show))
-        show()
-        return tally
+        counts = _run_items(task, number, self._client, log, after_item)
+        for rank in self._followers:
+            add_counts(counts, self._client.get(f"{number}/counts/{rank}", self._followers, show_progress))
+        show_progress()
+        return counts
 
-    def together(self, job: Job, advance: Advance) -> Any:
-        number = self._order("together", job)
-        with _words_for_a_lost_process(self._contact, self._others):
-            result = job.make(job.root, processes=self._contact.size, advance=advance, **job.settings)
-        for rank in self._others:
-            self._contact.get(f"{number}/tally/{rank}", self._others)
+    def run_all(self, task: Task, progress: Progress) -> Any:
+        number = self._send_order("run_all", task)
+        with _explain_lost_process(self._client, self._followers):
+            result = task.target(task.root, processes=self._client.size, progress=progress, **task.settings)
+        self._wait_for_followers(number)
         return result
 
     def end(self) -> None:
-        """Send the others home."""
-        number = next(self._orders)
-        self._contact.put(f"order/{number}", {"kind": "end"})
-        # This process may be the one that keeps the store.
-        for rank in self._others:
-            self._contact.get(f"{number}/tally/{rank}", self._others)
+        """End the followers."""
+        number = next(self._order_numbers)
+        self._client.put(f"order/{number}", {"kind": "end"})
+        # This process may host the store, so it must not end first.
+        self._wait_for_followers(number)
 
-    def _order(self, kind: str, job: Job) -> int:
-        number = next(self._orders)
-        root = job.root.resolve()
+    def _send_order(self, kind: str, task: Task) -> int:
+        number = next(self._order_numbers)
+        root = task.root.resolve()
         if root not in self._tokens:
-            self._tokens[root] = leave_mark(root)
+            self._tokens[root] = write_marker(root)
         order = {
             "kind": kind,
-            "make": job.make.__name__,
+            "target": task.target.__name__,
             "root": str(root),
             "token": self._tokens[root],
-            "settings": dict(job.settings),
-            "num_items": job.num_items,
+            "settings": dict(task.settings),
+            "num_items": task.num_items,
         }
-        self._contact.put(f"order/{number}", order)
+        self._client.put(f"order/{number}", order)
         return number
 
+    def _wait_for_followers(self, number: int) -> None:
+        for rank in self._followers:
+            self._client.get(f"{number}/counts/{rank}", self._followers)
 
-def _follow(contact: Contact, makers: Mapping[str, Callable[..., Any]]) -> None:
-    """Do what the leader orders until it says that all is done."""
+
+def _follow(client: StoreClient, targets: Mapping[str, Callable[..., Any]]) -> None:
+    """Carry out the leader's orders until it ends the run."""
     for number in count():
-        order = contact.get(f"order/{number}", [_LEADER])
-        tally: Tally = {}
+        order = client.get(f"order/{number}", [_LEADER])
+        counts: Counts = {}
         if order["kind"] != "end":
-            job = Job(makers[order["make"]], Path(order["root"]), order["settings"], order["num_items"])
-            require_mark(job.root, order["token"], contact.name)
-            if order["kind"] == "spread":
-                tally = _take_items(job, number, contact, _unheard, lambda: contact.look_at([_LEADER]))
+            task = Task(targets[order["target"]], Path(order["root"]), order["settings"], order["num_items"])
+            require_marker(task.root, order["token"], client.name)
+            if order["kind"] == "map":
+                counts = _run_items(task, number, client, discard_log, lambda: client.check_alive([_LEADER]))
             else:
-                with _words_for_a_lost_process(contact, [_LEADER]):
-                    job.make(job.root, processes=contact.size, advance=_unseen, **job.settings)
-        contact.put(f"{number}/tally/{contact.rank}", tally)
+                with _explain_lost_process(client, [_LEADER]):
+                    task.target(task.root, processes=client.size, progress=SilentProgress(), **task.settings)
+        client.put(f"{number}/counts/{client.rank}", counts)
         if order["kind"] == "end":
             return
 
 
-def _take_items(
-    job: Job, number: int, contact: Contact, say: Callable[[str], None], after_each: Callable[[], None]
-) -> Tally:
-    """Do items that nobody has taken until there are none."""
-    tally: Tally = {}
-    with closing(job.make(job.root, say=say, **job.settings)) as work:
-        while (item := contact.add(f"{number}/next", 1) - 1) < job.num_items:
-            done = work.do(item)
-            add_up(tally, done.tally)
-            contact.add(f"{number}/amount", done.amount)
-            after_each()
-    return tally
+def _run_items(
+    task: Task, number: int, client: StoreClient, log: Callable[[str], None], after_item: Callable[[], None]
+) -> Counts:
+    """Claim and run items of order ``number`` until none is left; return this process's counts."""
+    counts: Counts = {}
+    with closing(task.target(task.root, log=log, **task.settings)) as worker:
+        while (item := client.add(f"{number}/next", 1) - 1) < task.num_items:
+            result = worker.run_item(item)
+            add_counts(counts, result.counts)
+            client.add(f"{number}/finished", result.num_finished)
+            after_item()
+    return counts
 
 
 @contextmanager
-def _words_for_a_lost_process(contact: Contact, others: Sequence[int]) -> Iterator[None]:
-    """Say which process is gone where a collective operation only says that a connection is."""
+def _explain_lost_process(client: StoreClient, ranks: Sequence[int]) -> Iterator[None]:
+    """Name the process that was lost during a collective operation.
+
+    torch raises the same RuntimeError for a broken connection as for many other errors, so the
+    heartbeats decide which it was.
+
+    Raises:
+        CsrError: Another process failed, or one of ``ranks`` sends no heartbeats.
+    """
     try:
         yield
     except RuntimeError as error:
-        time.sleep(2 * _LOOK_EVERY)  # whoever failed may still be about to say so
-        contact.look_at(others)
-        reason = str(error).strip().splitlines()[0]
-        if "onnection" in reason:
-            raise CsrError(f"a process was lost in training: {reason}", _GO_ON) from error
+        silent = client.silent_ranks(ranks)
+        if silent:
+            names = ", ".join(map(str, silent))
+            raise CsrError(
+                f"rank {names} of {client.size} was lost in training: {reason_of(error)}", _RESUME_HINT
+            ) from error
         raise
 
 
 @contextmanager
-def _reaching_the_leader() -> Iterator[None]:
+def _store_errors() -> Iterator[None]:
+    """Convert errors of the store.
+
+    Raises:
+        CsrError: The process that hosts the store is gone.
+    """
     from torch.distributed import DistError
 
     try:
         yield
     except DistError:
-        _lost()
-
-
-def _lost() -> NoReturn:
-    raise CsrError("the process that keeps the others together is gone", _GO_ON) from None
-
-
-def _unheard(text: str) -> None:
-    pass
-
-
-def _unseen(done: int) -> None:
-    pass
+        raise CsrError("the process that hosts the shared key-value store is gone", _RESUME_HINT) from None

@@ -1,0 +1,1 @@
+"""Score sentences by their relevance to an image."""

@@ -1,4 +1,4 @@
-"""Cosines of image and text embeddings (eq. 3), each image and each sentence embedded once."""
+"""Compute cosines of image and text embeddings (eq. 3), embedding each image and each sentence once."""
 
 from __future__ import annotations
 
@@ -13,34 +13,40 @@ from torch.nn.functional import normalize
 from csr_vlm.config.schema import OneScorerConfig
 from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Prompt
-from csr_vlm.data.images import image_of
-from csr_vlm.scoring.clauses import clauses
+from csr_vlm.data.images import load_prompt_image
+from csr_vlm.scoring.clauses import split_clauses
 
-_STRETCH = 1.3
-"""Texts of one batch differ in length by no more than this factor."""
+_MAX_LENGTH_RATIO = 1.3
+"""Largest ratio of the lengths, in tokens, of two texts in a batch."""
 
 
 class Encoder(Protocol):
-    """A pair of towers into one space."""
+    """Define an image and a text encoder with a common embedding space, such as CLIP's."""
 
     max_tokens: int
-    """What the text tower reads, its special tokens included."""
+    """Most tokens that the text encoder accepts, special tokens included."""
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Count tokens before any is cut, special ones included."""
+        """Count the tokens of each text before truncation, special tokens included."""
         ...
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Embed texts, cut at ``max_tokens``: of shape (texts, width), not normalised."""
+        """Embed texts, truncated to ``max_tokens``; return a tensor of shape (texts, width), not normalized."""
         ...
 
     def embed_images(self, images: Sequence[Any]) -> torch.Tensor:
-        """Embed RGB pictures: of shape (images, width), not normalised."""
+        """Embed RGB images; return a tensor of shape (images, width), not normalized."""
         ...
 
 
 class EmbeddingScorer:
-    """Scores sentences against images by the cosine of their embeddings."""
+    """Score sentences against images by the cosine of their embeddings (a Scorer).
+
+    Args:
+        config: Configuration of the scorer; ``long_sentences`` selects how long sentences are scored.
+        encoder: Encoder of images and texts.
+        max_image_pixels: Larger images are rejected without decoding.
+    """
 
     def __init__(self, config: OneScorerConfig, encoder: Encoder, max_image_pixels: int) -> None:
         self.name = config.name
@@ -52,8 +58,8 @@ class EmbeddingScorer:
     def score(self, items: Sequence[tuple[Prompt, str]]) -> list[dict[str, float]]:
         """Compute cos(F_I(image), F_T(sentence)) of each item, in -1..1.
 
-        A sentence over the text tower's limit is worth the mean cosine of its clauses
-        (``long_sentences: split``) or the cosine of what the tower reads of it (``cut``).
+        A sentence over the text encoder's limit gets the mean cosine of its clauses
+        (``long_sentences: split``) or the cosine of its truncated text (``cut``).
         """
         if not items:
             return []
@@ -64,10 +70,11 @@ class EmbeddingScorer:
         return [{self.name: value} for value in cosines.tolist()]
 
     def forget(self) -> None:
+        """Drop the image embeddings."""
         self._images.clear()
 
     def num_over_length(self, sentences: Iterable[str]) -> int:
-        """Count the sentences that the text tower cannot read whole, repeated ones again."""
+        """Count the sentences that exceed the text encoder's limit; repeated sentences count each time."""
         counts = (n for chunk in batched(sentences, 4096) for n in self._encoder.count_tokens(chunk))
         return sum(count > self._encoder.max_tokens for count in counts)
 
@@ -75,33 +82,36 @@ class EmbeddingScorer:
     def _embed_new_images(self, prompts: Mapping[str, Prompt]) -> None:
         new = [path for path in prompts if path not in self._images]
         for chunk in batched(new, self._config.batch_size):
-            pictures = [image_of(prompts[path], self._max_image_pixels) for path in chunk]
-            rows = normalize(self._encoder.embed_images(pictures).float(), dim=-1).cpu()
+            images = [load_prompt_image(prompts[path], self._max_image_pixels) for path in chunk]
+            rows = normalize(self._encoder.embed_images(images).float(), dim=-1).cpu()
             self._images |= dict(zip(chunk, rows, strict=True))
 
     @torch.inference_mode()
     def _embed_sentences(self, sentences: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Map each sentence to the vector whose product with an image is its cosine."""
+        """Map each sentence to a vector of shape (width,) whose dot product with an image embedding is its cosine."""
         ordered = sorted(sentences)
         lengths = dict(zip(ordered, self._encoder.count_tokens(ordered), strict=True))
         pieces = {sentence: self._pieces(sentence, lengths[sentence]) for sentence in ordered}
         vectors: dict[str, torch.Tensor] = {}
-        for chunk in self._of_like_length({piece for own in pieces.values() for piece in own}):
+        for chunk in self._batches_by_length({piece for split in pieces.values() for piece in split}):
             rows = normalize(self._encoder.embed_texts(chunk).float(), dim=-1).cpu()
             vectors |= dict(zip(chunk, rows, strict=True))
-        # The mean of unit vectors, not made a unit again: its product is the mean of the cosines.
-        return {s: torch.stack([vectors[piece] for piece in own]).mean(dim=0) for s, own in pieces.items()}
+        # The mean of unit vectors is not normalized again: its dot product is the mean of the cosines.
+        return {s: torch.stack([vectors[piece] for piece in split]).mean(dim=0) for s, split in pieces.items()}
 
-    def _of_like_length(self, texts: Iterable[str]) -> Iterator[list[str]]:
-        """Batch texts so that little of a batch is padding; which batch a text is in depends on its company."""
+    def _batches_by_length(self, texts: Iterable[str]) -> Iterator[list[str]]:
+        """Batch texts of similar length, so that little of a batch is padding.
+
+        Which texts are in a batch depends on all texts given, and with it the rounding of the embeddings.
+        """
         ordered = sorted(texts)
         counts = dict(zip(ordered, self._encoder.count_tokens(ordered), strict=True))
         ordered.sort(key=lambda text: (counts[text], text))
-        for _, alike in groupby(ordered, key=lambda text: int(math.log(counts[text], _STRETCH))):
-            yield from batched(alike, self._config.batch_size)
+        for _, similar in groupby(ordered, key=lambda text: int(math.log(counts[text], _MAX_LENGTH_RATIO))):
+            yield from batched(similar, self._config.batch_size)
 
     def _pieces(self, sentence: str, length: int) -> list[str]:
         limit = self._encoder.max_tokens
         if length <= limit or self._config.long_sentences == "cut":
             return [sentence]
-        return clauses(sentence, lambda text: self._encoder.count_tokens([text])[0] <= limit)
+        return split_clauses(sentence, lambda text: self._encoder.count_tokens([text])[0] <= limit)

@@ -1,7 +1,7 @@
-"""The policy as its own judge: the self-rewarding that CSR's calibration is compared with.
+"""Score sentences with the policy as judge: the self-rewarding baseline that CSR is compared with.
 
-No second model looks at the image: the policy is asked whether a sentence is true of it,
-and P(yes) / (P(yes) + P(no)) of its next token stands in the cosine's place.
+No second model looks at the image. The policy is asked whether a sentence is true of it, and
+P(yes) / (P(yes) + P(no)) of its next token takes the place of the cosine.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from csr_vlm.config.schema import ModelConfig, OneScorerConfig
 from csr_vlm.core.batching import batched
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
-from csr_vlm.models.policy import Policy, load_policy
+from csr_vlm.models.loading import load_policy
+from csr_vlm.models.policy import Policy
 
 
 class JudgeScorer:
-    """Scores sentences by what the policy answers about them.
+    """Score sentences by the policy's answer to a yes/no question (a Scorer).
 
     Args:
-        config: Its ``judge`` section words the question.
-        model: The base model.
-        adapter: The last iteration's adapter; None for the base model.
+        config: Configuration of the scorer; its ``judge`` section defines the question.
+        model: Configuration of the base model.
+        adapter: Adapter of the last iteration; None for the base model.
+        max_image_pixels: Larger images are rejected without decoding.
     """
 
     def __init__(
@@ -35,56 +37,66 @@ class JudgeScorer:
         self._config = config
         self._pattern = re.compile(config.judge.pattern)
         self._policy = load_policy(model, adapter, max_image_pixels)
-        self._yes, self._no = _answer_ids(self._policy)
-        self._known: dict[tuple[str, str], float] = {}
+        self._yes_ids, self._no_ids = _answer_ids(self._policy)
+        self._cache: dict[tuple[str, str], float] = {}
+        """Scores by (image, question)."""
 
     def score(self, items: Sequence[tuple[Prompt, str]]) -> list[dict[str, float]]:
         """Compute P(yes) / (P(yes) + P(no)) of each item, in 0..1."""
-        asked = [(prompt.image, self.question(sentence)) for prompt, sentence in items]
-        new = [key for key in dict.fromkeys(asked) if key not in self._known]
+        questions = [(prompt.image, self.question(sentence)) for prompt, sentence in items]
+        new = [key for key in dict.fromkeys(questions) if key not in self._cache]
         for chunk in batched(new, self._config.batch_size):
-            self._known |= dict(zip(chunk, self._ask(chunk), strict=True))
-        return [{self.name: self._known[key]} for key in asked]
+            self._cache |= dict(zip(chunk, self._probabilities(chunk), strict=True))
+        return [{self.name: self._cache[key]} for key in questions]
 
     def forget(self) -> None:
-        self._known.clear()
+        """Drop the cached scores."""
+        self._cache.clear()
 
     def question(self, sentence: str) -> str:
-        """Word the question about a sentence.
+        """Return the question that the policy is asked about a sentence.
 
         Raises:
-            CsrError: The template asks for what there is not, such as a group that ``judge.pattern`` does not have.
+            CsrError: The template has a field that does not exist, such as a group that
+                ``judge.pattern`` does not have.
         """
-        found = self._pattern.search(sentence)
-        option, groups = ("question", found.groups("")) if found else ("otherwise", ())
+        match = self._pattern.search(sentence)
+        option, groups = ("question", match.groups("")) if match else ("otherwise", ())
         try:
             return str(getattr(self._config.judge, option)).format(*groups, sentence=sentence)
         except (IndexError, KeyError, ValueError, AttributeError) as error:
             raise CsrError(
-                f"scorer.judge.{option} cannot be filled in: {error}",
-                f"it may use {{sentence}} and, of a sentence where {self._config.judge.pattern!r} is found, "
+                f"scorer.judge.{option} cannot be formatted: {error}",
+                f"it may use {{sentence}} and, for a sentence that matches {self._config.judge.pattern!r}, "
                 "the pattern's groups as {0}, {1}, ...",
             ) from None
 
     @torch.inference_mode()
-    def _ask(self, questions: Sequence[tuple[str, str]]) -> list[float]:
+    def _probabilities(self, questions: Sequence[tuple[str, str]]) -> list[float]:
+        """Compute P(yes) / (P(yes) + P(no)) of each (image, question)."""
         encoded = self._policy.with_features([self._policy.encode(Prompt("", *item)) for item in questions])
         inputs = self._policy.model_inputs(encoded, [()] * len(encoded), "left")
         logits = self._policy.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-        probabilities = torch.softmax(logits, dim=-1)
-        yes, no = (probabilities[:, ids].sum(dim=-1) for ids in (self._yes, self._no))
+        probabilities = torch.softmax(logits, dim=-1)  # (questions, vocabulary)
+        yes, no = (probabilities[:, ids].sum(dim=-1) for ids in (self._yes_ids, self._no_ids))
         return [float(value) for value in yes / (yes + no)]
 
 
 def _answer_ids(policy: Policy) -> tuple[list[int], list[int]]:
-    """Return the first tokens of yes and of no, with and without capital and leading space."""
+    """Return the ids of the first tokens of "yes" and of "no", in both cases and with or without a leading space.
+
+    Raises:
+        CsrError: The first tokens of both words are the same.
+    """
 
     def first_ids(word: str) -> set[int]:
         forms = [space + form for form in (word, word.lower()) for space in ("", " ")]
         return {policy.tokenizer(form, add_special_tokens=False)["input_ids"][0] for form in forms}
 
-    yes, no = first_ids("Yes"), first_ids("No")
-    both = yes & no  # a lone space, where the tokenizer splits it off
-    if not yes - both or not no - both:
-        raise CsrError("the policy's tokenizer does not tell yes from no by the first token", "use another scorer")
-    return sorted(yes - both), sorted(no - both)
+    yes_ids, no_ids = first_ids("Yes"), first_ids("No")
+    common_ids = yes_ids & no_ids  # such as a lone space, where the tokenizer splits it off
+    if not yes_ids - common_ids or not no_ids - common_ids:
+        raise CsrError(
+            "the policy's tokenizer does not distinguish yes and no by their first token", "use another scorer"
+        )
+    return sorted(yes_ids - common_ids), sorted(no_ids - common_ids)

@@ -1,8 +1,8 @@
-"""Files that are either absent or whole.
+"""Write files that are either absent or complete.
 
-What is written here is on the disk, not only in its cache, when the call returns: first the
-content, then the name. So whatever is written after it, such as a stage's marker, is never
-found without it, even after the power went out.
+When a write returns, its content and then its name are on the disk, not only in the cache. What
+is written afterwards, such as a stage's marker, therefore never exists without it, even after a
+power failure.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from typing import Any
 
 from csr_vlm.core.errors import CsrError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 _ERROR_NUMBER = re.compile(r"(?:errno |os error )(\d+)", re.IGNORECASE)
-"""How Arrow and safetensors name the system's error in their messages."""
+"""Matches the system's error number in messages of Arrow and safetensors."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary neighbour, flush it to disk, and rename it to ``path``.
+    """Let ``write`` fill a temporary file beside ``path``, flush it to disk, and rename it.
 
     Raises:
-        CsrError: The disk is full or fails; see :func:`disk_troubles`.
+        CsrError: The disk is full or fails; see :func:`disk_errors`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with disk_troubles(path, temporary):
+        with disk_errors(path, temporary):
             _make_directory(path.parent)
             write(temporary)
             _sync(temporary)
@@ -46,7 +46,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_temporaries(root: Path) -> None:
-    """Delete what a killed process left half-written below ``root``; only its owner may call this."""
+    """Delete what a killed process left incomplete below ``root``; only the holder of its lock may call this."""
     for path in list(root.rglob(".*.tmp")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -55,15 +55,15 @@ def remove_temporaries(root: Path) -> None:
 
 
 def replace_directory(directory: Path, fill: Callable[[Path], object]) -> None:
-    """Let ``fill`` write a temporary neighbour, flush it to disk, and put it in the directory's place.
+    """Let ``fill`` write a temporary directory, flush it to disk, and replace ``directory`` with it.
 
     Raises:
-        CsrError: The disk is full or fails; see :func:`disk_troubles`.
+        CsrError: The disk is full or fails; see :func:`disk_errors`.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with disk_troubles(directory, temporary):
+        with disk_errors(directory, temporary):
             _make_directory(directory.parent)
             fill(temporary)
             for path in (*temporary.rglob("*"), temporary):
@@ -76,57 +76,60 @@ def replace_directory(directory: Path, fill: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def disk_troubles(path: Path, temporary: Path | None = None, *, of_disk_only: bool = False) -> Iterator[None]:
-    """Word what a full or failing disk does to the writing of ``path``.
+def disk_errors(path: Path, temporary: Path | None = None, *, of_disk_only: bool = False) -> Iterator[None]:
+    """Turn errors of a full or failing disk, raised while ``path`` is written, into explanations.
 
     Args:
-        temporary: Where it is being written, from which the room it takes is estimated.
-        of_disk_only: Leave errors alone that may be about something else, such as a file that is not there.
+        path: File or directory that is written.
+        temporary: Where it is written first; its size counts as available space.
+        of_disk_only: Pass on errors that can have another cause, such as a missing file.
 
     Raises:
-        CsrError: A system error came up inside, raised as such or worded by a library.
+        CsrError: A system error occurred, raised as such or reported in the message of a library.
     """
     try:
         yield
     except Exception as error:
         number = _system_error(error)
-        # What is not there is a mistake of ours, not the disk's.
-        if number in (None, errno.ENOENT) or (of_disk_only and number not in (*_FULL, errno.EIO, errno.EROFS)):
+        # A missing file is a bug, not a failure of the disk.
+        if number in (None, errno.ENOENT) or (of_disk_only and number not in {*_DISK_FULL, errno.EIO, errno.EROFS}):
             raise
-        if number not in _FULL:
+        if number not in _DISK_FULL:
             raise CsrError(
                 f"{path} cannot be written: {os.strerror(number)}",
-                "see to the disk, then run the same command again: nothing finished is lost",
+                "fix the disk, then run the same command again: finished work is kept",
             ) from None
-        room = _bytes_below(temporary) + shutil.disk_usage(_existing(path)).free
+        available = _size_of(temporary) + shutil.disk_usage(_existing_parent(path)).free
         raise CsrError(
-            f"the disk is full: {path} needs more than the {room / 1e6:,.1f} MB there were for it",
-            "csr check says what a whole run takes; make room and run the same command again: nothing finished is lost",
+            f"the disk is full: {path} needs more than the {available / 1e6:,.1f} MB available",
+            "csr check estimates the space of a whole run; free some and run the same command again: finished work is "
+            "kept",
         ) from None
 
 
 def _system_error(error: Exception) -> int | None:
+    """Return the system's error number of an exception; None if it has none."""
     if isinstance(error, CsrError):
         return None
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = _ERROR_NUMBER.search(str(error))
-    return int(found[1]) if found else None
+    match = _ERROR_NUMBER.search(str(error))
+    return int(match[1]) if match else None
 
 
-def _bytes_below(path: Path | None) -> int:
-    """Sum the sizes of a file, or of all files in a folder; 0 where there is nothing."""
+def _size_of(path: Path | None) -> int:
+    """Return the size of a file, or of all files in a directory, in bytes; 0 if it does not exist."""
     if path is None or not path.exists():
         return 0
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
-def _existing(path: Path) -> Path:
+def _existing_parent(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def _make_directory(path: Path) -> None:
-    """Create a folder and those above it, each one's name on the disk."""
+    """Create a directory and its parents, and flush their names to disk."""
     if not path.is_dir():
         _make_directory(path.parent)
         path.mkdir(exist_ok=True)
@@ -134,111 +137,121 @@ def _make_directory(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file's content, or a directory's names, to disk."""
+    if os.name == "nt":  # cannot open directories, and flushes only files that are open for writing
+        if path.is_dir():
+            return
+        flags = os.O_RDWR
+    else:
+        flags = os.O_RDONLY
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some network file systems cannot flush folders; their names are on the server already.
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+        # Some network file systems cannot flush directories; their names are on the server already.
+        if not (path.is_dir() and error.errno in {errno.EINVAL, errno.ENOTSUP}):
             raise
     finally:
         os.close(handle)
 
 
-def open_ordinary(path: str | Path) -> BufferedReader:
-    """Open a file that ends: a pipe would block, and a device may go on for ever.
+def open_regular(path: str | Path) -> BufferedReader:
+    """Open a regular file for reading; a pipe would block, and a device may never end.
 
     Raises:
-        OSError: It is not there, or no ordinary file.
+        OSError: The file does not exist, or is not a regular file.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, os.O_RDONLY | flags)
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode):
         return os.fdopen(handle, "rb")
     os.close(handle)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    raise OSError(errno.EINVAL, "no ordinary file")
+    raise OSError(errno.EINVAL, "not a regular file")
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, atomically."""
+
     def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
     write_atomically(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write plain data as JSON with sorted keys, atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of our own.
+    """Read a JSON file that this package wrote.
 
     Raises:
-        CsrError: It is not there or damaged.
+        CsrError: The file is missing or damaged.
     """
     try:
-        with open_ordinary(path) as handle:
+        with open_regular(path) as handle:
             return json.loads(handle.read())
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"no JSON: {str(error)[:100]}"
+        reason = error.strerror if isinstance(error, OSError) else f"invalid JSON: {str(error)[:100]}"
         raise CsrError(
             f"{path} cannot be read: {reason}",
-            "restore it; or delete it and run the same command again, which makes it anew",
+            "restore it; or delete it and run the same command again, which writes it again",
         ) from None
 
 
 class Document(dict[str, Any]):
-    """A JSON object of our own, which names its file where something is missing."""
+    """Hold a JSON object and name its file in the error for a missing key."""
 
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
         super().__init__(content)
         self._path = path
 
     def __missing__(self, key: str) -> Any:
-        raise CsrError(f"{self._path} lacks {key!r}", "restore it; or delete it and run the same command again")
+        raise CsrError(f"{self._path} has no key {key!r}", "restore it; or delete it and run the same command again")
 
 
 def read_document(path: Path) -> Document:
-    """Read a JSON file of our own that holds an object.
+    """Read a JSON object that this package wrote.
 
     Raises:
-        CsrError: It is not there, damaged, or holds something else.
+        CsrError: The file is missing, damaged, or holds something else.
     """
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise CsrError(f"{path} holds no JSON object", "restore it; or delete it and run the same command again")
-    return Document(path, found)
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise CsrError(f"{path} is not a JSON object", "restore it; or delete it and run the same command again")
+    return Document(path, content)
 
 
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Write an object with a digest of its own, so that a change is noticed."""
-    write_json(path, {**content, "digest": _seal(content)})
+def write_checksummed(path: Path, content: dict[str, Any]) -> None:
+    """Write an object with its digest, so that later changes are detected."""
+    write_json(path, {**content, "digest": _checksum(content)})
 
 
-def read_sealed(path: Path) -> Document:
-    """Read an object that :func:`write_sealed` wrote; one without a digest is taken as it is.
+def read_checksummed(path: Path) -> Document:
+    """Read an object that :func:`write_checksummed` wrote; one without a digest is not verified.
 
     Raises:
-        CsrError: It is not there, or not as it was written.
+        CsrError: The file is missing or damaged, or was changed after it was written.
     """
-    found = read_document(path)
-    if found.pop("digest", None) not in (None, _seal(found)):
+    document = read_document(path)
+    if document.pop("digest", None) not in (None, _checksum(document)):
         raise CsrError(
             f"{path} was changed after it was written",
-            "restore it; or delete it and run the same command again, which does that stage anew",
+            "restore it; or delete it and run the same command again, which repeats that stage",
         )
-    return found
+    return document
 
 
-def _seal(content: dict[str, Any]) -> str:
+def _checksum(content: dict[str, Any]) -> str:
     return digest(json.loads(json.dumps(content)))
 
 
-def keep_content(directory: Path, content: bytes, suffix: str = "") -> Path:
-    """Keep bytes in a file named by their hash, so that keeping them again changes nothing."""
+def store_content(directory: Path, content: bytes, suffix: str = "") -> Path:
+    """Store bytes in a file named by their SHA-256, unless it exists, and return its path."""
     name = hashlib.sha256(content).hexdigest()
     path = directory / name[:2] / f"{name}{suffix}"
 
@@ -251,18 +264,18 @@ def keep_content(directory: Path, content: bytes, suffix: str = "") -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Hash a file in pieces.
+    """Return the SHA-256 of a file, as hexadecimal digits.
 
     Raises:
-        CsrError: It cannot be read.
+        CsrError: The file cannot be read.
     """
     try:
-        with open_ordinary(path) as handle:
+        with open_regular(path) as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
-        raise CsrError(f"{path} cannot be read: {error.strerror}", "put it back where it was") from None
+        raise CsrError(f"{path} cannot be read: {error.strerror}", "restore it") from None
 
 
 def digest(value: Any) -> str:
-    """Hash plain data by content: 16 hexadecimal digits."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

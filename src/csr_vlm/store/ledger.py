@@ -1,104 +1,104 @@
-"""Reading an iteration's ledger whole, and packing its many small parts into few."""
+"""Read an iteration's ledger, and pack its many small parts into few files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Progress
 from csr_vlm.core.records import Node, Prompt
 from csr_vlm.store import parts, tables
 from csr_vlm.store.run import Run
 
 
 def trees(run: Run, iteration: int) -> Iterator[list[Node]]:
-    """Yield each prompt's nodes, in the order of the prompts; one row group of them is held.
+    """Yield the nodes of each prompt, in the order of the prompts, holding one row group in memory.
 
     Raises:
-        CsrError: The iteration was not generated completely, or what is there is not what was generated.
+        CsrError: The iteration was not generated completely, or a part does not match its prompts.
     """
     return _checked_trees(run, complete_parts(run, iteration))
 
 
 def complete_parts(run: Run, iteration: int) -> list[Path]:
-    """List the parts of an iteration's ledger.
+    """Return the parts of an iteration's ledger.
 
     Raises:
-        CsrError: Some are missing.
+        CsrError: The iteration was not generated completely, or parts are missing.
     """
-    if not run.is_done(iteration, "generate"):
-        raise CsrError(f"iteration {iteration} of {run.root} is not generated", f"csr generate {run.root}")
-    found, needed = run.ledger_parts(iteration), tables.count_groups(run.prompts_path)
-    held = sum(len(parts.items_of(part)) for part in found)
-    if held != needed:
+    run.require_generated(iteration)
+    paths, num_items = run.ledger_parts(iteration), tables.count_groups(run.prompts_path)
+    num_parts = sum(len(parts.items_of(path)) for path in paths)
+    if num_parts != num_items:
         raise CsrError(
-            f"iteration {iteration} of {run.root} has {held} ledger parts where its prompts make {needed}",
-            f"restore them; or delete what is in {run.iteration(iteration) / 'done'} and in ledger/, and run again",
+            f"iteration {iteration} of {run.root} has {num_parts} ledger parts instead of {num_items}",
+            f"restore them; or delete the contents of {run.iteration(iteration) / 'done'} and ledger/, and run again",
         )
-    return found
+    return paths
 
 
-def _checked_trees(run: Run, found: Sequence[Path]) -> Iterator[list[Node]]:
+def _checked_trees(run: Run, paths: Sequence[Path]) -> Iterator[list[Node]]:
     prompts = run.prompts()
-    for part in found:
-        for prompt_id, nodes in tables.read_trees(part):
+    for path in paths:
+        for prompt_id, nodes in tables.read_trees(path):
             prompt = next(prompts, None)
             if prompt is None or prompt.prompt_id != prompt_id:
-                raise _foreign(part)
+                raise _mismatch(path)
             yield nodes
     if next(prompts, None) is not None:
-        raise _foreign(found[-1])
+        raise _mismatch(paths[-1])
 
 
 def trees_of(part: Path, prompts: Sequence[Prompt]) -> list[list[Node]]:
-    """Read some prompts' nodes from one part; prompt by prompt, in their order.
+    """Return the nodes of some prompts from one part, prompt by prompt, in the part's order.
 
     Raises:
-        CsrError: It does not hold them.
+        CsrError: The part does not hold exactly these prompts in this order.
     """
-    wanted = [prompt.prompt_id for prompt in prompts]
-    found = groupby(tables.read_nodes_of(part, wanted), key=lambda node: node.prompt_id)
-    by_id = {prompt_id: list(nodes) for prompt_id, nodes in found}
-    if list(by_id) != wanted:
-        raise _foreign(part)
+    prompt_ids = [prompt.prompt_id for prompt in prompts]
+    groups = groupby(tables.read_nodes_of(part, prompt_ids), key=lambda node: node.prompt_id)
+    by_id = {prompt_id: list(nodes) for prompt_id, nodes in groups}
+    if list(by_id) != prompt_ids:
+        raise _mismatch(part)
     return list(by_id.values())
 
 
-def _foreign(part: Path) -> CsrError:
+def _mismatch(part: Path) -> CsrError:
     return CsrError(f"{part} does not hold the trees of its prompts", "restore it, or generate again")
 
 
-def pack(run: Run, iteration: int, most_bytes: int, advance: Callable[[int], None]) -> None:
-    """Join neighbouring parts of a complete ledger into files of at most so many bytes.
+def pack(run: Run, iteration: int, max_bytes: int, progress: Progress) -> None:
+    """Join adjacent parts of a complete ledger into files of at most ``max_bytes`` bytes.
 
-    Nothing is decoded, and whatever reads the ledger reads the same rows. A packed file is
-    complete before the first of its parts goes, so that a kill in between loses nothing; what
-    it leaves is removed by the next call.
+    Rows are not decoded, and readers of the ledger see the same rows. A packed file is complete
+    before its parts are deleted, so a kill in between loses nothing; what it leaves behind is
+    deleted by the next call.
 
     Raises:
-        CsrError: The ledger is not complete, or a part is damaged.
+        CsrError: The ledger is incomplete, or a part is damaged.
     """
-    for neighbours in _gathered(complete_parts(run, iteration), most_bytes):
-        if len(neighbours) > 1:
-            items = range(parts.items_of(neighbours[0]).start, parts.items_of(neighbours[-1]).stop)
-            tables.join_nodes(neighbours[0].with_name(parts.packed_name(items)), neighbours)
-        advance(len(neighbours))
-    _, packed = parts.existing(run.iteration(iteration) / "ledger")
-    for part in packed:
+    for adjacent in _groups_by_size(complete_parts(run, iteration), max_bytes):
+        if len(adjacent) > 1:
+            items = range(parts.items_of(adjacent[0]).start, parts.items_of(adjacent[-1]).stop)
+            tables.join_nodes(adjacent[0].with_name(parts.packed_name(items)), adjacent)
+        progress.advance(len(adjacent))
+    _, obsolete = parts.list_parts(run.iteration(iteration) / "ledger")
+    for part in obsolete:
         part.unlink()
 
 
-def _gathered(found: Sequence[Path], most_bytes: int) -> Iterator[list[Path]]:
-    """Yield neighbours whose sizes fit together; a part that is too large stays alone."""
+def _groups_by_size(paths: Sequence[Path], max_bytes: int) -> Iterator[list[Path]]:
+    """Yield groups of adjacent parts that fit into ``max_bytes``; a larger part is a group of its own."""
     group: list[Path] = []
-    size = 0
-    for part in found:
-        own = part.stat().st_size
-        if group and size + own > most_bytes:
+    group_bytes = 0
+    for path in paths:
+        num_bytes = path.stat().st_size
+        if group and group_bytes + num_bytes > max_bytes:
             yield group
-            group, size = [], 0
-        group.append(part)
-        size += own
+            group, group_bytes = [], 0
+        group.append(path)
+        group_bytes += num_bytes
     if group:
         yield group

@@ -1,7 +1,7 @@
-"""What a working process leaves in the run directory for those who watch: ``RUN/progress.json``.
+"""Record the progress of a running process in ``RUN/progress.json``, for ``csr watch``.
 
-It is written atomically, at most every other second, and holds nothing that a result depends
-on: a run goes on without it, and it may be deleted at any time.
+The file is written atomically, at most every two seconds. No result depends on it: it can be
+deleted at any time.
 """
 
 from __future__ import annotations
@@ -17,148 +17,157 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.progress import Advance, Reporter
+from csr_vlm.core.progress import Progress, Reporter
 from csr_vlm.store import files
 
-State = Literal["working", "done", "failed", "interrupted"]
+ProcessState = Literal["working", "done", "failed", "interrupted"]
 EVERY_SECONDS = 2.0
-"""The least time between two writes, apart from those at the ends of a stage."""
+"""Minimum time between two writes, except those at the start and end of a stage."""
 _WINDOW = 16
-"""Steps of progress that the rate is measured over: a resumed stage passes what it has in no time."""
-_REMEMBERED = 8
+"""Updates over which the rate is measured; a resumed stage skips its finished items in no time."""
+_NUM_LOG_LINES = 8
 
 
 @dataclass
 class Stage:
-    """What is being done, and how far it is."""
+    """Hold how far the current stage is."""
 
     title: str
     total: int
-    """0 where it is not known."""
+    """0 if unknown."""
     started: float
     done: int = 0
     rate: float | None = None
-    """Items a second, lately."""
+    """Recent items per second."""
     numbers: dict[str, float] = field(default_factory=dict)
-    """What the work itself reports, such as the loss of the last step."""
+    """Metrics of the stage, such as the loss of the last step."""
 
 
 @dataclass
-class Progress:
-    """One process's account of its work; times are Unix seconds."""
+class ProgressRecord:
+    """Hold the progress of one process; times are in Unix seconds."""
 
     pid: int
     host: str
     started: float
     updated: float
-    state: State = "working"
+    state: ProcessState = "working"
     error: str = ""
     stage: Stage | None = None
     said: list[str] = field(default_factory=list)
-    """The last lines it had to say."""
+    """The last log lines."""
+
+    def may_be_running(self) -> bool:
+        """Return whether the process may still be running; for another machine, whether it did not record its end."""
+        if self.state != "working" or self.host != platform.node():
+            return self.state == "working"
+        return bool(psutil.pid_exists(self.pid))
 
 
 def progress_path(root: Path) -> Path:
+    """Return the path of a run's progress file."""
     return root / "progress.json"
 
 
-def read_progress(root: Path) -> Progress | None:
-    """Read the account of whoever worked here last; None where there is none that reads."""
+def read_progress(root: Path) -> ProgressRecord | None:
+    """Read the progress of the last process; None if it is missing, damaged, or of another version."""
     try:
-        found = files.read_document(progress_path(root))
-        stage = None if found["stage"] is None else Stage(**found["stage"])
-        return Progress(**found | {"stage": stage})
+        document = files.read_document(progress_path(root))
+        stage = None if document["stage"] is None else Stage(**document["stage"])
+        return ProgressRecord(**document | {"stage": stage})
     except (CsrError, TypeError):
-        return None  # absent, damaged, or another version's
+        return None
 
 
 @contextmanager
-def recorded(root: Path, tell: Reporter) -> Iterator[Reporter]:
-    """Pass everything on to ``tell`` and keep ``RUN/progress.json`` besides; the run must be locked."""
-    recorder = Recorder(root, tell)
+def record_progress(root: Path, reporter: Reporter) -> Iterator[Reporter]:
+    """Forward everything to ``reporter`` and record it in ``RUN/progress.json``; the run must be locked."""
+    recorder = ProgressRecorder(root, reporter)
     recorder.write()
     try:
         yield recorder
     except BaseException as error:
-        recorder.end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", _told(error))
+        recorder.end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", _first_line(error))
         raise
     recorder.end("done")
 
 
-def _told(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-class Recorder:
-    """A reporter that also writes down what it hears."""
+class ProgressRecorder:
+    """Forward everything to a reporter, and record it."""
 
-    def __init__(self, root: Path, tell: Reporter) -> None:
+    def __init__(self, root: Path, reporter: Reporter) -> None:
         now = time.time()
         self._path = progress_path(root)
-        self._tell = tell
+        self._reporter = reporter
         self._written = 0.0
-        self._progress = Progress(os.getpid(), platform.node(), now, now)
+        self._progress = ProgressRecord(os.getpid(), platform.node(), now, now)
 
     @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Advance]:
+    def stage(self, title: str, total: int) -> Iterator[Progress]:
         outer = self._progress.stage
         stage = Stage(title, total, time.time())
         self._progress.stage = stage
         self.write()
-        with self._tell.stage(title, total) as advance:
-            yield _Heard(self, stage, advance)
+        with self._reporter.stage(title, total) as progress:
+            yield _RecordedProgress(self, stage, progress)
         self._progress.stage = outer
         self.write()
 
-    def say(self, text: str) -> None:
-        self._progress.said = [*self._progress.said, text][-_REMEMBERED:]
-        self.write_now_and_then()
-        self._tell.say(text)
+    def log(self, text: str) -> None:
+        self._progress.said = [*self._progress.said, text][-_NUM_LOG_LINES:]
+        self.write_if_due()
+        self._reporter.log(text)
 
-    def write_now_and_then(self) -> None:
-        """Write unless it was done a moment ago."""
+    def write_if_due(self) -> None:
+        """Write the file unless the last write was a moment ago."""
         if time.monotonic() - self._written >= EVERY_SECONDS:
             self.write()
 
     def write(self) -> None:
+        """Write the file."""
         self._progress.updated = time.time()
-        # Nobody's results hang on it: a full disk or a lost mount is told by the work itself.
+        # No result depends on it: a full disk or a lost mount is reported by the work itself.
         with contextlib.suppress(CsrError, OSError):
             files.write_json(self._path, asdict(self._progress))
         self._written = time.monotonic()
 
-    def end(self, state: State, error: str = "") -> None:
-        """Say how the work ended; the stage stays where it broke off."""
+    def end(self, state: ProcessState, error: str = "") -> None:
+        """Record how the process ended; the stage in which it ended is kept."""
         self._progress.state, self._progress.error = state, error
         self.write()
 
 
-class _Heard:
-    """Counts a stage's items, for the file and for whoever shows them."""
+class _RecordedProgress:
+    """Forward the progress of one stage, and record it."""
 
-    def __init__(self, recorder: Recorder, stage: Stage, advance: Advance) -> None:
+    def __init__(self, recorder: ProgressRecorder, stage: Stage, progress: Progress) -> None:
         self._recorder = recorder
         self._stage = stage
-        self._advance = advance
-        self._steps: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=_WINDOW)
+        self._progress = progress
+        self._updates: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=_WINDOW)
 
-    def __call__(self, done: int) -> None:
-        self._stage.done += done
+    def advance(self, number: int = 1) -> None:
+        self._stage.done += number
         now = time.monotonic()
-        then, before = self._steps[0]
-        if now > then:
-            self._stage.rate = (self._stage.done - before) / (now - then)
-        self._steps.append((now, self._stage.done))
-        self._recorder.write_now_and_then()
-        self._advance(done)
+        since, done_before = self._updates[0]
+        if now > since:
+            self._stage.rate = (self._stage.done - done_before) / (now - since)
+        self._updates.append((now, self._stage.done))
+        self._recorder.write_if_due()
+        self._progress.advance(number)
 
     def set_total(self, total: int) -> None:
         self._stage.total = total
-        if (passed_on := getattr(self._advance, "set_total", None)) is not None:
-            passed_on(total)
+        self._progress.set_total(total)
 
-    def note(self, numbers: Mapping[str, float]) -> None:
-        """Keep what the work reports beside its count."""
-        self._stage.numbers |= numbers
-        self._recorder.write_now_and_then()
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        self._stage.numbers |= metrics
+        self._recorder.write_if_due()
+        self._progress.log_metrics(metrics)

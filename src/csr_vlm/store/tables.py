@@ -1,4 +1,4 @@
-"""Prompts, nodes and pairs as Parquet, both ways."""
+"""Read and write prompts, nodes and pairs as Parquet."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 
 from csr_vlm.core.batching import batched
 from csr_vlm.core.errors import CsrError, reason_of
-from csr_vlm.core.records import SCHEMA_VERSION, Fate, Finish, Node, Pair, Prompt, Response
-from csr_vlm.store.files import open_ordinary, write_atomically
+from csr_vlm.core.records import SCHEMA_VERSION, Finish, Node, NodeStatus, Pair, Prompt, Response
+from csr_vlm.store.files import open_regular, write_atomically
 
+_STATUS = "fate"
+"""Column of a node's status; version 0.1 chose the name, and its ledgers remain readable."""
 _METADATA = {b"csr_vlm_schema": str(SCHEMA_VERSION).encode()}
 
 PROMPTS = pa.schema([("prompt_id", pa.string()), ("image", pa.string()), ("text", pa.string())], metadata=_METADATA)
@@ -31,7 +33,7 @@ NODES = pa.schema(
         ("token_logprobs", pa.list_(pa.float32())),
         ("text", pa.string()),
         ("finish", pa.string()),
-        ("fate", pa.string()),
+        (_STATUS, pa.string()),
         ("cosines", pa.map_(pa.string(), pa.float32())),
     ],
     metadata=_METADATA,
@@ -60,15 +62,18 @@ PAIRS = pa.schema(
 )
 
 
-_GROUP = 1 << 14
-"""Rows of a row group, which is what readers hold at once."""
+_ROW_GROUP_SIZE = 1 << 14
+"""Rows of a row group, which readers hold in memory at once."""
 _COMPRESSION = "zstd"
 
 
 def write_row_groups(path: Path, groups: Iterable[Sequence[dict[str, Any]]], schema: pa.Schema) -> None:
-    """Write each group of rows as one row group of a Parquet file, atomically, holding one group at a time.
+    """Write each group of rows as one row group of a Parquet file, atomically, holding one group in memory.
 
-    The bytes depend on the rows and their groups alone.
+    The bytes depend only on the rows and their groups.
+
+    Raises:
+        CsrError: The disk is full or fails.
     """
 
     def write(temporary: Path) -> None:
@@ -81,81 +86,81 @@ def write_row_groups(path: Path, groups: Iterable[Sequence[dict[str, Any]]], sch
 
 def _row_groups(path: Path, schema: pa.Schema) -> Iterator[list[dict[str, Any]]]:
     for table in _tables(path, schema):
-        with _damage(path):
+        with _read_errors(path):
             rows = table.to_pylist(maps_as_pydicts="strict")
         yield rows
 
 
 def _tables(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
-    with _damage(path), pq.ParquetFile(_ordinary(path)) as file:
+    with _read_errors(path), pq.ParquetFile(_regular(path)) as file:
         if not file.schema_arrow.equals(schema):
-            raise pa.ArrowInvalid("it holds another kind of table")
+            raise pa.ArrowInvalid("it holds another type of table")
         for index in range(file.num_row_groups):
             yield file.read_row_group(index)
 
 
 def read_whole(paths: Sequence[Path]) -> pa.Table:
-    """Read files of one schema into memory, as one table."""
+    """Read files of one schema into one table in memory."""
     return pa.concat_tables([pq.read_table(path) for path in paths])
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Word what reading a damaged table raises.
+def _read_errors(path: Path) -> Iterator[None]:
+    """Turn errors of reading a damaged table into explanations.
 
     Raises:
-        CsrError: In place of that.
+        CsrError: Reading the table failed.
     """
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise CsrError(
             f"{path} cannot be read: {reason_of(error)}",
-            "restore it; or delete it and the markers below done/ of the stages that read it, and run again",
+            "restore it; or delete it and the markers in done/ of the stages that read it, and run again",
         ) from None
 
 
-def _ordinary(path: Path) -> Path:
-    """Refuse a pipe, which would block, and a device, which may not end."""
-    open_ordinary(path).close()
+def _regular(path: Path) -> Path:
+    """Return the path unless it is a pipe, which would block, or a device, which may never end."""
+    open_regular(path).close()
     return path
 
 
 def write_prompts(path: Path, prompts: Iterable[Prompt], group_size: int) -> None:
-    """Write prompts as they come, so that each row group is one work item."""
+    """Write prompts in groups of ``group_size``; each row group is one work item."""
     rows = (asdict(prompt) for prompt in prompts)
     write_row_groups(path, batched(rows, group_size), PROMPTS)
 
 
 def prompt_groups(path: Path) -> Iterator[list[Prompt]]:
-    """Yield prompts work item by work item."""
+    """Yield the prompts of each work item."""
     return ([Prompt(**row) for row in rows] for rows in _row_groups(path, PROMPTS))
 
 
 class PromptGroups:
-    """The same in any order; the file stays open."""
+    """Read the prompts of work items in any order; the file stays open."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with _damage(path):
-            self._file = pq.ParquetFile(_ordinary(path))
+        with _read_errors(path):
+            self._file = pq.ParquetFile(_regular(path))
 
-    def __getitem__(self, number: int) -> list[Prompt]:
-        with _damage(self._path):
-            return [Prompt(**row) for row in self._file.read_row_group(number).to_pylist()]
+    def __getitem__(self, item: int) -> list[Prompt]:
+        with _read_errors(self._path):
+            return [Prompt(**row) for row in self._file.read_row_group(item).to_pylist()]
 
 
 def write_nodes(path: Path, nodes: Iterable[Node]) -> None:
-    """Write one ledger part as its nodes come; a prompt's nodes must be neighbours."""
+    """Write one ledger part; the nodes of each prompt must be adjacent."""
     rows = (
-        vars(node) | {"finish": node.finish.value, "fate": node.fate.value, "cosines": list(node.cosines.items())}
+        vars(node) | {"finish": node.finish.value, _STATUS: node.status.value, "cosines": list(node.cosines.items())}
         for node in nodes
     )
-    write_row_groups(path, batched(rows, _GROUP), NODES)
+    write_row_groups(path, batched(rows, _ROW_GROUP_SIZE), NODES)
 
 
 def join_nodes(path: Path, parts: Sequence[Path]) -> None:
-    """Write the rows of several ledger parts as one, row group by row group."""
+    """Write the rows of several ledger parts as one file, row group by row group."""
 
     def write(temporary: Path) -> None:
         with pq.ParquetWriter(temporary, NODES, compression=_COMPRESSION) as writer:
@@ -167,74 +172,78 @@ def join_nodes(path: Path, parts: Sequence[Path]) -> None:
 
 
 def read_nodes(path: Path) -> Iterator[Node]:
+    """Yield the nodes of one ledger part, holding one row group in memory."""
     for table in _tables(path, NODES):
-        with _damage(path):
+        with _read_errors(path):
             nodes = _nodes(table)
         yield from nodes
 
 
 def read_nodes_of(path: Path, prompt_ids: Iterable[str]) -> list[Node]:
-    """Read some prompts' nodes from one ledger part; no other row is decoded."""
-    with _damage(path):
-        table = pq.read_table(_ordinary(path), filters=[("prompt_id", "in", list(prompt_ids))])
+    """Return the nodes of some prompts from one ledger part; other rows are not decoded."""
+    with _read_errors(path):
+        table = pq.read_table(_regular(path), filters=[("prompt_id", "in", list(prompt_ids))])
         return _nodes(table)
 
 
 def _nodes(table: pa.Table) -> list[Node]:
-    """Make nodes column by column: Arrow's own way through lists and maps takes three times as long."""
+    """Convert a table to nodes column by column, three times as fast as Arrow converts lists and maps."""
     if any(column.null_count for column in table.columns):
-        raise pa.ArrowInvalid("it lacks values")
+        raise pa.ArrowInvalid("it has missing values")
     columns = {field.name: _values(chunk) for field in NODES for chunk in [table.column(field.name).combine_chunks()]}
     columns["finish"] = map(_FINISHES.__getitem__, columns["finish"])
-    columns["fate"] = map(_FATES.__getitem__, columns["fate"])
+    columns[_STATUS] = map(_STATUSES.__getitem__, columns[_STATUS])
     return list(map(Node, *columns.values()))
 
 
 _FINISHES = {finish.value: finish for finish in Finish}
-_FATES = {fate.value: fate for fate in Fate}
+_STATUSES = {status.value: status for status in NodeStatus}
 
 
 def _values(array: pa.Array) -> Iterable[Any]:
-    """Return a column's values: tuples for lists, dictionaries for maps."""
+    """Return the values of a column: tuples for lists, dictionaries for maps."""
     if pa.types.is_map(array.type):
         keys, items = array.keys.to_pylist(), array.items.to_numpy().tolist()
-        return (dict(zip(keys[a:b], items[a:b], strict=True)) for a, b in pairwise(array.offsets.to_numpy().tolist()))
+        bounds = pairwise(array.offsets.to_numpy().tolist())
+        return (dict(zip(keys[start:end], items[start:end], strict=True)) for start, end in bounds)
     if pa.types.is_list(array.type):
         values = array.values.to_numpy().tolist()
-        return (tuple(values[a:b]) for a, b in pairwise(array.offsets.to_numpy().tolist()))
-    found: list[Any] = array.to_pylist()
-    return found
+        return (tuple(values[start:end]) for start, end in pairwise(array.offsets.to_numpy().tolist()))
+    scalars: list[Any] = array.to_pylist()
+    return scalars
 
 
 def read_trees(path: Path) -> Iterator[tuple[str, list[Node]]]:
-    """Yield (prompt id, its nodes) from one ledger part."""
+    """Yield (prompt id, nodes) of each prompt of one ledger part."""
     for prompt_id, nodes in groupby(read_nodes(path), key=lambda node: node.prompt_id):
         yield prompt_id, list(nodes)
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair]) -> int:
-    """Write pairs as they come and return how many there were; one row group of them is held."""
+    """Write pairs, holding one row group in memory, and return their number."""
     rows = (
         asdict(pair.prompt)
         | {"iteration": pair.iteration, "chosen": vars(pair.chosen), "rejected": vars(pair.rejected)}
         for pair in pairs
     )
-    write_row_groups(path, batched(rows, _GROUP), PAIRS)
+    write_row_groups(path, batched(rows, _ROW_GROUP_SIZE), PAIRS)
     return count_rows(path)
 
 
 def count_rows(path: Path) -> int:
-    with _damage(path):
-        return int(pq.read_metadata(_ordinary(path)).num_rows)
+    """Return the number of rows of a file."""
+    with _read_errors(path):
+        return int(pq.read_metadata(_regular(path)).num_rows)
 
 
 def count_groups(path: Path) -> int:
-    """Count the row groups of a file: of prompts, the work items."""
-    with _damage(path):
-        return int(pq.read_metadata(_ordinary(path)).num_row_groups)
+    """Return the number of row groups of a file; for prompts, the number of work items."""
+    with _read_errors(path):
+        return int(pq.read_metadata(_regular(path)).num_row_groups)
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
+    """Yield the pairs of a file, holding one row group in memory."""
     for rows in _row_groups(path, PAIRS):
         for row in rows:
             yield Pair(

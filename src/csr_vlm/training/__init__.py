@@ -1,0 +1,1 @@
+"""Train a policy with DPO on TRL."""

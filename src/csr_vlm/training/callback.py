@@ -1,4 +1,4 @@
-"""The trainer's progress, handed to whoever shows it."""
+"""Forward the trainer's steps and metrics to a progress display."""
 
 from __future__ import annotations
 
@@ -6,30 +6,32 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from csr_vlm.core.progress import Advance
+from csr_vlm.core.progress import Progress
 
-_SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-"""What TRL logs, and what it is called in progress."""
+_DISPLAYED = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+"""Display name of each metric of TRL that is shown."""
 
 
-class _Counter(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, advance: Advance) -> None:
-        self._advance = advance
+class _StepCounter(TrainerCallback):  # type: ignore[misc]
+    """Count optimizer steps and forward what TRL logs."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        set_total = getattr(self._advance, "set_total", None)
-        if set_total is not None:
-            set_total(state.max_steps)
+        """Set the number of steps."""
+        self._progress.set_total(state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._advance(1)
+        """Count a step."""
+        self._progress.advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        note = getattr(self._advance, "note", None)
-        if note is not None and logs:
-            note({name: float(logs[key]) for key, name in _SHOWN.items() if key in logs})
+        """Forward the displayed metrics."""
+        if logs:
+            self._progress.log_metrics({name: float(logs[key]) for key, name in _DISPLAYED.items() if key in logs})
 
 
-def count_steps(advance: Advance) -> TrainerCallback:
-    """Count each optimiser step, and note what TRL logs of it."""
-    return _Counter(advance)
+def count_steps(progress: Progress) -> TrainerCallback:
+    """Return a callback that counts optimizer steps and forwards what TRL logs."""
+    return _StepCounter(progress)

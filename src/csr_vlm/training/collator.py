@@ -1,4 +1,4 @@
-"""Batches for DPO: the prompt as generation encoded it, the response ids as sampled."""
+"""Build batches for DPO: prompts encoded as in generation, responses as the token ids that were sampled."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from csr_vlm.core.records import Pair, Prompt
-from csr_vlm.models.policy import Policy, batch_rows, image_tensors
-from csr_vlm.training.packing import pack, window
+from csr_vlm.models.encoding import batch_rows, image_tensors
+from csr_vlm.models.policy import Policy
+from csr_vlm.training.packing import attention_window, pack
 
 
 def training_row(pair: Pair) -> dict[str, Any]:
@@ -24,37 +25,65 @@ def training_row(pair: Pair) -> dict[str, Any]:
 
 
 class PairCollator:
-    """Makes the batch that TRL's DPOTrainer computes on: chosen rows first, then rejected.
+    """Build the batch that TRL's DPOTrainer computes on: chosen rows first, then rejected rows.
 
-    For two pairs it returns tensors with four rows::
+    Two pairs give four rows. With the prompts ``[1, 9, 5]`` and ``[1, 9, 6, 7]`` (9 stands for the
+    image, 0 is padding) the collator turns the rows ::
 
-        input_ids, attention_mask, completion_mask   (4, width), padded on the right
-        pixel_values                                 (4, 3, height, width)
-        ref_chosen_logps, ref_rejected_logps         (2,), nats, from the ledger
-        prompt_ids                                   two names, for errors
+        [
+            {"prompt_id": "a", "image": "a.png", "text": "Why?", "chosen_ids": [20, 21],
+             "rejected_ids": [20, 31], "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0},
+            {"prompt_id": "b", "image": "b.png", "text": "Why not?", "chosen_ids": [40],
+             "rejected_ids": [50, 51], "ref_chosen_logps": -0.5, "ref_rejected_logps": -4.0},
+        ]
 
-    ``completion_mask`` is 1 exactly on the response's ids. Each image is processed once.
+    into the batch ::
+
+        {
+            "input_ids": tensor([[1, 9, 5, 20, 21, 0],
+                                 [1, 9, 6, 7, 40, 0],
+                                 [1, 9, 5, 20, 31, 0],
+                                 [1, 9, 6, 7, 50, 51]]),
+            "attention_mask": tensor([[1, 1, 1, 1, 1, 0],
+                                      [1, 1, 1, 1, 1, 0],
+                                      [1, 1, 1, 1, 1, 0],
+                                      [1, 1, 1, 1, 1, 1]]),
+            "completion_mask": tensor([[0, 0, 0, 1, 1, 0],
+                                       [0, 0, 0, 0, 1, 0],
+                                       [0, 0, 0, 1, 1, 0],
+                                       [0, 0, 0, 0, 1, 1]]),
+            "prompt_ids": ["a", "b"],
+            "ref_chosen_logps": tensor([-1.0, -0.5]),
+            "ref_rejected_logps": tensor([-2.0, -4.0]),
+            "pixel_values": tensor([[1.0], [2.0], [1.0], [2.0]]),
+        }
+
+    where ``pixel_values`` stands for all tensors that the processor makes of an image, here of
+    shape (1, 1) each; an image is processed once and repeated for both sides. The reference
+    log-probabilities are sums over a response, in nats; ``prompt_ids`` serve error messages.
 
     Args:
-        policy: Encodes the prompts.
-        packing: Also lay out each pair as one row (see :mod:`csr_vlm.training.packing`), under
-            ``packed``; the pictures are then there, once a pair, and the model reads nothing
-            else. A batch with a row beyond the model's attention window stays as it is.
+        policy: Policy that encodes the prompts.
+        packing: Whether to add ``packed``, each pair as one row (see
+            :func:`csr_vlm.training.packing.pack`), from which alone the model then computes; it
+            holds the image tensors, once per pair. A batch with a row longer than the model's
+            attention window is not packed.
     """
 
     def __init__(self, policy: Policy, *, packing: bool = False) -> None:
         self._policy = policy
         self._packing = packing
-        self._window = window(policy.base_model.config)
+        self._window = attention_window(policy.base_model.config)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        once = [self._policy.encode(Prompt(row["prompt_id"], row["image"], row["text"])) for row in rows]
+        """Build the batch of some rows of the training set."""
+        encoded = [self._policy.encode(Prompt(row["prompt_id"], row["image"], row["text"])) for row in rows]
         chosen, rejected = ([row[key] for row in rows] for key in ("chosen_ids", "rejected_ids"))
-        encoded, completions = once * 2, chosen + rejected
-        batch: dict[str, Any] = dict(batch_rows(encoded, completions, self._policy.pad_id, "right"))
+        both_sides, completions = encoded * 2, chosen + rejected
+        batch: dict[str, Any] = dict(batch_rows(both_sides, completions, self._policy.pad_id, "right"))
         del batch["position_ids"]
         batch["completion_mask"] = torch.zeros_like(batch["input_ids"])
-        for index, (item, ids) in enumerate(zip(encoded, completions, strict=True)):
+        for index, (item, ids) in enumerate(zip(both_sides, completions, strict=True)):
             start = len(item.input_ids)
             batch["completion_mask"][index, start : start + len(ids)] = 1
         batch["prompt_ids"] = [row["prompt_id"] for row in rows]
@@ -62,5 +91,5 @@ class PairCollator:
             batch[key] = torch.tensor([row[key] for row in rows])
         width = batch["input_ids"].shape[1]
         if self._packing and (self._window is None or width <= self._window):
-            return batch | {"packed": pack(once, chosen, rejected, self._policy.pad_id)}
-        return batch | image_tensors(encoded)
+            return batch | {"packed": pack(encoded, chosen, rejected, self._policy.pad_id)}
+        return batch | image_tensors(both_sides)

@@ -1,8 +1,8 @@
-"""DPO over several processes: that it is the distribution asked for, and the same batches as in one.
+"""Distribute DPO over several processes: verify the distribution, and keep the batches of one process.
 
-What wraps the model (DDP, FSDP, DeepSpeed) is accelerate's choice, made from the launcher's
-environment. Where it cannot do what was asked it may quietly do less, so what came of it is
-compared with what was asked before the first step.
+Accelerate chooses what wraps the model (DDP, FSDP, DeepSpeed) from the launcher's environment.
+Where it cannot do what was requested it may silently do less, so the result is compared with the
+request before the first step.
 """
 
 from __future__ import annotations
@@ -19,106 +19,115 @@ from csr_vlm.core.errors import CsrError
 _BATCH = "per_device_train_batch_size"
 _ACCUMULATION = "gradient_accumulation_steps"
 _TRL_BATCH = 8
-"""What TRL takes for ``per_device_train_batch_size`` where nothing is said."""
+"""Default of ``per_device_train_batch_size`` in TRL."""
 
 
-def asked_for(processes: int) -> str:
-    """Name the distribution that the launcher's environment asks for: NO, DDP, FSDP or DEEPSPEED."""
+def requested_distribution(processes: int) -> str:
+    """Return the distribution that the launcher's environment requests: NO, DDP, FSDP or DEEPSPEED."""
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             return name
     return "DDP" if processes > 1 else "NO"
 
 
-def refuse_lazy_weights() -> None:
-    """Refuse a setting under which all processes but the first would generate from unread weights.
+def refuse_ram_efficient_loading() -> None:
+    """Refuse accelerate's setting that loads weights in the first process only.
+
+    All other processes would generate with uninitialized weights.
 
     Raises:
-        CsrError: accelerate is to load weights in the first process only.
+        CsrError: FSDP is to be used with ``fsdp_cpu_ram_efficient_loading``.
     """
-    if asked_for(1) == "FSDP" and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+    if (
+        requested_distribution(1) == "FSDP"
+        and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
+    ):
         raise CsrError(
-            "fsdp_cpu_ram_efficient_loading leaves the other processes without weights to generate with",
+            "fsdp_cpu_ram_efficient_loading leaves all processes but the first without weights to generate with",
             "set it to false in accelerate's configuration, as recipes/accelerate/fsdp2.yaml does",
         )
 
 
-def name_layers_that_are_there(model: Any) -> None:
-    """Take from a model's list of layers that stay whole those that it does not have.
+def remove_absent_no_split_modules(model: Any) -> None:
+    """Remove the names of layers that a model does not have from its list of modules not to split.
 
-    FSDP wraps the layers on that list and stops at a name it cannot find; a model of two
-    towers inherits the names of both towers' libraries.
+    FSDP wraps the layers on that list and fails on a name it cannot find; a model of two towers
+    inherits the names of both towers' libraries.
     """
     present = {type(module).__name__ for module in model.modules()}
     model._no_split_modules = present & set(model._no_split_modules or ())
 
 
 def require_distribution(state: Any, processes: int) -> str:
-    """Compare what accelerate made of the environment with what was asked for.
+    """Compare the distribution that accelerate set up with the one that was requested.
 
     Args:
         state: ``accelerate.state.AcceleratorState`` of the trainer.
-        processes: How many work on this run.
+        processes: Number of processes of the run.
 
     Returns:
-        Accelerate's name for it, such as ``MULTI_GPU``.
+        Accelerate's name of the distribution, such as ``MULTI_GPU``.
 
     Raises:
         CsrError: They differ.
     """
-    asked, found = asked_for(processes), state.distributed_type.value
-    name = "DDP" if found.startswith("MULTI_") else found
-    if name != asked or state.num_processes != processes:
+    requested, actual = requested_distribution(processes), state.distributed_type.value
+    name = "DDP" if actual.startswith("MULTI_") else actual
+    if name != requested or state.num_processes != processes:
         raise CsrError(
-            f"{asked} over {processes} processes was asked for, but accelerate set up {found} over "
+            f"{requested} over {processes} processes was requested, but accelerate set up {actual} over "
             f"{state.num_processes}",
             "FSDP and DeepSpeed need GPUs; docs/scaling.md has the commands",
         )
-    return str(found)
+    return str(actual)
 
 
-def shared_batch(trl: Mapping[str, Any], processes: int) -> dict[str, int]:
-    """Split the batch of one optimiser step among processes, so that the step stays the same.
+def per_process_batch(trl: Mapping[str, Any], processes: int) -> dict[str, int]:
+    """Split the batch of one optimizer step among processes, so that the step stays the same.
 
-    Gradient accumulation is given up first, then the batch of a process, which never grows.
+    Gradient accumulation is reduced first, then the batch of a process, which never grows.
+
+    Args:
+        trl: Options of TRL's trainer; those that are missing have TRL's defaults.
+        processes: Number of processes of the run.
 
     Returns:
-        What a process takes: ``per_device_train_batch_size`` and ``gradient_accumulation_steps``.
+        ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` of each process.
 
     Raises:
-        CsrError: The pairs of a step cannot be dealt out evenly.
+        CsrError: The pairs of a step cannot be split evenly.
 
     Example:
-        >>> shared_batch({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}, 4)
+        >>> per_process_batch({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}, 4)
         {'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2}
-        >>> shared_batch({"per_device_train_batch_size": 16}, 4)
+        >>> per_process_batch({"per_device_train_batch_size": 16}, 4)
         {'per_device_train_batch_size': 4, 'gradient_accumulation_steps': 1}
     """
     batch, accumulation = int(trl.get(_BATCH, _TRL_BATCH)), int(trl.get(_ACCUMULATION, 1))
-    share, rest = divmod(batch * accumulation, processes)
-    if rest:
+    share, remainder = divmod(batch * accumulation, processes)
+    if remainder:
         raise CsrError(
-            f"a step of {batch * accumulation} pairs cannot be dealt out evenly to {processes} processes",
-            f"let training.trl.{_BATCH} times {_ACCUMULATION} be a multiple of {processes}",
+            f"a step of {batch * accumulation} pairs cannot be split evenly among {processes} processes",
+            f"set training.trl.{_BATCH} times {_ACCUMULATION} to a multiple of {processes}",
         )
-    own = next(size for size in range(min(batch, share), 0, -1) if share % size == 0)
-    return {_BATCH: own, _ACCUMULATION: share // own}
+    process_batch = next(size for size in range(min(batch, share), 0, -1) if share % size == 0)
+    return {_BATCH: process_batch, _ACCUMULATION: share // process_batch}
 
 
-def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Gather what trains, by its name, from all processes that hold a piece of it; all must call this."""
-    found = {}
+def gather_trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gather the trainable weights by name from all processes that hold a shard of them; all must call this."""
+    weights = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         with _gathered(parameter):
             value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            found[name] = value.detach().cpu().clone()
-    return found
+            weights[name] = value.detach().cpu().clone()
+    return weights
 
 
 def _gathered(parameter: torch.nn.Parameter) -> Any:
-    """DeepSpeed's ZeRO-3 leaves a parameter empty until it is asked for."""
+    """Return a context in which a parameter is whole; DeepSpeed's ZeRO-3 leaves it empty otherwise."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
@@ -126,8 +135,8 @@ def _gathered(parameter: torch.nn.Parameter) -> Any:
     return deepspeed.zero.GatheredParameters([parameter])
 
 
-def largest_anywhere(value: float) -> float:
-    """Return the largest of the processes' values, so that all decide alike."""
+def max_over_processes(value: float) -> float:
+    """Return the largest of the processes' values, so that all processes decide alike."""
     from accelerate.utils import gather_object
 
     return float(max(gather_object([value])))

@@ -1,17 +1,16 @@
-"""Both sides of a pair in one row, so that what they share is run once.
+"""Pack both responses of a pair into one row, so that their common tokens are computed once.
 
-A packed row holds what chosen and rejected have in common (the picture, the question, and
-the tokens they both begin with), then the rest of chosen, then the rest of rejected::
+A packed row holds the common part of chosen and rejected (image, question, and the tokens that
+both begin with), then the rest of chosen, then the rest of rejected::
 
     tokens      <s> <img> <img> Why ?   There is a   red boat .   blue boat .
     positions    0    1     2   3   4     5   6  7    8   9   10    8    9  10
-    part         0    0     0   0   0     0   0  0    1   1   1     2    2   2
+    segment      0    0     0   0   0     0   0  0    1   1   1     2    2   2
 
-A token attends to those before it of its own part and of part 0, so each side sees what it
-would see in a row of its own, at the positions it would have there. The language model's
-head reads only what predicts a response token, each such token once; what it says of them
-is then laid out as TRL's DPOTrainer expects it, chosen rows first, then rejected. Losses
-and metrics are TRL's own and do not know.
+A token attends to the earlier tokens of its own segment and of segment 0, so each side attends to
+the same tokens at the same positions as in a row of its own. The output layer is computed only
+where a response token is predicted, once per token; the results are then arranged as TRL's
+DPOTrainer expects them, chosen rows first, then rejected rows. Losses and metrics are TRL's own.
 """
 
 from __future__ import annotations
@@ -24,33 +23,35 @@ from typing import Any
 
 import torch
 
+from csr_vlm.models.encoding import EncodedPrompt, batch_rows, image_tensors
 from csr_vlm.models.families import family_of
-from csr_vlm.models.policy import EncodedPrompt, batch_rows, image_tensors
 
-_SHARED, _CHOSEN, _REJECTED, _PADDING = range(4)
+_COMMON, _CHOSEN, _REJECTED, _PADDING = range(4)
 _MASKED_IMPLEMENTATIONS = ("sdpa", "eager")
-"""Attention implementations that take a mask of every token against every other."""
+"""Attention implementations that accept a mask of every token against every other."""
+_PACKING_KEYS = frozenset({"segment_ids", "targets", "predictor_index", "target_index"})
+"""Tensors of a packed batch that are not inputs of the model."""
 
 
-def obstacle(config: Any) -> str | None:
-    """Say why a model of this configuration cannot take packed rows; None if it can."""
+def packing_obstacle(config: Any) -> str | None:
+    """Return why a model of this configuration cannot use packed rows; None if it can."""
     text = config.get_text_config()
     if not family_of(config).causal:
-        return f"{config.model_type} is not known to attend strictly from left to right"
+        return f"{config.model_type} is not known to use strictly causal attention"
     if text._attn_implementation not in _MASKED_IMPLEMENTATIONS:
-        return f"attention of the kind {text._attn_implementation!r} takes no mask of its own"
-    strange = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if strange:
-        return f"its layers of the kind {min(strange)!r} take no mask of their own"
+        return f"the attention implementation {text._attn_implementation!r} accepts no custom mask"
+    unsupported = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unsupported:
+        return f"layers of type {min(unsupported)!r} accept no custom mask"
     if hasattr(text, "output_router_logits"):
         return "its experts are balanced over the tokens of unpacked rows"
     return None
 
 
-def window(config: Any) -> int | None:
-    """Return how many tokens back the narrowest layer sees; None where all see everything.
+def attention_window(config: Any) -> int | None:
+    """Return the sliding window of the narrowest layer, in tokens; None where all layers attend to everything.
 
-    A mask of our own is the same for all layers, so it serves rows within that window only.
+    A custom mask is the same for all layers, so packing is exact for rows within the window only.
     """
     text = config.get_text_config()
     if "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"]):
@@ -58,89 +59,131 @@ def window(config: Any) -> int | None:
     return None
 
 
-def num_shared(chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """Count the tokens that both begin with."""
+def common_prefix_length(chosen: Sequence[int], rejected: Sequence[int]) -> int:
+    """Count the tokens that both responses begin with.
+
+    Example:
+        >>> common_prefix_length([20, 21, 22], [20, 21, 30])
+        2
+    """
     pairs = enumerate(zip(chosen, rejected, strict=False))
-    return next((at for at, (left, right) in pairs if left != right), min(len(chosen), len(rejected)))
+    return next((index for index, (left, right) in pairs if left != right), min(len(chosen), len(rejected)))
 
 
 def pack(
     encoded: Sequence[EncodedPrompt], chosen: Sequence[Sequence[int]], rejected: Sequence[Sequence[int]], pad_id: int
 ) -> dict[str, torch.Tensor]:
-    """Lay out pairs as packed rows, padded on the right.
+    """Pack pairs into one row each, padded on the right.
 
     Args:
-        encoded: A prompt a pair.
-        chosen: The preferred response's token ids.
-        rejected: The other's.
+        encoded: Prompt of each pair.
+        chosen: Token ids of each preferred response.
+        rejected: Token ids of each other response.
+        pad_id: Token id of the padding.
 
     Returns:
-        The model's inputs of shape (pairs, width), positions counted in three dimensions
-        (3, pairs, width); an image a pair; and
+        The model's inputs of shape (pairs, width), with positions that have three dimensions of
+        shape (3, pairs, width); the image tensors, once per pair; and
 
-        - ``parts`` (pairs, width): 0 shared, 1 chosen, 2 rejected, 3 padding.
-        - ``targets`` (pairs, slots): every response token once, -100 behind the last.
-        - ``readers`` (pairs, slots): the place in the row that predicts it.
-        - ``slots`` (2 * pairs, longest response): which slot each token of the unpacked
-          responses has, chosen rows first.
+        - ``segment_ids`` (pairs, width): 0 common, 1 chosen, 2 rejected, 3 padding.
+        - ``targets`` (pairs, targets): every response token once, padded with -100.
+        - ``predictor_index`` (pairs, targets): index in the row of the token that predicts it.
+        - ``target_index`` (2 * pairs, longest response): index in ``targets`` of each token of the
+          unpacked responses, chosen rows first.
+
+    Example:
+        Two pairs, with prompts of three and two tokens. In the first, 20 is common; in the
+        second, chosen is the beginning of rejected.
+
+        >>> prompts = [[1, 9, 5], [1, 9]]
+        >>> encoded = [EncodedPrompt(torch.tensor(ids), torch.arange(len(ids)), {}, {}) for ids in prompts]
+        >>> packed = pack(encoded, [[20, 21, 22], [40]], [[20, 31], [40, 41]], pad_id=0)
+        >>> packed["input_ids"]
+        tensor([[ 1,  9,  5, 20, 21, 22, 31],
+                [ 1,  9, 40, 41,  0,  0,  0]])
+        >>> packed["segment_ids"]
+        tensor([[0, 0, 0, 0, 1, 1, 2],
+                [0, 0, 0, 2, 3, 3, 3]])
+        >>> packed["position_ids"]
+        tensor([[0, 1, 2, 3, 4, 5, 4],
+                [0, 1, 2, 3, 0, 0, 0]])
+        >>> packed["targets"]
+        tensor([[  20,   21,   22,   31],
+                [  40,   41, -100, -100]])
+        >>> packed["predictor_index"]
+        tensor([[2, 3, 4, 3],
+                [1, 2, 0, 0]])
+        >>> packed["target_index"]
+        tensor([[0, 1, 2],
+                [0, 0, 0],
+                [0, 3, 0],
+                [0, 1, 0]])
     """
-    shared = [num_shared(*both) for both in zip(chosen, rejected, strict=True)]
-    responses = [[*left, *right[common:]] for left, right, common in zip(chosen, rejected, shared, strict=True)]
+    common_lengths = [common_prefix_length(*sides) for sides in zip(chosen, rejected, strict=True)]
+    responses = [[*left, *right[common:]] for left, right, common in zip(chosen, rejected, common_lengths, strict=True)]
     batch = batch_rows(encoded, responses, pad_id, "right")
-    parts = torch.full_like(batch["input_ids"], _PADDING)
-    readers: list[torch.Tensor] = []
-    slots: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    for row, (item, left, right, common) in enumerate(zip(encoded, chosen, rejected, shared, strict=True)):
+    segment_ids = torch.full_like(batch["input_ids"], _PADDING)
+    predictor_index: list[torch.Tensor] = []
+    chosen_index: list[torch.Tensor] = []
+    rejected_index: list[torch.Tensor] = []
+    for row, (item, left, right, common) in enumerate(zip(encoded, chosen, rejected, common_lengths, strict=True)):
         start = len(item.input_ids)
         end = start + len(left)
-        parts[row, : start + common] = _SHARED
-        parts[row, start + common : end] = _CHOSEN
-        parts[row, end : end + len(right) - common] = _REJECTED
-        # Rejected goes on where the shared tokens end, not where chosen does.
+        segment_ids[row, : start + common] = _COMMON
+        segment_ids[row, start + common : end] = _CHOSEN
+        segment_ids[row, end : end + len(right) - common] = _REJECTED
+        # Rejected continues at the position where the common tokens end, not where chosen ends.
         batch["position_ids"][..., row, end:] -= len(left) - common
-        reads = torch.arange(len(responses[row])) + start - 1
-        reads[len(left) : len(left) + 1] = start + common - 1
-        readers.append(reads)
-        slots[0].append(torch.arange(len(left)))
-        own = torch.arange(len(right))
-        slots[1].append(torch.where(own < common, own, own + len(left) - common))
+        predictors = torch.arange(len(responses[row])) + start - 1
+        predictors[len(left) : len(left) + 1] = start + common - 1
+        predictor_index.append(predictors)
+        chosen_index.append(torch.arange(len(left)))
+        index = torch.arange(len(right))
+        rejected_index.append(torch.where(index < common, index, index + len(left) - common))
     del batch["attention_mask"]
     batch |= {
-        "parts": parts,
-        "targets": _filled([torch.tensor(ids, dtype=torch.long) for ids in responses], -100),
-        "readers": _filled(readers, 0),
-        "slots": _filled(slots[0] + slots[1], 0),
+        "segment_ids": segment_ids,
+        "targets": _pad([torch.tensor(ids, dtype=torch.long) for ids in responses], -100),
+        "predictor_index": _pad(predictor_index, 0),
+        "target_index": _pad(chosen_index + rejected_index, 0),
     }
     return batch | image_tensors(encoded)
 
 
-def _filled(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def visible(parts: torch.Tensor) -> torch.Tensor:
-    """Tell which tokens see which.
+def packed_attention_mask(segment_ids: torch.Tensor) -> torch.Tensor:
+    """Compute which tokens attend to which.
 
     Args:
-        parts: Of shape (pairs, width).
+        segment_ids: Segments of shape (pairs, width).
 
     Returns:
-        Booleans of shape (pairs, 1, width, width): [b, 0, i, j] says that i sees j. Padding
-        sees itself as well, since a softmax over nothing has no value.
+        Booleans of shape (pairs, 1, width, width): [b, 0, i, j] is whether i attends to j. Padding
+        attends to padding as well, since a softmax over nothing is undefined.
+
+    Example:
+        >>> packed_attention_mask(torch.tensor([[0, 0, 1, 2]])).int()
+        tensor([[[[1, 0, 0, 0],
+                  [1, 1, 0, 0],
+                  [1, 1, 1, 0],
+                  [1, 1, 0, 1]]]], dtype=torch.int32)
     """
-    width = parts.shape[1]
-    earlier = torch.ones(width, width, dtype=torch.bool, device=parts.device).tril()
-    seen, seeing = parts[:, None, None, :], parts[:, None, :, None]
-    return earlier & ((seen == _SHARED) | (seen == seeing))
+    width = segment_ids.shape[1]
+    is_earlier = torch.ones(width, width, dtype=torch.bool, device=segment_ids.device).tril()
+    key, query = segment_ids[:, None, None, :], segment_ids[:, None, :, None]
+    return is_earlier & ((key == _COMMON) | (key == query))
 
 
-def read_packed_rows(model: Any) -> None:
-    """Let a model that has TRL's fused head take a packed batch as well, under the name ``packed``.
+def accept_packed_rows(model: Any) -> None:
+    """Make a model with TRL's fused output layer accept a packed batch as the keyword ``packed``.
 
-    Called with ``packed`` (see :func:`pack`) beside the unpacked rows' own tensors and labels,
-    the model runs the packed rows and returns TRL's output for the unpacked ones. Without it
-    nothing changes. The model's forward is replaced, as TRL replaces it, so that wrappers
-    (PEFT, DDP, FSDP, DeepSpeed), gradient checkpointing and autocast work as they do.
+    Called with ``packed`` (see :func:`pack`) in addition to the unpacked rows' tensors and labels,
+    the model computes the packed rows and returns TRL's output for the unpacked ones. Without it
+    nothing changes. The model's forward is replaced, as TRL replaces it, so that wrappers (PEFT,
+    DDP, FSDP, DeepSpeed), gradient checkpointing and autocast work unchanged.
     """
     unpacked_forward = model.forward
 
@@ -148,60 +191,68 @@ def read_packed_rows(model: Any) -> None:
     def forward(self: Any, *args: Any, packed: dict[str, torch.Tensor] | None = None, **kwargs: Any) -> Any:
         if packed is None:
             return unpacked_forward(*args, **kwargs)
-        inputs = {key: value for key, value in packed.items() if key not in {"parts", "targets", "readers", "slots"}}
-        inputs["attention_mask"] = _mask(self, packed["parts"])
+        inputs = {key: value for key, value in packed.items() if key not in _PACKING_KEYS}
+        inputs["attention_mask"] = _model_mask(self, packed["segment_ids"])
 
-        def keep_readers(_module: Any, _args: Any, output: Any) -> Any:
-            hidden = output.last_hidden_state
-            rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-            output.last_hidden_state = hidden[rows, packed["readers"]]
+        def keep_predictors(_module: Any, _args: Any, output: Any) -> Any:
+            hidden_states = output.last_hidden_state  # (pairs, width, hidden size)
+            rows = torch.arange(len(hidden_states), device=hidden_states.device)[:, None]
+            output.last_hidden_state = hidden_states[rows, packed["predictor_index"]]  # (pairs, targets, hidden size)
             return output
 
-        hook = self.base_model.register_forward_hook(keep_readers)
+        hook = self.base_model.register_forward_hook(keep_predictors)
         try:
             output = unpacked_forward(**inputs, shift_labels=packed["targets"], fused_lm_head=True)
         finally:
             hook.remove()
-        return _unpacked(output, packed["slots"], kwargs["labels"][:, 1:] != -100)
+        return _unpack(output, packed["target_index"], kwargs["labels"][:, 1:] != -100)
 
     model.forward = MethodType(forward, model)
 
 
-def _mask(model: Any, parts: torch.Tensor) -> torch.Tensor:
-    """Word the mask as the model's attention takes it."""
-    allowed = visible(parts)
+def _model_mask(model: Any, segment_ids: torch.Tensor) -> torch.Tensor:
+    """Format the mask as the model's attention implementation expects it."""
+    allowed = packed_attention_mask(segment_ids)
     if model.config.get_text_config()._attn_implementation == "sdpa":
         return allowed
     dtype = model.get_input_embeddings().weight.dtype
-    return torch.zeros(allowed.shape, dtype=dtype, device=parts.device).masked_fill(~allowed, torch.finfo(dtype).min)
+    additive = torch.zeros(allowed.shape, dtype=dtype, device=segment_ids.device)
+    return additive.masked_fill(~allowed, torch.finfo(dtype).min)
 
 
-def _unpacked(output: Any, slots: torch.Tensor, answers: torch.Tensor) -> Any:
-    """Lay out what is known of each slot as (2 * pairs, width - 1), zero where no response token is predicted."""
-    # The n-th response token of a row takes the n-th of its slots.
-    order = (answers.cumsum(dim=1) - 1).clamp(min=0)
-    places = slots.gather(1, order)
+def _unpack(output: Any, target_index: torch.Tensor, is_response: torch.Tensor) -> Any:
+    """Arrange the fields of an output per target, (pairs, targets), as (2 * pairs, width - 1).
 
-    def laid_out(field: torch.Tensor) -> torch.Tensor:
-        return field.repeat(2, 1).gather(1, places).masked_fill(~answers, 0)
+    Args:
+        output: Output of TRL's fused output layer; its two-dimensional fields are arranged.
+        target_index: Index of each response token's target, as :func:`pack` returns it.
+        is_response: Whether each token of the unpacked rows, shifted by one, is a response token,
+            of shape (2 * pairs, width - 1); other tokens get 0.
+    """
+    # The n-th response token of a row has the n-th entry of the row's target_index.
+    order = (is_response.cumsum(dim=1) - 1).clamp(min=0)
+    index = target_index.gather(1, order)
 
-    fields = {key: laid_out(value) for key, value in output.items() if value.dim() == 2}
+    def unpack(field: torch.Tensor) -> torch.Tensor:
+        return field.repeat(2, 1).gather(1, index).masked_fill(~is_response, 0)
+
+    fields = {key: unpack(value) for key, value in output.items() if value.dim() == 2}
     return type(output)(**fields)
 
 
-def freeze_pictures(model: Any) -> None:
-    """Compute without gradients what a known family has before its language model, where it does not train.
+def disable_vision_gradients(model: Any) -> None:
+    """Compute the frozen modules before the language model without gradients, for known families.
 
-    With gradient checkpointing the embeddings' outputs ask for gradients, and the backward
-    pass would go through a vision tower that takes none.
+    With gradient checkpointing the outputs of the embeddings require gradients, and the backward
+    pass would go through a vision tower that is not trained.
     """
     family = family_of(model.config)
     if family.features == "never":
         return
-    parts = {
-        name: part for name, part in model.base_model.named_children() if not re.fullmatch(family.text_module, name)
+    modules = {
+        name: module for name, module in model.base_model.named_children() if not re.fullmatch(family.text_module, name)
     }
-    trained = {name for name, part in parts.items() if any(p.requires_grad for p in part.parameters())}
+    trained = {name for name, module in modules.items() if any(p.requires_grad for p in module.parameters())}
     if trained <= set(family.projectors):
-        for name in parts.keys() - trained:
-            parts[name].forward = torch.no_grad()(parts[name].forward)
+        for name in modules.keys() - trained:
+            modules[name].forward = torch.no_grad()(modules[name].forward)

@@ -8,7 +8,6 @@ template are real ones, so everything loads through ``AutoModelForImageTextToTex
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,30 +204,6 @@ def new_llava(
     if vision is not None:
         model.model.vision_tower.load_state_dict(vision.vision_model.state_dict())
     return model, processor
-
-
-def grow(model: LlavaForConditionalGeneration, depth: int) -> LlavaForConditionalGeneration:
-    """Make a policy ``depth`` times as deep that computes what this one does.
-
-    Behind every layer of the language model stand new ones whose outputs are zero, so they
-    leave the residual stream as it is until they are trained.
-    """
-    config = copy.deepcopy(model.config)
-    config.text_config.num_hidden_layers *= depth
-    grown = LlavaForConditionalGeneration(config)
-    grown.generation_config = model.generation_config
-    state = {k: v for k, v in model.state_dict().items() if ".language_model.layers." not in k}
-    missing, unexpected = grown.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all(".language_model.layers." in name for name in missing)
-    layers = grown.model.language_model.layers
-    for number, layer in enumerate(layers):
-        old = model.model.language_model.layers[number // depth]
-        layer.load_state_dict(old.state_dict())
-        if number % depth:
-            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    return grown
 
 
 def save(model: torch.nn.Module, processor: object, directory: Path) -> None:

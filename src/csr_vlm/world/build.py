@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,6 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter
 from csr_vlm.world import base_models
 from csr_vlm.world.corpus import Style, Turn, article, dialogue, sentence
-from csr_vlm.world.idefics import new_idefics3
 from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream, render
 
 Mentions = tuple[tuple[str, str | None], ...]
@@ -62,26 +60,6 @@ class BuildPlan:
     policy_batch: int = 64
     warmup: int = 100
     sizes: base_models.Sizes = field(default_factory=base_models.Sizes)
-    start: Path | None = None
-    """Directory of finished models: their scorer is kept, and their policy grown and trained on."""
-    depth: int = 3
-    """How many times as deep it grows."""
-    family: Literal["llava", "idefics3"] = "llava"
-    """What the policy is. An idefics3 starts from the language model of ``start``, if that is given."""
-
-
-SEE_AGAIN = replace(LEARN_TO_SEE, steps=100, lr=5e-4)
-"""What a grown policy, which can see, needs of the first phase."""
-SEE_ANEW = replace(LEARN_TO_SEE, steps=1500)
-"""What a policy needs that has a language model and must learn to see through another connector."""
-
-
-def started(plan: BuildPlan, start: Path) -> BuildPlan:
-    """Plan a policy that starts from a finished one: a deeper one, or one of another family."""
-    if plan.family == "llava":
-        # It starts as good as the finished one, habits included; the new layers have to find their place.
-        return replace(plan, start=start, policy_phases=(SEE_AGAIN, replace(PICK_UP_HABITS, steps=200)))
-    return replace(plan, start=start, policy_phases=(SEE_ANEW, PICK_UP_HABITS))
 
 
 def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | None = None) -> dict[str, Any]:
@@ -90,44 +68,30 @@ def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | N
     Args:
         directory: Gets ``clip/``, ``llava/`` and ``build.json``.
     """
+    scorer_log = build_scorer(world, directory / "clip", plan, progress)
+    # The policy starts from the scorer as it was written, so that either can be rebuilt alone.
+    scorer = CLIPModel.from_pretrained(directory / "clip", dtype=torch.float32)
     torch.manual_seed(plan.seed)
+    policy, processor = base_models.new_llava(world, plan.sizes, scorer)
+    policy_log = train_policy(world, policy, processor, plan, directory / "llava", progress)
+    return write_log(world, directory, plan, scorer=scorer_log, policy=policy_log)
+
+
+def write_log(world: World, directory: Path, plan: BuildPlan, **training: Any) -> dict[str, Any]:
+    """Write ``build.json``: world, plan, versions, the logs of the training, and hashes of the weights."""
     log: dict[str, Any] = {
         "world": world.name,
-        "plan": asdict(replace(plan, start=None)) | {"grown": plan.start is not None},
+        "plan": asdict(plan),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        **training,
+        "sha256": file_hashes(directory),
     }
-    if plan.start is None:
-        log["scorer"] = build_scorer(world, directory / "clip", plan, progress)
-    else:
-        shutil.copytree(plan.start / "clip", directory / "clip", dirs_exist_ok=True)
-    # Each model starts from the last one as it was written, so each can be made again alone.
-    shipped = CLIPModel.from_pretrained(directory / "clip", dtype=torch.float32)
-    torch.manual_seed(plan.seed)
-    policy, processor = _new_policy(world, plan, shipped)
-    log["policy"] = []
-    for number in range(len(plan.policy_phases)):
-        if number:
-            policy = type(policy).from_pretrained(directory / plan.family, dtype=torch.float32)
-        log["policy"].append(_train_policy(world, policy, processor, plan, number, progress))
-        base_models.save(policy, processor, directory / plan.family)
-    log["sha256"] = file_hashes(directory)
     (directory / "build.json").write_text(json.dumps(log, indent=1) + "\n")
     return log
-
-
-def _new_policy(world: World, plan: BuildPlan, vision: CLIPModel) -> tuple[Any, Any]:
-    """Make the policy that is to be trained, and its processor."""
-    small = None
-    if plan.start is not None:
-        small = LlavaForConditionalGeneration.from_pretrained(plan.start / "llava", dtype=torch.float32)
-    if plan.family == "idefics3":
-        return new_idefics3(world, plan.sizes, vision, small)
-    model, processor = base_models.new_llava(world, plan.sizes, vision)
-    return (model if small is None else base_models.grow(small, plan.depth)), processor
 
 
 def build_scorer(world: World, directory: Path, plan: BuildPlan, progress: Progress | None = None) -> dict[str, Any]:
@@ -139,11 +103,11 @@ def build_scorer(world: World, directory: Path, plan: BuildPlan, progress: Progr
     return log
 
 
-def build_with_progress(world: World, directory: Path, plan: BuildPlan, tell: Reporter) -> dict[str, Any]:
+def build_with_progress(world: World, directory: Path, plan: BuildPlan, reporter: Reporter) -> dict[str, Any]:
     """Build, and show how far each model's training is."""
-    total = (0 if plan.start else plan.scorer_steps) + sum(phase.steps for phase in plan.policy_phases)
-    with tell.stage("training scorer and policy", total) as advance:
-        return build(world, directory, plan, lambda *_: advance(1))
+    total = plan.scorer_steps + sum(phase.steps for phase in plan.policy_phases)
+    with reporter.stage("training scorer and policy", total) as progress:
+        return build(world, directory, plan, lambda *_: progress.advance(1))
 
 
 def file_hashes(directory: Path) -> dict[str, str]:
@@ -370,16 +334,42 @@ def collate(
     return input_ids, labels, mask
 
 
-def _train_policy(
+def train_policy(
+    world: World,
+    policy: Any,
+    processor: Any,
+    plan: BuildPlan,
+    directory: Path,
+    progress: Progress | None = None,
+    pixel_values: Callable[[list[Scene]], torch.Tensor] = pixels,
+) -> list[dict[str, Any]]:
+    """Train a policy through the phases of a plan and write it; return one log per phase.
+
+    Each phase starts from the checkpoint that the one before it wrote, in fp16.
+
+    Args:
+        pixel_values: Renders scenes in the shape that the policy takes; LLaVA's by default.
+    """
+    logs = []
+    for number in range(len(plan.policy_phases)):
+        if number:
+            policy = type(policy).from_pretrained(directory, dtype=torch.float32)
+        logs.append(_train_phase(world, policy, processor, plan, number, progress, pixel_values))
+        base_models.save(policy, processor, directory)
+    return logs
+
+
+def _train_phase(
     world: World,
     model: Any,
     processor: Any,
     plan: BuildPlan,
     number: int,
     progress: Progress | None,
+    pixel_values: Callable[[list[Scene]], torch.Tensor],
 ) -> dict[str, Any]:
     phase = plan.policy_phases[number]
-    if plan.family == "llava":
+    if isinstance(model, LlavaForConditionalGeneration):
         # The tower stays the scorer's: eq. 3 asks for the policy's own encoder.
         model.model.vision_tower.requires_grad_(False)
     picture = picture_text(processor)
@@ -394,9 +384,7 @@ def _train_policy(
     def loss_of(scenes: list[Scene], step: int) -> torch.Tensor:
         rows = [encode(dialogue(world, scene, phase.style, epoch=step)) for scene in scenes]
         input_ids, labels, mask = collate(rows, processor.tokenizer.pad_token_id)
-        images = pixels(scenes)
-        if plan.family == "idefics3":
-            images = images[:, None]  # of shape (n, images a row, 3, side, side)
+        images = pixel_values(scenes)
         loss = model(input_ids=input_ids, attention_mask=mask, pixel_values=images, labels=labels).loss
         assert loss is not None
         return loss

@@ -8,7 +8,7 @@ from typing import Any
 from csr_vlm.config.schema import ModelConfig, ScorerConfig
 from csr_vlm.core.progress import Reporter
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.models.policy import load_policy
+from csr_vlm.models.loading import load_policy
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.world.demo import policy_in
 from csr_vlm.world.scene_evaluation import evaluate, evaluate_scorer
@@ -17,7 +17,7 @@ from csr_vlm.world.scenes import Split, World
 _SEED = 1
 
 
-def check_models(world: World, directory: Path, num_scenes: int, tell: Reporter) -> dict[str, Any]:
+def check_models(world: World, directory: Path, num_scenes: int, reporter: Reporter) -> dict[str, Any]:
     """Measure ``directory/clip`` and ``directory/llava`` on test scenes.
 
     Returns:
@@ -25,7 +25,7 @@ def check_models(world: World, directory: Path, num_scenes: int, tell: Reporter)
     """
     policy = load_policy(ModelConfig(path=str(policy_in(directory))), adapter=None)
     scorer = load_scorer(ScorerConfig(path=str(directory / "clip")), str(policy.device))
-    with tell.stage("describing and answering", num_scenes) as advance:
+    with reporter.stage("describing and answering", num_scenes) as progress:
         found = evaluate(
             world,
             TransformersEngine(policy),
@@ -33,7 +33,7 @@ def check_models(world: World, directory: Path, num_scenes: int, tell: Reporter)
             split=Split.TEST,
             seed=_SEED,
             num_scenes=num_scenes,
-            tick=advance,
+            tick=progress.advance,
         )
     areas = evaluate_scorer(world, scorer, split=Split.TEST, seed=_SEED, num_scenes=num_scenes)
     return {"scorer": areas, "policy": found["metrics"]}

@@ -40,7 +40,7 @@ def verify_assets(world: World = HARBOUR) -> None:
 
 
 def policy_in(models: Path) -> Path:
-    """Find the policy of a directory that ``csr world build`` made, of whichever family.
+    """Find the policy in a directory that ``csr world build`` or ``benchmarks/base_models.py`` wrote.
 
     Raises:
         CsrError: There is none.

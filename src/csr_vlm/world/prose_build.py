@@ -169,10 +169,10 @@ def build_prose(directory: Path, plan: ProsePlan, progress: Progress | None = No
     return log
 
 
-def build_prose_with_progress(directory: Path, plan: ProsePlan, tell: Reporter) -> dict[str, Any]:
+def build_prose_with_progress(directory: Path, plan: ProsePlan, reporter: Reporter) -> dict[str, Any]:
     """Build, and show how far the trainings are."""
-    with tell.stage("training tower, policy and judges", plan.num_steps) as advance:
-        return build_prose(directory, plan, lambda *_: advance(1))
+    with reporter.stage("training tower, policy and judges", plan.num_steps) as progress:
+        return build_prose(directory, plan, lambda *_: progress.advance(1))
 
 
 def _tower(work: Path, plan: ProsePlan, name: str, progress: Progress | None) -> dict[str, Any]:

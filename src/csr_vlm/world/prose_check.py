@@ -23,11 +23,11 @@ import numpy as np
 from csr_vlm.config.schema import ModelConfig, ScorerConfig
 from csr_vlm.core.batching import batched
 from csr_vlm.core.progress import Reporter
-from csr_vlm.core.records import Finish, Prompt, others_column
+from csr_vlm.core.records import Finish, Prompt, negatives_column
 from csr_vlm.evaluation import chair
 from csr_vlm.evaluation.statistics import Metric, auc, pooled
 from csr_vlm.generation.transformers_engine import TransformersEngine
-from csr_vlm.models.policy import load_policy
+from csr_vlm.models.loading import load_policy
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.scoring.scorer import ScorerGroup
 from csr_vlm.world.corpus import article
@@ -133,7 +133,7 @@ def policy_metrics(responses: Sequence[Response]) -> dict[str, Metric]:
     tallies: list[dict[str, tuple[float, float]]] = []
     for one in responses:
         parts = sentences_of(one.text)
-        verdict = chair.judge(reader.read(one.text), one.scene.kinds)
+        verdict = chair.check_mentions(reader.read(one.text), one.scene.kinds)
         row: dict[str, tuple[float, float]] = {
             **chair.tallies(verdict, one.scene.kinds),
             "unfinished": (int(not one.finished), 1),
@@ -142,7 +142,7 @@ def policy_metrics(responses: Sequence[Response]) -> dict[str, Metric]:
             "lists": (int("\n-" in one.text), 1),
         }
         for position, part in enumerate(parts[:7], start=1):
-            found = chair.judge(reader.read(part), one.scene.kinds)
+            found = chair.check_mentions(reader.read(part), one.scene.kinds)
             row[f"false_at_{position}"] = (len(found.hallucinated), len(found.mentioned))
         tallies.append(row)
     names = sorted({name for row in tallies for name in row}, key=lambda name: (name.startswith("false"), name))
@@ -162,7 +162,7 @@ def judged(scorer: ScorerGroup, responses: Sequence[Response], by_claim: bool) -
         for one in batch:
             for position, part in enumerate(sentences_of(one.text)):
                 kind = kind_of(part, position)
-                verdict = chair.judge(reader.read(part), one.scene.kinds)
+                verdict = chair.check_mentions(reader.read(part), one.scene.kinds)
                 if by_claim:
                     for name in dict.fromkeys(verdict.mentioned):
                         items.append((one.prompt, f"a photo of {article(name)} {name}"))
@@ -170,9 +170,9 @@ def judged(scorer: ScorerGroup, responses: Sequence[Response], by_claim: bool) -
                 else:
                     items.append((one.prompt, part.removeprefix("- ")))
                     labels.append((kind, position, not verdict.hallucinated if verdict.mentioned else None))
-        scorer.compare_among([one.prompt for one in batch], OTHER_PICTURES)
+        scorer.set_negative_images([one.prompt for one in batch], OTHER_PICTURES)
         for (kind, position, true), row in zip(labels, scorer.score(items), strict=True):
-            contrast = row[scorer.name] - row[others_column(scorer.name)]
+            contrast = row[scorer.name] - row[negatives_column(scorer.name)]
             scored.append(Scored(kind, position, true, contrast))
         scorer.forget()
     return scored
@@ -297,7 +297,7 @@ def bounds(
     ]
 
 
-def check_prose(directory: Path, num_scenes: int, seed: int, tell: Reporter) -> dict[str, Any]:
+def check_prose(directory: Path, num_scenes: int, seed: int, reporter: Reporter) -> dict[str, Any]:
     """Measure ``llava/``, ``clip/`` and ``clip_b/`` of a directory on development scenes.
 
     Returns:
@@ -306,16 +306,16 @@ def check_prose(directory: Path, num_scenes: int, seed: int, tell: Reporter) -> 
     """
     engine = TransformersEngine(load_policy(ModelConfig(path=str(directory / "llava")), adapter=None))
     with tempfile.TemporaryDirectory() as pictures:
-        with tell.stage("describing", num_scenes) as advance:
-            responses = describe(engine, seed, num_scenes, Path(pictures), advance)
+        with reporter.stage("describing", num_scenes) as progress:
+            responses = describe(engine, seed, num_scenes, Path(pictures), progress.advance)
         policy = policy_metrics(responses)
         sentences, claims = {}, {}
-        with tell.stage("judging", len(JUDGES)) as advance:
+        with reporter.stage("judging", len(JUDGES)) as progress:
             for name in JUDGES:
                 scorer = load_scorer(ScorerConfig(path=str(directory / name)), str(engine.policy.device))
                 sentences[name] = judged(scorer, responses, by_claim=False)
                 claims[name] = judged(scorer, responses, by_claim=True)
-                advance(1)
+                progress.advance()
     judges = {name: judge_metrics(sentences[name], claims[name]) for name in JUDGES}
     shared = {
         "sentence": error_correlation(*(sentences[name] for name in JUDGES)),

@@ -1,87 +1,90 @@
-"""Hugging Face data sets: a folder that save_to_disk wrote; a hub id or a copy of its folder, streamed.
+"""Read Hugging Face datasets: a folder written by save_to_disk, or a hub id or local copy of a hub repository.
 
-``datasets`` is imported when one is opened and not before. Images stay encoded.
+The latter are streamed. ``datasets`` is imported only when a dataset is opened. Images stay encoded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from csr_vlm.core.errors import CsrError, reason_of
-from csr_vlm.data.formats.rows import FIELDS, BadRow, Rows
+from csr_vlm.data.rows import FIELDS, BadRow, Rows
 
-MARKS = ("dataset_dict.json", "state.json")
-"""Files by which a folder of save_to_disk is known."""
+SAVED_FILES = ("dataset_dict.json", "state.json")
+"""Files that identify a folder of save_to_disk."""
 
 
 def rows(source: str, split: str) -> Rows:
+    """Yield the rows of one split.
+
+    Raises:
+        CsrError: The dataset or the split does not exist, or reading fails midway.
+    """
     name, number = Path(source).name, 0
-    opened = _open(source, split)
+    dataset = _open(source, split)
     try:
-        for number, row in enumerate(opened, start=1):
+        for number, row in enumerate(dataset, start=1):
             yield f"{name} row {number}", {"__key__": f"{name}-{number}", **row}
-    except Exception as error:  # Whatever the network or a damaged file raise.
+    except Exception as error:  # Anything that the network or a damaged file may raise.
         if isinstance(error, BadRow | CsrError):
             raise
         raise CsrError(
-            f"the data set {source} breaks off after row {number}: {reason_of(error)}", "try again"
+            f"reading the dataset {source} failed after row {number}: {reason_of(error)}", "try again"
         ) from None
 
 
 def count(source: str, split: str) -> int:
-    """Count the rows of a saved data set; 0 for a streamed one, which need not say."""
-    return len(_open(source, split)) if saved(Path(source)) else 0
+    """Count the rows of a saved dataset; return 0 for a streamed one, whose size may be unknown."""
+    return len(_open(source, split)) if is_saved(Path(source)) else 0
 
 
-def saved(path: Path) -> bool:
-    """Tell whether save_to_disk wrote a folder."""
-    return any((path / mark).is_file() for mark in MARKS)
+def is_saved(path: Path) -> bool:
+    """Return whether a folder was written by save_to_disk."""
+    return any((path / name).is_file() for name in SAVED_FILES)
+
+
+def keep_images_encoded(dataset: Any) -> Any:
+    """Make every image column yield encoded bytes instead of a decoded image."""
+    from datasets import Image, List
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset
 
 
 def _open(source: str, split: str) -> Any:
-    """Open one split with images undecoded.
+    """Open one split with its images encoded.
 
     Raises:
-        CsrError: There is no such data set or split.
+        CsrError: The dataset or the split does not exist.
     """
     from datasets import load_dataset, load_from_disk
 
     try:
-        if saved(Path(source)):
-            found = load_from_disk(source)
-            found = _split(source, found, split) if isinstance(found, dict) else found
+        if is_saved(Path(source)):
+            dataset = load_from_disk(source)
+            dataset = _select_split(source, dataset, split) if isinstance(dataset, dict) else dataset
         else:
-            found = load_dataset(source, split=split, streaming=True)
-            found = found._resolve_features() if found.features is None else found
+            dataset = load_dataset(source, split=split, streaming=True)
+            dataset = dataset._resolve_features() if dataset.features is None else dataset
     except CsrError:
         raise
-    except Exception as error:  # Whatever the hub, the network or a damaged file raise.
+    except Exception as error:  # Anything that the hub, the network or a damaged file may raise.
         raise CsrError(
-            f"the data set {source} cannot be opened: {reason_of(error)}",
-            "give a folder of save_to_disk, or a hub id OWNER/NAME and data.split",
+            f"the dataset {source} cannot be opened: {reason_of(error)}",
+            "give a folder written by save_to_disk, or a hub id OWNER/NAME and data.split",
         ) from None
-    return undecoded(found.select_columns([name for name in found.column_names if name in FIELDS]))
+    return keep_images_encoded(dataset.select_columns([name for name in dataset.column_names if name in FIELDS]))
 
 
-def _split(source: str, found: dict[str, Any], split: str) -> Any:
-    if split not in found:
-        raise CsrError(f"the data set {source} has no split {split!r}", f"set data.split; it has {_listed(found)}")
-    return found[split]
-
-
-def undecoded(found: Any) -> Any:
-    """Let every image column yield its bytes instead of a decoded picture."""
-    from datasets import Image, List
-
-    for name, feature in found.features.items():
-        if isinstance(feature, Image):
-            found = found.cast_column(name, Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):
-            found = found.cast_column(name, List(Image(decode=False)))
-    return found
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
+def _select_split(source: str, splits: dict[str, Any], split: str) -> Any:
+    if split not in splits:
+        raise CsrError(
+            f"the dataset {source} has no split {split!r}",
+            f"set data.split; expected one of: {', '.join(sorted(splits))}",
+        )
+    return splits[split]

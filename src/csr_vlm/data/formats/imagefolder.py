@@ -1,7 +1,7 @@
-"""Hugging Face's ImageFolder: images beside a metadata.jsonl, .csv or .parquet that names them.
+"""Read Hugging Face's ImageFolder: images beside a metadata.jsonl, .csv or .parquet that lists them.
 
-A line is {"file_name": "a.jpg", "question": "What is this?"}; the image is relative to the
-metadata file, and there may be one in every subfolder. The files are read where they are.
+A line is ``{"file_name": "a.jpg", "question": "What is this?"}``. Image paths are relative to the
+metadata file, and every subfolder may have one.
 """
 
 from __future__ import annotations
@@ -11,48 +11,51 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from csr_vlm.data.formats import jsonl, parquet
-from csr_vlm.data.formats.folder import files
-from csr_vlm.data.formats.rows import BadRow, Row, Rows, image_of, open_file
+from csr_vlm.data.formats.folder import walk
+from csr_vlm.data.rows import BadRow, Row, Rows, open_source_file, row_image
 
-NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def rows(path: Path) -> Rows:
+    """Yield the rows of all metadata files below a folder."""
     for file in metadata_files(path):
-        for where, row in _READERS[file.suffix](file):
-            yield where, _placed(row, file.parent.relative_to(path))
+        for position, row in _READERS[file.suffix](file):
+            yield position, _resolve_image(row, file.parent.relative_to(path))
 
 
 def count(path: Path) -> int:
+    """Count the rows of all metadata files below a folder."""
     return sum(_COUNTERS[file.suffix](file) for file in metadata_files(path))
 
 
 def metadata_files(path: Path) -> Iterator[Path]:
-    return (file for file in files(path) if file.name in NAMES)
+    """Yield the metadata files below a folder."""
+    return (file for file in walk(path) if file.name in METADATA_NAMES)
 
 
-def _placed(row: Row | BadRow, below: Path) -> Row | BadRow:
-    """Name a row's image relative to the whole folder, and the row by it."""
+def _resolve_image(row: Row | BadRow, folder: Path) -> Row | BadRow:
+    """Make a row's image path relative to the root folder, and use the path as the row's id."""
     if isinstance(row, BadRow):
         return row
     try:
-        name = image_of(row)
+        name = row_image(row)
     except BadRow as error:
         return error
     if not isinstance(name, str):
         return BadRow("no prompt_id or no image")
-    image = (below / name).as_posix()
+    image = (folder / name).as_posix()
     return {**row, "image": image, "__key__": image}
 
 
 def _csv_rows(path: Path) -> Rows:
-    open_file(path).close()
+    open_source_file(path).close()
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
         table = csv.DictReader(handle)
         while True:
             try:
                 row = next(table, None)
-            except csv.Error:  # Too long a field, or a stray quote: the reader goes on behind it.
+            except csv.Error:  # A field that is too long, or a stray quote; reading continues after it.
                 yield f"{path.name} line {table.line_num}", BadRow("broken CSV")
                 continue
             if row is None:

@@ -1,6 +1,6 @@
-"""LLaMA-Factory's ranking format (sharegpt with images), with its entry in dataset_info.json.
+"""Exchange pairs in LLaMA-Factory's ranking format (sharegpt with images) and register them in dataset_info.json.
 
-Its ``media_dir`` is the folder of dataset_info.json by default, so relative image paths work.
+LLaMA-Factory resolves relative image paths in ``media_dir``, by default the folder of dataset_info.json.
 """
 
 from __future__ import annotations
@@ -9,42 +9,43 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.data.formats import json_array
-from csr_vlm.data.formats.preference import Item, Responses, last_said, registered
-from csr_vlm.data.formats.rows import PLACEHOLDER, Row
+from csr_vlm.data import json_array
+from csr_vlm.data.preference import ExportedPair, Responses, last_responses, read_registry
+from csr_vlm.data.rows import IMAGE_PLACEHOLDER, Row
 from csr_vlm.store.files import write_json
 
-EMBEDS = False
+EMBEDS_IMAGES = False
 DATASET = "csr_pairs"
-"""What LLaMA-Factory's ``dataset:`` option names it by."""
+"""Name of the dataset for LLaMA-Factory's ``dataset:`` option."""
 _FILE = "pairs.json"
 
 
-def write(items: Iterable[Item], out: Path) -> Path:
-    known = registered(out / "dataset_info.json", {})
-    json_array.write(out / _FILE, map(_row, items))
+def write(pairs: Iterable[ExportedPair], out: Path) -> Path:
+    """Write pairs.json and add its entry to dataset_info.json; return the former."""
+    registry = read_registry(out / "dataset_info.json", {})
+    json_array.write(out / _FILE, map(_to_row, pairs))
     entry = {
         "file_name": _FILE,
         "formatting": "sharegpt",
         "ranking": True,
         "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "images": "images"},
     }
-    write_json(out / "dataset_info.json", {**known, DATASET: entry})
+    write_json(out / "dataset_info.json", {**registry, DATASET: entry})
     return out / _FILE
 
 
 def responses(row: Row) -> Responses | None:
-    """Return the two responses; None where the row is of another format."""
+    """Return a row's two responses; None if the row has another format."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    return last_said(chosen, rejected) if isinstance(chosen, dict) and isinstance(rejected, dict) else None
+    return last_responses(chosen, rejected) if isinstance(chosen, dict) and isinstance(rejected, dict) else None
 
 
-def _row(item: Item) -> dict[str, Any]:
-    prompt = item.pair.prompt
+def _to_row(exported: ExportedPair) -> dict[str, Any]:
+    pair = exported.pair
     return {
-        "id": prompt.prompt_id,
-        "conversations": [{"from": "human", "value": f"{PLACEHOLDER}{prompt.text}"}],
-        "chosen": {"from": "gpt", "value": item.pair.chosen.text},
-        "rejected": {"from": "gpt", "value": item.pair.rejected.text},
-        "images": [item.image],
+        "id": pair.prompt.prompt_id,
+        "conversations": [{"from": "human", "value": f"{IMAGE_PLACEHOLDER}{pair.prompt.text}"}],
+        "chosen": {"from": "gpt", "value": pair.chosen.text},
+        "rejected": {"from": "gpt", "value": pair.rejected.text},
+        "images": [exported.image],
     }

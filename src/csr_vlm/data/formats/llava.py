@@ -1,7 +1,7 @@
-"""LLaVA's JSON: one array of prompts, or of pairs as POVID and CSR release them.
+"""Read LLaVA's JSON, one array of prompts, and exchange pairs in the form in which POVID and CSR release them.
 
-A prompt has id, image, and conversations or (CSR) input; a pair has the preferred dialogue
-in conversations and the other in rejected_conversations.
+A prompt has ``id``, ``image``, and ``conversations`` or (CSR) ``input``. A pair has the chosen
+dialogue in ``conversations`` and the rejected one in ``rejected_conversations``.
 """
 
 from __future__ import annotations
@@ -10,32 +10,34 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.data.formats import json_array
-from csr_vlm.data.formats.preference import Item, Responses, last_said
-from csr_vlm.data.formats.rows import PLACEHOLDER, Row
+from csr_vlm.data import json_array
+from csr_vlm.data.preference import ExportedPair, Responses, last_responses
+from csr_vlm.data.rows import IMAGE_PLACEHOLDER, Row
 
-EMBEDS = False
+EMBEDS_IMAGES = False
 rows = json_array.rows
 count = json_array.count
 
 
-def write(items: Iterable[Item], out: Path) -> Path:
-    json_array.write(out / "pairs.json", map(_row, items))
+def write(pairs: Iterable[ExportedPair], out: Path) -> Path:
+    """Write pairs.json; return it."""
+    json_array.write(out / "pairs.json", map(_to_row, pairs))
     return out / "pairs.json"
 
 
 def responses(row: Row) -> Responses | None:
-    """Return the two responses; None where the row is of another format."""
+    """Return a row's two responses; None if the row has another format."""
     if not isinstance(row.get("rejected_conversations"), list):
         return None
-    return last_said(row.get("conversations"), row["rejected_conversations"])
+    return last_responses(row.get("conversations"), row["rejected_conversations"])
 
 
-def _row(item: Item) -> dict[str, Any]:
-    prompt, question = item.pair.prompt, {"from": "human", "value": f"{PLACEHOLDER}\n{item.pair.prompt.text}"}
+def _to_row(exported: ExportedPair) -> dict[str, Any]:
+    pair = exported.pair
+    question = {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{pair.prompt.text}"}
     return {
-        "id": prompt.prompt_id,
-        "image": item.image,
-        "conversations": [question, {"from": "gpt", "value": item.pair.chosen.text}],
-        "rejected_conversations": [question, {"from": "gpt", "value": item.pair.rejected.text}],
+        "id": pair.prompt.prompt_id,
+        "image": exported.image,
+        "conversations": [question, {"from": "gpt", "value": pair.chosen.text}],
+        "rejected_conversations": [question, {"from": "gpt", "value": pair.rejected.text}],
     }

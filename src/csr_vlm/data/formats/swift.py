@@ -1,7 +1,7 @@
-"""ms-swift's RLHF format, JSON Lines of messages, images and rejected_response, with its entry.
+"""Exchange pairs in ms-swift's RLHF format: JSON Lines of messages, images and rejected_response, with its registry.
 
-``swift rlhf --rlhf_type dpo --custom_dataset_info OUT/dataset_info.json --dataset OUT/pairs.jsonl``;
-relative image paths are relative to its working directory, or to ROOT_IMAGE_DIR.
+``swift rlhf --rlhf_type dpo --custom_dataset_info OUT/dataset_info.json --dataset OUT/pairs.jsonl``
+reads it. Swift resolves relative image paths in its working directory or in ROOT_IMAGE_DIR.
 """
 
 from __future__ import annotations
@@ -11,39 +11,40 @@ from pathlib import Path
 from typing import Any
 
 from csr_vlm.data.formats import jsonl
-from csr_vlm.data.formats.preference import ASSISTANT, Item, Responses, registered
-from csr_vlm.data.formats.rows import PLACEHOLDER, Row, said
+from csr_vlm.data.preference import ASSISTANT_ROLES, ExportedPair, Responses, read_registry
+from csr_vlm.data.rows import IMAGE_PLACEHOLDER, Row, message_texts
 from csr_vlm.store.files import write_json
 
-EMBEDS = False
+EMBEDS_IMAGES = False
 _FILE = "pairs.jsonl"
 
 
-def write(items: Iterable[Item], out: Path) -> Path:
-    known = registered(out / "dataset_info.json", [])
-    jsonl.write(out / _FILE, map(_row, items))
+def write(pairs: Iterable[ExportedPair], out: Path) -> Path:
+    """Write pairs.jsonl and add its entry to dataset_info.json; return the former."""
+    registry = read_registry(out / "dataset_info.json", [])
+    jsonl.write(out / _FILE, map(_to_row, pairs))
     entry = {"dataset_path": _FILE, "tags": ["rlhf", "dpo", "vision"]}
-    others = [other for other in known if other.get("dataset_path") != _FILE]
-    write_json(out / "dataset_info.json", [*others, entry])
+    other_entries = [known for known in registry if known.get("dataset_path") != _FILE]
+    write_json(out / "dataset_info.json", [*other_entries, entry])
     return out / _FILE
 
 
 def responses(row: Row) -> Responses | None:
-    """Return the two responses; None where the row is of another format."""
+    """Return a row's two responses; None if the row has another format."""
     rejected = row.get("rejected_response")
     if not isinstance(rejected, str):
         return None
-    return (said(row.get("messages"), *ASSISTANT) or [""])[-1], rejected
+    return (message_texts(row.get("messages"), *ASSISTANT_ROLES) or [""])[-1], rejected
 
 
-def _row(item: Item) -> dict[str, Any]:
-    pair = item.pair
+def _to_row(exported: ExportedPair) -> dict[str, Any]:
+    pair = exported.pair
     return {
         "id": pair.prompt.prompt_id,
         "messages": [
-            {"role": "user", "content": f"{PLACEHOLDER}{pair.prompt.text}"},
+            {"role": "user", "content": f"{IMAGE_PLACEHOLDER}{pair.prompt.text}"},
             {"role": "assistant", "content": pair.chosen.text},
         ],
-        "images": [item.image],
+        "images": [exported.image],
         "rejected_response": pair.rejected.text,
     }

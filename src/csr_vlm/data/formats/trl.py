@@ -1,7 +1,6 @@
-"""TRL's vision preference format, for DPOTrainer: images, prompt, chosen, rejected as messages.
+"""Exchange pairs in TRL's vision preference format for DPOTrainer: images, and prompt, chosen, rejected as messages.
 
-The messages are plain text; TRL itself puts the image before the first. The extra ``id`` is
-dropped by its trainers.
+Message contents are text; TRL inserts the image before the first. Its trainers drop the extra ``id``.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 
 from csr_vlm.data.formats import parquet
-from csr_vlm.data.formats.preference import Item, Responses, last_said
-from csr_vlm.data.formats.rows import Row
+from csr_vlm.data.preference import ExportedPair, Responses, last_responses
+from csr_vlm.data.rows import Row
 
-EMBEDS = True
+EMBEDS_IMAGES = True
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _COLUMNS = {
     "id": pa.string(),
@@ -27,23 +26,24 @@ _COLUMNS = {
 }
 
 
-def write(items: Iterable[Item], out: Path) -> Path:
-    parquet.write(out / "pairs.parquet", map(_row, items), _COLUMNS)
+def write(pairs: Iterable[ExportedPair], out: Path) -> Path:
+    """Write pairs.parquet; return it."""
+    parquet.write(out / "pairs.parquet", map(_to_row, pairs), _COLUMNS)
     return out / "pairs.parquet"
 
 
 def responses(row: Row) -> Responses | None:
-    """Return the two responses; None where the row is of another format."""
+    """Return a row's two responses; None if the row has another format."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    return last_said(chosen, rejected) if isinstance(chosen, list) and isinstance(rejected, list) else None
+    return last_responses(chosen, rejected) if isinstance(chosen, list) and isinstance(rejected, list) else None
 
 
-def _row(item: Item) -> dict[str, Any]:
-    prompt = item.pair.prompt
+def _to_row(exported: ExportedPair) -> dict[str, Any]:
+    pair = exported.pair
     return {
-        "id": prompt.prompt_id,
-        "images": [item.encoded_image()],
-        "prompt": [{"role": "user", "content": prompt.text}],
-        "chosen": [{"role": "assistant", "content": item.pair.chosen.text}],
-        "rejected": [{"role": "assistant", "content": item.pair.rejected.text}],
+        "id": pair.prompt.prompt_id,
+        "images": [exported.encoded_image()],
+        "prompt": [{"role": "user", "content": pair.prompt.text}],
+        "chosen": [{"role": "assistant", "content": pair.chosen.text}],
+        "rejected": [{"role": "assistant", "content": pair.rejected.text}],
     }

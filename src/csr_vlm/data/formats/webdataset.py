@@ -1,6 +1,6 @@
-"""WebDataset: tar files whose neighbours of one name are one sample, a.jpg beside a.json or a.txt.
+"""Read WebDataset: tar files in which adjacent members with the same stem are one sample, a.jpg beside a.json or a.txt.
 
-Members are read as a stream and nothing is ever extracted: their names are only names.
+Members are read as a stream and never extracted, so their names cannot lead to files on disk.
 """
 
 from __future__ import annotations
@@ -14,68 +14,74 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import Any, Self
 
-from csr_vlm.data.formats.rows import BadRow, Row, Rows, open_file
 from csr_vlm.data.images import SUFFIXES
+from csr_vlm.data.rows import BadRow, Row, Rows, open_source_file
 
-_LARGEST = 1 << 28
-"""Bytes of one member: a quarter of a gigabyte is no picture, but a small file can unpack to it."""
-_LARGEST_HEADER = 1 << 16
-"""Bytes of a header that describes the next member, its long name or its attributes."""
-_MOST_SKIPPED = 1 << 34
-"""Bytes of a member that is skipped: passing over what is not there takes tarfile as long as passing over it."""
-_HEADERS = (
+_MAX_MEMBER_BYTES = 1 << 28
+"""No picture takes 256 MiB, but a small compressed file can unpack to it."""
+_MAX_HEADER_BYTES = 1 << 16
+"""Limit for a header that describes the next member: a long name or attributes."""
+_MAX_SKIPPED_BYTES = 1 << 34
+"""Limit for a member that is skipped, since tarfile takes as long to skip absent data as to skip real data."""
+_HEADER_TYPES = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-_DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError, ValueError, OverflowError)
+_READ_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError, ValueError, OverflowError)
 Member = tuple[str, str, bytes | None]
-"""(sample, suffix in lower case, content); None where it is too large."""
+"""(sample key, suffix in lower case, content); the content is None if it is too large."""
 
 
 def rows(path: Path) -> Rows:
-    """Yield the samples of a shard, or of all shards in a folder by their names."""
+    """Yield the samples of a shard, or of all shards in a folder in the order of their names."""
     for shard in shards(path):
         key = ""
         try:
             for key, members in groupby(_members(shard), key=lambda member: member[0]):
                 yield f"{shard.name} member {key}", _sample(key, members)
-        except _DAMAGE:
+        except _READ_ERRORS:
             yield f"{shard.name} after {key or 'its start'}", BadRow("damaged tar file")
 
 
 def count(path: Path) -> int:
-    """Return 0: counting would take a pass over all the bytes."""
+    """Return 0, since counting would read all bytes."""
     del path
     return 0
 
 
 def shards(path: Path) -> list[Path]:
+    """Return the file itself, or all shards below a folder, sorted."""
     return sorted(filter(is_shard, path.rglob("*"))) if path.is_dir() else [path]
 
 
 def is_shard(path: Path) -> bool:
-    """Tell by its name whether a file is a tar file, compressed or not."""
+    """Return whether a file is named like a tar file, compressed or not."""
     return ".tar" in path.suffixes or path.suffix == ".tgz"
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header, refused where it would make the reader hold gigabytes or go backwards."""
+    """Reject headers whose sizes would make tarfile hold gigabytes or seek backward."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Parse a header.
+
+        Raises:
+            tarfile.ReadError: Its size is out of range.
+        """
         header = super().frombuf(buf, encoding, errors)
-        if not 0 <= header.size <= (_LARGEST_HEADER if header.type in _HEADERS else _MOST_SKIPPED):
-            raise tarfile.ReadError("a header of impossible size")
+        if not 0 <= header.size <= (_MAX_HEADER_BYTES if header.type in _HEADER_TYPES else _MAX_SKIPPED_BYTES):
+            raise tarfile.ReadError("header size out of range")
         return header
 
 
 def _members(shard: Path) -> Iterator[Member]:
-    with open_file(shard) as handle, tarfile.open(fileobj=handle, mode="r|*", tarinfo=_Header) as archive:
+    with open_source_file(shard) as handle, tarfile.open(fileobj=handle, mode="r|*", tarinfo=_Header) as archive:
         while (member := archive.next()) is not None:
-            # The archive would remember every member it has passed.
+            # The archive would keep a list of every member it has read.
             archive.members = []  # type: ignore[attr-defined]
             name = member.name.removeprefix("./")
             folder, slash, file = name.rpartition("/")
@@ -83,7 +89,7 @@ def _members(shard: Path) -> Iterator[Member]:
                 continue
             stem, _, suffix = file.partition(".")
             content = None
-            if member.size <= _LARGEST:
+            if member.size <= _MAX_MEMBER_BYTES:
                 stream = archive.extractfile(member)
                 assert stream is not None
                 content = stream.read()
@@ -102,10 +108,9 @@ def _sample(key: str, members: Iterator[Member]) -> Row | BadRow:
                 fields = json.loads(content)
             except (ValueError, RecursionError):
                 return BadRow("broken JSON")
-            # The picture is the one beside it, not one that the text names.
-            row |= (
-                {name: value for name, value in fields.items() if name != "image"} if isinstance(fields, dict) else {}
-            )
+            if isinstance(fields, dict):
+                # The image is the member beside it, not a name in the JSON.
+                row |= {name: value for name, value in fields.items() if name != "image"}
         elif suffix == ".txt":
             row["text"] = content.decode("utf-8", errors="surrogateescape")
     return {"__key__": key, **row}

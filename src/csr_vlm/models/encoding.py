@@ -1,0 +1,204 @@
+"""Encode prompts as a model's processor does, and batch them with responses.
+
+Generation, teacher forcing and training encode prompts with :class:`PromptEncoder` and build
+batches with :func:`batch_rows`, so all of them give the model the same inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from csr_vlm.config.schema import DataConfig
+from csr_vlm.core.records import Prompt
+from csr_vlm.data.images import load_prompt_image
+from csr_vlm.models.families import Family, family_of, image_token_ids
+
+MAX_IMAGE_PIXELS: int = DataConfig.model_fields["max_image_pixels"].default
+"""Default limit of an image's width times height."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Hold one prompt as model inputs, on the CPU."""
+
+    input_ids: torch.Tensor
+    """Token ids of shape (tokens,), with image placeholders expanded."""
+    positions: torch.Tensor
+    """Token positions of shape (tokens,), or of shape (3, tokens) for M-RoPE."""
+    per_token: dict[str, torch.Tensor]
+    """Other tensors of shape (tokens,), such as token type ids."""
+    per_image: dict[str, torch.Tensor]
+    """Pixel values and related tensors, which batches concatenate along the first dimension."""
+    response_token_type: int = 0
+    """Value of the per-token tensors for response tokens."""
+    features: tuple[torch.Tensor, ...] | None = None
+    """Image features of shape (image tokens, width), then those for deeper layers, of the same shape."""
+
+    @property
+    def position_delta(self) -> int:
+        """Return the position of the response's first token minus the number of prompt tokens."""
+        return int(self.positions.max()) + 1 - len(self.input_ids)
+
+
+@dataclass
+class PromptEncoder:
+    """Format and tokenize prompts for a model; this needs its configuration but no weights."""
+
+    config: Any
+    generation_config: Any
+    processor: Any
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    eos_ids: frozenset[int] = field(init=False, repr=False)
+    """Token ids that end a response."""
+
+    def __post_init__(self) -> None:
+        eos = self.generation_config.eos_token_id
+        if eos is None:
+            eos = self.tokenizer.eos_token_id
+        self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos])
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the processor's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def family(self) -> Family:
+        """Return the model's family."""
+        return family_of(self.config)
+
+    @property
+    def image_token_ids(self) -> list[int]:
+        """Return the ids that may not occur in a response; see :func:`csr_vlm.models.families.image_token_ids`."""
+        return image_token_ids(self.config, self.processor)
+
+    def image(self, prompt: Prompt) -> Any:
+        """Load the prompt's image.
+
+        Raises:
+            CsrError: The image was deleted or changed since it was checked.
+        """
+        return load_prompt_image(prompt, self.max_image_pixels)
+
+    def process(self, prompt: Prompt) -> Any:
+        """Load the image, apply the chat template, and return the processor's output for a batch of one.
+
+        Raises:
+            CsrError: The image was deleted or changed since it was checked.
+        """
+        text, add_special_tokens = self._format(prompt.text)
+        return self.processor(
+            images=[self.image(prompt)], text=[text], return_tensors="pt", add_special_tokens=add_special_tokens
+        )
+
+    def short_ids(self, prompt: Prompt) -> list[int]:
+        """Tokenize a prompt with one placeholder token per image, for engines that expand it themselves."""
+        text, add_special_tokens = self._format(prompt.text)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+        return ids
+
+    def _format(self, text: str) -> tuple[str, bool]:
+        """Return the formatted prompt, and whether the tokenizer has to add special tokens."""
+        if not self.family.chat:
+            formatted = f"{self.processor.image_token}{text}"
+        else:
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+            message = {"role": "user", "content": content}
+            formatted = self.processor.apply_chat_template([message], add_generation_prompt=True)
+        bos = self.tokenizer.bos_token
+        # Some chat templates contain the BOS token.
+        return formatted, not (bos and formatted.startswith(bos))
+
+
+def batch_rows(
+    encoded: Sequence[EncodedPrompt],
+    continuations: Sequence[Sequence[int]],
+    pad_id: int,
+    padding_side: Literal["left", "right"],
+) -> dict[str, torch.Tensor]:
+    """Concatenate each prompt with its continuation and pad the rows to one width.
+
+    Args:
+        encoded: Prompts, one per row.
+        continuations: Token ids that follow each prompt.
+        pad_id: Token id for the padding of ``input_ids``; all else is padded with 0.
+        padding_side: Side on which rows are padded.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``position_ids`` and the per-token tensors, each of
+        shape (rows, width); with M-RoPE, ``position_ids`` are of shape (3, rows, width).
+
+    Example:
+        >>> prompts = [EncodedPrompt(torch.tensor(ids), torch.arange(len(ids)), {}, {}) for ids in ([5, 6, 7], [5])]
+        >>> batch = batch_rows(prompts, [[8], [9, 2]], pad_id=0, padding_side="left")
+        >>> batch["input_ids"]
+        tensor([[5, 6, 7, 8],
+                [0, 5, 9, 2]])
+        >>> batch["attention_mask"]
+        tensor([[1, 1, 1, 1],
+                [0, 1, 1, 1]])
+        >>> batch["position_ids"]
+        tensor([[0, 1, 2, 3],
+                [0, 0, 1, 2]])
+    """
+    rows = [
+        torch.cat([item.input_ids, torch.tensor(list(ids), dtype=torch.long)])
+        for item, ids in zip(encoded, continuations, strict=True)
+    ]
+    width = max(len(row) for row in rows)
+
+    def pad(row: torch.Tensor, value: int) -> torch.Tensor:
+        gap = width - row.shape[-1]
+        return torch.nn.functional.pad(row, (gap, 0) if padding_side == "left" else (0, gap), value=value)
+
+    positions = [pad(_extend_positions(item, len(ids)), 0) for item, ids in zip(encoded, continuations, strict=True)]
+    batch = {
+        "input_ids": torch.stack([pad(row, pad_id) for row in rows]),
+        "attention_mask": torch.stack([pad(torch.ones_like(row), 0) for row in rows]),
+        "position_ids": torch.stack(positions, dim=-2),
+    }
+    for key in encoded[0].per_token:
+        extended = [
+            torch.cat([item.per_token[key], item.per_token[key].new_full((len(ids),), item.response_token_type)])
+            for item, ids in zip(encoded, continuations, strict=True)
+        ]
+        batch[key] = torch.stack([pad(row, 0) for row in extended])
+    return batch
+
+
+def image_tensors(encoded: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
+    """Concatenate the tensors of the prompts' images along the first dimension.
+
+    If images differ in size or in their number of tiles, smaller tensors are padded with zeros
+    at the end, as processors do within a batch.
+
+    Example:
+        >>> prompts = [
+        ...     EncodedPrompt(torch.tensor([5]), torch.arange(1), {}, {"pixel_values": torch.full((1, size), 1.0)})
+        ...     for size in (2, 3)
+        ... ]
+        >>> image_tensors(prompts)["pixel_values"]
+        tensor([[1., 1., 0.],
+                [1., 1., 1.]])
+    """
+    return {key: _concatenate_padded([item.per_image[key] for item in encoded]) for key in encoded[0].per_image}
+
+
+def _extend_positions(item: EncodedPrompt, num_tokens: int) -> torch.Tensor:
+    """Return the positions of a prompt's tokens and of those of a response to it."""
+    response = torch.arange(num_tokens) + len(item.input_ids) + item.position_delta
+    return torch.cat([item.positions, response.expand(*item.positions.shape[:-1], -1)], dim=-1)
+
+
+def _concatenate_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        gaps = [(0, target - size) for target, size in zip(shape, tensor.shape[1:], strict=True)]
+        # torch pads the last dimension first.
+        padded.append(torch.nn.functional.pad(tensor, [side for gap in reversed(gaps) for side in gap]))
+    return torch.cat(padded)
