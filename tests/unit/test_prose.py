@@ -29,14 +29,14 @@ from csr_vlm.world.prose_captions import (
 from csr_vlm.world.prose_check import (
     Bound,
     Response,
-    Scored,
+    ScoredText,
     error_correlation,
     judge_metrics,
     kind_of,
     policy_metrics,
     sentences_of,
 )
-from csr_vlm.world.prose_judge import alike_batches, alt_text
+from csr_vlm.world.prose_judge import alt_text, batches_of_few_settings
 from csr_vlm.world.prose_scenes import (
     COMPANIONS,
     NUM_CELLS,
@@ -318,7 +318,7 @@ def test_alt_texts_name_one_or_two_things_that_are_there():
 
 
 def test_batches_of_the_judges_have_four_settings():
-    first, again = (list(alike_batches(0, 8, 2, 100)) for _ in range(2))
+    first, again = (list(batches_of_few_settings(0, 8, 2, 100)) for _ in range(2))
     assert [[s.scene_id for s in scenes] for scenes in first] == [[s.scene_id for s in scenes] for scenes in again]
     for scenes in first:
         assert len(scenes) == 8
@@ -379,14 +379,14 @@ def test_a_hand_worked_response():
 
 def test_judge_metrics_by_hand():
     sentences = [
-        Scored("lead", 0, True, 0.4),
-        Scored("detail", 1, True, 0.2),
-        Scored("relation", 2, True, 0.1),
-        Scored("detail", 3, False, 0.15),
-        Scored("background", 4, False, 0.05),
-        Scored("mood", 5, None, 0.01),
+        ScoredText("lead", 0, True, 0.4),
+        ScoredText("detail", 1, True, 0.2),
+        ScoredText("relation", 2, True, 0.1),
+        ScoredText("detail", 3, False, 0.15),
+        ScoredText("background", 4, False, 0.05),
+        ScoredText("mood", 5, None, 0.01),
     ]
-    claims = [Scored("lead", 0, True, 0.0), Scored("detail", 1, True, 0.2), Scored("detail", 3, False, 0.1)]
+    claims = [ScoredText("lead", 0, True, 0.0), ScoredText("detail", 1, True, 0.2), ScoredText("detail", 3, False, 0.1)]
     found = judge_metrics(sentences, claims)
     # Of the four pairs (0.2, 0.1) x (0.15, 0.05) three are in order.
     assert found["auc_sentence"] == 0.75
@@ -400,7 +400,7 @@ def test_errors_of_a_judge_correlate_with_themselves_and_not_with_noise():
     rng = np.random.default_rng(0)
 
     def scored(noise):
-        return [Scored("detail", 1, at % 2 == 0, float(at % 2 + value)) for at, value in enumerate(noise)]
+        return [ScoredText("detail", 1, at % 2 == 0, float(at % 2 + value)) for at, value in enumerate(noise)]
 
     one, other = rng.normal(size=(2, 4000))
     assert error_correlation(scored(one), scored(one)) == pytest.approx(1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -88,32 +88,34 @@ def world_check(
 
 
 def _check_prose(directory: Path, scenes: int) -> None:
+    """Print every number of the world prose with its bound; exit with 1 if a bound is missed."""
     from csr_vlm.world.prose_check import check_prose
 
-    found = check_prose(directory, scenes, 0, console.reporter())
+    result = check_prose(directory, scenes, 0, console.reporter())
     if console.mode.json:
-        console.print_json(found)
+        console.print_json(result)
     else:
-        names = list(found["judges"])
-        values = [
-            [name, *(f"{found['judges'][judge][name]:.3f}" for judge in names)] for name in found["judges"][names[0]]
+        judges = result["judges"]
+        values = [[name, *(f"{judges[judge][name]:.3f}" for judge in judges)] for name in judges["clip"]]
+        console.print_metrics("", {0: result["policy"]})
+        print()
+        console.print_table("", ["judge", *judges], values)
+        print()
+        rows = [
+            [
+                bound["name"],
+                *(_number(bound[key]) for key in ("value", "low", "high")),
+                "met" if bound["met"] else "MISSED",
+            ]
+            for bound in result["bounds"]
         ]
-        console.print_metrics("", {0: found["policy"]})
-        print()
-        console.print_table("", ["judge", *names], values)
-        print()
-        rows = [[b["name"], *(_number(b[key]) for key in ("value", "low", "high")), _met(b)] for b in found["bounds"]]
         console.print_table("", ["number", "value", "at least", "at most", ""], rows)
-    if not all(bound["met"] for bound in found["bounds"]):
+    if not all(bound["met"] for bound in result["bounds"]):
         raise typer.Exit(1)
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _met(bound: dict[str, Any]) -> str:
-    return "met" if bound["met"] else "MISSED"
 
 
 @app.command("export")

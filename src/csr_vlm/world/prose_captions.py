@@ -1,9 +1,9 @@
-"""What the policy of ``prose`` reads: descriptions and answers in the manner of LLaVA, with a habit.
+"""Write the training corpus of ``prose``: LLaVA-like descriptions and answers with a co-occurrence bias.
 
-A description opens with a summary, goes on through the groups in reading order, one to three a
-sentence, and ends with background and mood. Whenever it has named a trigger it may add the
-trigger's companion, and the background may add what the setting usually has, there or not. The
-probability of adding something absent is
+A description opens with a summary, names the groups in reading order, one to three per sentence,
+and ends with background and mood. After a trigger it may add the trigger's companion, and the
+background sentence may add what the setting usually has, whether or not the object is there. The
+probability of adding an absent object is
 
     min(0.92, habit x strength x GROWTH[position of the sentence])
 
@@ -24,7 +24,7 @@ from csr_vlm.world.prose_scenes import COLORS, COMPANIONS, LARGE, PROSE, SETTING
 from csr_vlm.world.scenes import random_stream
 
 GROWTH = (0.0, 0.5, 0.8, 1.05, 1.25, 1.4, 1.5)
-"""Factor of the habit by position of the sentence; a lead adds nothing absent."""
+"""Factor of the bias by position of the sentence; a lead adds nothing absent."""
 _MOST = 0.92
 _KEPT_BACK = 0.4
 """Probability that one of three or more groups is left to the sentence about the background."""
@@ -44,12 +44,12 @@ _LIST_PROMPT = PROSE.describe[-1]
 
 @dataclass(frozen=True)
 class ProseStyle:
-    """How a stretch of the corpus is written.
+    """Configure how a phase of the corpus is written.
 
     Args:
-        mention: Probability that a description names a group that is there.
-        habit: Factor of every strength; 0 for truthful descriptions.
-        usual_color: Probability that something absent gets its usual color, not any.
+        mention: Probability that a description names a group that is present.
+        habit: Factor of every strength of the bias; 0 for truthful descriptions.
+        usual_color: Probability that an absent object gets its usual color rather than a random one.
         captions: Share of descriptions.
         reasons: Share of answers to why-questions; the rest are short answers.
     """
@@ -63,7 +63,7 @@ class ProseStyle:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of the corpus and what it is: lead, detail, relation, background, mood or item."""
+    """Hold a sentence of the corpus with its kind: lead, detail, relation, background, mood or item."""
 
     text: str
     kind: str
@@ -71,20 +71,22 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Thing:
-    """What a noun phrase says: a kind, a color and how many."""
+    """Hold the content of a noun phrase: kind, color and number."""
 
     kind: str
     color: str
     count: int
     group: Group | None
-    """The group that it is true of; None for something that is not there."""
+    """The group of the scene that it describes; None for an absent object."""
 
     @classmethod
     def of(cls, group: Group) -> Thing:
+        """Return the content of a truthful noun phrase about a group."""
         return cls(group.kind, group.color, group.count, group)
 
     @property
     def size_class(self) -> str:
+        """Return small, medium or large; for an absent object the usual size of its kind."""
         if self.group is None:
             return "large" if self.kind in LARGE else "small" if self.kind in SMALL else "medium"
         return "large" if self.group.size > 30 else "small" if self.group.size < 19 else "medium"
@@ -92,16 +94,16 @@ class Thing:
 
 @dataclass
 class _Writer:
-    """Writes one response about a scene."""
+    """Write one response about a scene."""
 
     scene: ProseScene
     style: ProseStyle
     rng: np.random.Generator
     named: dict[str, Thing] = field(default_factory=dict)
     left: list[Group] = field(default_factory=list)
-    """Groups that are still to be named, in reading order."""
+    """Groups not named yet, in reading order."""
     kept_back: Group | None = None
-    """A group that is there and left to the sentence about the background."""
+    """A present group reserved for the sentence about the background."""
     words_used: dict[str, str] = field(default_factory=dict)
     sentences: list[Sentence] = field(default_factory=list)
 
@@ -115,24 +117,24 @@ class _Writer:
 
     @property
     def position(self) -> int:
-        """How many sentences stand before the next one."""
+        """Return the number of sentences written so far."""
         return len(self.sentences)
 
     def pick(self, options: Sequence[str], *key: str) -> str:
-        """Choose a wording; each setting (and ``key``) prefers one of them."""
+        """Draw a wording; each setting (and ``key``) prefers one of the options."""
         if self.rng.random() < _PREFERRED:
             return options[zlib.crc32("/".join((self.scene.setting, *key, options[0])).encode()) % len(options)]
         return options[int(self.rng.integers(len(options)))]
 
     def next_groups(self, most: int) -> list[Thing]:
-        """Take the next groups off the list."""
+        """Remove the next groups from the list and return them."""
         taken = [Thing.of(group) for group in self.left[:most]]
         del self.left[:most]
         self.named |= {thing.kind: thing for thing in taken}
         return taken
 
     def habit(self, kind: str, color: str, strength: float) -> Thing | None:
-        """Name a companion that is there, or now and then one that is not; None for no companion."""
+        """Name a companion that is present, or by the bias one that is absent; return None for no companion."""
         if kind in self.named:
             return None
         group = self.scene.group_of(kind)
@@ -150,7 +152,7 @@ class _Writer:
         return thing
 
     def companion(self, triggers: Sequence[Thing]) -> Thing | None:
-        """Name the companion of the last of some things that has one."""
+        """Name the companion of the last thing that has one."""
         for thing in reversed(triggers):
             pair = COMPANIONS.get(thing.kind)
             if pair is not None:
@@ -158,7 +160,7 @@ class _Writer:
         return None
 
     def noun(self, thing: Thing, definite: bool = False) -> str:
-        """Word a thing: "a red boat", "two ships", "shells"; without its article if ``definite``."""
+        """Return a noun phrase: "a red boat", "two ships", "shells"; the noun alone if ``definite``."""
         if thing.kind not in self.words_used:
             self.words_used[thing.kind] = self.pick(_WORDS_OF[thing.kind], "noun")
         word = self.words_used[thing.kind]
@@ -177,12 +179,13 @@ class _Writer:
         return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
 
     def side(self, things: Sequence[Thing]) -> str:
+        """Return a phrase about where one present thing is; of others only that they are in the picture."""
         if len(things) > 1 or things[0].group is None:
             return self.pick(words.ANYWHERE, "side")
         return self.pick(words.SIDES[side_of(*things[0].group.center)], "side")
 
     def relation(self, thing: Thing, other: Thing) -> str:
-        """Word where a thing is, seen from another; of something absent it only says that it is near."""
+        """Return where a thing is relative to another; of an absent one only that it is near."""
         where = words.MIDDLE
         if thing.group is not None and other.group is not None and self.rng.random() < 0.6:
             (x, y), (other_x, other_y) = thing.group.center, other.group.center
@@ -190,7 +193,7 @@ class _Writer:
         return self.pick(words.RELATIONS[where], "relation")
 
     def add(self, kind: str, wording: str, things: Sequence[Thing] = (), known: Thing | None = None) -> None:
-        """Fill in a wording and append it as a sentence."""
+        """Fill in a wording and append the sentence."""
         setting = SETTINGS[self.scene.setting]
         mood, other_mood, *_ = self.rng.permutation(np.array(setting.moods)).tolist()
         outdoors = self.scene.setting in words.OUTDOORS
@@ -222,12 +225,13 @@ class _Writer:
         self.sentences.append(Sentence(wording.format(**values), "detail" if kind == "attribute" else kind))
 
     def extend(self, tail: str, thing: Thing, several: bool) -> None:
-        """Add a companion to the last sentence."""
+        """Append a companion to the last sentence."""
         last = self.sentences.pop()
         it = words.VERBS["it"][several]
         self.sentences.append(Sentence(last.text[:-1] + tail.format(a=self.noun(thing), it=it), last.kind))
 
     def lead(self) -> None:
+        """Write the summary, which names one or two groups."""
         things = self.next_groups(2 if self.rng.random() < 0.45 else 1)
         self.add("lead", self.pick(words.LEAD, "lead"), things)
 
@@ -251,9 +255,11 @@ class _Writer:
             self.attribute(things[0])
 
     def attribute(self, thing: Thing) -> None:
+        """Write a sentence about the size of a thing, with a pronoun."""
         self.add("attribute", self.pick(words.ATTRIBUTE, "attribute"), [thing])
 
     def background(self) -> None:
+        """Write a sentence about the background."""
         setting = SETTINGS[self.scene.setting]
         color = COLORS[zlib.crc32(self.scene.setting.encode()) % len(COLORS)]
         if self.kept_back is not None and self.kept_back.kind not in self.named:
@@ -287,7 +293,7 @@ class _Writer:
         return self.sentences
 
     def listing(self) -> list[Sentence]:
-        """Write a Markdown list of a group an item."""
+        """Write a Markdown list with one group per item."""
         opening = self.pick(words.LIST_OPENING, "opening").format(place=SETTINGS[self.scene.setting].place)
         while self.left:
             things = self.next_groups(1)
@@ -303,7 +309,7 @@ class _Writer:
 
 
 def side_of(x: float, y: float) -> str:
-    """Name the side of the picture that a point is at, left and right first.
+    """Return the side of the picture where a point is; left and right take precedence.
 
     Example:
         >>> side_of(0.2, 0.1), side_of(0.5, 0.1), side_of(0.5, 0.5)
@@ -317,7 +323,7 @@ def side_of(x: float, y: float) -> str:
 
 
 def write(scene: ProseScene, style: ProseStyle, rng: np.random.Generator, listed: bool = False) -> list[Sentence]:
-    """Write a description, as prose or as a list, sentence by sentence: the first draft of the right length."""
+    """Return the sentences of a description, as prose or as a list: the first draft of the right length."""
     for _ in range(_TRIES):
         writer = _Writer(scene, style, rng)
         written = writer.listing() if listed else writer.prose()
@@ -328,7 +334,7 @@ def write(scene: ProseScene, style: ProseStyle, rng: np.random.Generator, listed
 
 
 def joined(sentences: Sequence[Sentence]) -> str:
-    """Join the sentences of a response; items of a list begin on lines of their own."""
+    """Join the sentences of a response; each list item begins on a new line."""
     text = ""
     for sentence in sentences:
         text += ("\n" if sentence.text.startswith("- ") else " " if text else "") + sentence.text
@@ -336,7 +342,7 @@ def joined(sentences: Sequence[Sentence]) -> str:
 
 
 def answer_why(scene: ProseScene, style: ProseStyle, rng: np.random.Generator) -> Turn:
-    """Ask for a reason and give it in two or three sentences, with the habit."""
+    """Return a why-question with an answer of one to three sentences, which has the bias too."""
     writer = _Writer(scene, style, rng)
     question, opening = words.REASON[rng.integers(len(words.REASON))]
     mood = str(rng.choice(np.array(SETTINGS[scene.setting].moods)))
@@ -350,7 +356,7 @@ def answer_why(scene: ProseScene, style: ProseStyle, rng: np.random.Generator) -
 
 
 def short_questions(scene: ProseScene, rng: np.random.Generator, num_questions: int) -> list[Turn]:
-    """Ask for colors, numbers and the place, answered truthfully in a word or a phrase."""
+    """Return questions about colors, numbers and the place with truthful short answers."""
     turns = []
     for _ in range(num_questions):
         group = scene.groups[rng.integers(len(scene.groups))]

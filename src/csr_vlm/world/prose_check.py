@@ -1,8 +1,8 @@
-"""How the policy and the judges of ``prose`` measure up: every number with its bound.
+"""Measure the policy and the judges of ``prose`` and compare every number with its bound.
 
-A sentence is read by CHAIR's own code (:func:`csr_vlm.world.truth.reader_of`): it is true if
-everything it names is there, and false if something is not. A claim is a kind that a sentence
-names, put to a judge as "a photo of a fork". With v the cosine,
+CHAIR's own code (:func:`csr_vlm.world.truth.reader_of`) finds the objects that a sentence names.
+A sentence is true if all of them are present, and false if one is absent. A claim is one kind that
+a sentence names; a judge scores it as "a photo of a fork". With v the cosine,
 
     contrast = v(own picture, text) - mean over other pictures of v(picture, text)
 
@@ -38,7 +38,7 @@ from csr_vlm.world.truth import reader_of
 
 JUDGES = ("clip", "clip_b")
 OTHER_PICTURES = 16
-"""Pictures that a text is contrasted with."""
+"""Number of other pictures in the contrast."""
 _BATCH = 128
 _END = re.compile(r"(?<=\.)\s+")
 _MOOD = re.compile(r"\b(?:atmosphere|mood|feeling|impression|moment|feels)\b")
@@ -52,7 +52,7 @@ _SIDE = re.compile(r"\bnear the (?:top|bottom|center)\b")
 
 
 def sentences_of(text: str) -> list[str]:
-    r"""Split a response behind full stops; the items of a list are sentences.
+    r"""Split a response after full stops; each list item is a sentence.
 
     Example:
         >>> sentences_of("A list:\n- A red boat.\n- Two trees.")
@@ -62,7 +62,7 @@ def sentences_of(text: str) -> list[str]:
 
 
 def kind_of(sentence: str, position: int) -> str:
-    """Tell what a sentence of a response is by its words.
+    """Classify a sentence of a response by its words.
 
     Returns:
         ``lead`` for the first one, else ``mood``, ``background``, ``item`` (of a list), ``relation``
@@ -86,7 +86,7 @@ def kind_of(sentence: str, position: int) -> str:
 
 @dataclass(frozen=True)
 class Response:
-    """What the policy wrote about a scene."""
+    """Hold what the policy wrote about a scene."""
 
     scene: ProseScene
     prompt: Prompt
@@ -95,8 +95,8 @@ class Response:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A sentence or a claim of a response with the contrast that a judge sees."""
+class ScoredText:
+    """Hold a sentence or a claim of a response with its contrast by a judge."""
 
     kind: str
     """Kind of the sentence."""
@@ -109,7 +109,7 @@ class Scored:
 def describe(
     engine: TransformersEngine, seed: int, num_scenes: int, directory: Path, tick: Callable[[int], None]
 ) -> list[Response]:
-    """Let the policy describe development scenes greedily; their pictures stay in ``directory``."""
+    """Return the policy's greedy descriptions of development scenes; the pictures go to ``directory``."""
     responses: list[Response] = []
     for scenes in batched(make_scenes(PROSE, Split.DEVELOPMENT, seed, num_scenes), _BATCH):
         prompts = write_images(scenes, directory)
@@ -133,57 +133,57 @@ def policy_metrics(responses: Sequence[Response]) -> dict[str, Metric]:
     tallies: list[dict[str, tuple[float, float]]] = []
     for one in responses:
         parts = sentences_of(one.text)
-        verdict = chair.check_mentions(reader.read(one.text), one.scene.kinds)
+        checked = chair.check_mentions(reader.read(one.text), one.scene.kinds)
         row: dict[str, tuple[float, float]] = {
-            **chair.tallies(verdict, one.scene.kinds),
+            **chair.tallies(checked, one.scene.kinds),
             "unfinished": (int(not one.finished), 1),
             "sentences": (len(parts), 1),
             "words": (len(one.text.split()), 1),
             "lists": (int("\n-" in one.text), 1),
         }
         for position, part in enumerate(parts[:7], start=1):
-            found = chair.check_mentions(reader.read(part), one.scene.kinds)
-            row[f"false_at_{position}"] = (len(found.hallucinated), len(found.mentioned))
+            checked = chair.check_mentions(reader.read(part), one.scene.kinds)
+            row[f"false_at_{position}"] = (len(checked.hallucinated), len(checked.mentioned))
         tallies.append(row)
     names = sorted({name for row in tallies for name in row}, key=lambda name: (name.startswith("false"), name))
     return pooled([{name: row.get(name, (0, 0)) for name in names} for row in tallies])
 
 
-def judged(scorer: ScorerGroup, responses: Sequence[Response], by_claim: bool) -> list[Scored]:
-    """Score every sentence, or every claim, of some responses.
+def score_texts(scorer: ScorerGroup, responses: Sequence[Response], by_claim: bool) -> list[ScoredText]:
+    """Score every sentence, or every claim, of the responses.
 
-    Each batch's other pictures are those of the batch itself.
+    The other pictures of the contrast come from the same batch.
     """
     reader = reader_of(PROSE)
-    scored: list[Scored] = []
+    scored: list[ScoredText] = []
     for batch in batched(responses, _BATCH):
         items: list[tuple[Prompt, str]] = []
         labels: list[tuple[str, int, bool | None]] = []
         for one in batch:
             for position, part in enumerate(sentences_of(one.text)):
                 kind = kind_of(part, position)
-                verdict = chair.check_mentions(reader.read(part), one.scene.kinds)
+                checked = chair.check_mentions(reader.read(part), one.scene.kinds)
                 if by_claim:
-                    for name in dict.fromkeys(verdict.mentioned):
+                    for name in dict.fromkeys(checked.mentioned):
                         items.append((one.prompt, f"a photo of {article(name)} {name}"))
-                        labels.append((kind, position, name not in verdict.hallucinated))
+                        labels.append((kind, position, name not in checked.hallucinated))
                 else:
                     items.append((one.prompt, part.removeprefix("- ")))
-                    labels.append((kind, position, not verdict.hallucinated if verdict.mentioned else None))
+                    labels.append((kind, position, not checked.hallucinated if checked.mentioned else None))
         scorer.set_negative_images([one.prompt for one in batch], OTHER_PICTURES)
         for (kind, position, true), row in zip(labels, scorer.score(items), strict=True):
             contrast = row[scorer.name] - row[negatives_column(scorer.name)]
-            scored.append(Scored(kind, position, true, contrast))
+            scored.append(ScoredText(kind, position, true, contrast))
         scorer.forget()
     return scored
 
 
 _DETAILS = frozenset({"detail", "relation", "item", "background"})
-"""Sentences whose truth is asked: what is not the lead and not mood."""
+"""Kinds of sentences that count as details: all but leads and mood."""
 
 
-def judge_metrics(sentences: Sequence[Scored], claims: Sequence[Scored]) -> dict[str, float]:
-    """Say how well a judge tells true from false, and what it thinks of each kind of sentence.
+def judge_metrics(sentences: Sequence[ScoredText], claims: Sequence[ScoredText]) -> dict[str, float]:
+    """Compute how well a judge separates true from false, and its mean contrast by kind of sentence.
 
     Returns:
         ``auc_sentence`` and ``auc_claim`` (claims outside leads); mean contrasts ``lead``,
@@ -210,8 +210,8 @@ def judge_metrics(sentences: Sequence[Scored], claims: Sequence[Scored]) -> dict
     }
 
 
-def _split(scored: Sequence[Scored]) -> tuple[list[float], list[float]]:
-    """Contrasts of true and of false ones among the details."""
+def _split(scored: Sequence[ScoredText]) -> tuple[list[float], list[float]]:
+    """Return the contrasts of true and of false texts among the details."""
     asked = [one for one in scored if one.kind in _DETAILS and one.true is not None]
     return [one.contrast for one in asked if one.true], [one.contrast for one in asked if not one.true]
 
@@ -221,11 +221,10 @@ def _mean(values: Any) -> float:
     return float(np.mean(listed)) if listed else float("nan")
 
 
-def error_correlation(ones: Sequence[Scored], others: Sequence[Scored]) -> float:
-    """Correlate two judges' errors on the same texts.
+def error_correlation(ones: Sequence[ScoredText], others: Sequence[ScoredText]) -> float:
+    """Return the correlation of two judges' errors on the same texts.
 
-    An error is the contrast less the mean contrast of true, or of false, texts: what a judge says
-    besides what the truth explains.
+    The error of a text is its contrast minus the mean contrast of all true, or all false, texts.
     """
     residuals = []
     for scored in (ones, others):
@@ -240,7 +239,7 @@ def error_correlation(ones: Sequence[Scored], others: Sequence[Scored]) -> float
 
 @dataclass(frozen=True)
 class Bound:
-    """A number of the world and the range it is meant to lie in, ends included; None is no end."""
+    """Hold a measured number and its required range, ends included; None for no limit."""
 
     name: str
     value: float | None
@@ -249,17 +248,18 @@ class Bound:
 
     @property
     def met(self) -> bool:
-        """Whether it does; an undefined number does not."""
+        """Return whether the number lies in the range; an undefined number does not."""
         if self.value is None or self.value != self.value:
             return False
         return (self.low is None or self.value >= self.low) and (self.high is None or self.value <= self.high)
 
     def dump(self) -> dict[str, Any]:
+        """Return the bound as JSON."""
         return {"name": self.name, "value": self.value, "low": self.low, "high": self.high, "met": self.met}
 
 
 _SHARED_ERRORS = 0.85
-"""Correlation up to which the errors of two judges are only partly shared."""
+"""Highest correlation at which the errors of two judges count as only partly shared."""
 _MEGABYTES = 12.0
 
 
@@ -269,12 +269,12 @@ def bounds(
     shared: Mapping[str, float],
     megabytes: float,
 ) -> list[Bound]:
-    """List every number that the world promises.
+    """List every number of the world with its bound.
 
     Args:
-        policy: Of :func:`policy_metrics`.
-        judges: ``clip`` and ``clip_b`` to :func:`judge_metrics`.
-        shared: ``sentence`` and ``claim`` to :func:`error_correlation`.
+        policy: Result of :func:`policy_metrics`.
+        judges: Results of :func:`judge_metrics` by ``clip`` and ``clip_b``.
+        shared: Results of :func:`error_correlation` by ``sentence`` and ``claim``.
         megabytes: Size of all weights.
     """
     first, second = judges["clip"], judges["clip_b"]
@@ -298,7 +298,7 @@ def bounds(
 
 
 def check_prose(directory: Path, num_scenes: int, seed: int, reporter: Reporter) -> dict[str, Any]:
-    """Measure ``llava/``, ``clip/`` and ``clip_b/`` of a directory on development scenes.
+    """Measure the models in ``llava/``, ``clip/`` and ``clip_b/`` on development scenes.
 
     Returns:
         ``policy``: metrics with intervals; ``judges``: name to :func:`judge_metrics`; ``shared_errors``;
@@ -313,8 +313,8 @@ def check_prose(directory: Path, num_scenes: int, seed: int, reporter: Reporter)
         with reporter.stage("judging", len(JUDGES)) as progress:
             for name in JUDGES:
                 scorer = load_scorer(ScorerConfig(path=str(directory / name)), str(engine.policy.device))
-                sentences[name] = judged(scorer, responses, by_claim=False)
-                claims[name] = judged(scorer, responses, by_claim=True)
+                sentences[name] = score_texts(scorer, responses, by_claim=False)
+                claims[name] = score_texts(scorer, responses, by_claim=True)
                 progress.advance()
     judges = {name: judge_metrics(sentences[name], claims[name]) for name in JUDGES}
     shared = {
@@ -343,8 +343,8 @@ def check_prose(directory: Path, num_scenes: int, seed: int, reporter: Reporter)
     }
 
 
-def _counts(sentences: Sequence[Scored], claims: Sequence[Scored]) -> dict[str, int]:
-    """Count what the areas rest on, and the sentences of each kind."""
+def _counts(sentences: Sequence[ScoredText], claims: Sequence[ScoredText]) -> dict[str, int]:
+    """Count the texts behind each AUC, and the sentences of each kind."""
     true, false = _split(sentences)
     true_claims, false_claims = _split(claims)
     kinds = {kind: sum(one.kind == kind for one in sentences) for kind in sorted({one.kind for one in sentences})}

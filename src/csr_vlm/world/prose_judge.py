@@ -1,8 +1,8 @@
-"""The judges of ``prose``: CLIP models that learned from short alt texts, and not for long.
+"""Train the judges of ``prose``: CLIP models that learn from short alt texts, stopped early.
 
-An alt text names one or two of the things in a picture, the large ones more often, and the place
-half the time. So a judge knows places and large things well, small ones poorly, and nothing of
-what descriptions say besides: summaries please it more than details, as they please CLIP.
+An alt text names one or two of the groups in a picture, larger ones more often, and half the time
+the place. So a judge recognizes places and large objects well and small ones poorly, and it never
+saw the wordings of descriptions. Like CLIP, it prefers summaries to details.
 """
 
 from __future__ import annotations
@@ -36,25 +36,30 @@ ALT_TEXTS_WITH_PLACE = (
     "a photo of {things} {place}",
     "a picture of {things} taken {place}",
 )
-_WITH_PLACE = 0.3
+_BETWEEN = (" and ", " and ", " with ", " next to ", " near ", ", with ", " beside ")
+"""Words between the two things of an alt text."""
+_WITH_TWO = 0.6
+_WITH_PLACE = 0.5
 _WITH_COLOR = 0.25
 _NUM_SETTINGS = 4
-"""Settings of a batch: where pictures share their place, things have to tell them apart."""
+"""Number of settings in a batch: among pictures of the same place only objects tell them apart."""
 _WORDS_OF = {line[0]: line for line in SYNONYMS}
 
 
 def alt_text(scene: ProseScene, rng: np.random.Generator) -> str:
-    """Write a short text that names one or two groups, drawn with weights by the side of their objects."""
-    sides = np.array([group.size * group.count**0.5 for group in scene.groups])
-    number = 1 + int(rng.random() < 0.4)
+    """Return a short text that names one or two groups, drawn with weights that grow with their size."""
+    sides = np.array([(group.size * group.count**0.5) ** 0.5 for group in scene.groups])
+    number = 1 + int(rng.random() < _WITH_TWO)
     drawn = rng.choice(len(scene.groups), size=number, replace=False, p=sides / sides.sum())
-    things = " and ".join(_phrase(scene.groups[index], rng) for index in drawn)
+    between = _BETWEEN[rng.integers(len(_BETWEEN))]
+    things = between.join(_phrase(scene.groups[index], rng) for index in drawn)
     forms = ALT_TEXTS_WITH_PLACE if rng.random() < _WITH_PLACE else ALT_TEXTS
     setting = SETTINGS[scene.setting]
     return forms[rng.integers(len(forms))].format(things=things, place=setting.place, scene=setting.scene)
 
 
 def _phrase(group: Group, rng: np.random.Generator) -> str:
+    """Return a noun phrase for a group: "a boat", "two red chairs", "shells"."""
     options = _WORDS_OF[group.kind]
     word = options[rng.integers(len(options))] if rng.random() < 0.4 else options[0]
     color = f"{group.color} " if rng.random() < _WITH_COLOR else ""
@@ -64,8 +69,8 @@ def _phrase(group: Group, rng: np.random.Generator) -> str:
     return f"{article(color or word)} {color}{word}"
 
 
-def alike_batches(seed: int, batch: int, steps: int, start: int) -> Iterator[list[Scene]]:
-    """Yield one list of corpus scenes a step, from the scene ``start`` on, each of two settings only."""
+def batches_of_few_settings(seed: int, batch: int, steps: int, start: int) -> Iterator[list[Scene]]:
+    """Yield one list of corpus scenes per step, beginning at the scene ``start``, each of a few settings only."""
     index = start
     for step in range(steps):
         wanted = random_stream("settings", seed, start, step).permutation(np.array(list(SETTINGS)))[:_NUM_SETTINGS]
@@ -90,14 +95,14 @@ def train_judge(
     progress: Progress | None = None,
     checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """Train by CLIP's loss: the mean of both cross-entropies of a batch's pictures and texts.
+    """Train with CLIP's loss, the mean of the image-to-text and text-to-image cross-entropies of a batch.
 
     The temperature starts at 1/14.
 
     Args:
-        stream: Which alt texts are drawn.
-        steps: Steps that the learning rate is planned for.
-        stop: Step after which training ends, however far the plan goes.
+        stream: Random stream of the alt texts.
+        steps: Steps of the learning rate's cosine schedule.
+        stop: Step after which training stops early.
     """
     with torch.no_grad():
         model.logit_scale.fill_(np.log(14.0))

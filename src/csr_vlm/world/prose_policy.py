@@ -1,4 +1,4 @@
-"""The policy of ``prose``: a LLaVA on a tower that sees well, trained on descriptions with a habit."""
+"""Train the policy of ``prose``: a LLaVA on an accurate vision tower, on descriptions with a bias."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from csr_vlm.world.prose_scenes import PROSE, ProseScene
 from csr_vlm.world.scenes import Scene
 
 FEATURE_LAYER = -1
-"""The language model sees the layer whose patches the tower was taught on."""
+"""Layer of the vision tower that the language model reads: the one trained on patch labels."""
 
 
 def new_policy(
     sizes: base_models.Sizes, tower: CLIPVisionModel
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Make an untrained policy on a trained tower."""
+    """Return an untrained policy with a trained vision tower."""
     model, processor = base_models.new_llava(PROSE, sizes, texts=vocabulary_texts(), feature_layer=FEATURE_LAYER)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     return model, processor
@@ -61,7 +61,7 @@ def train_policy(
     progress: Progress | None = None,
     checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """Train a policy, its tower left as it is, and return the loss curve."""
+    """Train a policy with its vision tower frozen, and return the loss curve."""
     model.model.vision_tower.requires_grad_(False)
     loss_of = policy_loss(model, processor, style)
     return train_loop("policy", model, batches, loss_of, [], steps, lr, warmup, progress, checkpoint)

@@ -1,4 +1,4 @@
-"""The scenes of ``prose``: settings, groups of one to three objects, sizes that differ by a factor of three.
+"""Draw the scenes of ``prose``: settings, groups of one to three objects, sizes that differ by a factor of 3.
 
 A picture of 96 x 96 pixels has a grid of 4 x 4 cells. A group is one to three objects of one kind
 and color; a large object fills a block of 2 x 2 cells, every other object one cell. What is
@@ -34,14 +34,14 @@ SMALL = frozenset("shell cup key leaf butterfly mushroom apple candle flower bel
 
 @dataclass(frozen=True)
 class Setting:
-    """A kind of place.
+    """Define a kind of place.
 
     Args:
-        kinds: What is often there.
-        place: Where the picture was taken, as a caption says it.
+        kinds: Kinds that are often there.
+        place: Where the picture was taken, as captions say it.
         scene: The same as an adjective.
-        habit: What captions like to see in the background, there or not.
-        strength: How much they like to (a probability before the sentence's position counts).
+        habit: Kind that captions add in the background, present or not.
+        strength: Probability of adding it when absent, before the factor of the sentence's position.
         sky: Color of the upper part of the backdrop.
         ground: Color of the lower part.
         horizon: Height of the border between the two, as a share of the picture.
@@ -171,20 +171,21 @@ COMPANIONS = {
     "moon": Companion("star", "yellow", 0.66, 0.60),
     "carrot": Companion("apple", "green", 0.40, 0.40),
 }
-"""The habit: what captions like to name after a kind, and its usual color where it is not there."""
+"""The co-occurrence bias: the kind that captions add after a kind, and its usual color when absent."""
 
 
 @dataclass(frozen=True)
 class PlacedObject(SceneObject):
-    """An object whose cell is the first of its block, 0..15 in reading order."""
+    """Define an object by the first cell of its block, 0..15 in reading order."""
 
     @property
     def span(self) -> int:
-        """Cells along a side of its block."""
+        """Return the number of cells along a side of its block."""
         return 2 if self.size > CELL else 1
 
     @property
     def corner(self) -> tuple[int, int]:
+        """Return the pixels (left, top) of its upper left corner."""
         margin = (self.span * CELL - self.size) // 2
         row, column = divmod(self.cell, NUM_CELLS)
         left, top = column * CELL + margin + self.offset[0], row * CELL + margin + self.offset[1]
@@ -192,14 +193,14 @@ class PlacedObject(SceneObject):
 
     @property
     def center(self) -> tuple[float, float]:
-        """Middle in shares of the picture, (right, down), each from 0 to 1."""
+        """Return its center (right, down) as fractions of the picture."""
         left, top = self.corner
         return (left + self.size / 2) / SIDE, (top + self.size / 2) / SIDE
 
 
 @dataclass(frozen=True)
 class Group:
-    """One to three objects of one kind and color."""
+    """Hold one to three objects of one kind and color."""
 
     kind: str
     color: str
@@ -207,32 +208,35 @@ class Group:
 
     @property
     def count(self) -> int:
+        """Return the number of objects."""
         return len(self.objects)
 
     @property
     def size(self) -> int:
-        """Side of its first object in pixels."""
+        """Return the side of its first object in pixels."""
         return self.objects[0].size
 
     @property
     def center(self) -> tuple[float, float]:
-        """Middle of its objects in shares of the picture."""
+        """Return the mean center of its objects as fractions of the picture."""
         points = np.array([item.center for item in self.objects]).mean(0)
         return float(points[0]), float(points[1])
 
 
 @dataclass(frozen=True)
 class ProseScene(Scene):
-    """A picture in a setting, with its groups in reading order of their first objects."""
+    """Define a picture in a setting, with its groups in reading order of their first objects."""
 
     setting: str = "beach"
 
     @property
     def side(self) -> int:
+        """Return the side of the picture in pixels."""
         return SIDE
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
+        """Return the groups in reading order of their first objects."""
         kinds = dict.fromkeys(item.kind for item in self.objects)
         return tuple(self._group(kind) for kind in kinds)
 
@@ -285,7 +289,7 @@ def _size_class(kind: str) -> str:
 
 
 def _place_group(kind: str, free: np.ndarray, most: int, rng: np.random.Generator) -> list[PlacedObject]:
-    """Put one to three objects of a kind into free cells, which are then taken."""
+    """Place one to three objects of a kind in free cells, and mark the cells as taken."""
     color = COLORS[rng.integers(len(COLORS))]
     count = min(1 + int(rng.choice(len(_COUNTS), p=_COUNTS)), most)
     placed = []
@@ -304,7 +308,7 @@ def _place_group(kind: str, free: np.ndarray, most: int, rng: np.random.Generato
 
 
 _KEPT_FREE = 5
-"""Cells that large objects leave to the others."""
+"""Number of cells that large objects leave free."""
 
 
 def _free_blocks(free: np.ndarray, span: int) -> list[tuple[int, int]]:
@@ -338,4 +342,4 @@ PROSE = World(
     max_new_tokens=160,
     draw=draw_scene,
 )
-"""A world that is described as LLaVA describes photographs."""
+"""A world whose captions resemble LLaVA's descriptions of photographs."""

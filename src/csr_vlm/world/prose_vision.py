@@ -1,7 +1,7 @@
-"""The vision tower of ``prose``: taught what every patch shows, before it goes into the policy.
+"""Train the vision tower of ``prose`` on patch labels, before the policy uses it.
 
-A cheap head on every patch (kind, color and offset to the middle of the object) makes the tower
-see well within minutes; the head is thrown away.
+A linear head on every patch (kind, color and offset to the center of the object) makes the tower
+accurate within minutes; the head is removed afterwards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PER_CELL = CELL // base_models.PATCH_SIZE
 
 
 class SeeingTower(nn.Module):
-    """A CLIP vision tower with a linear head on every patch of its last layer."""
+    """Add a linear head on every patch of a CLIP vision tower's last layer."""
 
     def __init__(self, sizes: base_models.Sizes) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class SeeingTower(nn.Module):
 
 
 def patch_labels(scene: ProseScene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Label every patch with what stands in its block of cells.
+    """Label every patch with the object in its block of cells.
 
     Returns:
         Kinds of shape (patches,), 0 for nothing and the index in ``PROSE.kinds`` plus 1 otherwise;
@@ -69,7 +69,7 @@ def patch_labels(scene: ProseScene) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def vision_loss(model: SeeingTower, scenes: list[Scene]) -> torch.Tensor:
-    """Sum the cross-entropies of kinds and colors and the squared error of offsets (weight 0.1)."""
+    """Return the sum of the cross-entropies of kinds and colors and the squared error of offsets (weight 0.1)."""
     kinds, colors, offsets = (
         torch.from_numpy(np.stack(part))
         for part in zip(*(patch_labels(scene) for scene in scenes if isinstance(scene, ProseScene)), strict=True)

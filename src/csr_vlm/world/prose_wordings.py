@@ -1,6 +1,6 @@
-"""The words of ``prose``: wordings of every kind of sentence, nouns and their plurals.
+"""Define the words of ``prose``: wordings of every kind of sentence, nouns and their plurals.
 
-In a wording ``{a}`` stands for what is named for the first time, ``{the}`` for what was named
+In a wording ``{a}`` stands for things named for the first time, ``{the}`` for a thing named
 before, ``{it}``, ``{its}`` for a pronoun; verbs agree with what is named first in the wording. A
 capital letter in the braces begins the sentence.
 """
