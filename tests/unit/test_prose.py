@@ -36,7 +36,7 @@ from csr_vlm.world.prose_check import (
     policy_metrics,
     sentences_of,
 )
-from csr_vlm.world.prose_judge import alt_text, batches_of_few_settings
+from csr_vlm.world.prose_judge import NUM_SETTINGS, alt_text, batches_of_few_settings
 from csr_vlm.world.prose_scenes import (
     COMPANIONS,
     NUM_CELLS,
@@ -317,12 +317,12 @@ def test_alt_texts_name_one_or_two_things_that_are_there():
     assert set(counts) == {1, 2}
 
 
-def test_batches_of_the_judges_have_four_settings():
+def test_judge_batches_have_few_settings():
     first, again = (list(batches_of_few_settings(0, 8, 2, 100)) for _ in range(2))
     assert [[s.scene_id for s in scenes] for scenes in first] == [[s.scene_id for s in scenes] for scenes in again]
     for scenes in first:
         assert len(scenes) == 8
-        assert len({scene.setting for scene in scenes}) <= 4
+        assert len({scene.setting for scene in scenes}) <= NUM_SETTINGS < len(SETTINGS)
 
 
 @pytest.mark.parametrize(

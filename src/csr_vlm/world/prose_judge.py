@@ -19,8 +19,9 @@ from transformers import CLIPModel
 
 from csr_vlm.world.build import Progress, pixels, train_loop
 from csr_vlm.world.corpus import article
+from csr_vlm.world.prose_captions import side_of
 from csr_vlm.world.prose_scenes import PROSE, SETTINGS, SYNONYMS, Group, ProseScene
-from csr_vlm.world.prose_wordings import plural
+from csr_vlm.world.prose_wordings import ANYWHERE, SIDES, plural
 from csr_vlm.world.scenes import Scene, Split, make_scene, random_stream
 
 ALT_TEXTS = (
@@ -29,6 +30,10 @@ ALT_TEXTS = (
     "a picture of {things}",
     "an image of {things}",
     "{things} in a photo",
+    "{things} {side}",
+    "{things} that can be seen {side}",
+    "we see {things} {side}",
+    "also {things} {side}",
 )
 ALT_TEXTS_WITH_PLACE = (
     "{things} {place}",
@@ -39,23 +44,26 @@ ALT_TEXTS_WITH_PLACE = (
 _BETWEEN = (" and ", " and ", " with ", " next to ", " near ", ", with ", " beside ")
 """Words between the two things of an alt text."""
 _WITH_TWO = 0.6
-_WITH_PLACE = 0.5
+_WITH_PLACE = 0.6
 _WITH_COLOR = 0.25
-_NUM_SETTINGS = 4
+NUM_SETTINGS = 6
 """Number of settings in a batch: among pictures of the same place only objects tell them apart."""
 _WORDS_OF = {line[0]: line for line in SYNONYMS}
 
 
 def alt_text(scene: ProseScene, rng: np.random.Generator) -> str:
     """Return a short text that names one or two groups, drawn with weights that grow with their size."""
-    sides = np.array([(group.size * group.count**0.5) ** 0.5 for group in scene.groups])
+    weights = np.array([(group.size * group.count**0.5) ** 0.5 for group in scene.groups])
     number = 1 + int(rng.random() < _WITH_TWO)
-    drawn = rng.choice(len(scene.groups), size=number, replace=False, p=sides / sides.sum())
+    drawn = rng.choice(len(scene.groups), size=number, replace=False, p=weights / weights.sum())
     between = _BETWEEN[rng.integers(len(_BETWEEN))]
     things = between.join(_phrase(scene.groups[index], rng) for index in drawn)
+    sides = SIDES[side_of(*scene.groups[drawn[0]].center)] if number == 1 else ANYWHERE
     forms = ALT_TEXTS_WITH_PLACE if rng.random() < _WITH_PLACE else ALT_TEXTS
     setting = SETTINGS[scene.setting]
-    return forms[rng.integers(len(forms))].format(things=things, place=setting.place, scene=setting.scene)
+    return forms[rng.integers(len(forms))].format(
+        things=things, side=sides[rng.integers(len(sides))], place=setting.place, scene=setting.scene
+    )
 
 
 def _phrase(group: Group, rng: np.random.Generator) -> str:
@@ -73,7 +81,7 @@ def batches_of_few_settings(seed: int, batch: int, steps: int, start: int) -> It
     """Yield one list of corpus scenes per step, beginning at the scene ``start``, each of a few settings only."""
     index = start
     for step in range(steps):
-        wanted = random_stream("settings", seed, start, step).permutation(np.array(list(SETTINGS)))[:_NUM_SETTINGS]
+        wanted = random_stream("settings", seed, start, step).permutation(np.array(list(SETTINGS)))[:NUM_SETTINGS]
         scenes: list[Scene] = []
         while len(scenes) < batch:
             scene = make_scene(PROSE, Split.CORPUS, seed, index)
