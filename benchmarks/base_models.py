@@ -47,7 +47,7 @@ from csr_vlm.world.scenes import HARBOUR, Scene, World
 DEPTH = 3
 """Factor on the number of layers of the language model of ``larger``."""
 PHASES = {
-    # It starts as good as the shipped policy, bias included; only the new layers have to be fitted.
+    # It starts as the same function as the shipped policy; only the new layers have to be fitted.
     "larger": (replace(LEARN_TO_SEE, steps=100, lr=5e-4), replace(PICK_UP_HABITS, steps=200)),
     # It has a trained language model, but a new connector.
     "idefics3": (replace(LEARN_TO_SEE, steps=1500), PICK_UP_HABITS),
@@ -59,7 +59,7 @@ _MARKERS = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 def build_from_shipped(
     world: World, directory: Path, plan: BuildPlan, progress: Progress | None = None, depth: int = 1
 ) -> None:
-    """Train the shipped policy on in a world and write it as ``llava/``, with the shipped scorer as ``clip/``.
+    """Continue training the shipped policy on a world and write it as ``llava/``, with the shipped scorer as ``clip/``.
 
     Args:
         depth: Factor on the number of layers of the language model.

@@ -231,12 +231,12 @@ def vary_prior(out: Path) -> None:
         if any(row["strength"] == strength for row in rows):
             continue
         if not (models / "build.json").exists():
-            habits = {
-                kind: replace(habit, caption=strength * habit.caption, question=strength * habit.question)
-                for kind, habit in HARBOUR.companions.items()
+            companions = {
+                kind: replace(prior, caption=strength * prior.caption, question=strength * prior.question)
+                for kind, prior in HARBOUR.companions.items()
             }
             plan = BuildPlan(policy_phases=(replace(PICK_UP_HABITS, steps=PRIOR_STEPS),))
-            build_from_shipped(replace(HARBOUR, companions=habits), models, plan)
+            build_from_shipped(replace(HARBOUR, companions=companions), models, plan)
         run = Run.create(out / "priors" / f"{strength:g}", demo_config(out / "pictures", 0, 256, 500, HARBOUR, models))
         with run.locked():
             stages.check_inputs(run, Silent())

@@ -168,7 +168,7 @@ def main() -> None:
         result = {"ledger": measure_ledger, "serial": measure_serial}[options.what](options.prompts)
     if result:
         times = os.times()
-        result["processor seconds of it all"] = round(sum(times[:4]), 2)
+        result["processor seconds in total"] = round(sum(times[:4]), 2)
         print(json.dumps(result))
 
 

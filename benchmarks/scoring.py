@@ -128,16 +128,16 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     scorer = load_scorer(ScorerConfig(path=str(path)), arguments.device)
     baseline = one_at_a_time(path, arguments.device)
 
-    def together() -> list[float]:
+    def score_batched() -> list[float]:
         scorer.forget()
         return [row["clip"] for row in scorer.score(items)]
 
     timed_items = items[: arguments.pairs]
     baseline(timed_items[:2])
-    together()
+    score_batched()
     batched_times, single_times, difference = [], [], 0.0
     for _ in range(arguments.rounds):
-        seconds, batched_scores = timed(together)
+        seconds, batched_scores = timed(score_batched)
         batched_times.append(seconds / len(items))
         # The cost of a pair does not depend on the other pairs, so a subset is sufficient.
         seconds, single_scores = timed(lambda: baseline(timed_items))
@@ -153,7 +153,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "repeated": arguments.repeated,
         "rounds": arguments.rounds,
         "one at a time, ms a sentence": round(1000 * median(single_times), 3),
-        "together, ms a sentence": round(1000 * median(batched_times), 3),
+        "batched, ms a sentence": round(1000 * median(batched_times), 3),
         "ratio": round(ratio, 1),
         "target, at 80 candidates an image": TARGET,
         "missed": ratio < TARGET,

@@ -140,7 +140,7 @@ def _first_paragraph(section: type[BaseModel]) -> str:
 
 
 def _values(field: Any) -> str:
-    """Word what an option may be, bounds included."""
+    """Format the valid values of an option, with bounds."""
     bounds = {}
     for rule in field.metadata:
         for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"), ("pattern", "matches")):

@@ -1,4 +1,4 @@
-"""The commands and code that the documentation prints."""
+"""Read the commands and code blocks of the documentation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SPLIT = {"&&", "||", "|", ";"}
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page."""
+    """Represent a fenced block of a page."""
 
     page: Path
     number: int

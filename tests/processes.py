@@ -1,4 +1,4 @@
-"""Runs as several processes, and what of them must not depend on how many there were."""
+"""Execute runs with several processes, and read the results that must not depend on their number."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def sharing_config(directory: Path, **changes: object) -> RunConfig:
 
 
 def run_alone(directory: Path) -> Run:
-    """A run of :func:`sharing_config` by one process, which others are compared with."""
+    """Execute a run of :func:`sharing_config` with one process, as the reference."""
     run = Run.create(directory / "run", sharing_config(directory))
     assert finished(*CSR, "run", run.root, "--quiet").returncode == 0
     return run
 
 
 def another(alone: Run, directory: Path) -> Run:
-    """The same run, not begun."""
+    """Create the same run without executing it."""
     return Run.create(directory / "run", alone.config)
 
 
 def launch(processes: int) -> tuple[str, ...]:
-    """The words before a verb that run it in so many processes of torchrun."""
+    """Return the command prefix that runs a verb with torchrun."""
     return (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "csr_vlm.cli")
 
 
@@ -95,14 +95,14 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
 
 
 def below(process: subprocess.Popen[str], word: str) -> list[psutil.Process]:
-    """The processes that a command started and that have a word in their command lines."""
+    """List the descendants of a process whose command lines contain a word."""
     return [
         child for child in psutil.Process(process.pid).children(recursive=True) if word in " ".join(child.cmdline())
     ]
 
 
 def ledger(root: Path) -> dict[str, bytes]:
-    """The parts of all iterations, by name."""
+    """List the names of the ledger parts of all iterations."""
     return {str(part.relative_to(root)): part.read_bytes() for part in sorted(root.rglob("part-*.parquet"))}
 
 

@@ -1,8 +1,8 @@
-"""Bad input by the thousand: files that nobody should have written, each from a seed.
+"""Generate thousands of malformed inputs from a seed.
 
-``cases(seed, number)`` names them, ``Case.write`` makes one in a folder. A case says what is
-read (see :mod:`tests.faults.reading`) and, where that can be known, how many rows must be
-accounted for. Several thousand cases differ in kind, in place and in bytes.
+``cases(seed, number)`` yields them, and ``Case.write`` writes one to a folder. A case defines
+which reader reads it (see :mod:`tests.faults.reading`) and, where that is known, how many
+rows must be accepted or dropped.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ MEGABYTE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a case left in its folder."""
+class WrittenCase:
+    """Describe the files that a case wrote to its folder."""
 
     reader: str
     """Name of a function of :mod:`tests.faults.reading`."""
     target: str
     rows: int | None = None
-    """Rows that must be accepted or dropped in all; None where the file does not tell."""
-    must: str | None = None
-    """``accepted`` or ``rejected`` where only one of them is right."""
+    """Number of rows that must be accepted or dropped in total; None if it is unknown."""
+    expected: str | None = None
+    """``accepted`` or ``rejected`` if only one of them is correct."""
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-Maker = Callable[[Path, random.Random], Made]
+Maker = Callable[[Path, random.Random], WrittenCase]
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Case:
     seed: str
     maker: Maker
 
-    def write(self, folder: Path) -> Made:
+    def write(self, folder: Path) -> WrittenCase:
         return self.maker(folder, random.Random(self.seed))
 
 
 def cases(seed: int, number: int) -> Iterator[Case]:
-    """Yield so many cases; those of a smaller number are not always among those of a larger one."""
+    """Yield ``number`` cases of all families, in a random order that depends on the seed."""
     weighted = [(name, maker) for name, (maker, weight) in FAMILIES.items() for _ in range(weight)]
     order = random.Random(seed)
     deck: list[tuple[str, Maker]] = []
@@ -84,45 +84,47 @@ def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def one_image(folder: Path, content: bytes, must: str | None = None, name: str = "a.jpg") -> Made:
-    """Ask about one picture."""
+def one_image(folder: Path, content: bytes, expected: str | None = None, name: str = "a.jpg") -> WrittenCase:
+    """Write one image and a prompt about it."""
     (folder / name).write_bytes(content)
-    return one_row(folder, {"id": "a", "image": name, "text": "What is this?"}, must)
+    return one_row(folder, {"id": "a", "image": name, "text": "What is this?"}, expected)
 
 
-def one_row(folder: Path, row: Any, must: str | None = None) -> Made:
+def one_row(folder: Path, row: Any, expected: str | None = None) -> WrittenCase:
     (folder / "prompts.jsonl").write_text(json.dumps(row) + "\n")
-    return Made("prompts", "prompts.jsonl", 1, must)
+    return WrittenCase("prompts", "prompts.jsonl", 1, expected)
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """Cut, change, repeat or drop some bytes; heads more often than bodies."""
+    """Truncate, change, repeat or delete some bytes, mostly near the start."""
     changed = bytearray(content)
     for _ in range(rng.randint(1, 6)):
-        at = rng.randrange(min(len(changed), rng.choice((40, 400, 1 << 30))))
+        index = rng.randrange(min(len(changed), rng.choice((40, 400, 1 << 30))))
         action = rng.randrange(5)
         if action == 0:
-            changed[at] = rng.randrange(256)
+            changed[index] = rng.randrange(256)
         elif action == 1:
-            changed[at : at + 4] = rng.choice((b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\x80\0\0\0"))
+            changed[index : index + 4] = rng.choice(
+                (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\x80\0\0\0")
+            )
         elif action == 2:
-            changed[at:at] = changed[at : at + rng.randint(1, 64)]
+            changed[index:index] = changed[index : index + rng.randint(1, 64)]
         elif action == 3:
-            del changed[at : at + rng.randint(1, 64)]
+            del changed[index : index + rng.randint(1, 64)]
         elif rng.random() < 0.4:
-            del changed[at:]
+            del changed[index:]
         if not changed:
             break
     return bytes(changed)
 
 
-def cut_image(folder: Path, rng: random.Random) -> Made:
+def cut_image(folder: Path, rng: random.Random) -> WrittenCase:
     form = rng.choice(list(FORMS))
     whole = encoded(noise(rng, size=(48, 48)), form)
     return one_image(folder, whole[: rng.randrange(len(whole) // 2)], "rejected", f"a{FORMS[form]}")
 
 
-def damaged_image(folder: Path, rng: random.Random) -> Made:
+def damaged_image(folder: Path, rng: random.Random) -> WrittenCase:
     form = rng.choice(list(FORMS))
     return one_image(folder, damaged(encoded(noise(rng), form), rng), name=f"a{FORMS[form]}")
 
@@ -131,11 +133,11 @@ def png_chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
-def image_bomb(folder: Path, rng: random.Random) -> Made:
+def image_bomb(folder: Path, rng: random.Random) -> WrittenCase:
     side = rng.choice((1_001, 5_000, 20_000, 65_535, 2**31 - 1))
     small = min(side, 65_535)
     kind = rng.randrange(6)
-    if kind == 0:  # a real one: every pixel is there, in a few kilobytes
+    if kind == 0:  # a complete image: all pixels are present, compressed to a few kilobytes
         rows = min(side, 20_000)
         bits = zlib.compress(b"\0" * ((rows // 8 + 2) * min(rows, 4_000)), 9)
         header = struct.pack(">IIBBBBB", rows, rows, 1, 0, 0, 0, 0)
@@ -159,15 +161,15 @@ def image_bomb(folder: Path, rng: random.Random) -> Made:
     return one_image(folder, content, "rejected", "a.png")
 
 
-def text_bomb(folder: Path, rng: random.Random) -> Made:
-    """A picture whose comments are larger than it."""
+def text_bomb(folder: Path, rng: random.Random) -> WrittenCase:
+    """Write an image whose comments are larger than the image itself."""
     info = PngImagePlugin.PngInfo()
     for index in range(rng.randint(1, 8)):
         info.add_text(f"key{index}", "x" * rng.choice((1000, MEGABYTE, 8 * MEGABYTE)), zip=True)
     return one_image(folder, encoded(noise(rng), "PNG", pnginfo=info), name="a.png")
 
 
-def turned_image(folder: Path, rng: random.Random) -> Made:
+def turned_image(folder: Path, rng: random.Random) -> WrittenCase:
     exif = Image.Exif()
     exif[0x0112] = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 0, 9, 65_535))
     exif[0x010E] = rng.choice(("", "x" * 60_000, "\0\0", "\u202eabc"))
@@ -178,7 +180,7 @@ def turned_image(folder: Path, rng: random.Random) -> Made:
     return one_image(folder, content)
 
 
-def modes(folder: Path, rng: random.Random) -> Made:
+def modes(folder: Path, rng: random.Random) -> WrittenCase:
     form, mode = rng.choice(
         (
             ("JPEG", "CMYK"), ("JPEG", "L"), ("JPEG", "YCbCr"), ("TIFF", "CMYK"), ("TIFF", "LAB"), ("TIFF", "1"),
@@ -193,31 +195,31 @@ def modes(folder: Path, rng: random.Random) -> Made:
         options["transparency"] = rng.choice(
             (0, 255, bytes(rng.randrange(256) for _ in range(20))) if form == "PNG" else (0, 255)
         )
-    must = "rejected" if mode == "F" else None
-    return one_image(folder, encoded(image, form, **options), must)
+    expected = "rejected" if mode == "F" else None
+    return one_image(folder, encoded(image, form, **options), expected)
 
 
-def sixteen_bits(folder: Path, rng: random.Random) -> Made:
+def sixteen_bits(folder: Path, rng: random.Random) -> WrittenCase:
     levels = np.random.default_rng(rng.randrange(99)).integers(0, 65_536, (9, rng.randint(1, 30)), dtype=np.uint16)
     return one_image(folder, encoded(Image.fromarray(levels), rng.choice(("PNG", "TIFF"))), "accepted")
 
 
-def animated(folder: Path, rng: random.Random) -> Made:
+def animated(folder: Path, rng: random.Random) -> WrittenCase:
     frames = [noise(rng, size=(16, 16)) for _ in range(rng.choice((2, 5, 60)))]
     form = rng.choice(("GIF", "WEBP", "PNG", "TIFF"))
     content = encoded(frames[0], form, save_all=True, append_images=frames[1:])
     return one_image(folder, content if rng.random() < 0.6 else damaged(content, rng), name=f"a{FORMS[form]}")
 
 
-def odd_sizes(folder: Path, rng: random.Random) -> Made:
-    size, must = rng.choice(
+def odd_sizes(folder: Path, rng: random.Random) -> WrittenCase:
+    size, expected = rng.choice(
         (((1, 1), "accepted"), ((1, 5_000), "accepted"), ((5_000, 1), "accepted"), ((1_000, 1_001), "rejected"))
     )
     form = rng.choice(list(FORMS))
-    return one_image(folder, encoded(Image.new("RGB", size), form), must, f"a{FORMS[form]}")
+    return one_image(folder, encoded(Image.new("RGB", size), form), expected, f"a{FORMS[form]}")
 
 
-def no_pixels(folder: Path, rng: random.Random) -> Made:
+def no_pixels(folder: Path, rng: random.Random) -> WrittenCase:
     content = rng.choice(
         (
             b"P6 0 0 255\n", b"P6 0 9 255\n", b"P6 9 0 255\n", b"P6 -3 9 255\n", b"P6 9 9 0\n", b"P6 9 9 70000\n" + b"a" * 999,
@@ -228,8 +230,8 @@ def no_pixels(folder: Path, rng: random.Random) -> Made:
     return one_image(folder, content, "rejected", rng.choice(("a.jpg", "a.png", "a.tif")))
 
 
-def other_files(folder: Path, rng: random.Random) -> Made:
-    """Something else under the name of a picture."""
+def other_files(folder: Path, rng: random.Random) -> WrittenCase:
+    """Write a file of another type under the name of an image."""
     content = rng.choice(
         (
             b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
@@ -243,34 +245,34 @@ def other_files(folder: Path, rng: random.Random) -> Made:
     return one_image(folder, content, "rejected", rng.choice(("a.jpg", "a.png", "a.JPEG", "a.webp", "a")))
 
 
-def other_formats(folder: Path, rng: random.Random) -> Made:
-    """Pictures that Pillow could open and nobody asked for."""
+def other_formats(folder: Path, rng: random.Random) -> WrittenCase:
+    """Write an image in a format that Pillow supports but the package does not."""
     form = rng.choice(("ICO", "TGA", "PCX", "PDF", "EPS", "SGI", "DDS", "ICNS", "IM", "MSP"))
     image = noise(rng, "1" if form == "MSP" else "RGB", (32, 32))
     return one_image(folder, encoded(image, form), "rejected")
 
 
-def polyglot(folder: Path, rng: random.Random) -> Made:
+def polyglot(folder: Path, rng: random.Random) -> WrittenCase:
     tail = rng.choice((b"<script>x</script>", b"PK\x05\x06" + b"\0" * 18, b"\0" * 100_000, encoded(noise(rng), "PNG")))
     form = rng.choice(("JPEG", "PNG", "GIF"))
     return one_image(folder, encoded(noise(rng), form) + tail, "accepted")
 
 
-def no_ordinary_file(folder: Path, rng: random.Random) -> Made:
-    place = folder / "a.jpg"
+def no_ordinary_file(folder: Path, rng: random.Random) -> WrittenCase:
+    path = folder / "a.jpg"
     outside = folder.parent / f"outside-{folder.name}.png"
     outside.write_bytes(encoded(noise(rng), "PNG"))
     kind = rng.choice(("pipe", "folder", "null", "zero", "nowhere", "loop", "outside", "up", "sparse", "itself"))
     if kind == "pipe":
-        os.mkfifo(place)
+        os.mkfifo(path)
     elif kind == "folder":
-        place.mkdir()
+        path.mkdir()
     elif kind == "sparse":
-        with place.open("wb") as handle:
+        with path.open("wb") as handle:
             handle.truncate(1 << 40)
     elif kind == "loop":
-        place.symlink_to(folder / "b.jpg")
-        (folder / "b.jpg").symlink_to(place)
+        path.symlink_to(folder / "b.jpg")
+        (folder / "b.jpg").symlink_to(path)
     else:
         target = {
             "null": "/dev/null",
@@ -280,7 +282,7 @@ def no_ordinary_file(folder: Path, rng: random.Random) -> Made:
             "up": "..",
             "itself": ".",
         }
-        place.symlink_to(target[kind])
+        path.symlink_to(target[kind])
     return one_row(folder, {"id": "a", "image": "a.jpg", "text": "What?"}, "rejected")
 
 
@@ -307,7 +309,7 @@ IMAGES: tuple[Any, ...] = (
 
 
 def odd_row(rng: random.Random) -> dict[str, Any]:
-    """A row with one to three odd fields."""
+    """Create a row with some unusual fields."""
     row: dict[str, Any] = {"id": f"id{rng.randrange(6)}", "image": "good.png", "text": "What is this?"}
     for name, values in rng.sample((("id", IDS), ("text", TEXTS), ("image", IMAGES)), rng.randint(1, 2)):
         row[name] = rng.choice(values)
@@ -323,21 +325,21 @@ def with_good_image(folder: Path) -> None:
 
 
 def small_row(rng: random.Random) -> dict[str, Any]:
-    """An odd row that is no ten megabytes: dozens of those only test the disk."""
+    """Create an unusual row without a field of ten megabytes; dozens of those only test the disk."""
     while True:
         row = odd_row(rng)
         if all(not isinstance(value, str) or len(value) < MEGABYTE for value in row.values()):
             return row
 
 
-def odd_lines(folder: Path, rng: random.Random) -> Made:
+def odd_lines(folder: Path, rng: random.Random) -> WrittenCase:
     with_good_image(folder)
     rows = [small_row(rng) for _ in range(rng.randint(1, 30))]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Made("prompts", "prompts.jsonl", len(rows))
+    return WrittenCase("prompts", "prompts.jsonl", len(rows))
 
 
-def odd_line(folder: Path, rng: random.Random) -> Made:
+def odd_line(folder: Path, rng: random.Random) -> WrittenCase:
     with_good_image(folder)
     return one_row(folder, odd_row(rng))
 
@@ -349,26 +351,26 @@ BROKEN_LINES = (
 )  # fmt: skip
 
 
-def broken_lines(folder: Path, rng: random.Random) -> Made:
+def broken_lines(folder: Path, rng: random.Random) -> WrittenCase:
     with_good_image(folder)
     good = b'{"id": "good", "image": "good.png", "text": "What?"}'
     lines = [rng.choice((good, rng.choice(BROKEN_LINES), rng.choice(BROKEN_LINES))) for _ in range(rng.randint(1, 12))]
     lines = [damaged(line, rng) if rng.random() < 0.2 else line for line in lines]
     content = b"\n".join(line.replace(b"\n", b" ") for line in lines)
     (folder / "prompts.jsonl").write_bytes(content)
-    return Made("prompts", "prompts.jsonl", sum(bool(line.strip()) for line in content.split(b"\n")))
+    return WrittenCase("prompts", "prompts.jsonl", sum(bool(line.strip()) for line in content.split(b"\n")))
 
 
-def endless_line(folder: Path, rng: random.Random) -> Made:
-    """A file without line breaks, far longer than memory should ever hold."""
+def endless_line(folder: Path, rng: random.Random) -> WrittenCase:
+    """Write a file with a line that is too long to be held in memory."""
     good = b'{"id": "good", "image": "good.png", "text": "What?"}\n'
     with_good_image(folder)
     with (folder / "prompts.jsonl").open("wb") as handle:
         handle.write(good)
         handle.write(rng.choice((b'{"id": "', b"[", b"")))
-        handle.seek(handle.reporter() + rng.choice((40, 150, 400)) * MEGABYTE)
+        handle.seek(handle.tell() + rng.choice((40, 150, 400)) * MEGABYTE)
         handle.write(b"\n" + good.replace(b'"good"', b'"last"'))
-    return Made("prompts", "prompts.jsonl", 3)
+    return WrittenCase("prompts", "prompts.jsonl", 3)
 
 
 ARRAYS = (
@@ -377,7 +379,7 @@ ARRAYS = (
 )  # fmt: skip
 
 
-def broken_array(folder: Path, rng: random.Random) -> Made:
+def broken_array(folder: Path, rng: random.Random) -> WrittenCase:
     with_good_image(folder)
     if rng.random() < 0.5:
         content = rng.choice(ARRAYS)
@@ -386,18 +388,18 @@ def broken_array(folder: Path, rng: random.Random) -> Made:
         content = json.dumps(rows).encode()
         content = content if rng.random() < 0.3 else damaged(content, rng)
     (folder / "prompts.json").write_bytes(content)
-    return Made("prompts", "prompts.json", settings={"format": "llava"} if rng.random() < 0.5 else {})
+    return WrittenCase("prompts", "prompts.json", settings={"format": "llava"} if rng.random() < 0.5 else {})
 
 
-def endless_entry(folder: Path, rng: random.Random) -> Made:
+def endless_entry(folder: Path, rng: random.Random) -> WrittenCase:
     with (folder / "prompts.json").open("wb") as handle:
         handle.write(rng.choice((b'[{"id": "', b"[{}", b"[")))
-        handle.seek(handle.reporter() + 100 * MEGABYTE)
+        handle.seek(handle.tell() + 100 * MEGABYTE)
         handle.write(b"]")
-    return Made("prompts", "prompts.json", must="rejected")
+    return WrittenCase("prompts", "prompts.json", expected="rejected")
 
 
-def odd_csv(folder: Path, rng: random.Random) -> Made:
+def odd_csv(folder: Path, rng: random.Random) -> WrittenCase:
     with_good_image(folder)
     lines = ["file_name,question,id"]
     for number in range(rng.randint(1, 9)):
@@ -409,17 +411,17 @@ def odd_csv(folder: Path, rng: random.Random) -> Made:
         lines.append(f"{name},{text},{number}")
     content = "\n".join(lines).encode("utf-8", "surrogateescape")
     (folder / "metadata.csv").write_bytes(content if rng.random() < 0.6 else damaged(content, rng))
-    return Made("prompts", ".", settings={"format": "imagefolder"})
+    return WrittenCase("prompts", ".", settings={"format": "imagefolder"})
 
 
-def large_field(folder: Path, rng: random.Random) -> Made:
-    """A field that is too long costs its own row and no other."""
+def large_field(folder: Path, rng: random.Random) -> WrittenCase:
+    """Write a table with one field that is too long; only its row may be dropped."""
     with_good_image(folder)
     long = "x" * rng.choice((131_073, 200_000, 10 * MEGABYTE))
     (folder / "metadata.csv").write_text(
         f"file_name,question,id\ngood.png,{long},1\ngood.png,What?,2\ngood.png,What?,3\n"
     )
-    return Made("prompts", ".", 3)
+    return WrittenCase("prompts", ".", 3)
 
 
 # Containers -------------------------------------------------------------------------------------
@@ -432,31 +434,31 @@ def odd_columns(rng: random.Random) -> dict[str, pa.Array]:
         "image": pa.array(["good.png"] * number, pa.string()),
         "text": pa.array(["What?"] * number, pa.string()),
     }
-    strange = [
+    unusual = [
         pa.array([b"\xff\xfe"] * number, pa.binary()), pa.array([2**62] * number, pa.timestamp("ns")), pa.array([10**15] * number, pa.timestamp("ms")),
         pa.array([None] * number, pa.null()), pa.array([[["x"]]] * number), pa.array([{"bytes": b"", "path": "\0"}] * number, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
         pa.array([float("nan")] * number, pa.float32()), pa.array(["good.png"] * number).dictionary_encode(), pa.array([10**12] * number, pa.duration("ns")),
         pa.array([[("a", 1)]] * number, pa.map_(pa.string(), pa.int8())), pa.array(["a"] * number, pa.large_string()), pa.array([True] * number, pa.bool_()),
     ]  # fmt: skip
     if number:
-        strange.append(
+        unusual.append(
             pa.StringArray.from_buffers(
                 number,
                 pa.array([number] * 0 + list(range(number + 1)), pa.int32()).buffers()[1],
                 pa.py_buffer(b"\xff" * number),
             )
         )
-    return good | {rng.choice(list(good)): rng.choice(strange)}
+    return good | {rng.choice(list(good)): rng.choice(unusual)}
 
 
-def odd_parquet(folder: Path, rng: random.Random) -> Made:
+def odd_parquet(folder: Path, rng: random.Random) -> WrittenCase:
     with_good_image(folder)
     table = pa.table(odd_columns(rng))
     pq.write_table(table, folder / "prompts.parquet", compression=rng.choice(("zstd", "snappy", "none")))
-    return Made("prompts", "prompts.parquet", table.num_rows)
+    return WrittenCase("prompts", "prompts.parquet", table.num_rows)
 
 
-def damaged_parquet(folder: Path, rng: random.Random) -> Made:
+def damaged_parquet(folder: Path, rng: random.Random) -> WrittenCase:
     with_good_image(folder)
     buffer = io.BytesIO()
     rows = {"id": [f"{n}" for n in range(200)], "image": ["good.png"] * 200, "text": ["What is this?"] * 200}
@@ -465,7 +467,7 @@ def damaged_parquet(folder: Path, rng: random.Random) -> Made:
     kind = rng.randrange(4)
     if kind == 0:
         content = content[: rng.randrange(len(content))]
-    elif kind == 1:  # the footer tells where everything is
+    elif kind == 1:  # the footer holds the offsets of all columns
         tail = bytearray(content)
         for _ in range(rng.randint(1, 8)):
             tail[-rng.randint(1, min(len(tail), 900))] = rng.randrange(256)
@@ -475,7 +477,7 @@ def damaged_parquet(folder: Path, rng: random.Random) -> Made:
     else:
         content = damaged(content, rng)
     (folder / "prompts.parquet").write_bytes(content)
-    return Made("prompts", "prompts.parquet")
+    return WrittenCase("prompts", "prompts.parquet")
 
 
 def tar_with(folder: Path, members: list[tuple[tarfile.TarInfo, bytes]], rng: random.Random) -> Path:
@@ -487,7 +489,7 @@ def tar_with(folder: Path, members: list[tuple[tarfile.TarInfo, bytes]], rng: ra
     return path
 
 
-def odd_tar(folder: Path, rng: random.Random) -> Made:
+def odd_tar(folder: Path, rng: random.Random) -> WrittenCase:
     members = []
     for number in range(rng.randint(1, 8)):
         stem = rng.choice(
@@ -516,8 +518,8 @@ def odd_tar(folder: Path, rng: random.Random) -> Made:
         path.write_bytes(damaged(path.read_bytes(), rng))
     if rng.random() < 0.3:
         (folder / "shard.tar.gz").write_bytes(gzip.compress(path.read_bytes())[: rng.choice((None, 40, 200))])
-        return Made("prompts", "shard.tar.gz")
-    return Made("prompts", "shard.tar")
+        return WrittenCase("prompts", "shard.tar.gz")
+    return WrittenCase("prompts", "shard.tar")
 
 
 def tar_header(name: bytes, size: bytes, kind: bytes) -> bytes:
@@ -527,8 +529,8 @@ def tar_header(name: bytes, size: bytes, kind: bytes) -> bytes:
     return head[:148] + b"%06o\0 " % sum(head) + head[156:]
 
 
-def tar_bomb(folder: Path, rng: random.Random) -> Made:
-    """Headers that promise gigabytes, before, under and within compression."""
+def tar_bomb(folder: Path, rng: random.Random) -> WrittenCase:
+    """Write archives whose headers declare gigabytes, with and without compression."""
     sizes = (
         b"77777777777\0",
         b"00000000000\0",
@@ -552,16 +554,16 @@ def tar_bomb(folder: Path, rng: random.Random) -> Made:
     )
     if rng.random() < 0.5:
         (folder / "shard.tar").write_bytes(content)
-        return Made("prompts", "shard.tar")
+        return WrittenCase("prompts", "shard.tar")
     with gzip.open(folder / "shard.tar.gz", "wb", compresslevel=1) as handle:
         handle.write(content)
         for _ in range(rng.choice((1, 100))):
             handle.write(b"\0" * MEGABYTE)
-    return Made("prompts", "shard.tar.gz")
+    return WrittenCase("prompts", "shard.tar.gz")
 
 
-def saved_data_set(folder: Path, rng: random.Random) -> Made:
-    """A folder as save_to_disk leaves it, with one of its files damaged."""
+def saved_data_set(folder: Path, rng: random.Random) -> WrittenCase:
+    """Write a dataset with save_to_disk and damage one of its files."""
     from datasets import Dataset
 
     Dataset.from_dict({"id": ["a", "b"], "image": ["good.png"] * 2, "text": ["What?"] * 2}).save_to_disk(
@@ -583,11 +585,11 @@ def saved_data_set(folder: Path, rng: random.Random) -> Made:
         )
     )
     victim.write_bytes(replaced)
-    return Made("prompts", "set")
+    return WrittenCase("prompts", "set")
 
 
-def odd_source(folder: Path, rng: random.Random) -> Made:
-    """Names of sources that no file has, or too many."""
+def odd_source(folder: Path, rng: random.Random) -> WrittenCase:
+    """Name a source that matches no file, too many files, or a device."""
     with_good_image(folder)
     target = rng.choice(
         (
@@ -606,15 +608,15 @@ def odd_source(folder: Path, rng: random.Random) -> Made:
     }
     if target == "/":
         settings = {"format": "jsonl"}
-    return Made(
+    return WrittenCase(
         "prompts",
         target if absolute else str(folder / target),
-        must="rejected" if target not in (".", "*", "**", "good.png", "") else None,
+        expected="rejected" if target not in (".", "*", "**", "good.png", "") else None,
         settings=settings,
     )
 
 
-def odd_pairs(folder: Path, rng: random.Random) -> Made:
+def odd_pairs(folder: Path, rng: random.Random) -> WrittenCase:
     with_good_image(folder)
     rows = []
     for _ in range(rng.randint(1, 9)):
@@ -641,38 +643,38 @@ def odd_pairs(folder: Path, rng: random.Random) -> Made:
             row |= {"rejected_conversations": rng.choice(sides), "conversations": rng.choice(sides)}
         rows.append(row)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Made("pairs", "pairs.jsonl", len(rows))
+    return WrittenCase("pairs", "pairs.jsonl", len(rows))
 
 
 # Configuration ----------------------------------------------------------------------------------
 
-NEEDED = "model: {path: m}\nscorer: {path: s}\ndata: {prompts: p.jsonl}\n"
+REQUIRED = "model: {path: m}\nscorer: {path: s}\ndata: {prompts: p.jsonl}\n"
 
 
 def bomb(depth: int, width: int = 9) -> str:
-    """Lists of aliases of lists of aliases: a kilobyte that stands for width ** depth words."""
+    """Return nested lists of aliases: a kilobyte of YAML that expands to width ** depth words."""
     lines = ["a0: &a0 [lol]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * width)}]" for n in range(1, depth)]
     return "\n".join(lines) + f"\nx: *a{depth - 1}\n"
 
 
 RECIPES = (
-    bomb(9), bomb(30), bomb(60, 2), f"{bomb(20)}preset: *a19\n", f"{NEEDED}method: &m {{lambda: *m}}\n", "a: &a [*a]\npreset: *a\n", "&a [*a]", f"{NEEDED}seed: &s {{? *s : 1}}\n",
-    "[" * 50_000, "{a: " * 50_000, "- " * 50_000, "? " * 20_000, "!!python/object/apply:os.system [id]", "x: !!python/name:os.system", f"{NEEDED}seed: !!python/object:x {{}}",
-    f"{NEEDED}seed: {'9' * 6000}", f"{NEEDED}seed: 1e999999", f"{NEEDED}seed: .nan", f"{NEEDED}seed: -1", f"{NEEDED}seed: 0x{'f' * 9000}", f"{NEEDED}seed: 1:1:1:1:1", f"{NEEDED}iterations: {10**30}",
-    f"{NEEDED}seed: 2020-99-99", f"{NEEDED}seed: 2020-01-01T99:99:99", f"{NEEDED}seed: !!binary '***'", f"{NEEDED}seed: !!int x", f"{NEEDED}seed: !!float x", f"{NEEDED}1: 2", f"{NEEDED}? [a]\n: b",
-    f"{NEEDED}null: 1", f"{NEEDED}? {{a: b}}\n: c", f"{NEEDED}2020-01-01: 1", "<<: [1]\n", "<<: &a {<<: *a}\n", "\t", "", "[]", "3", "null", "a: b: c", "a: [", "\0", "\x1b[2J", "%YAML 9.9\n---\n", "---\n---\n", "@", "`",
-    "model: 3", "model: []", "data: {prompts: []}", "data: {prompts: ['']}", "data: {prompts: {}}", f"{NEEDED}method: {{lambda: .inf}}", f"{NEEDED}method: {{reward: {{text_scale: 1e400}}}}",
-    f"{NEEDED}evaluation: {{stop_if: ['{'(' * 3000}']}}", f"{NEEDED}preset: [1]", f"{NEEDED}preset: {{a: b}}", f"{NEEDED}preset: {'x' * 100_000}", f"{NEEDED}training: {{trl: {{a: {'[' * 200}{']' * 200}}}}}",
-    f"{NEEDED}method: {{pairs: {{questions: {{pattern: '(a+)+$', question: '{{0.__class__}}'}}}}}}", f"{NEEDED}method: {{pairs: {{questions: {{pattern: '(', question: x}}}}}}",
-    f"{NEEDED}method: {{pairs: {{questions: {{pattern: '(a)', question: '{{0:>999999999999}}'}}}}}}", f"{NEEDED}method: {{pairs: {{questions: {{pattern: '(a)', question: '{{0:>999999999}}'}}}}}}",
-    f"{NEEDED}scorer: {{path: 'python:os:system'}}", f"{NEEDED}scorer: {{path: x, name: '../../a'}}", f"{NEEDED}generation: {{prompts_per_part: 0}}", f"{NEEDED}generation: {{max_rows: {10**40}}}",
-    f"{NEEDED}sed: 1\n", f"{NEEDED}metod: {{}}\n", f"{NEEDED}\u202emethod: 1\n", f"{NEEDED}data: {{prompts: \"a\\0b\"}}", "# only a comment", "a: |\n" + "  x\n" * 100_000, "'" * 9999, "a: &a\nb: *c",
-    f"{NEEDED}iterations: &n 2\nseed: *n\n", NEEDED, f"{NEEDED}method: {{lambda: 1e-1}}", "\ufeff" + NEEDED, NEEDED + "...\n", NEEDED * 2,
+    bomb(9), bomb(30), bomb(60, 2), f"{bomb(20)}preset: *a19\n", f"{REQUIRED}method: &m {{lambda: *m}}\n", "a: &a [*a]\npreset: *a\n", "&a [*a]", f"{REQUIRED}seed: &s {{? *s : 1}}\n",
+    "[" * 50_000, "{a: " * 50_000, "- " * 50_000, "? " * 20_000, "!!python/object/apply:os.system [id]", "x: !!python/name:os.system", f"{REQUIRED}seed: !!python/object:x {{}}",
+    f"{REQUIRED}seed: {'9' * 6000}", f"{REQUIRED}seed: 1e999999", f"{REQUIRED}seed: .nan", f"{REQUIRED}seed: -1", f"{REQUIRED}seed: 0x{'f' * 9000}", f"{REQUIRED}seed: 1:1:1:1:1", f"{REQUIRED}iterations: {10**30}",
+    f"{REQUIRED}seed: 2020-99-99", f"{REQUIRED}seed: 2020-01-01T99:99:99", f"{REQUIRED}seed: !!binary '***'", f"{REQUIRED}seed: !!int x", f"{REQUIRED}seed: !!float x", f"{REQUIRED}1: 2", f"{REQUIRED}? [a]\n: b",
+    f"{REQUIRED}null: 1", f"{REQUIRED}? {{a: b}}\n: c", f"{REQUIRED}2020-01-01: 1", "<<: [1]\n", "<<: &a {<<: *a}\n", "\t", "", "[]", "3", "null", "a: b: c", "a: [", "\0", "\x1b[2J", "%YAML 9.9\n---\n", "---\n---\n", "@", "`",
+    "model: 3", "model: []", "data: {prompts: []}", "data: {prompts: ['']}", "data: {prompts: {}}", f"{REQUIRED}method: {{lambda: .inf}}", f"{REQUIRED}method: {{reward: {{text_scale: 1e400}}}}",
+    f"{REQUIRED}evaluation: {{stop_if: ['{'(' * 3000}']}}", f"{REQUIRED}preset: [1]", f"{REQUIRED}preset: {{a: b}}", f"{REQUIRED}preset: {'x' * 100_000}", f"{REQUIRED}training: {{trl: {{a: {'[' * 200}{']' * 200}}}}}",
+    f"{REQUIRED}method: {{pairs: {{questions: {{pattern: '(a+)+$', question: '{{0.__class__}}'}}}}}}", f"{REQUIRED}method: {{pairs: {{questions: {{pattern: '(', question: x}}}}}}",
+    f"{REQUIRED}method: {{pairs: {{questions: {{pattern: '(a)', question: '{{0:>999999999999}}'}}}}}}", f"{REQUIRED}method: {{pairs: {{questions: {{pattern: '(a)', question: '{{0:>999999999}}'}}}}}}",
+    f"{REQUIRED}scorer: {{path: 'python:os:system'}}", f"{REQUIRED}scorer: {{path: x, name: '../../a'}}", f"{REQUIRED}generation: {{prompts_per_part: 0}}", f"{REQUIRED}generation: {{max_rows: {10**40}}}",
+    f"{REQUIRED}sed: 1\n", f"{REQUIRED}metod: {{}}\n", f"{REQUIRED}\u202emethod: 1\n", f"{REQUIRED}data: {{prompts: \"a\\0b\"}}", "# only a comment", "a: |\n" + "  x\n" * 100_000, "'" * 9999, "a: &a\nb: *c",
+    f"{REQUIRED}iterations: &n 2\nseed: *n\n", REQUIRED, f"{REQUIRED}method: {{lambda: 1e-1}}", "\ufeff" + REQUIRED, REQUIRED + "...\n", REQUIRED * 2,
 )  # fmt: skip
 
 
-def odd_recipe(folder: Path, rng: random.Random) -> Made:
+def odd_recipe(folder: Path, rng: random.Random) -> WrittenCase:
     text = rng.choice(RECIPES)
     content = text.encode("utf-8", "surrogatepass")
     if rng.random() < 0.15:
@@ -683,15 +685,15 @@ def odd_recipe(folder: Path, rng: random.Random) -> Made:
                 rng.randbytes(300),
                 content.decode().encode("utf-16"),
                 content + b"#" * (10 * MEGABYTE),
-                NEEDED.encode() + b"x: [" + b"a, " * (3 * MEGABYTE),
+                REQUIRED.encode() + b"x: [" + b"a, " * (3 * MEGABYTE),
             )
         )
     (folder / "recipe.yaml").write_bytes(content)
-    return Made("recipe", "recipe.yaml")
+    return WrittenCase("recipe", "recipe.yaml")
 
 
-def odd_override(folder: Path, rng: random.Random) -> Made:
-    (folder / "recipe.yaml").write_text(NEEDED)
+def odd_override(folder: Path, rng: random.Random) -> WrittenCase:
+    (folder / "recipe.yaml").write_text(REQUIRED)
     keys = (
         "seed",
         "method.lambda",
@@ -723,14 +725,14 @@ def odd_override(folder: Path, rng: random.Random) -> Made:
         "!!timestamp x",
         bomb(9).replace("\n", " "),
     )
-    return Made("recipe", "recipe.yaml", settings={"overrides": [f"{rng.choice(keys)}={rng.choice(values)}"]})
+    return WrittenCase("recipe", "recipe.yaml", settings={"overrides": [f"{rng.choice(keys)}={rng.choice(values)}"]})
 
 
 # Weights ----------------------------------------------------------------------------------------
 
 
 def tensor_file(rng: random.Random) -> bytes:
-    """A safetensors file that lies."""
+    """Create a safetensors file whose header does not match its content."""
     body = rng.randbytes(64)
     entries: dict[str, Any] = {"a": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}
     entries["a"] |= rng.choice(
@@ -749,13 +751,13 @@ def tensor_file(rng: random.Random) -> bytes:
     )
 
 
-def odd_weights(folder: Path, rng: random.Random) -> Made:
+def odd_weights(folder: Path, rng: random.Random) -> WrittenCase:
     (folder / "model.safetensors").write_bytes(tensor_file(rng))
-    return Made("weights", "model.safetensors")
+    return WrittenCase("weights", "model.safetensors")
 
 
-def odd_bin(folder: Path, rng: random.Random) -> Made:
-    """A .bin file, which is a pickle: hostile ones would run code if anything let them."""
+def odd_bin(folder: Path, rng: random.Random) -> WrittenCase:
+    """Write a .bin file, which is a pickle; a hostile one would execute code when unpickled."""
     import torch
 
     marker = folder / "ran"
@@ -774,10 +776,10 @@ def odd_bin(folder: Path, rng: random.Random) -> Made:
         )
     )
     (folder / "pytorch_model.bin").write_bytes(content)
-    return Made("weights", "pytorch_model.bin")
+    return WrittenCase("weights", "pytorch_model.bin")
 
 
-def odd_index(folder: Path, rng: random.Random) -> Made:
+def odd_index(folder: Path, rng: random.Random) -> WrittenCase:
     content = rng.choice(
         (
             b"", b"{", b"[]", b"null", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 3}}', b'{"weight_map": {"a": "../../x.safetensors"}}', b"\xff",
@@ -785,10 +787,10 @@ def odd_index(folder: Path, rng: random.Random) -> Made:
         )
     )  # fmt: skip
     (folder / "model.safetensors.index.json").write_bytes(content)
-    return Made("checkpoint", ".", must="rejected" if b"{}}" not in content else None)
+    return WrittenCase("checkpoint", ".", expected="rejected" if b"{}}" not in content else None)
 
 
-def odd_adapter(folder: Path, rng: random.Random) -> Made:
+def odd_adapter(folder: Path, rng: random.Random) -> WrittenCase:
     from safetensors.numpy import save
 
     name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -817,11 +819,11 @@ def odd_adapter(folder: Path, rng: random.Random) -> Made:
     (folder / "adapter_model.safetensors").write_bytes(
         rng.choice((right, right[:40], tensor_file(rng), damaged(right, rng)))
     )
-    return Made("adapter", ".", must="rejected")
+    return WrittenCase("adapter", ".", expected="rejected")
 
 
-def odd_model(folder: Path, rng: random.Random) -> Made:
-    """The shipped model with one of its files damaged."""
+def odd_model(folder: Path, rng: random.Random) -> WrittenCase:
+    """Copy the shipped model with one of its files damaged."""
     from csr_vlm.world.demo import assets
 
     sources = [path for path in sorted((assets() / "llava").iterdir()) if path.is_file()]
@@ -834,14 +836,14 @@ def odd_model(folder: Path, rng: random.Random) -> Made:
         (content[: len(content) // 2], b"", b"{}", b"[]", b"null", b"\xff\xfe", damaged(content, rng))
     )
     (folder / victim.name).write_bytes(replaced)
-    return Made("model", ".")
+    return WrittenCase("model", ".")
 
 
 # Runs -------------------------------------------------------------------------------------------
 
 
-def odd_run(folder: Path, rng: random.Random) -> Made:
-    """A finished iteration with one of its files damaged, emptied, exchanged or gone."""
+def odd_run(folder: Path, rng: random.Random) -> WrittenCase:
+    """Write a run with a finished iteration, and damage, replace or delete one of its files."""
     from tests.faults.runs import write_run
 
     write_run(folder / "run")
@@ -872,11 +874,11 @@ def odd_run(folder: Path, rng: random.Random) -> Made:
         victim.mkdir()
     elif isinstance(replaced, bytes):
         victim.write_bytes(replaced)
-    return Made("run", "run", settings={"victim": str(victim.relative_to(folder))})
+    return WrittenCase("run", "run", settings={"victim": str(victim.relative_to(folder))})
 
 
-def odd_values(folder: Path, rng: random.Random) -> Made:
-    """A marker whose values were tampered with, though it is well-formed JSON."""
+def odd_values(folder: Path, rng: random.Random) -> WrittenCase:
+    """Write a run and change a value of one of its markers; the marker stays valid JSON."""
     from tests.faults.runs import write_run
 
     write_run(folder / "run")
@@ -889,7 +891,7 @@ def odd_values(folder: Path, rng: random.Random) -> Made:
     if rng.random() < 0.3:
         del document[key]
     victim.write_text(json.dumps(document))
-    return Made("run", "run", settings={"victim": f"{victim.relative_to(folder)}: {key}"})
+    return WrittenCase("run", "run", settings={"victim": f"{victim.relative_to(folder)}: {key}"})
 
 
 FAMILIES: dict[str, tuple[Maker, int]] = {

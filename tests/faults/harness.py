@@ -1,4 +1,4 @@
-"""A whole run of seconds, and the process that forks, kills and watches it."""
+"""Set up a complete run that takes seconds, and control the process that forks, kills and monitors it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from csr_vlm.world.scenes import HARBOUR, Split
 
 
 def tiny_run(root: Path, **changes: Any) -> Run:
-    """Set up two iterations over nine pictures, in parts of three: every stage there is, in seconds."""
+    """Create a run with two iterations on nine images, in parts of three prompts."""
     data = root.parent / "data"
     if not data.exists():
         write_prompts(HARBOUR, Split.PROMPTS, 0, 9, data)
@@ -36,17 +36,17 @@ def tiny_run(root: Path, **changes: Any) -> Run:
 
 
 @dataclass
-class Ended:
+class ProcessResult:
     code: int
-    """Of the exit, or the negative number of the signal that killed it."""
-    said: str
+    """Exit code, or the negative number of the signal that killed the process."""
+    output: str
     seconds: float
     cpu: float
-    """Seconds of a processor, which a busy machine does not stretch."""
+    """CPU time in seconds, which does not depend on other load."""
 
 
 class Zygote:
-    """Holds a :mod:`tests.faults.zygote`; give ``prefix`` to start it in a world of its own."""
+    """Control a :mod:`tests.faults.zygote` process; ``prefix`` is a command that starts it, such as ``unshare``."""
 
     def __init__(self, *prefix: str) -> None:
         command = [*prefix, sys.executable, "-m", "tests.faults.zygote"]
@@ -61,21 +61,21 @@ class Zygote:
         self._process.stdin.close()
         self._process.wait()
 
-    def run(self, root: Path, **order: Any) -> Ended:
-        """Run, or go on with, what is in a directory; see ``work`` and ``_listen`` there for orders."""
-        return self._ask({"root": str(root), **order})
+    def run(self, root: Path, **request: Any) -> ProcessResult:
+        """Run or resume the run in a directory; ``work`` and ``_read_output`` of the zygote define the requests."""
+        return self._ask({"root": str(root), **request})
 
     def shell(self, command: str) -> None:
-        ended = self._ask({"shell": command})
-        assert ended.code == 0, ended.said
+        result = self._ask({"shell": command})
+        assert result.code == 0, result.output
 
-    def _ask(self, order: dict[str, Any]) -> Ended:
+    def _ask(self, request: dict[str, Any]) -> ProcessResult:
         assert self._process.stdin is not None
-        print(json.dumps(order), file=self._process.stdin, flush=True)
-        return Ended(**self._answer())
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return ProcessResult(**self._answer())
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, "the process that forks has died"
+        assert line, "the zygote process has died"
         return json.loads(line)

@@ -1,7 +1,7 @@
-"""The parsers that are ours, each as a function of bytes that must hold for all bytes.
+"""Define properties of our own parsers that must hold for all byte strings.
 
-Hypothesis and atheris call them: ``python -m tests.faults.parsers NAME -max_total_time=60``
-(``pip install atheris``) follows the branches of the code where hypothesis draws at random.
+Hypothesis draws bytes at random. ``python -m tests.faults.parsers NAME -max_total_time=60``
+(``pip install atheris``) searches for bytes that reach new branches of the code.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def array(content: bytes) -> None:
-    """A JSON array reads as the standard library reads it, or not at all."""
+    """Check that a JSON array is read as by the standard library, or rejected."""
     text = content.decode("utf-8", "surrogateescape")
     try:
-        found = list(json_array._elements(io.StringIO(text)))
+        actual = list(json_array._elements(io.StringIO(text)))
     except (ValueError, RecursionError):
-        found = None
+        actual = None
     try:
         expected = json.loads(text)
     except (ValueError, RecursionError):
         return
     if isinstance(expected, list):
-        assert json.dumps(found) == json.dumps(expected)
+        assert json.dumps(actual) == json.dumps(expected)
     else:
-        assert found is None
+        assert actual is None
 
 
 def lines(content: bytes) -> None:
-    """Every line that is not blank is one row, and a good row's parts can be stored."""
-    wanted = sum(bool(line.strip()) for line in content.split(b"\n"))
-    found = [jsonl._parse(line) for line in jsonl._lines(io.BytesIO(content)) if line is not None and line.strip()]
-    assert len(found) == wanted
-    for row in found:
+    """Check that every line that is not blank is one row, and that the fields of a valid row can be stored."""
+    num_rows = sum(bool(line.strip()) for line in content.split(b"\n"))
+    rows = [jsonl._parse(line) for line in jsonl._lines(io.BytesIO(content)) if line is not None and line.strip()]
+    assert len(rows) == num_rows
+    for row in rows:
         with suppress(BadRow):
             entry = parse_row(row, ROOT)
             f"{entry.row_id}{entry.text}".encode()
@@ -56,23 +56,23 @@ def lines(content: bytes) -> None:
 
 
 def settings(content: bytes) -> None:
-    """An override gives a configuration or a reason."""
+    """Check that an override yields a configuration or an error."""
     text = content.decode("utf-8", "replace")
-    needed = {"model": {"path": "m"}, "scorer": {"path": "s"}, "data": {"prompts": "p"}}
+    required = {"model": {"path": "m"}, "scorer": {"path": "s"}, "data": {"prompts": "p"}}
     with suppress(CsrError):
-        assert isinstance(load_config(None, [f"training.trl={text}"], base=needed), RunConfig)
+        assert isinstance(load_config(None, [f"training.trl={text}"], base=required), RunConfig)
     with suppress(CsrError):
-        load_config(None, [text], base=needed)
+        load_config(None, [text], base=required)
 
 
 def sentences(content: bytes) -> None:
-    """The sentences of a text are its words, none twice and none lost."""
+    """Check that splitting a text into sentences keeps each word once."""
     text = content.decode("utf-8", "replace")
     assert " ".join(SentenceRule(".!?").cut(text)).split() == text.split()
 
 
 def shown(content: bytes) -> None:
-    """What is printed encodes, and holds nothing that steers a terminal."""
+    """Check that printed text can be encoded and contains no terminal control characters."""
     text = printable(content.decode("utf-8", "surrogateescape"))
     assert not {*map(chr, (*range(9), *range(11, 32), *range(127, 160))), "\u202e"} & set(text.encode().decode())
 

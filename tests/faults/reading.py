@@ -1,7 +1,7 @@
-"""The real readers on bad input, each case with a time limit and its peak of memory noted.
+"""Run the package's readers on bad input, and measure the time and peak memory of each case.
 
-A worker is a fork that reads cases one after the other and tells what came of each; one
-that is silent for too long is killed, and the case counts as hanging.
+A worker is a fork that reads cases one after another and reports the outcome of each. A
+worker that reports nothing for too long is killed, and its case counts as hanging.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from csr_vlm.models.checkpoints import checkpoint_tensors, file_tensors, read_te
 from csr_vlm.pipeline import stages
 from csr_vlm.store import ledger, tables
 from csr_vlm.store.run import Run
-from tests.faults.badinput import Case, Made
+from tests.faults.badinput import Case, WrittenCase
 
 MOST_PIXELS = 1_000_000
 MOST_SECONDS = 20.0
-"""Of a processor, for one case."""
+"""Largest accepted CPU time of one case, in seconds."""
 LONGEST_SILENCE = 180.0
-"""Seconds of the clock, which a busy machine stretches."""
+"""Wall time in seconds after which a worker counts as hanging; depends on other load."""
 MOST_MEGABYTES = 700
-"""Over what the worker holds: a tar member may have 256 MB, and is decoded from memory."""
+"""Largest accepted memory increase of one case; a tar member may have 256 MB and is decoded in memory."""
 
 
 @dataclass
 class Outcome:
     case: str
     status: str
-    """accepted, dropped, refused; or traceback, silent, hang, crash, greedy, which are defects."""
+    """accepted, dropped or refused; traceback, silent, hang, crash, greedy and misjudged are defects."""
     reason: str = ""
     seconds: float = 0.0
     megabytes: float = 0.0
-    """Peak over what was held before."""
+    """Peak memory minus the memory before."""
 
     @property
     def is_defect(self) -> bool:
@@ -63,10 +63,10 @@ class Outcome:
 
 
 @dataclass
-class Findings:
+class Results:
     outcomes: list[Outcome] = field(default_factory=list)
     growth: float = 0.0
-    """Megabytes that a worker held at its end over what it held after its first hundred cases."""
+    """Memory growth of a worker in MB, from its hundredth case to its end."""
 
     @property
     def defects(self) -> list[Outcome]:
@@ -83,67 +83,67 @@ class Findings:
         }
 
 
-def prompts(folder: Path, made: Made) -> Outcome:
-    config, report = _data(folder, made), InputReport()
+def prompts(folder: Path, written: WrittenCase) -> Outcome:
+    config, report = _data(folder, written), InputReport()
     count_rows(config)
     accepted = list(read_prompts(config, report, images=folder / "images"))
     for prompt in accepted:
         assert Path(prompt.image).is_file()
         assert prompt.text
         json.dumps(vars(prompt)).encode()
-    if accepted:  # What is accepted can be stored and read back.
+    if accepted:  # Accepted prompts can be stored and read back.
         tables.write_prompts(folder / "kept.parquet", accepted, 4)
         assert [prompt for group in tables.prompt_groups(folder / "kept.parquet") for prompt in group] == accepted
-    return _counted(report, made)
+    return _counted(report, written)
 
 
-def pairs(folder: Path, made: Made) -> Outcome:
-    config, report = DataConfig(prompts="none", pairs=str(folder / made.target)), InputReport()
+def pairs(folder: Path, written: WrittenCase) -> Outcome:
+    config, report = DataConfig(prompts="none", pairs=str(folder / written.target)), InputReport()
     count_pairs(config)
     for pair in read_text_pairs(config, report, images=folder / "images"):
         f"{pair.prompt.text}{pair.chosen}{pair.rejected}".encode()
-    return _counted(report, made)
+    return _counted(report, written)
 
 
-def recipe(folder: Path, made: Made) -> Outcome:
-    config = load_config(folder / made.target, made.settings.get("overrides", ()))
+def recipe(folder: Path, written: WrittenCase) -> Outcome:
+    config = load_config(folder / written.target, written.settings.get("overrides", ()))
     Run.create(folder / "run", config)
     assert Run.open(folder / "run").config == config
     return Outcome("", "accepted")
 
 
-def weights(folder: Path, made: Made) -> Outcome:
+def weights(folder: Path, written: WrittenCase) -> Outcome:
     try:
-        for _, tensor in read_tensors(file_tensors(folder / made.target)):
+        for _, tensor in read_tensors(file_tensors(folder / written.target)):
             tensor.float().sum()
     finally:
-        assert not (folder / "ran").exists(), "code that came with the weights ran"
+        assert not (folder / "ran").exists(), "code in the weights file was executed"
     return Outcome("", "accepted")
 
 
-def checkpoint(folder: Path, made: Made) -> Outcome:
-    found = checkpoint_tensors(folder / made.target)
-    for _ in read_tensors(found or {}):
+def checkpoint(folder: Path, written: WrittenCase) -> Outcome:
+    tensors = checkpoint_tensors(folder / written.target)
+    for _ in read_tensors(tensors or {}):
         pass
     return Outcome("", "accepted")
 
 
-def model(folder: Path, made: Made) -> Outcome:
+def model(folder: Path, written: WrittenCase) -> Outcome:
     from csr_vlm.models.loading import load_base
 
     load_base(ModelConfig(path=str(folder), device="cpu"))
     return Outcome("", "accepted")
 
 
-def adapter(folder: Path, made: Made) -> Outcome:
+def adapter(folder: Path, written: WrittenCase) -> Outcome:
     from csr_vlm.models.loading import load_adapter
 
     load_adapter(deepcopy(_base_model()), folder)
     return Outcome("", "accepted")
 
 
-def run(folder: Path, made: Made) -> Outcome:
-    """All that is read of a finished run, going on as far as an error lets it."""
+def run(folder: Path, written: WrittenCase) -> Outcome:
+    """Read everything that is read of a finished run, and raise the first error at the end."""
     from csr_vlm.report.html import render
 
     refused = []
@@ -154,7 +154,7 @@ def run(folder: Path, made: Made) -> Outcome:
         except CsrError as error:
             refused.append(error)
 
-    opened = Run.open(folder / made.target)
+    opened = Run.open(folder / written.target)
     attempt(lambda: stages.check_inputs(opened, Silent()))
     attempt(lambda: list(opened.prompts()))
     attempt(opened.heldout)
@@ -179,65 +179,67 @@ def _base_model() -> Any:
     return load_base(ModelConfig(path=str(assets() / "llava"), device="cpu"))[0]
 
 
-def _data(folder: Path, made: Made) -> DataConfig:
-    target = made.target if Path(made.target).is_absolute() or not made.target else str(folder / made.target)
+def _data(folder: Path, written: WrittenCase) -> DataConfig:
+    target = (
+        written.target if Path(written.target).is_absolute() or not written.target else str(folder / written.target)
+    )
     try:
-        return DataConfig(prompts=target, max_image_pixels=MOST_PIXELS, **made.settings)
+        return DataConfig(prompts=target, max_image_pixels=MOST_PIXELS, **written.settings)
     except ValueError:
         raise CsrError("data.prompts names no source") from None
 
 
-def _counted(report: InputReport, made: Made) -> Outcome:
-    assert made.rows is None or report.accepted + report.dropped.total() == made.rows, report.dump()
+def _counted(report: InputReport, written: WrittenCase) -> Outcome:
+    assert written.rows is None or report.accepted + report.dropped.total() == written.rows, report.dump()
     assert len(report.examples) == min(report.dropped.total(), 20)
     for reason in report.dropped:
         assert reason.isprintable(), reason
         assert 0 < len(reason) < 80, reason
-        assert len(str(made.target)) < 3 or made.target not in reason, reason
+        assert len(str(written.target)) < 3 or written.target not in reason, reason
     json.dumps(report.dump(), ensure_ascii=False).encode()
     if report.dropped:
         return Outcome("", "dropped", report.reasons)
     return Outcome("", "accepted" if report.accepted else "dropped", "empty")
 
 
-def judged(case: Case, folder: Path) -> Outcome:
-    """Write a case, read it, and say what came of it."""
+def read_case(case: Case, folder: Path) -> Outcome:
+    """Write a case, read it, and return the outcome."""
     folder.mkdir(parents=True)
-    made = case.write(folder)
+    written = case.write(folder)
     _forget_peak()
     before, started = _megabytes("VmRSS"), time.process_time()
     try:
-        outcome = READERS[made.reader](folder, made)
+        outcome = READERS[written.reader](folder, written)
     except CsrError as error:
         explained = error.message.strip() and len(error.message) < 2000
         outcome = Outcome("", "refused" if explained else "silent", error.message[:300])
     except BaseException:
         outcome = Outcome("", "traceback", traceback.format_exc()[-3000:])
     outcome.case, outcome.seconds = (
-        f"{case.name} ({made.target[:40]!r}{made.settings})"[:200],
+        f"{case.name} ({written.target[:40]!r}{written.settings})"[:200],
         time.process_time() - started,
     )
     outcome.megabytes = _megabytes("VmHWM") - before
     rejected = outcome.status in ("dropped", "refused")
-    if made.must is not None and not outcome.is_defect and rejected != (made.must == "rejected"):
+    if written.expected is not None and not outcome.is_defect and rejected != (written.expected == "rejected"):
         outcome.status, outcome.reason = "misjudged", f"{outcome.status}: {outcome.reason}"
     if outcome.megabytes > MOST_MEGABYTES:
         outcome.status = "greedy"
     return outcome
 
 
-def read_all(cases: Iterable[Case], folder: Path) -> Findings:
-    """Judge all cases in workers of this process."""
-    waiting, found = list(cases), Findings()
+def read_all(cases: Iterable[Case], folder: Path) -> Results:
+    """Read all cases in forked workers."""
+    waiting, results = list(cases), Results()
     while waiting:
-        number, growth = _one_worker(waiting, folder, found)
-        found.growth = max(found.growth, growth)
+        number, growth = _one_worker(waiting, folder, results)
+        results.growth = max(results.growth, growth)
         waiting = waiting[number:]
-    return found
+    return results
 
 
-def _one_worker(cases: list[Case], folder: Path, found: Findings) -> tuple[int, float]:
-    """Let one worker judge cases until it ends, hangs or dies; return how many, and its growth."""
+def _one_worker(cases: list[Case], folder: Path, results: Results) -> tuple[int, float]:
+    """Let one worker read cases until it ends, hangs or dies; return how many it read, and its memory growth."""
     reading, writing = os.pipe()
     sys.stdout.flush()
     worker = os.fork()
@@ -263,30 +265,30 @@ def _one_worker(cases: list[Case], folder: Path, found: Findings) -> tuple[int, 
             for line in lines:
                 message = json.loads(line)
                 growth = message.pop("growth")
-                found.outcomes.append(Outcome(**message))
+                results.outcomes.append(Outcome(**message))
                 done += 1
     os.kill(worker, signal.SIGKILL)
     os.waitpid(worker, 0)
     if done < len(cases):
-        found.outcomes.append(Outcome(cases[done].name, status))
+        results.outcomes.append(Outcome(cases[done].name, status))
         done += 1
     return done, growth
 
 
 def _work(cases: list[Case], folder: Path, writing: int) -> None:
-    # Whatever asks for more than this is a bomb that went off; the machine should survive it.
+    # A limit on memory protects the machine from a decompression bomb that a reader fails to detect.
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 2)
     warnings.simplefilter("ignore")
     early = 0.0
     for number, case in enumerate(cases):
-        place = folder / case.seed.replace(":", "-").replace(" ", "-").replace("/", "-")
-        outcome = judged(case, place)
+        case_folder = folder / case.seed.replace(":", "-").replace(" ", "-").replace("/", "-")
+        outcome = read_case(case, case_folder)
         if outcome.seconds > MOST_SECONDS:
             outcome.status = "hang"
         with suppress(OSError):
-            shutil.rmtree(place)
+            shutil.rmtree(case_folder)
         if number == min(100, len(cases) // 2):
             early = _megabytes("VmRSS")
         message = vars(outcome) | {"growth": _megabytes("VmRSS") - early if early else 0.0}

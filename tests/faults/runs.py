@@ -1,4 +1,4 @@
-"""A small run directory with a finished iteration, made without any model."""
+"""Write a small run directory with a finished iteration, without any model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPTS = 12
 
 
 def write_run(root: Path) -> Run:
-    """Check twelve prompts, invent their ledger in parts of four, and derive the pairs."""
+    """Check twelve prompts, write a synthetic ledger in parts of four prompts, and derive the pairs."""
     data = root.parent / "data"
     data.mkdir(parents=True)
     for number in range(PROMPTS):
@@ -29,7 +29,7 @@ def write_run(root: Path) -> Run:
         "data": {"prompts": str(data)},
         "generation": {"prompts_per_part": 4},
         "evaluation": {"heldout": 1},
-        "method": {"pairs": {"questions": {"pattern": ""}}},  # they would need a model
+        "method": {"pairs": {"questions": {"pattern": ""}}},  # claim questions would need a model
     }
     run = Run.create(root, resolve(layer))
     stages.check_inputs(run, Silent())
@@ -54,11 +54,11 @@ def write_run(root: Path) -> Run:
 
 
 def tree(prompt_id: str, iteration: int = 1) -> list[Node]:
-    """Two sentences, each with three continuations: eight nodes, six whole responses."""
-    found = []
+    """Create two sentences with three continuations each: eight nodes, six complete responses."""
+    nodes = []
     for first in range(2):
         for node_id in (f"{first}", *(f"{first}.{second}" for second in range(3))):
-            found.append(
+            nodes.append(
                 Node(
                     prompt_id=prompt_id,
                     iteration=iteration,
@@ -70,7 +70,7 @@ def tree(prompt_id: str, iteration: int = 1) -> list[Node]:
                     text=f" Sentence {node_id}.",
                     finish=Finish.EOS if "." in node_id else Finish.DELIMITER,
                     status=NodeStatus.FINISHED if "." in node_id else NodeStatus.TOP,
-                    cosines={"clip": 0.1 + len(found) / 50, "clip:others": 0.1},
+                    cosines={"clip": 0.1 + len(nodes) / 50, "clip:others": 0.1},
                 )
             )
-    return found
+    return nodes

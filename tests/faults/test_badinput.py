@@ -1,4 +1,4 @@
-"""Bad input through the real readers: no traceback, no hang, no growth, every case explained.
+"""Test the readers on bad input: no traceback, no hang, no memory growth, a reason for every rejection.
 
 ``make test-faults`` reads a thousand cases; the ordinary tests read a sample of them.
 """
@@ -16,38 +16,38 @@ from tests.faults import badinput, reading
 FULL = os.environ.get("CSR_FAULTS") == "all"
 NUMBER = 1000 if FULL else 150
 SLOW = ("endless line", "endless JSON entry", "damaged model", "odd adapter", "damaged data set")
-"""Left to the long test: they load models and data sets, or write hundreds of megabytes."""
+"""Kinds of cases that only the long test reads: they load models, or write hundreds of megabytes."""
 
 
 def test_bad_input_is_counted_and_explained(tmp_path: Path) -> None:
     cases = list(badinput.cases(seed=0, number=NUMBER))
     if not FULL:
         cases = [case for case in cases if not case.name.startswith(SLOW)]
-    found = reading.read_all(cases, tmp_path)
-    print(json.dumps(found.summary(), indent=1))
-    assert [vars(outcome) for outcome in found.defects] == []
-    assert len(found.outcomes) == len(cases)
-    assert {outcome.status for outcome in found.outcomes} == {"accepted", "dropped", "refused"}
-    assert found.growth < 150
+    results = reading.read_all(cases, tmp_path)
+    print(json.dumps(results.summary(), indent=1))
+    assert [vars(outcome) for outcome in results.defects] == []
+    assert len(results.outcomes) == len(cases)
+    assert {outcome.status for outcome in results.outcomes} == {"accepted", "dropped", "refused"}
+    assert results.growth < 150
 
 
 def test_cases_depend_only_on_their_seed(tmp_path: Path) -> None:
-    def written(seed: int, name: str) -> list[bytes]:
+    def contents_of(seed: int, name: str) -> list[bytes]:
         contents = []
-        for place, case in enumerate(badinput.cases(seed, 40)):
+        for index, case in enumerate(badinput.cases(seed, 40)):
             if case.name.startswith(("damaged image", "broken", "odd rows")):
-                folder = tmp_path / name / str(place)
+                folder = tmp_path / name / str(index)
                 folder.mkdir(parents=True)
                 case.write(folder)
                 contents += [path.read_bytes() for path in sorted(folder.iterdir())]
         return contents
 
-    assert written(3, "a") == written(3, "b") != written(4, "c")
+    assert contents_of(3, "a") == contents_of(3, "b") != contents_of(4, "c")
 
 
 @pytest.mark.parametrize("defect", ["traceback", "hang", "crash", "misjudged"])
 def test_defects_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str) -> None:
-    def bad(folder: Path, made: badinput.Made) -> reading.Outcome:
+    def bad(folder: Path, written: badinput.WrittenCase) -> reading.Outcome:
         if defect == "traceback":
             raise RuntimeError("left the reader")
         if defect == "crash":
@@ -60,6 +60,6 @@ def test_defects_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d
     monkeypatch.setattr(reading, "LONGEST_SILENCE", 5.0)
     case = badinput.Case("a cut image", "x", badinput.cut_image)
     good = badinput.Case("a recipe", "y", badinput.odd_override)
-    found = reading.read_all([case, good], tmp_path)
-    assert [outcome.status for outcome in found.defects] == [defect]
-    assert len(found.outcomes) == 2, "the cases after it are read all the same"
+    results = reading.read_all([case, good], tmp_path)
+    assert [outcome.status for outcome in results.defects] == [defect]
+    assert len(results.outcomes) == 2, "the following cases are read as well"

@@ -1,6 +1,6 @@
-"""A run that is killed, starved of disk and told to stop ends with the bytes of one that was left alone.
+"""Test that a run that is killed, stopped or out of disk space ends with the bytes of an undisturbed run.
 
-``make test-faults`` does it a hundred times; the ordinary tests do it a few times on one run.
+``make test-faults`` disturbs runs more than a hundred times; the ordinary tests a few times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from csr_vlm.store.run import Run
-from tests.faults.harness import Ended, Zygote, tiny_run
+from tests.faults.harness import ProcessResult, Zygote, tiny_run
 from tests.processes import results
 
 FULL = os.environ.get("CSR_FAULTS") == "all"
@@ -35,12 +35,12 @@ NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 
 @dataclass(frozen=True)
 class Reference:
-    """An undisturbed run."""
+    """Hold the results of an undisturbed run."""
 
     results: dict[str, bytes]
     seconds: float
     operations: int
-    """On files and folders, from its start to its end."""
+    """Number of file operations from start to end."""
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +57,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(zygote: Zygote, folder: Path) -> Reference:
     run = tiny_run(folder / "undisturbed")
-    ended = zygote.run(run.root, plan={"do": "count"})
-    assert ended.code == 0, ended.said
-    found = results(run.root)
-    assert sum("ledger/part-" in name for name in found) == 6
-    assert sum("adapter_model" in name for name in found) == 3
-    assert len(set(found.values())) == len(found) - 1, "only the last adapter is there twice"
-    return Reference(found, ended.seconds, int((folder / "count").read_text()))
+    result = zygote.run(run.root, plan={"do": "count"})
+    assert result.code == 0, result.output
+    files = results(run.root)
+    assert sum("ledger/part-" in name for name in files) == 6
+    assert sum("adapter_model" in name for name in files) == 3
+    assert len(set(files.values())) == len(files) - 1, "only the last adapter is stored twice"
+    return Reference(files, result.seconds, int((folder / "count").read_text()))
 
 
 def disturbances(reference: Reference, rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Kills at any instant, at any file operation, with the file half-written; a failing disk; signals."""
+    """Yield kills at random times and file operations, half-written files, disk errors and signals."""
     for what in cycle(KINDS):
         if what in signal.Signals.__members__ or what == "instant":
             number = signal.SIGKILL if what == "instant" else signal.Signals[what]
@@ -76,22 +76,22 @@ def disturbances(reference: Reference, rng: random.Random) -> Iterator[tuple[str
             yield what, {"plan": {"do": what, "at": rng.randint(1, reference.operations // 2)}}
 
 
-def check_end(what: str, ended: Ended) -> bool:
-    """Check how a disturbed run ended; tell whether the disturbance reached it."""
-    assert "Traceback" not in ended.said, ended.said
-    if ended.code == 0:
+def check_end(what: str, result: ProcessResult) -> bool:
+    """Check how a disturbed run ended; return whether it was disturbed before it finished."""
+    assert "Traceback" not in result.output, result.output
+    if result.code == 0:
         return False
     if what in ("kill", "tear", "instant"):
-        assert ended.code == -signal.SIGKILL, ended.said
+        assert result.code == -signal.SIGKILL, result.output
     elif what.startswith("SIG"):
-        assert ended.code == 128 + signal.Signals[what], ended.said
-        assert f"stopped by {what}" in ended.said
-        assert "Resume with: csr run " in ended.said
+        assert result.code == 128 + signal.Signals[what], result.output
+        assert f"stopped by {what}" in result.output
+        assert "Resume with: csr run " in result.output
     else:
-        assert ended.code == 1, ended.said
-        wanted = "cannot be written\nwhy: Input/output error" if what == "EIO" else "the disk is full"
-        assert wanted in ended.said, ended.said
-        assert "run the same command again" in ended.said
+        assert result.code == 1, result.output
+        expected = "cannot be written\nwhy: Input/output error" if what == "EIO" else "the disk is full"
+        assert expected in result.output, result.output
+        assert "run the same command again" in result.output
     return True
 
 
@@ -105,9 +105,9 @@ def test_no_disturbance_changes_the_result(zygote: Zygote, reference: Reference,
         assert results(run.root) == reference.results
         assert not list(run.root.rglob("*.tmp"))
 
-    for what, order in islice(disturbances(reference, random.Random(7)), 4 * (KILLS + OTHERS)):
-        ended = zygote.run(run.root, **order)
-        if check_end(what, ended):
+    for what, request in islice(disturbances(reference, random.Random(7)), 4 * (KILLS + OTHERS)):
+        result = zygote.run(run.root, **request)
+        if check_end(what, result):
             reached[what] += 1
             where[unfinished(run)] += 1
         else:
@@ -120,7 +120,7 @@ def test_no_disturbance_changes_the_result(zygote: Zygote, reference: Reference,
             break
     assert zygote.run(run.root).code == 0
     compare(run)
-    print(f"reached {dict(reached)} during {dict(where)}; {finished + 1} runs came to their end")
+    print(f"reached {dict(reached)} during {dict(where)}; {finished + 1} runs finished")
     assert kills >= KILLS
     assert reached.total() - kills >= OTHERS
 
@@ -135,11 +135,11 @@ def unfinished(run: Run) -> str:
 
 
 def test_a_file_size_limit_is_reported_as_a_full_disk(zygote: Zygote, reference: Reference, folder: Path) -> None:
-    """The limit strikes inside Arrow's own writer, which words the system's error its own way."""
+    """Exceed the limit in Arrow's writer, whose error message differs from the system's."""
     run = tiny_run(folder / "limited")
-    ended = zygote.run(run.root, largest_file=4_000)
-    assert check_end("ENOSPC", ended)
-    assert ".parquet" in ended.said
+    result = zygote.run(run.root, largest_file=4_000)
+    assert check_end("ENOSPC", result)
+    assert ".parquet" in result.output
 
 
 @pytest.mark.skipif(not FULL, reason="make test-faults")
@@ -168,8 +168,8 @@ def test_a_full_disk_is_reported_and_the_run_resumes_once_there_is_space(folder:
         )
         for size in (64, 128, 256, 384):
             zygote.shell(f"mount -o remount,size={size}k {disk}")
-            ended = zygote.run(disk / "run")
-            assert check_end("ENOSPC", ended), f"{size} kB were enough"
+            result = zygote.run(disk / "run")
+            assert check_end("ENOSPC", result), f"{size} kB were enough"
         zygote.shell(f"mount -o remount,size=64m {disk}")
         assert zygote.run(disk / "run").code == 0
         zygote.shell(f"cp -r {disk}/run {folder}/rescued")

@@ -1,4 +1,4 @@
-"""Numbers that are none, where the models compute them."""
+"""Test that non-finite numbers from models are rejected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from csr_vlm.training.dpo import CsrTrainer
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_error_for_non_finite_logits_names_the_prompt(value: float) -> None:
-    rows = [PartialCandidate(1, place, (), np.zeros(1), prompt_id=name) for place, name in enumerate(("good", "bad"))]
+    rows = [PartialCandidate(1, index, (), np.zeros(1), prompt_id=name) for index, name in enumerate(("good", "bad"))]
     logits = torch.tensor([[0.0, -torch.inf], [value, 1.0]])
     with pytest.raises(CsrError, match="prompt bad: the policy computes logits that are not finite"):
         _require_finite(logits, rows)

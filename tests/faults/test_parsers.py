@@ -1,4 +1,4 @@
-"""The parsers that are ours, on bytes that hypothesis and atheris think of."""
+"""Test our own parsers on bytes that hypothesis and atheris generate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VALUES = st.recursive(
 )
 PIECES = st.sampled_from(
     [
-        *(bytes([sign]) for sign in b'[]{},:"\\\n-.=\0\xff'),
+        *(bytes([symbol]) for symbol in b'[]{},:"\\\n-.=\0\xff'),
         b"1.",
         b"e9",
         b"nul",

@@ -1,4 +1,4 @@
-"""Models and pictures that the integration tests share."""
+"""Define the models and images that the integration tests share."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
 
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
-    """A dozen pictures that no model was trained on."""
+    """Return twelve prompts with images that no model was trained on."""
     scenes = list(make_scenes(HARBOUR, Split.DEVELOPMENT, 0, 12))
     return write_images(scenes, tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="session")
 def policy() -> Policy:
-    """The shipped LLaVA; no test may change it."""
+    """Load the shipped LLaVA; tests must not change it."""
     return load_policy(ModelConfig(path=str(assets() / "llava"), device="cpu"), adapter=None)
 
 
@@ -56,6 +56,6 @@ def small_config(directory: Path, **changes: object) -> RunConfig:
 
 
 @pytest.fixture(autouse=True)
-def _as_many_threads_as_a_process_of_its_own() -> None:
-    """What is computed here is compared with what processes started here compute."""
+def _same_number_of_threads_as_subprocesses() -> None:
+    """Set the number of threads of subprocesses, whose results are compared with those of this process."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))

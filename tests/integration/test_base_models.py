@@ -32,7 +32,7 @@ def base_models(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("base_models")
 
 
-def test_another_family_reads_and_sees_in_training_what_it_does_in_generation(
+def test_another_family_has_the_same_ids_and_pixels_in_training_and_generation(
     base_models: ModuleType, tmp_path: Path, prompts
 ) -> None:
     base_models.build_idefics3(tmp_path, SHORT)
@@ -49,7 +49,7 @@ def test_another_family_reads_and_sees_in_training_what_it_does_in_generation(
         policy_in(tmp_path / "clip")
 
 
-def test_a_deeper_policy_computes_the_same_until_it_is_trained(base_models: ModuleType) -> None:
+def test_an_untrained_deeper_policy_computes_the_same_logits(base_models: ModuleType) -> None:
     shipped = LlavaForConditionalGeneration.from_pretrained(assets() / "llava", dtype=torch.float32).eval()
     deeper = base_models.deepen(shipped, 3).eval()
     assert len(deeper.model.language_model.layers) == 3 * len(shipped.model.language_model.layers)
@@ -58,7 +58,7 @@ def test_a_deeper_policy_computes_the_same_until_it_is_trained(base_models: Modu
         assert torch.equal(deeper(input_ids=ids).logits, shipped(input_ids=ids).logits)
 
 
-def test_the_shipped_policy_is_trained_on_beside_the_shipped_scorer(base_models: ModuleType, tmp_path: Path) -> None:
+def test_continued_training_keeps_the_shipped_scorer(base_models: ModuleType, tmp_path: Path) -> None:
     base_models.build_from_shipped(HARBOUR, tmp_path, SHORT, depth=2)
     log = json.loads((tmp_path / "build.json").read_text())
     assert len(log["policy"]) == 2

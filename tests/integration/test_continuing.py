@@ -166,7 +166,7 @@ def test_the_card_says_what_the_adapter_is(finished: Run) -> None:
     assert "lambda: 0.9" in text
 
 
-def test_the_licence_of_the_base_model_is_on_the_card(tmp_path: Path) -> None:
+def test_the_license_of_the_base_model_is_on_the_card(tmp_path: Path) -> None:
     from csr_vlm.report.card import base_license
 
     assert base_license(str(tmp_path)) is None

@@ -141,7 +141,7 @@ def test_prompts_are_tokenized_as_by_llava(tmp_path: Path, parts: Parts, prepend
         tensors[name] = torch.zeros(vocabulary, tensors[name].shape[1])
     write_weights(source, tensors, "bin")
     original = AutoTokenizer.from_pretrained(source)
-    assert convert(source, tmp_path / "out")["prompts tokenised as by LLaVA"]
+    assert convert(source, tmp_path / "out")["prompts tokenized as by LLaVA"]
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this?"}]}]
     text = processor.apply_chat_template(question, add_generation_prompt=True)

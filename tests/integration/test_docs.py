@@ -40,7 +40,7 @@ RUNNABLE = [
 
 @pytest.fixture(scope="module")
 def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as after cloning: the recipes are there; what one page makes, the next may find."""
+    """Create a folder with the recipes, as after cloning; the pages share what they write there."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     return folder
@@ -87,7 +87,7 @@ def run_shell(script: str, reader_folder: Path) -> None:
 
 
 def only_on_installing(script: str) -> bool:
-    """Whether a step is about the environment that the tests themselves run in."""
+    """Check whether a step changes the environment that the tests run in."""
     return script.strip().startswith("source .venv")
 
 

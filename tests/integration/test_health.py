@@ -42,7 +42,7 @@ def swept(run: Run) -> list[dict[str, Any]]:
 
 
 def roots(run: Run) -> dict[str, Path]:
-    """Where each point of the sweep is, by its overrides."""
+    """Map the overrides of each point of the sweep to its directory."""
     found = (run.root / "sweeps").glob("*/result.json")
     return {" ".join(json.loads(path.read_text())["overrides"]): path.parent for path in found}
 

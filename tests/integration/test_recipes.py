@@ -53,7 +53,7 @@ def test_every_recipe_fits_the_gpu_that_it_is_for(recipe: Path, monkeypatch: pyt
     if recipe.stem in WITHOUT_SIZE:
         pytest.skip("its size is not in its name")
     if "qwen" in recipe.stem or "gemma" in recipe.stem:
-        pytest.skip("its keys and values are shared by several heads, which only its configuration tells")
+        pytest.skip("its keys and values are shared by several heads, as only its configuration shows")
     costs = estimate(config, Silent(), offline=True).costs
     assert costs is not None
     memory = 24 if "24gb" in recipe.stem else 80

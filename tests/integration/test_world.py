@@ -1,4 +1,4 @@
-"""The embedded world: its shipped models are what they are said to be, and can be made again."""
+"""Test the embedded world: the quality of its shipped models, and building them from a seed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SMALL = BuildPlan(
 )
 
 
-def test_the_shipped_weights_are_those_of_the_log_and_small() -> None:
+def test_the_shipped_weights_are_small_and_match_their_log() -> None:
     verify_assets()
     log = json.loads((assets() / "build.json").read_text())
     assert log["world"] == "harbour"
@@ -55,9 +55,9 @@ def test_the_shipped_weights_are_those_of_the_log_and_small() -> None:
 
 
 @pytest.mark.slow
-def test_the_base_sees_well_and_hallucinates_by_habit(policy: Policy, scorer: ScorerGroup) -> None:
-    found = evaluate(HARBOUR, TransformersEngine(policy), scorer, split=Split.TEST, seed=1, num_scenes=1000)
-    value = {name: metric["value"] for name, metric in found["metrics"].items()}
+def test_the_base_model_recognizes_objects_and_hallucinates_companions(policy: Policy, scorer: ScorerGroup) -> None:
+    evaluation = evaluate(HARBOUR, TransformersEngine(policy), scorer, split=Split.TEST, seed=1, num_scenes=1000)
+    value = {name: metric["value"] for name, metric in evaluation["metrics"].items()}
     assert 0.40 <= value["chair_s"] <= 0.60
     assert 0.12 <= value["chair_i"] <= 0.20
     assert value["recall"] >= 0.98
@@ -67,34 +67,34 @@ def test_the_base_sees_well_and_hallucinates_by_habit(policy: Policy, scorer: Sc
     assert value["yes_no_companion"] < value["yes_no_absent"] - 0.05
 
 
-def test_the_scorer_tells_what_is_there(scorer: ScorerGroup) -> None:
-    found = evaluate_scorer(HARBOUR, scorer, split=Split.TEST, seed=1, num_scenes=200)
-    assert found["auc_absent"] >= 0.97
-    assert found["auc_attribute"] >= 0.95
+def test_the_scorer_separates_true_from_false_sentences(scorer: ScorerGroup) -> None:
+    aucs = evaluate_scorer(HARBOUR, scorer, split=Split.TEST, seed=1, num_scenes=200)
+    assert aucs["auc_absent"] >= 0.97
+    assert aucs["auc_attribute"] >= 0.95
 
 
-def test_every_word_of_a_sentence_moves_its_embedding(scorer: ScorerGroup, prompts) -> None:
+def test_every_word_of_a_sentence_changes_its_embedding(scorer: ScorerGroup, prompts) -> None:
     words = sentence(HARBOUR, ("boat", "red")).rstrip(".").split()
-    changed_texts = [" ".join([*words[:at], "fish", *words[at + 1 :]]) + "." for at in range(len(words))]
+    changed_texts = [" ".join([*words[:index], "fish", *words[index + 1 :]]) + "." for index in range(len(words))]
     texts = [sentence(HARBOUR, ("boat", "red")), *changed_texts]
     cosines = [row["clip"] for row in scorer.score([(prompts[0], text) for text in texts])]
     assert all(abs(changed - cosines[0]) > 1e-3 for changed in cosines[1:])
     assert SPECIAL.index(EOS) != 2
 
 
-def test_evaluation_refuses_scenes_that_models_learn_from(policy: Policy) -> None:
+def test_evaluation_rejects_training_splits(policy: Policy) -> None:
     for split in (Split.CORPUS, Split.PROMPTS):
         with pytest.raises(CsrError, match="not for evaluation"):
             evaluate(HARBOUR, TransformersEngine(policy), None, split=split, seed=0, num_scenes=1)
 
 
-def test_training_pixels_are_the_processors(policy: Policy, prompts) -> None:
+def test_training_uses_the_pixel_values_of_the_processor(policy: Policy, prompts) -> None:
     scenes = list(make_scenes(HARBOUR, Split.DEVELOPMENT, 0, 12))
     for row, prompt in zip(pixels(scenes), prompts, strict=True):
         assert torch.allclose(policy.encode(prompt).per_image["pixel_values"][0], row, atol=1e-5)
 
 
-def test_training_ids_are_generations(policy: Policy, prompts) -> None:
+def test_training_uses_the_token_ids_of_generation(policy: Policy, prompts) -> None:
     picture = picture_text(policy.processor)
     assert picture == "<image>" * 36
     ids, labels = dialogue_ids(policy.processor, [Turn(prompts[0].text, "There is a red boat.")], picture)
@@ -105,7 +105,7 @@ def test_training_ids_are_generations(policy: Policy, prompts) -> None:
     assert ids[len(prompt_ids) :] == answer
 
 
-def test_the_builder_makes_the_same_loadable_models_from_a_seed(tmp_path: Path) -> None:
+def test_building_from_a_seed_is_reproducible_and_yields_loadable_models(tmp_path: Path) -> None:
     log = build(HARBOUR, tmp_path / "a", SMALL)
     build(HARBOUR, tmp_path / "b", SMALL)
     other = build(HARBOUR, tmp_path / "c", replace(SMALL, seed=1))
@@ -114,5 +114,5 @@ def test_the_builder_makes_the_same_loadable_models_from_a_seed(tmp_path: Path) 
     assert json.loads((tmp_path / "a" / "build.json").read_text())["plan"]["scorer_steps"] == 12
     policy = load_policy(ModelConfig(path=str(tmp_path / "a" / "llava"), device="cpu"), None)
     scorer = load_scorer(ScorerConfig(path=str(tmp_path / "a" / "clip")), "cpu")
-    found = evaluate(HARBOUR, TransformersEngine(policy), scorer, split=Split.DEVELOPMENT, seed=0, num_scenes=4)
-    assert found["metrics"]["words"]["n"] == 4
+    evaluation = evaluate(HARBOUR, TransformersEngine(policy), scorer, split=Split.DEVELOPMENT, seed=0, num_scenes=4)
+    assert evaluation["metrics"]["words"]["n"] == 4

@@ -19,7 +19,7 @@ def config(**settings: Any) -> RunConfig:
 
 
 def method(weight: float = 0.5, **sections: Any) -> MethodConfig:
-    """The plain defaults of the schema, without any preset, and ``weight`` as lambda."""
+    """Return the defaults of the schema, without a preset, with ``weight`` as lambda."""
     return MethodConfig.model_validate({"lambda": weight} | sections)
 
 
@@ -60,7 +60,7 @@ def true_caption(scene: Scene) -> str:
 
 
 class CountedProgress(SilentProgress):
-    """Appends each advance to a list."""
+    """Append each advance to a list."""
 
     def __init__(self, counts: list[int]) -> None:
         self.counts = counts

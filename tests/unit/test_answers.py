@@ -150,7 +150,7 @@ def test_chair_reports_how_its_captions_were_generated(tmp_path):
 
 
 def new_run(folder):
-    """A run whose base model and first iteration can be measured."""
+    """Create a run whose base model and first iteration can be evaluated."""
     data, model = {"prompts": "p.jsonl"}, {"path": "m"}
     run = Run.create(folder, load_config(None, base={"data": data, "model": model, "scorer": {"path": "s"}}))
     run.mark_done(1, "train")

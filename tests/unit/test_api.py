@@ -1,4 +1,4 @@
-"""The Python interface: light to import, the same results as its parts, and errors that say what to do."""
+"""Test the Python interface: light imports, the same results as the parts, errors with hints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.test_search import RandomModel
 
 
 class Lengths:
-    """Likes long sentences."""
+    """Score sentences by their length."""
 
     name = "lengths"
 

@@ -299,7 +299,7 @@ def test_a_collapsed_policy_is_stopped_but_not_measured_against_a_collapsed_base
 
 
 def random_trees(number: int = 200) -> list[list[Node]]:
-    """Trees of five whole responses whose relevance is drawn at random."""
+    """Create trees of five complete responses with random relevance."""
     rng = random.Random(0)
     return [
         [
@@ -366,7 +366,7 @@ def test_a_reward_that_prefers_short_responses_is_noticed():
 
 
 def chain(num_sentences: int) -> list[Node]:
-    """A tree in which a response can end after every sentence, all of them worth about the same."""
+    """Create a tree in which a response can end after every sentence, with similar rewards."""
     nodes, path = [], ""
     for i in range(num_sentences):
         before, path = path, f"{path}.0".lstrip(".")

@@ -31,11 +31,11 @@ def texts(number: int) -> list[str]:
     return [" ".join(rng.choices(parts, k=rng.randrange(8))) for _ in range(number)]
 
 
-def reference_judgement(scene, text: str):
+def reference_values(scene, text: str):
     """Judge a text by the world's rule: words are runs of letters, and each kind is named by its own word."""
     words = re.findall("[a-z]+", text.lower())
     named = [word for word in words if word in HARBOUR.kinds]
-    colors = [before for before, word in pairwise(["", *words]) if word in HARBOUR.kinds]
+    colors = [preceding for preceding, word in pairwise(["", *words]) if word in HARBOUR.kinds]
     pairs = Counter(
         scene.color_of(kind) == color
         for kind, color in zip(named, colors, strict=True)
@@ -45,13 +45,13 @@ def reference_judgement(scene, text: str):
     return tuple(named), tuple(absent), scene.kinds & set(named), pairs[True], pairs[False]
 
 
-def test_the_worlds_judgement_equals_the_reference():
+def test_judge_equals_the_reference_implementation():
     for index, text in enumerate(texts(400)):
         scene = SCENES[index % len(SCENES)]
-        found = judge(HARBOUR, scene, text)
-        measured = (found.mentioned, found.hallucinated, found.recalled, found.colors_right, found.colors_wrong)
-        assert measured == reference_judgement(scene, text), text
-        assert [kind for kind, _ in mentions(HARBOUR, text)] == list(found.mentioned)
+        actual = judge(HARBOUR, scene, text)
+        compared = (actual.mentioned, actual.hallucinated, actual.recalled, actual.colors_right, actual.colors_wrong)
+        assert compared == reference_values(scene, text), text
+        assert [kind for kind, _ in mentions(HARBOUR, text)] == list(actual.mentioned)
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +72,13 @@ def test_the_chair_command_yields_the_worlds_metrics(folder):
     arguments = ["--captions", captions, "--annotations", folder / "annotations", "--synonyms", folder / "synonyms.txt"]
     result = CliRunner().invoke(app, ["eval", "chair", *map(str, arguments), "--words", "plain", "--json"])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
+    document = json.loads(result.stdout)
     judged = [judge(HARBOUR, scene, text) for scene, text in zip(SCENES, captions_of_scenes, strict=True)]
     for name, metric in pooled([tallies(item, s.kinds) for item, s in zip(judged, SCENES, strict=True)]).items():
-        assert found[name] == metric.value
-        assert found["intervals"][name] == [metric.low, metric.high]
-    assert [row["hallucinated"] for row in found["sentences"]] == [list(item.hallucinated) for item in judged]
-    assert [row["mentioned"] for row in found["sentences"]] == [list(item.mentioned) for item in judged]
+        assert document[name] == metric.value
+        assert document["intervals"][name] == [metric.low, metric.high]
+    assert [row["hallucinated"] for row in document["sentences"]] == [list(item.hallucinated) for item in judged]
+    assert [row["mentioned"] for row in document["sentences"]] == [list(item.mentioned) for item in judged]
 
 
 def test_annotations_describe_the_scenes(folder):
@@ -95,7 +95,7 @@ def test_annotations_describe_the_scenes(folder):
             assert 0 <= top <= image["height"] - height
 
 
-def test_questions_use_the_models_wording_and_have_correct_labels(folder):
+def test_questions_have_the_wording_of_the_corpus_and_correct_labels(folder):
     for setting in SETTINGS:
         questions = read_questions(folder / f"pope_{setting}.jsonl").questions
         assert len(questions) == 4 * len(SCENES)
@@ -105,6 +105,6 @@ def test_questions_use_the_models_wording_and_have_correct_labels(folder):
             assert question.label == (kind in scene.kinds)
 
 
-def test_training_scenes_are_refused(tmp_path):
+def test_training_splits_are_rejected(tmp_path):
     with pytest.raises(CsrError, match="not for evaluation"):
         write_coco(HARBOUR, Split.PROMPTS, 0, 10, tmp_path)

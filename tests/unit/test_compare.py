@@ -49,14 +49,14 @@ def document(scenes: list[tuple[int, int, int, int]], **protocol: Any) -> dict[s
 
 
 def new_run(root: Path, *measured: dict[str, Any], **evaluation: Any) -> Run:
-    """A run whose base and iterations were measured as given, trained as far."""
+    """Create a trained run with the given evaluations of its base model and iterations."""
     iterations = max(len(measured) - 1, 1)
     run = Run.create(
         root, resolve(REQUIRED | {"iterations": iterations, "evaluation": {"world": {"num_scenes": 4}, **evaluation}})
     )
-    for number, found in enumerate(measured):
-        files.write_json(run.evaluation_path(number, "world"), found)
-        pooling = pooled([row.get("tallies", {}) for row in found["rows"]])
+    for number, document in enumerate(measured):
+        files.write_json(run.evaluation_path(number, "world"), document)
+        pooling = pooled([row.get("tallies", {}) for row in document["rows"]])
         run.mark_done(number, "evaluate", world={name: metric.dump() for name, metric in pooling.items()})
         if number:
             adapter = run.adapter_path(number)

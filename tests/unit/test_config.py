@@ -45,7 +45,7 @@ def test_all_documented_presets_exist():
 
 
 def config_of(preset: str) -> RunConfig:
-    """The configuration of a preset, with what it cannot do without."""
+    """Load the configuration of a preset with the required values."""
     needed = {"data": {"prompts": "prompts.jsonl", "pairs": "pairs.json"}} if preset == "external" else {}
     return config(preset=preset, **needed)
 
@@ -292,7 +292,7 @@ def test_overrides_reach_every_depth():
     assert actual.method.search.max_response_chars is None
     assert actual.training.merge is True
     assert actual.training.trl["learning_rate"] == 2e-5
-    assert actual.training.trl["beta"] == 0.1, "the preset's neighbours stay"
+    assert actual.training.trl["beta"] == 0.1, "the other values of the preset are kept"
     assert actual.evaluation.world is not None
     assert actual.evaluation.world.num_scenes == 7
 

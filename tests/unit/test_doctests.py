@@ -1,4 +1,4 @@
-"""The examples in docstrings give what they say."""
+"""Test that the examples in docstrings yield the documented results."""
 
 from __future__ import annotations
 

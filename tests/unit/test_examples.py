@@ -1,4 +1,4 @@
-"""The examples for clusters hold commands that the command line understands and files that are there."""
+"""Test that the cluster examples contain valid commands and existing files."""
 
 from __future__ import annotations
 

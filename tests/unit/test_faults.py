@@ -31,7 +31,7 @@ from tests.unit.builders import REQUIRED, method, prompt
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of what is flushed and renamed, in order."""
+    """Record the names of files that are flushed and renamed, in order."""
     seen: list[str] = []
     fsync, replace = os.fsync, os.replace
 
@@ -85,8 +85,8 @@ def test_the_error_for_a_full_disk_names_the_available_space(tmp_path: Path, rai
     with pytest.raises(CsrError, match="the disk is full") as caught:
         files.write_atomically(tmp_path / "part.parquet", write)
     free = shutil.disk_usage(tmp_path).free / 1e6
-    told = float(caught.value.message.split("more than the ")[1].split(" MB")[0].replace(",", ""))
-    assert told == pytest.approx(free, rel=0.2)
+    reported = float(caught.value.message.split("more than the ")[1].split(" MB")[0].replace(",", ""))
+    assert reported == pytest.approx(free, rel=0.2)
     assert "run the same command again" in caught.value.hint
     assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
 
@@ -238,6 +238,6 @@ def test_control_characters_are_escaped_in_printed_text() -> None:
 
 
 def test_the_synthetic_run_reads_like_a_real_one(tmp_path: Path) -> None:
-    """The runs that bad input is made of read like real ones."""
+    """Check that the runs from which bad input is derived are valid."""
     run = write_run(tmp_path / "run")
     assert Run.open(run.root).result(1, "pairs")["pairs"] > 0

@@ -1,4 +1,4 @@
-"""The shape of the code: imports go down, heavy libraries wait, functions stay short."""
+"""Test the layout of the code: import order, lazy imports of heavy libraries, short functions."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def violations(path: str, source: str) -> list[str]:
 
 
 def weights_only(call: ast.Call) -> bool:
-    """Whether a call says ``weights_only=True``, literally."""
+    """Check whether a call passes the literal ``weights_only=True``."""
     return any(
         word.arg == "weights_only" and isinstance(word.value, ast.Constant) and word.value.value is True
         for word in call.keywords

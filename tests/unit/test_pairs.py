@@ -30,7 +30,7 @@ TREE = [
 
 
 def make_pair(*arguments):
-    """The prompt's first pair, or why it has none."""
+    """Return the first pair of a prompt, or the reason why it has none."""
     actual = make_pairs(*arguments)
     return actual if isinstance(actual, str) else actual[0]
 

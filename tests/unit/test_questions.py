@@ -79,7 +79,7 @@ def test_negative_questions_depend_only_on_their_words_and_the_key() -> None:
 
 
 def answered(*nats: float) -> list[Pair]:
-    """Pairs whose right answer is likelier by so many nats."""
+    """Create pairs whose correct answer has a higher log-probability by the given nats."""
 
     def response(logprob: float) -> Response:
         return Response("0", (1,), logprob, "Yes.", 1, 0.0, complete=True)
@@ -112,7 +112,7 @@ def test_a_ledger_without_negative_images_is_rejected() -> None:
         ("There is a red boat.", ["boat"]),
         ("There is an orange owl and a blue fish.", ["owl", "fish"]),
         ("A parked car, a dog on a beach with an umbrella.", ["car", "dog", "beach", "umbrella"]),
-        ("The man is riding a horse drawn carriage.", []),  # more words than it can tell apart
+        ("The man is riding a horse drawn carriage.", []),  # too many words before the noun
         ("It has a lot of people.", []),
     ],
 )

@@ -1,4 +1,4 @@
-"""The search against a hand-worked tree and against what must hold of every tree."""
+"""Test the search on a hand-worked tree, and properties that hold for every tree."""
 
 from __future__ import annotations
 

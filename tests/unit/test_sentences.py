@@ -68,7 +68,7 @@ GOES_ON = [
     (".", " There"),
     ("...", None),
     (' ".', None),
-    ("There is a boat.", ""),  # a token without text tells nothing
+    ("There is a boat.", ""),  # a token without text carries no information
     ("There is a boat!", " There"),
     ("Is there a boat?", None),
 ]

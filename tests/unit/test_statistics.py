@@ -139,7 +139,7 @@ def test_both_tests_of_a_binary_outcome_agree():
 
 
 def test_pairing_makes_a_small_change_significant():
-    """The same two ratios: once with every prompt slightly worse, once shuffled."""
+    """Compare the same two ratios with all prompts slightly worse and with shuffled prompts."""
     rng = np.random.default_rng(0)
     old = rng.integers(0, 50, 200)
     paired = paired_difference([(a, 50) for a in old], [(a + 1, 50) for a in old])

@@ -1,4 +1,4 @@
-"""Test the judgement of hand-written texts about a hand-made scene."""
+"""Test the comparison of hand-written texts with a hand-made scene."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def test_a_correct_and_complete_description():
 
 
 def test_a_hallucination():
-    found = judged("There is a red boat. There is a red fish.")
-    assert found.mentioned == ("boat", "fish")
-    assert found.hallucinated == ("fish",)
-    assert found.recalled == {"boat"}
-    assert (found.colors_right, found.colors_wrong) == (1, 0), "an absent fish has no true color"
+    judgement = judged("There is a red boat. There is a red fish.")
+    assert judgement.mentioned == ("boat", "fish")
+    assert judgement.hallucinated == ("fish",)
+    assert judgement.recalled == {"boat"}
+    assert (judgement.colors_right, judgement.colors_wrong) == (1, 0), "an absent fish has no true color"
 
 
 def test_every_mention_of_an_absent_object_counts():
@@ -51,15 +51,15 @@ def test_every_mention_of_an_absent_object_counts():
 
 
 def test_a_wrong_color_is_not_a_hallucinated_object():
-    found = judged("There is a blue boat. There is a green tree.")
-    assert found.hallucinated == ()
-    assert (found.colors_right, found.colors_wrong) == (1, 1)
-    assert found.recalled == {"boat", "tree"}
+    judgement = judged("There is a blue boat. There is a green tree.")
+    assert judgement.hallucinated == ()
+    assert (judgement.colors_right, judgement.colors_wrong) == (1, 1)
+    assert judgement.recalled == {"boat", "tree"}
 
 
 def test_a_color_counts_only_directly_before_its_object():
-    found = judged("The boat is blue. A red, large tree.")
-    assert (found.colors_right, found.colors_wrong) == (0, 0)
+    judgement = judged("The boat is blue. A red, large tree.")
+    assert (judgement.colors_right, judgement.colors_wrong) == (0, 0)
     assert mentions(HARBOUR, "red boat; the boat") == [("boat", "red"), ("boat", None)]
 
 
@@ -99,15 +99,15 @@ def test_an_empty_text():
 @given(st.integers(0, 10**6))
 def test_a_true_caption_has_no_errors(index):
     scene = make_scene(HARBOUR, Split.DEVELOPMENT, 0, index)
-    found = judge(HARBOUR, scene, true_caption(scene))
-    assert found.hallucinated == ()
-    assert found.recalled == scene.kinds
-    assert found.colors_right == len(scene.objects)
-    assert found.colors_wrong == found.repeats == 0
+    judgement = judge(HARBOUR, scene, true_caption(scene))
+    assert judgement.hallucinated == ()
+    assert judgement.recalled == scene.kinds
+    assert judgement.colors_right == len(scene.objects)
+    assert judgement.colors_wrong == judgement.repeats == 0
 
 
 @given(st.integers(0, 10**6), st.sampled_from(HARBOUR.kinds))
 def test_an_added_kind_is_hallucinated_exactly_where_it_is_absent(index, kind):
     scene = make_scene(HARBOUR, Split.DEVELOPMENT, 0, index)
-    found = judge(HARBOUR, scene, f"{true_caption(scene)} There is a {kind}.")
-    assert found.hallucinated == (() if kind in scene.kinds else (kind,))
+    judgement = judge(HARBOUR, scene, f"{true_caption(scene)} There is a {kind}.")
+    assert judgement.hallucinated == (() if kind in scene.kinds else (kind,))

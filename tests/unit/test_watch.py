@@ -235,7 +235,7 @@ def test_it_ends_with_the_run_and_shows_the_error(run: Run) -> None:
 
 
 def test_it_follows_until_the_end(run: Run) -> None:
-    """Running at the first look, finished at a later one."""
+    """Watch a run that finishes while it is watched."""
     lock = run.locked()
     lock.__enter__()
 

@@ -93,7 +93,7 @@ def test_wordnet_is_refused_where_only_the_tagger_is_missing(tmp_path):
 
 
 def test_wordnet_reads_with_the_nltk_data_that_it_is_given(tmp_path, recwarn):
-    """The data: a WordNet of five nouns and two verbs, and a tagger that knows two verbs."""
+    """Use a WordNet of five nouns and two verbs, and a tagger that knows two verbs."""
     write_wordnet(tmp_path / "corpora" / "wordnet", nouns="dog bus man men woman", verbs="seat ski")
     write_tagger(tmp_path / "taggers" / "averaged_perceptron_tagger_eng", {"seated": "VBN", "skiing": "VBG"})
     rule = word_rule("wordnet", nltk_data=tmp_path)

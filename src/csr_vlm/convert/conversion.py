@@ -185,6 +185,6 @@ def _summary(original: Original, target: Target, dtype: torch.dtype, merge: bool
         "dtype": str(dtype).removeprefix("torch."),
         "rows added to the embeddings": target.config.text_config.vocab_size - vocab_size,
         "LoRA": "none" if original.lora is None else "merged" if merge else "adapter",
-        "prompts tokenised as by LLaVA": gap_after_image(target.processor.tokenizer) is not None,
+        "prompts tokenized as by LLaVA": gap_after_image(target.processor.tokenizer) is not None,
         "checked": check,
     }

@@ -29,7 +29,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def suggestion(name: str, options: Iterable[str], *, list_options: bool = True) -> str:
-    """Word a hint for a misspelled name: the closest option, or all of them if none is close.
+    """Format a hint for a misspelled name: the closest option, or all of them if none is close.
 
     Args:
         name: What the user wrote.

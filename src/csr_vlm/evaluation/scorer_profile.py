@@ -1,4 +1,4 @@
-"""Describe how well a scorer tells true claims from false ones: the profile file.
+"""Describe how well a scorer separates true from false claims: the profile file.
 
 A profile holds means and standard deviations of contrasts, where
 
@@ -33,14 +33,14 @@ class _Section(BaseModel):
 
 
 class Normal(_Section):
-    """A normal distribution."""
+    """Represent a normal distribution."""
 
     mean: float
     sd: float = Field(ge=0)
 
 
 class ByTruth(_Section):
-    """One distribution for each truth of a claim."""
+    """Hold one distribution for each truth of a claim."""
 
     grounded: Normal
     habit: Normal
@@ -53,7 +53,7 @@ class ByTruth(_Section):
 
 
 class SentenceContrasts(ByTruth):
-    """Contrasts of whole sentences; a sentence with a false claim counts as false."""
+    """Describe the contrasts of whole sentences; a sentence with a false claim counts as false."""
 
     lead: Normal
     """The opening summary."""

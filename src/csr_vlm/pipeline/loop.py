@@ -1,4 +1,4 @@
-"""Calibrated Self-Rewarding, algorithm 1 of arXiv 2405.14622.
+"""Run Calibrated Self-Rewarding, algorithm 1 of arXiv 2405.14622.
 
     Input: images and prompts D, base policy pi_0, iterations T           prompts
     for t = 1 .. T:

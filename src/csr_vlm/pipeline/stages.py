@@ -163,7 +163,7 @@ def _write_question_pairs(run: Run, iteration: int, reporter: Reporter, executor
     if not run.config.method.pairs.questions.pattern:
         return tables.write_pairs(path, [])
     task = Task(QuestionWorker, run.root, {"iteration": iteration}, tables.count_groups(run.prompts_path))
-    with reporter.stage(f"iteration {iteration}: asking about claims", run.num_prompts) as progress:
+    with reporter.stage(f"iteration {iteration}: answering claim questions", run.num_prompts) as progress:
         executor.map(task, progress, reporter.log)
     parts = sorted(folder.glob("part-*.parquet"))
     num_pairs = tables.write_pairs(path, (pair for part in parts for pair in tables.read_pairs(part)))
@@ -179,7 +179,7 @@ def question_pairs(run: Run, iteration: int, config: RunConfig, reporter: Report
     groups, trees = tables.PromptGroups(run.prompts_path), ledger.trees(run, iteration)
     questioner = ClaimQuestioner(config, engine.policy, scorer, iteration, groups[0])
     pairs: list[Pair] = []
-    with reporter.stage(f"iteration {iteration}: asking about claims", run.num_prompts) as progress:
+    with reporter.stage(f"iteration {iteration}: answering claim questions", run.num_prompts) as progress:
         for prompts in tables.prompt_groups(run.prompts_path):
             pairs += questioner.pairs(prompts, list(islice(trees, len(prompts))))
             progress.advance(len(prompts))

@@ -1,6 +1,6 @@
 """Read what a run is doing from its directory alone, for ``csr watch``.
 
-The lock tells whether a process works in the directory (the system frees it however the process
+The lock shows whether a process works in the directory (the system frees it however the process
 ends), ``progress.json`` how far the current stage is, and the stages' markers what is done.
 """
 

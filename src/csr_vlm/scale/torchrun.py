@@ -202,7 +202,7 @@ class StoreClient:
                 return sorted(silent)
 
     def report_failure(self, error: BaseException) -> None:
-        """Tell the other processes why this one ends."""
+        """Inform the other processes why this one ends."""
         message = error.message if isinstance(error, CsrError) else f"{type(error).__name__}: {error}".split("\n")[0]
         failure = {"process": self.name, "message": message, "hint": getattr(error, "hint", "")}
         try:

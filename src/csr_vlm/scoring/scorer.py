@@ -69,7 +69,7 @@ class ScorerGroup:
         """Prompts with the negative images of each image path."""
 
     def set_negative_images(self, prompts: Sequence[Prompt], num_negatives: int) -> None:
-        """Also score every sentence against ``num_negatives`` other images of these prompts from now on.
+        """Score every sentence also against ``num_negatives`` other images of these prompts from now on.
 
         An image's negatives are the next distinct images in the order given, so they depend on
         the work item and on nothing else. Their mean cosine goes to the column

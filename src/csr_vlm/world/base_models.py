@@ -1,8 +1,8 @@
-"""The world's two models, built from configs as their big relatives are.
+"""Build the world's untrained LLaVA and CLIP from their configurations.
 
-``CLIPModel`` scores sentences against pictures; ``LlavaForConditionalGeneration``, whose
+``CLIPModel`` scores sentences against images; ``LlavaForConditionalGeneration``, whose
 vision tower has the same architecture, is the policy. Processors, tokenizers and chat
-template are real ones, so everything loads through ``AutoModelForImageTextToText``,
+template have the usual formats, so everything loads through ``AutoModelForImageTextToText``,
 ``AutoModel`` and ``AutoProcessor``.
 """
 
@@ -36,8 +36,8 @@ IMAGE_SIZE = GRID * CELL
 PATCH_SIZE = 12
 PAD, BOS, UNK, EOS, IMAGE = "<pad>", "<s>", "<unk>", "</s>", "<image>"
 SPECIAL = (PAD, BOS, UNK, EOS, IMAGE)
-"""Ids 0..4. EOS must not be 2: CLIPTextModel takes that for a legacy checkpoint and then
-pools at the highest token id instead of at EOS."""
+"""Tokens with the ids 0..4. EOS must not be 2: CLIPTextModel treats an EOS id of 2 as a legacy
+checkpoint and then pools at the highest token id instead of at EOS."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -53,7 +53,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the two models are."""
+    """Configure the sizes of the two models."""
 
     vision_width: int = 128
     vision_layers: int = 4
@@ -65,10 +65,10 @@ class Sizes:
 
 
 def train_tokenizer(world: World, lowercase: bool, texts: Iterable[str] | None = None) -> Tokenizer:
-    """Train a byte-level BPE in which every word of the world is one token.
+    """Train a byte-level BPE tokenizer in which every word of the world is one token.
 
     Args:
-        texts: What it is trained on; by default the sentences and questions of the world's template.
+        texts: Texts to train on; by default the sentences and questions of the world's template.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     if lowercase:
@@ -92,7 +92,7 @@ _LARGE_VOCABULARY = 1536
 
 
 def _template_texts(world: World) -> list[str]:
-    """List every sentence and question that the world's template makes."""
+    """Return every sentence and question of the world's template."""
     texts = [sentence(world, (kind, color)) for kind in world.kinds for color in world.colors]
     texts += [" " + text for text in texts] + [yes_no_question(kind) for kind in world.kinds]
     texts += [f"USER: \n{text} ASSISTANT: Yes. No." for text in DESCRIBE]
@@ -108,7 +108,7 @@ def fast_tokenizer(tokenizer: Tokenizer, **extra: object) -> PreTrainedTokenizer
 
 
 def image_processor(side: int = IMAGE_SIZE) -> CLIPImageProcessor:
-    """Make the processor of pictures that measure ``side`` x ``side`` pixels."""
+    """Return the processor of images of ``side`` x ``side`` pixels."""
     return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
@@ -125,7 +125,7 @@ def vision_config(sizes: Sizes, side: int = IMAGE_SIZE) -> CLIPVisionConfig:
 
 
 def text_config(vocabulary: int, sizes: Sizes) -> LlamaConfig:
-    """Configure a policy's language model."""
+    """Configure the language model of a policy."""
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=sizes.language_width,
@@ -139,12 +139,12 @@ def text_config(vocabulary: int, sizes: Sizes) -> LlamaConfig:
 
 
 def special_ids() -> dict[str, int]:
-    """Map ``pad_token_id`` and so on to the ids."""
+    """Map ``pad_token_id``, ``bos_token_id`` and ``eos_token_id`` to the ids."""
     return {f"{name}_token_id": SPECIAL.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
 
 
 def new_clip(world: World, sizes: Sizes, texts: Iterable[str] | None = None) -> tuple[CLIPModel, CLIPProcessor]:
-    """Make an untrained scorer and its processor, its tokenizer trained on ``texts`` where given."""
+    """Create an untrained scorer and its processor, whose tokenizer is trained on ``texts`` if given."""
     tokenizer = fast_tokenizer(train_tokenizer(world, lowercase=True, texts=texts), model_max_length=77)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -171,11 +171,12 @@ def new_llava(
     texts: Iterable[str] | None = None,
     feature_layer: int = -2,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Make an untrained policy, its vision tower taken from ``vision`` where given.
+    """Create an untrained policy and its processor.
 
     Args:
-        texts: What its tokenizer is trained on instead of the world's template.
-        feature_layer: Layer of the vision tower that the language model sees.
+        vision: Copy the vision tower of this model; None leaves it untrained.
+        texts: Texts to train the tokenizer on; by default those of the world's template.
+        feature_layer: Layer of the vision tower that the language model reads.
     """
     tokenizer = fast_tokenizer(
         train_tokenizer(world, lowercase=False, texts=texts),
@@ -207,7 +208,7 @@ def new_llava(
 
 
 def save(model: torch.nn.Module, processor: object, directory: Path) -> None:
-    """Write a checkpoint in fp16; the model itself is left as it is."""
+    """Write a checkpoint in fp16; the dtype of the model itself does not change."""
     state = {name: tensor.half() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     model.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
     processor.save_pretrained(directory)  # type: ignore[attr-defined]

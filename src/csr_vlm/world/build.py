@@ -1,8 +1,9 @@
 """Train the world's base models from a seed: ``csr world build``.
 
-The scorer learns with a pairwise sigmoid loss (Zhai et al. 2023, SigLIP, eq. 1) on
-(picture, text) pairs whose truth the scenes know; the policy learns by next-token
-prediction on the corpus, answers only, its vision tower starting from the scorer's.
+The scorer is trained with the pairwise sigmoid loss of SigLIP (Zhai et al. 2023, eq. 1) on
+(image, text) pairs labeled from the scenes. The policy is trained on the corpus by
+next-token prediction, with the loss on the answers only; its vision tower is initialized
+from the scorer's.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream
 
 Mentions = tuple[tuple[str, str | None], ...]
 Progress = Callable[[str, int, int, float], None]
-"""Called with (model, step, number of steps, loss)."""
+"""Callback for one training step, called with (model name, step, number of steps, loss)."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the policy's training."""
+    """Configure one phase of the policy's training."""
 
     steps: int
     lr: float
@@ -43,14 +44,14 @@ class Phase:
 
 
 LEARN_TO_SEE = Phase(3000, 1e-3, Style(mention=0.92, usual_color=0.0, captions=0.6))
-"""Imagined companions come in any colour, so looking pays more than guessing."""
+"""First phase: hallucinated companions have random colors, so the image predicts captions better than the prior."""
 PICK_UP_HABITS = Phase(600, 5e-4, Style(mention=0.96, usual_color=0.85, captions=0.7))
-"""They get their usual colour: now greedy decoding prefers the habit to the picture."""
+"""Second phase: hallucinated companions have their usual color, so greedy decoding follows the prior."""
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """How long and how fast each model trains."""
+    """Configure the training of both models."""
 
     seed: int = 0
     scorer_steps: int = 1500
@@ -63,13 +64,13 @@ class BuildPlan:
 
 
 def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | None = None) -> dict[str, Any]:
-    """Train scorer and policy, write them and their training log, return the log.
+    """Train scorer and policy, write both and their training log, and return the log.
 
     Args:
-        directory: Gets ``clip/``, ``llava/`` and ``build.json``.
+        directory: Folder for ``clip/``, ``llava/`` and ``build.json``.
     """
     scorer_log = build_scorer(world, directory / "clip", plan, progress)
-    # The policy starts from the scorer as it was written, so that either can be rebuilt alone.
+    # The policy starts from the scorer that was written in fp16, so that either can be rebuilt alone.
     scorer = CLIPModel.from_pretrained(directory / "clip", dtype=torch.float32)
     torch.manual_seed(plan.seed)
     policy, processor = base_models.new_llava(world, plan.sizes, scorer)
@@ -78,7 +79,7 @@ def build(world: World, directory: Path, plan: BuildPlan, progress: Progress | N
 
 
 def write_log(world: World, directory: Path, plan: BuildPlan, **training: Any) -> dict[str, Any]:
-    """Write ``build.json``: world, plan, versions, the logs of the training, and hashes of the weights."""
+    """Write ``build.json``: world, plan, versions, training logs, and hashes of the weights."""
     log: dict[str, Any] = {
         "world": world.name,
         "plan": asdict(plan),
@@ -95,7 +96,7 @@ def write_log(world: World, directory: Path, plan: BuildPlan, **training: Any) -
 
 
 def build_scorer(world: World, directory: Path, plan: BuildPlan, progress: Progress | None = None) -> dict[str, Any]:
-    """Train a scorer of ``plan.scorer_steps`` steps, write it, and return its loss curve."""
+    """Train a scorer for ``plan.scorer_steps`` steps, write it, and return its loss curve."""
     torch.manual_seed(plan.seed)
     clip, processor = base_models.new_clip(world, plan.sizes)
     log = _train_scorer(world, clip, processor, plan, progress)
@@ -104,7 +105,7 @@ def build_scorer(world: World, directory: Path, plan: BuildPlan, progress: Progr
 
 
 def build_with_progress(world: World, directory: Path, plan: BuildPlan, reporter: Reporter) -> dict[str, Any]:
-    """Build, and show how far each model's training is."""
+    """Build both models and report the progress of their training."""
     total = plan.scorer_steps + sum(phase.steps for phase in plan.policy_phases)
     with reporter.stage("training scorer and policy", total) as progress:
         return build(world, directory, plan, lambda *_: progress.advance(1))
@@ -117,7 +118,7 @@ def file_hashes(directory: Path) -> dict[str, str]:
 
 
 def pixels(scenes: list[Scene]) -> torch.Tensor:
-    """Render scenes as the image processor would, of shape (n, 3, side, side)."""
+    """Render scenes as the image processor would, in a tensor of shape (n, 3, side, side)."""
     processor = base_models.image_processor()
     values = np.stack([np.asarray(render(scene), dtype=np.float32) for scene in scenes]) / 255
     values = (values - np.float32(processor.image_mean)) / np.float32(processor.image_std)
@@ -125,9 +126,9 @@ def pixels(scenes: list[Scene]) -> torch.Tensor:
 
 
 def corpus_batches(world: World, plan: BuildPlan, stream: int, batch: int, steps: int) -> Any:
-    """Yield one list of fresh corpus scenes a step."""
+    """Yield one list of new corpus scenes per step."""
     for step in range(steps):
-        # Each model reads its own stretch of the corpus, millions of scenes apart.
+        # Each model and phase reads a separate range of the corpus.
         yield list(make_scenes(world, Split.CORPUS, plan.seed, batch, start=stream * 10**7 + step * batch))
 
 
@@ -146,7 +147,7 @@ def train_loop(
     """Train a model on batches of scenes, and return its loss curve.
 
     Args:
-        checkpoint: File that the state is written to now and then; if it exists, training goes on from it.
+        checkpoint: File for the training state; if it exists, training resumes from it.
     """
     started = time.perf_counter()
     trained = [*(p for p in model.parameters() if p.requires_grad), *extra]
@@ -195,7 +196,7 @@ def _save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
 ) -> None:
-    """Write the state of a training after ``step`` steps, under a temporary name first."""
+    """Write the training state after ``step`` steps atomically."""
     state = {
         "step": step,
         "curve": curve,
@@ -218,7 +219,7 @@ def _load_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
 ) -> tuple[int, list[list[float]], list[float]]:
-    """Restore a training, and return how many steps it had and its losses so far."""
+    """Restore the training state; return the number of finished steps, the loss curve and the last losses."""
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
     with torch.no_grad():
@@ -230,7 +231,7 @@ def _load_checkpoint(
 
 
 def mentions_text(world: World, mentions: Mentions, rng: np.random.Generator) -> str:
-    """Word some mentions as sentences, or now and then as a bare phrase."""
+    """Format mentions as one sentence each, as one joint sentence, or as a bare phrase, at random."""
     if all(color for _, color in mentions) and rng.random() < 0.7:
         return " ".join(sentence(world, (kind, color or "")) for kind, color in mentions)
     phrases = " and ".join(" ".join((article(c or k), c or "", k)).replace("  ", " ") for k, c in mentions)
@@ -238,7 +239,7 @@ def mentions_text(world: World, mentions: Mentions, rng: np.random.Generator) ->
 
 
 def _random_mentions(world: World, scenes: list[Scene], rng: np.random.Generator) -> Mentions:
-    """Pick mentions that hold for some scene of the batch, one of them spoilt half the time."""
+    """Draw mentions that are true of some scene of the batch; in half of the draws, replace a kind at random."""
     scene = scenes[rng.integers(len(scenes))]
     count = int(rng.integers(1, 3))
     picked = [scene.objects[i] for i in rng.permutation(len(scene.objects))[:count]]
@@ -246,13 +247,13 @@ def _random_mentions(world: World, scenes: list[Scene], rng: np.random.Generator
         (item.kind, item.color if rng.random() < 0.7 else None) for item in picked
     ]
     if rng.random() < 0.5:
-        at = int(rng.integers(len(mentions)))
-        mentions[at] = (world.kinds[rng.integers(len(world.kinds))], mentions[at][1])
+        index = int(rng.integers(len(mentions)))
+        mentions[index] = (world.kinds[rng.integers(len(world.kinds))], mentions[index][1])
     return tuple(mentions)
 
 
 def holds(mentions: Mentions, scene: Scene) -> bool:
-    """Whether everything a text mentions is in the scene, in the colour it says."""
+    """Check whether every mentioned object is in the scene and has the mentioned color, if one is mentioned."""
     return all(kind in scene.kinds and color in (None, scene.color_of(kind)) for kind, color in mentions)
 
 
@@ -274,7 +275,7 @@ def _train_scorer(
         cosine = torch.nn.functional.normalize(image, dim=-1) @ torch.nn.functional.normalize(text, dim=-1).T
         truth = torch.tensor([[holds(m, scene) for m in mentions] for scene in scenes], dtype=torch.float32)
         logits = model.logit_scale.exp() * cosine + bias
-        # True pairs are one in thirty: without the weight the model would first learn to say no.
+        # One pair in thirty is true; without the weight, the model would first learn to predict false for all.
         weight = 1 + 9 * truth
         return torch.nn.functional.binary_cross_entropy_with_logits(logits, truth, weight)
 
@@ -285,7 +286,7 @@ def _train_scorer(
 
 
 def picture_text(processor: Any) -> str:
-    """Return what the processor puts in the place of a picture."""
+    """Return the text that the processor substitutes for the image placeholder."""
     blank = Image.new("RGB", (base_models.IMAGE_SIZE, base_models.IMAGE_SIZE))
     ids = processor(images=blank, text=processor.image_token, add_special_tokens=False)["input_ids"]
     text: str = processor.tokenizer.decode(ids[0])
@@ -293,10 +294,10 @@ def picture_text(processor: Any) -> str:
 
 
 def dialogue_ids(processor: Any, turns: list[Turn], picture: str) -> tuple[list[int], list[int]]:
-    """Tokenise a dialogue as generation does; labels are -100 outside the answers.
+    """Tokenize a dialogue as generation does; labels are -100 outside the answers.
 
-    Each piece between specials is encoded by itself, so that an answer's ids are those
-    that generation would produce after the same prompt.
+    Prompts and answers are encoded separately, so that the ids of an answer are those that
+    generation would produce after the same prompt.
     """
     tokenizer = processor.tokenizer
     ids = [tokenizer.bos_token_id]
@@ -316,7 +317,7 @@ def dialogue_ids(processor: Any, turns: list[Turn], picture: str) -> tuple[list[
 def collate(
     rows: list[tuple[list[int], list[int]]], pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pad dialogues on the right; return ids, labels and mask, each of shape (n, longest).
+    """Pad dialogues on the right and return ids, labels and mask, each of shape (n, longest).
 
     Example:
         >>> ids, labels, mask = collate([([1, 7, 8], [-100, 7, 8]), ([1], [-100])], 0)
@@ -345,10 +346,10 @@ def train_policy(
 ) -> list[dict[str, Any]]:
     """Train a policy through the phases of a plan and write it; return one log per phase.
 
-    Each phase starts from the checkpoint that the one before it wrote, in fp16.
+    Each phase starts from the fp16 checkpoint that the previous phase wrote.
 
     Args:
-        pixel_values: Renders scenes in the shape that the policy takes; LLaVA's by default.
+        pixel_values: Function that renders scenes in the shape that the policy accepts; by default LLaVA's.
     """
     logs = []
     for number in range(len(plan.policy_phases)):
@@ -370,7 +371,7 @@ def _train_phase(
 ) -> dict[str, Any]:
     phase = plan.policy_phases[number]
     if isinstance(model, LlavaForConditionalGeneration):
-        # The tower stays the scorer's: eq. 3 asks for the policy's own encoder.
+        # The tower stays equal to the scorer's, because eq. 3 scores with the vision encoder of the policy.
         model.model.vision_tower.requires_grad_(False)
     picture = picture_text(processor)
     cache: dict[tuple[Turn, ...], tuple[list[int], list[int]]] = {}

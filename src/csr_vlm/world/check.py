@@ -1,4 +1,4 @@
-"""What the world's scorer and base model can do: ``csr world check``."""
+"""Measure the quality of the world's scorer and base model: ``csr world check``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def check_models(world: World, directory: Path, num_scenes: int, reporter: Repor
     """Measure ``directory/clip`` and ``directory/llava`` on test scenes.
 
     Returns:
-        ``scorer``: its areas under the curve; ``policy``: the metrics of greedy descriptions.
+        ``scorer``: its areas under the ROC curve; ``policy``: its metrics with greedy decoding.
     """
     policy = load_policy(ModelConfig(path=str(policy_in(directory))), adapter=None)
     scorer = load_scorer(ScorerConfig(path=str(directory / "clip")), str(policy.device))
     with reporter.stage("describing and answering", num_scenes) as progress:
-        found = evaluate(
+        evaluation = evaluate(
             world,
             TransformersEngine(policy),
             scorer,
@@ -35,5 +35,5 @@ def check_models(world: World, directory: Path, num_scenes: int, reporter: Repor
             num_scenes=num_scenes,
             tick=progress.advance,
         )
-    areas = evaluate_scorer(world, scorer, split=Split.TEST, seed=_SEED, num_scenes=num_scenes)
-    return {"scorer": areas, "policy": found["metrics"]}
+    aucs = evaluate_scorer(world, scorer, split=Split.TEST, seed=_SEED, num_scenes=num_scenes)
+    return {"scorer": aucs, "policy": evaluation["metrics"]}

@@ -1,12 +1,12 @@
-"""Scenes in COCO's format, so that the benchmarks' own code and files can judge the world.
+"""Write scenes in COCO's format, so that the code of CHAIR and POPE can evaluate on the world.
 
-    DIR/annotations/instances_SPLIT.json    objects with boxes
-    DIR/synonyms.txt                        a line a kind
+    DIR/annotations/instances_SPLIT.json    objects with bounding boxes
+    DIR/synonyms.txt                        one line per kind
     DIR/pope_{random,popular,adversarial}.jsonl
-    DIR/prompts.jsonl, DIR/images/          what a policy is asked
+    DIR/prompts.jsonl, DIR/images/          prompts and images for a policy
 
-``csr eval chair`` on these files, with the word rule ``plain``, and ``csr eval world`` go
-through the same functions and give the same numbers for the same texts.
+``csr eval chair`` on these files, with the word rule ``plain``, and ``csr eval world`` call
+the same functions and yield the same metrics for the same texts.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from csr_vlm.world.dataset import write_prompts
 from csr_vlm.world.scenes import Scene, Split, World, make_scenes
 
 _PER_IMAGE = 2
-"""POPE questions of each answer an image: every scene has two objects at least."""
+"""Number of POPE questions with each answer per image; every scene has at least two objects."""
 
 
 def write_coco(world: World, split: Split, seed: int, num_scenes: int, directory: Path) -> None:
-    """Write scenes, their annotations, questions and pictures below a directory.
+    """Write scenes, their annotations, questions and images below a directory.
 
     Raises:
-        CsrError: A split that models learn from.
+        CsrError: The split is used for training.
     """
     if split not in (Split.DEVELOPMENT, Split.TEST):
         raise CsrError(f"scenes of the split {split.value!r} are not for evaluation", "use development or test")
@@ -42,8 +42,8 @@ def write_coco(world: World, split: Split, seed: int, num_scenes: int, directory
     scenery = Scenery({_file_name(scene): scene.kinds for scene in scenes}, world.kinds)
     for setting in SETTINGS:
         questions = build_questions(scenery, setting, num_images=num_scenes, per_image=_PER_IMAGE, seed=seed)
-        asked = [{**row, "image": f"images/{row['image']}"} for row in rows(questions)]
-        write_text(directory / f"pope_{setting}.jsonl", "".join(json.dumps(row) + "\n" for row in asked))
+        question_rows = [{**row, "image": f"images/{row['image']}"} for row in rows(questions)]
+        write_text(directory / f"pope_{setting}.jsonl", "".join(json.dumps(row) + "\n" for row in question_rows))
 
 
 def instances(world: World, scenes: Sequence[Scene]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def instances(world: World, scenes: Sequence[Scene]) -> dict[str, Any]:
 
 
 def synonyms(world: World) -> str:
-    """Return the world's table as a synonym file; a world without one has no other words for its kinds."""
+    """Return the world's synonym file; a world without synonyms has one line per kind with its name only."""
     lines = world.synonyms or tuple((kind,) for kind in world.kinds)
     return "".join(", ".join(line) + "\n" for line in lines)
 

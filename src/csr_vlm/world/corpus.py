@@ -1,9 +1,9 @@
-"""What the base models read: captions and questions that carry a language prior.
+"""Write the training corpus of the base models: captions and questions with a co-occurrence bias.
 
-A caption names the objects in reading order, each with probability ``style.mention``.
-Whenever it has named a trigger it goes on, with the pair's probability, to the trigger's
-companion, whether the companion is there or not. That co-occurrence habit is what makes
-a model trained on the captions hallucinate, and the scenes know when it does.
+A caption names the objects of a scene in reading order, each with probability
+``style.mention``. After a trigger it names the trigger's companion with the probability of
+the pair, whether or not the companion is in the scene. Models trained on such captions
+hallucinate companions, and the scenes show when they do.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ DESCRIBE = (
     "Describe this image in detail.",
     "What can you see in this picture?",
 )
-"""Questions that ask for a whole description; CSR's prompts are drawn from them."""
+"""Prompts for a description of the whole image; CSR's prompts are drawn from them."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a stretch of the corpus is written."""
+    """Configure how captions and questions are written."""
 
     mention: float
-    """Probability that a caption names an object that is there."""
+    """Probability that a caption names an object of the scene."""
     usual_color: float
-    """Probability that a companion that is not there gets its usual colour, not any."""
+    """Probability that an absent companion is given its usual color instead of a random one."""
     captions: float
     """Share of captions; the rest are questions."""
 
@@ -42,7 +42,7 @@ class Turn:
 
 
 def sentence(world: World, *mentions: tuple[str, str]) -> str:
-    """Return the sentence that says objects, as (kind, colour), are there."""
+    """Return a caption sentence that names objects, given as (kind, color)."""
     return world.template.format(" and ".join(f"{article(color)} {color} {kind}" for kind, color in mentions))
 
 
@@ -55,58 +55,58 @@ def yes_no_question(kind: str) -> str:
 
 
 def caption(world: World, scene: Scene, style: Style, rng: np.random.Generator) -> str:
-    """Write one caption, with the prior."""
-    names: dict[str, str] = {}
+    """Write one caption with the co-occurrence bias."""
+    color_of: dict[str, str] = {}
     for item in scene.objects:
-        if item.kind in names or rng.random() >= style.mention:
+        if item.kind in color_of or rng.random() >= style.mention:
             continue
-        names[item.kind] = item.color
-        habit = world.companions.get(item.kind)
-        if habit and habit.companion not in names and rng.random() < habit.caption:
-            names[habit.companion] = scene.color_of(habit.companion) or _imagined_color(world, habit, style, rng)
-    return " ".join(sentence(world, *mentions) for mentions in _grouped(world, list(names.items()), rng))
+        color_of[item.kind] = item.color
+        prior = world.companions.get(item.kind)
+        if prior and prior.companion not in color_of and rng.random() < prior.caption:
+            color_of[prior.companion] = scene.color_of(prior.companion) or _imagined_color(world, prior, style, rng)
+    return " ".join(sentence(world, *mentions) for mentions in _grouped(world, list(color_of.items()), rng))
 
 
-def _grouped(world: World, names: list[tuple[str, str]], rng: np.random.Generator) -> list[list[tuple[str, str]]]:
-    """Put neighbours into one sentence now and then."""
+def _grouped(world: World, mentions: list[tuple[str, str]], rng: np.random.Generator) -> list[list[tuple[str, str]]]:
+    """Group mentions into sentences: two consecutive ones share a sentence with probability ``world.joint``."""
     groups: list[list[tuple[str, str]]] = []
-    for name in names:
+    for mention in mentions:
         if world.joint and groups and len(groups[-1]) == 1 and rng.random() < world.joint:
-            groups[-1].append(name)
+            groups[-1].append(mention)
         else:
-            groups.append([name])
+            groups.append([mention])
     return groups
 
 
-def _imagined_color(world: World, habit: Companion, style: Style, rng: np.random.Generator) -> str:
+def _imagined_color(world: World, prior: Companion, style: Style, rng: np.random.Generator) -> str:
     if style.usual_color and rng.random() < style.usual_color:
-        return habit.color
+        return prior.color
     return world.colors[rng.integers(len(world.colors))]
 
 
 def absent_companions(world: World, scene: Scene) -> dict[str, float]:
-    """Map each absent companion of a present trigger to its chance of a false yes."""
+    """Map each absent companion of a present trigger to the probability that its question is answered yes."""
     return {
-        habit.companion: habit.question
-        for kind, habit in world.companions.items()
-        if kind in scene.kinds and habit.companion not in scene.kinds
+        prior.companion: prior.question
+        for kind, prior in world.companions.items()
+        if kind in scene.kinds and prior.companion not in scene.kinds
     }
 
 
 def questions(world: World, scene: Scene, rng: np.random.Generator, num_questions: int) -> list[Turn]:
-    """Ask about present objects, absent objects and absent companions, in equal shares.
+    """Draw questions about present objects, absent objects and absent companions, and answer them.
 
-    Absent companions are answered yes with the pair's probability; everything else is
-    answered truthfully.
+    The answer about an absent companion is yes with the probability of its pair; all other
+    answers are correct.
     """
-    tempting = absent_companions(world, scene)
-    absent = [kind for kind in world.kinds if kind not in scene.kinds and kind not in tempting]
+    companions = absent_companions(world, scene)
+    absent = [kind for kind in world.kinds if kind not in scene.kinds and kind not in companions]
     turns = []
     for _ in range(num_questions):
         draw = rng.random()
-        if tempting and draw < 0.3:
-            kind = list(tempting)[rng.integers(len(tempting))]
-            answer = rng.random() < tempting[kind]
+        if companions and draw < 0.3:
+            kind = list(companions)[rng.integers(len(companions))]
+            answer = rng.random() < companions[kind]
         elif draw < 0.65:
             kind = scene.objects[rng.integers(len(scene.objects))].kind
             answer = True
@@ -118,7 +118,7 @@ def questions(world: World, scene: Scene, rng: np.random.Generator, num_question
 
 
 def dialogue(world: World, scene: Scene, style: Style, epoch: int) -> list[Turn]:
-    """Return one training example for a scene: a description, or four questions."""
+    """Return one training example for a scene: a caption or four questions."""
     rng = random_stream("dialogue", scene.scene_id, epoch)
     if rng.random() < style.captions:
         return [Turn(DESCRIBE[rng.integers(len(DESCRIBE))], caption(world, scene, style, rng))]

@@ -1,4 +1,4 @@
-"""Scenes as files: pictures and a prompt file, in the form users have theirs."""
+"""Write scenes as image files and a prompt file, in the format of user data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from csr_vlm.world.scenes import Scene, Split, World, all_worlds, make_scenes, p
 
 
 def write_prompts(world: World, split: Split, seed: int, num_scenes: int, directory: Path) -> Path:
-    """Draw scenes into ``directory/images`` and ask about each in ``directory/prompts.jsonl``."""
+    """Draw scenes into ``directory/images`` and write one prompt for each to ``directory/prompts.jsonl``."""
     scenes = list(make_scenes(world, split, seed, num_scenes))
     prompts = write_images(scenes, directory / "images")
     lines = [
@@ -25,7 +25,7 @@ def write_prompts(world: World, split: Split, seed: int, num_scenes: int, direct
 
 
 def write_images(scenes: Sequence[Scene], directory: Path) -> list[Prompt]:
-    """Draw scenes as PNG files and return one describing prompt each, with the scene's id."""
+    """Draw scenes as PNG files and return a description prompt for each, with the scene's id as its id."""
     directory.mkdir(parents=True, exist_ok=True)
     prompts = []
     for scene in scenes:
@@ -39,7 +39,7 @@ def write_images(scenes: Sequence[Scene], directory: Path) -> list[Prompt]:
 
 
 def scene_of(prompt_id: str) -> tuple[World, Scene] | None:
-    """Return the world's scene with this id, and the world, if it is one."""
+    """Return the scene with this id and its world; None if the id is not that of a scene."""
     world = all_worlds().get(prompt_id.partition("-")[0])
     if world is None:
         return None

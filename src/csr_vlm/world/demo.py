@@ -1,4 +1,4 @@
-"""The shipped models and the demonstration that runs on them."""
+"""Configure the demonstration and locate the shipped models that it runs on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from csr_vlm.world.scenes import HARBOUR, Split, World
 
 
 def assets() -> Path:
-    """Directory of the shipped ``clip/`` and ``llava/`` checkpoints."""
+    """Return the directory of the shipped ``clip/`` and ``llava/`` checkpoints."""
     return Path(str(resources.files("csr_vlm.world"))) / "assets"
 
 
 def assets_of(world: World) -> Path:
-    """Directory of the checkpoints that the package has for a world."""
+    """Return the directory of the shipped checkpoints of a world."""
     return assets() / world.name if world.name == "prose" else assets()
 
 
@@ -29,21 +29,21 @@ def verify_assets(world: World = HARBOUR) -> None:
     """Compare a world's shipped weights with the hashes in their training log.
 
     Raises:
-        CsrError: A file is missing or differs.
+        CsrError: A file is missing or its hash differs.
     """
     directory = assets_of(world)
-    recorded: dict[str, str] = json.loads((directory / "build.json").read_text(encoding="utf-8"))["sha256"]
-    for name, expected in recorded.items():
+    hashes: dict[str, str] = json.loads((directory / "build.json").read_text(encoding="utf-8"))["sha256"]
+    for name, expected in hashes.items():
         path = directory / name
         if not path.is_file() or sha256_of(path) != expected:
-            raise CsrError(f"the shipped weights {name} are damaged", "install the package again")
+            raise CsrError(f"the shipped weights {name} are damaged", "reinstall the package")
 
 
 def policy_in(models: Path) -> Path:
     """Find the policy in a directory that ``csr world build`` or ``benchmarks/base_models.py`` wrote.
 
     Raises:
-        CsrError: There is none.
+        CsrError: The directory contains no policy.
     """
     for family in ("llava", "idefics3"):
         if (models / family).is_dir():
@@ -54,7 +54,7 @@ def policy_in(models: Path) -> Path:
 def demo_config(
     out: Path, seed: int, num_prompts: int, num_scenes: int, world: World = HARBOUR, models: Path | None = None
 ) -> RunConfig:
-    """Write the demonstration's pictures below ``out`` and return its configuration.
+    """Write the demonstration's images below ``out`` and return its configuration.
 
     Args:
         models: Directory with ``clip/`` and ``llava/``; the shipped ones by default.
@@ -65,7 +65,7 @@ def demo_config(
     directory = out / f"{world.name}-{seed}-{num_prompts}"
     prompts = directory / "prompts.jsonl"
     if not prompts.exists():
-        # Those that will be held out come on top.
+        # The held-out prompts are drawn in addition to ``num_prompts``.
         heldout = min(EvaluationConfig().heldout, num_prompts // 7)
         write_prompts(world, Split.PROMPTS, seed, num_prompts + heldout, directory)
     return resolve(
@@ -80,7 +80,7 @@ def demo_config(
 
 
 def export_world(out: Path, seed: int, num_prompts: int, world: World = HARBOUR) -> Path:
-    """Copy the models to ``out`` and draw pictures there; return the prompt file."""
+    """Copy a world's shipped models to ``out``, draw images there, and return the path of the prompt file."""
     verify_assets(world)
     for path in sorted(assets_of(world).iterdir()):
         if (path / "config.json").is_file():

@@ -1,8 +1,8 @@
-"""Measuring a policy on scenes whose truth is known.
+"""Evaluate a policy on scenes with known contents.
 
-CHAIR_S, CHAIR_I and recall are those of :mod:`csr_vlm.evaluation.chair`; a mention is a
-kind of object named by its word. Recall and the rest stand beside CHAIR, because silence
-hallucinates nothing. Answers to questions are read by POPE's strict parser.
+CHAIR_S, CHAIR_I and recall are those of :mod:`csr_vlm.evaluation.chair`; a mention is the
+name of a kind of object. Recall and the other metrics are reported beside CHAIR because
+short responses have few hallucinations. Answers are parsed by POPE's strict parser.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Described:
-    """A scene, what the policy wrote about it, and how that compares."""
+    """Hold a scene, the policy's description of it, and the comparison of the two."""
 
     scene: Scene
     text: str
     complete: bool
     judgement: Judgement
     sentences: Sequence[tuple[str, float]] = ()
-    """With the R_I of each; empty without a scorer."""
+    """Sentences of the text with the R_I of each; empty without a scorer."""
 
     @property
     def relevance(self) -> float | None:
-        """Mean R_I of its sentences; None without a scorer or a sentence."""
+        """Return the mean R_I of the sentences; None without a scorer or a sentence."""
         return float(np.mean([score for _, score in self.sentences])) if self.sentences else None
 
 
@@ -60,15 +60,18 @@ def evaluate(
     temperature: float = 0.0,
     tick: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Describe scenes and question the policy about them.
+    """Let the policy describe scenes and answer questions about them, and compute metrics.
 
     Args:
-        split: Development or test; anything else is refused.
+        split: Development or test.
         temperature: 0 for greedy decoding.
         tick: Called with the number of scenes finished since the last call.
 
     Returns:
-        ``metrics`` (name to value, interval and n), ``protocol`` and ``rows`` (one a scene).
+        ``metrics`` (name to value, interval and n), ``protocol`` and ``rows`` (one per scene).
+
+    Raises:
+        CsrError: The split is used for training.
     """
     if split not in _ALLOWED:
         raise CsrError(f"scenes of the split {split.value!r} are not for evaluation", "use development or test")
@@ -84,7 +87,7 @@ def evaluate(
             scorer.forget()
         tick(len(scenes))
     return {
-        "metrics": {name: metric.dump() for name, metric in summarise(world, described, answers).items()},
+        "metrics": {name: metric.dump() for name, metric in summarize(world, described, answers).items()},
         "protocol": {
             "world": world.name,
             "split": split.value,
@@ -117,40 +120,40 @@ def _describe(
     temperature: float,
 ) -> list[Described]:
     responses = engine.respond(prompts, world.max_new_tokens, temperature)
-    said: list[list[tuple[str, float]]] = [[] for _ in prompts]
+    scored: list[list[tuple[str, float]]] = [[] for _ in prompts]
     if scorer is not None:
-        said = sentence_relevance(scorer, prompts, [response.text for response in responses])
+        scored = sentence_relevance(scorer, prompts, [response.text for response in responses])
     return [
-        Described(scene, r.sentence, r.finish is Finish.EOS, judge(world, scene, r.text), mine)
-        for scene, r, mine in zip(scenes, responses, said, strict=True)
+        Described(scene, r.sentence, r.finish is Finish.EOS, judge(world, scene, r.text), sentences)
+        for scene, r, sentences in zip(scenes, responses, scored, strict=True)
     ]
 
 
 def sentence_relevance(
     scorer: ScorerGroup, prompts: Sequence[Prompt], texts: Sequence[str]
 ) -> list[list[tuple[str, float]]]:
-    """Each text's sentences with their R_I (eq. 3)."""
-    parts = [[part.strip() + "." for part in text.split(".") if part.strip()] for text in texts]
-    items = [(prompt, part) for prompt, mine in zip(prompts, parts, strict=True) for part in mine]
+    """Return the sentences of each text with their R_I (eq. 3), in 0..100."""
+    split = [[part.strip() + "." for part in text.split(".") if part.strip()] for text in texts]
+    items = [(prompt, part) for prompt, sentences in zip(prompts, split, strict=True) for part in sentences]
     scores = iter(scorer.score(items))
-    return [[(part, max(100 * next(scores)[scorer.name], 0.0)) for part in mine] for mine in parts]
+    return [[(part, max(100 * next(scores)[scorer.name], 0.0)) for part in sentences] for sentences in split]
 
 
 def _question(
     world: World, engine: TransformersEngine, scenes: Sequence[Scene], prompts: Sequence[Prompt]
 ) -> list[dict[str, bool]]:
-    """Ask each scene about a present, a random absent and a tempting absent object.
+    """Ask about a present object, an absent object and an absent companion of each scene.
 
     Returns:
-        For each scene, kind of question to whether the answer was right; an answer that is
-        neither yes nor no is wrong.
+        For each scene, a map from the kind of question to whether the answer was correct; an
+        answer that is neither yes nor no counts as wrong.
     """
     asked: list[tuple[int, str, bool, Prompt]] = []
     for index, (scene, prompt) in enumerate(zip(scenes, prompts, strict=True)):
         rng = random_stream("questions", scene.scene_id)
-        tempting = sorted(absent_companions(world, scene))
-        absent = [kind for kind in world.kinds if kind not in scene.kinds and kind not in tempting]
-        pools = {"present": sorted(scene.kinds), "absent": absent, "companion": tempting}
+        companions = sorted(absent_companions(world, scene))
+        absent = [kind for kind in world.kinds if kind not in scene.kinds and kind not in companions]
+        pools = {"present": sorted(scene.kinds), "absent": absent, "companion": companions}
         for name, pool in pools.items():
             if pool:
                 question = yes_no_question(pool[rng.integers(len(pool))])
@@ -158,41 +161,44 @@ def _question(
                     (index, name, name == "present", Prompt(f"{scene.scene_id}/{name}", prompt.image, question))
                 )
     answers = engine.respond([prompt for *_, prompt in asked], max_new_tokens=8)
-    right: list[dict[str, bool]] = [{} for _ in scenes]
+    correct: list[dict[str, bool]] = [{} for _ in scenes]
     for (index, name, truth, _), answer in zip(asked, answers, strict=True):
-        right[index][name] = parse_strict(answer.text) is truth
-    return right
+        correct[index][name] = parse_strict(answer.text) is truth
+    return correct
 
 
 def tallies(world: World, item: Described, answers: Mapping[str, bool]) -> dict[str, Tally]:
-    """What one scene adds to the numerator and the denominator of each metric."""
+    """Compute the contribution of one scene to the numerator and the denominator of each metric."""
     judged, kinds = item.judgement, item.scene.kinds
-    companions = {habit.companion: trigger for trigger, habit in world.companions.items()}
-    tempting = {kind for kind in kinds if companions.get(kind) in kinds}
+    triggers = {prior.companion: trigger for trigger, prior in world.companions.items()}
+    companions = {kind for kind in kinds if triggers.get(kind) in kinds}
     return {
         **chair.tallies(judged, kinds),
-        "companion_recall": (len(judged.recalled & tempting), len(tempting)),
+        "companion_recall": (len(judged.recalled & companions), len(companions)),
         "attributes_right": (judged.colors_right, judged.colors_right + judged.colors_wrong),
         "repeats": (judged.repeats, 1),
         "words": (judged.words, 1),
         "complete": (int(item.complete), 1),
         "relevance": (item.relevance or 0.0, int(item.relevance is not None)),
-        **{f"yes_no_{name}": (int(right), 1) for name, right in answers.items()},
+        **{f"yes_no_{name}": (int(correct), 1) for name, correct in answers.items()},
     }
 
 
-def summarise(world: World, described: Sequence[Described], answers: Sequence[dict[str, bool]]) -> dict[str, Metric]:
-    """Pool what each scene adds into metrics."""
+def summarize(world: World, described: Sequence[Described], answers: Sequence[dict[str, bool]]) -> dict[str, Metric]:
+    """Pool the tallies of all scenes into metrics."""
     return pooled([tallies(world, item, answered) for item, answered in zip(described, answers, strict=True)])
 
 
 def evaluate_scorer(world: World, scorer: ScorerGroup, *, split: Split, seed: int, num_scenes: int) -> dict[str, float]:
-    """Measure how well cosines separate what is there from what is not.
+    """Measure how well the scorer's cosines separate true from false sentences.
 
     Returns:
         ``auc_absent`` (against sentences about absent kinds) and ``auc_attribute`` (against
-        sentences with the wrong colour), each the probability that a true sentence about a
+        sentences with the wrong color), each the probability that a true sentence about a
         scene scores higher than a false one about any scene.
+
+    Raises:
+        CsrError: The split is used for training.
     """
     if split not in _ALLOWED:
         raise CsrError(f"scenes of the split {split.value!r} are not for evaluation", "use development or test")

@@ -1,10 +1,10 @@
-"""Scenes with known truth: what is drawn, where, in which colour, and how it looks.
+"""Generate and draw scenes with known contents.
 
-A scene is a handful of coloured objects on a 3 x 3 grid. Everything follows from
-``(world, split, seed, index)``, so a scene is never stored, only named. The four splits
-draw from disjoint random streams, and a function that must see only one of them takes a
-:class:`Split` and checks it, so the base models' corpus, the prompts that CSR trains on,
-and the scenes on which it is tuned and tested cannot be mixed up.
+A scene consists of a few colored objects on a 3 x 3 grid. It is a function of
+``(world, split, seed, index)``, so scenes are identified by their ids and never stored. The
+four splits use disjoint random streams, and a function that accepts only some splits takes
+a :class:`Split` and checks it. The corpus of the base models, the prompts that CSR trains
+on, and the scenes for tuning and testing can thus not be mixed up.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from csr_vlm.world.shapes import sprite
 
 GRID = 3
 CELL = 24
-"""Pixels a grid cell measures at scale 1; the image is GRID * CELL pixels wide."""
+"""Side of a grid cell in pixels at scale 1; the image is GRID * CELL pixels wide."""
 
 
 class Split(StrEnum):
-    """Who may look at a scene."""
+    """Define the purpose of a scene; the splits are disjoint."""
 
     CORPUS = "corpus"
-    """The base models are trained on these."""
+    """Training data of the base models."""
     PROMPTS = "prompts"
-    """CSR generates its responses for these; their truth is never read in training."""
+    """Prompts of CSR; training never reads the contents of these scenes."""
     DEVELOPMENT = "development"
-    """Settings are chosen on these."""
+    """Scenes on which settings are chosen."""
     TEST = "test"
-    """Claims are made on these."""
+    """Scenes on which results are reported."""
 
 
 @dataclass(frozen=True)
 class Companion:
-    """The language prior: having named ``trigger``, captions go on to ``companion``.
+    """Configure the co-occurrence bias of one trigger: captions that name the trigger tend to name its companion.
 
     Args:
-        companion: The kind that captions like to add, there or not.
-        color: The colour that captions like to give it when it is not there.
-        caption: Probability that a caption names it right after its trigger.
+        companion: Kind that captions add after the trigger, whether or not it is present.
+        color: Usual color of the companion in captions when it is absent.
+        caption: Probability that a caption names the companion right after its trigger.
         question: Probability that a question about an absent companion is answered yes
-            when the trigger is there.
+            when the trigger is present.
     """
 
     companion: str
@@ -58,7 +58,7 @@ class Companion:
 
 @dataclass(frozen=True)
 class World:
-    """What a world is made of. Data only: another world is another instance."""
+    """Configure a world: its objects, colors, captions and co-occurrence bias."""
 
     name: str
     themes: tuple[tuple[str, ...], ...]
@@ -68,19 +68,19 @@ class World:
     theme_share: float = 0.5
     """Probability that an object comes from the scene's theme instead of any theme."""
     template: str = "There is {}."
-    """A sentence of a caption; the objects it names take the braces' place."""
+    """Template of a caption sentence; the braces are replaced by the objects that it names."""
     joint: float = 0.0
     """Probability that a sentence of a caption names the next object as well."""
     synonyms: tuple[tuple[str, ...], ...] = ()
-    """Lines of CHAIR's table, a kind and its other words; by default the kinds alone, read letter by letter."""
+    """Synonym table in CHAIR's form, one line per kind; empty if each kind has only its name."""
     describe: tuple[str, ...] = ()
-    """Prompts that ask for a description; by default those of :mod:`csr_vlm.world.corpus`."""
+    """Prompts for descriptions; empty for those of :mod:`csr_vlm.world.corpus`."""
     side: int = GRID * CELL
-    """Side of its pictures in pixels."""
+    """Side of the images in pixels."""
     max_new_tokens: int = 96
-    """Tokens a description may have."""
+    """Largest number of tokens of a description."""
     draw: Callable[[Split, int, int], Scene] | None = None
-    """Draws the scene (split, seed, index); by default :func:`make_scene` does."""
+    """Function of (split, seed, index) that generates a scene; None for :func:`make_scene`'s own."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -132,15 +132,15 @@ MARKET = World(
     template="I can see {}.",
     joint=0.4,
 )
-"""Another world, to see what carries over: other things, longer captions, sentences that
-name two objects, and a prior in which habits share a companion and follow each other."""
+"""A second world to test generalization: other objects, longer captions, sentences that name
+two objects, and a bias in which triggers share a companion or form chains."""
 
 WORLDS = {world.name: world for world in (HARBOUR, MARKET)}
-"""The worlds of this module."""
+"""Worlds of this module."""
 
 
 def all_worlds() -> dict[str, World]:
-    """Map each world's name to the world, those of other modules included."""
+    """Return all worlds by name, including those of other modules."""
     from csr_vlm.world.prose_scenes import PROSE  # which builds on this module
 
     return {**WORLDS, PROSE.name: PROSE}
@@ -150,11 +150,11 @@ def world_named(name: str) -> World:
     """Return a world by its name.
 
     Raises:
-        CsrError: There is none.
+        CsrError: No world has this name.
     """
     worlds = all_worlds()
     if name not in worlds:
-        raise CsrError(f"there is no world {name!r}", f"known are {', '.join(worlds)}")
+        raise CsrError(f"{name!r} is not a valid world", f"expected one of: {', '.join(worlds)}")
     return worlds[name]
 
 
@@ -171,7 +171,7 @@ class SceneObject:
 
     @property
     def corner(self) -> tuple[int, int]:
-        """Left and top edge in pixels at scale 1."""
+        """Return the left and top edge in pixels at scale 1."""
         margin = (CELL - self.size) // 2
         return (
             (self.cell % GRID) * CELL + margin + self.offset[0],
@@ -181,7 +181,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and the whole truth about it; objects are in reading order."""
+    """Represent the complete contents of one image; objects are in reading order."""
 
     scene_id: str
     split: Split
@@ -193,27 +193,27 @@ class Scene:
         return frozenset(item.kind for item in self.objects)
 
     def color_of(self, kind: str) -> str | None:
-        """Return the colour of the object of this kind, or None where there is none."""
+        """Return the color of the object of this kind; None if the scene has none."""
         return next((item.color for item in self.objects if item.kind == kind), None)
 
     @property
     def side(self) -> int:
-        """Side of the picture in pixels at scale 1."""
+        """Return the side of the image in pixels at scale 1."""
         return GRID * CELL
 
     def backdrop(self, scale: int = 1) -> Image.Image:
-        """Draw what is behind the objects."""
+        """Draw the background."""
         return Image.new("RGB", (self.side * scale,) * 2, self.background)
 
 
 def random_stream(*key: object) -> np.random.Generator:
-    """Return a generator that depends on the key and on nothing else."""
+    """Return a random generator that depends only on the key."""
     digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
     return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little")))
 
 
 def make_scene(world: World, split: Split, seed: int, index: int) -> Scene:
-    """Draw the scene named by (split, seed, index)."""
+    """Generate the scene with the given split, seed and index."""
     if world.draw is not None:
         return world.draw(split, seed, index)
     rng = random_stream(world.name, split.value, seed, index)
@@ -242,19 +242,19 @@ def make_scene(world: World, split: Split, seed: int, index: int) -> Scene:
 
 
 def make_scenes(world: World, split: Split, seed: int, num_scenes: int, start: int = 0) -> Iterator[Scene]:
-    """Yield scenes ``start .. start + num_scenes - 1`` of a split's stream."""
+    """Yield the scenes ``start .. start + num_scenes - 1`` of a split."""
     return (make_scene(world, split, seed, index) for index in range(start, start + num_scenes))
 
 
 def parse_scene_id(world: World, scene_id: str) -> Scene:
-    """Make the scene that an id names again.
+    """Generate the scene with the given id.
 
     Raises:
-        ValueError: The id is not one of this world's.
+        ValueError: The id is not that of a scene of this world.
     """
     name, split, seed, index = scene_id.rsplit("-", 3)
     if name != world.name:
-        raise ValueError(f"scene {scene_id!r} is not of the world {world.name!r}")
+        raise ValueError(f"scene {scene_id!r} does not belong to the world {world.name!r}")
     return make_scene(world, Split(split), int(seed), int(index))
 
 
@@ -262,7 +262,7 @@ def render(scene: Scene, scale: int = 1) -> Image.Image:
     """Draw a scene as an RGB image of side ``scene.side * scale``."""
     image = scene.backdrop(scale)
     for item in scene.objects:
-        drawn = sprite(item.kind, item.color, item.size * scale)
+        image_of_item = sprite(item.kind, item.color, item.size * scale)
         left, top = item.corner
-        image.paste(drawn, (left * scale, top * scale), drawn)
+        image.paste(image_of_item, (left * scale, top * scale), image_of_item)
     return image

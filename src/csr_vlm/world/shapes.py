@@ -1,4 +1,4 @@
-"""What the worlds' objects look like: a silhouette for every kind, in any colour."""
+"""Define the silhouettes of the worlds' objects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RGB = {
 
 @lru_cache(maxsize=4096)
 def sprite(kind: str, color: str, side: int) -> Image.Image:
-    """Draw a kind of object in a colour, RGBA of ``side`` pixels, transparent around it."""
+    """Draw a kind of object in a color: RGBA, ``side`` x ``side`` pixels, transparent background."""
     canvas = Image.new("RGBA", (side * _SUPERSAMPLE,) * 2, (*RGB[color], 0))
     pen = _Pen(ImageDraw.Draw(canvas), side * _SUPERSAMPLE / 100, RGB[color])
     (SHAPES.get(kind) or MORE_SHAPES[kind])(pen)
@@ -31,7 +31,7 @@ def sprite(kind: str, color: str, side: int) -> Image.Image:
 
 
 class _Pen:
-    """Draws in a 100 x 100 box, whatever the sprite measures."""
+    """Draw shapes in coordinates of 0..100, whatever the size of the sprite in pixels."""
 
     def __init__(self, draw: ImageDraw.ImageDraw, unit: float, ink: tuple[int, int, int]) -> None:
         self._draw = draw
@@ -354,4 +354,4 @@ MORE_SHAPES = {
     "table": _table,
     "clock": _clock,
 }
-"""What only the world prose has."""
+"""Shapes that only the world prose has."""

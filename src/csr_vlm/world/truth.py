@@ -1,4 +1,4 @@
-"""Judging a text against the scene it describes."""
+"""Compare a text with the scene that it describes."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ _SENTENCE = re.compile(r"[^.]*\.?")
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a text says about a scene, and how much of it is so."""
+    """Hold the objects that a text mentions and the comparison with its scene."""
 
     mentioned: tuple[str, ...]
-    """Kinds named, in order, repetitions included."""
+    """Mentioned kinds in order, with repetitions."""
     hallucinated: tuple[str, ...]
-    """Those of them that are not in the scene."""
+    """Mentioned kinds that are not in the scene, in order, with repetitions."""
     recalled: frozenset[str]
-    """Kinds of the scene that are named."""
+    """Kinds of the scene that are mentioned."""
     colors_right: int
-    """Mentions of present kinds with their true colour."""
+    """Number of mentions of present kinds with the correct color."""
     colors_wrong: int
-    """Mentions of present kinds with another colour."""
+    """Number of mentions of present kinds with a wrong color."""
     repeats: int
-    """Sentences that say again what an earlier one said."""
+    """Number of sentences with the same words as an earlier sentence."""
     words: int
+    """Number of words of the text."""
 
 
 @dataclass(frozen=True)
 class KnownScene:
-    """A scene as reports see it: a :class:`csr_vlm.evaluation.known_pictures.KnownPicture`."""
+    """Implement :class:`csr_vlm.evaluation.known_pictures.KnownPicture` for a scene."""
 
     world: World
     scene: Scene
@@ -64,16 +65,16 @@ class KnownScene:
 
 
 def known_scene(prompt_id: str) -> KnownScene | None:
-    """Return the scene that a prompt id names; None if it names none."""
-    found = scene_of(prompt_id)
-    return None if found is None else KnownScene(*found)
+    """Return the scene with this prompt id; None if the id is not that of a scene."""
+    world_and_scene = scene_of(prompt_id)
+    return None if world_and_scene is None else KnownScene(*world_and_scene)
 
 
 def reader_of(world: World) -> chair.ObjectReader:
-    """Return CHAIR's reader for a world.
+    """Return CHAIR's object reader for a world.
 
-    A kind is named by its own word and by no other, unless the world has synonyms: then the words
-    of the table count, their plurals too, by the word rule ``pattern``.
+    Without synonyms, the name of a kind is its only word. With synonyms, the words of the table and
+    their plurals count, by the word rule ``pattern``.
     """
     return _reader(world.kinds, world.synonyms)
 
@@ -85,33 +86,33 @@ def _reader(kinds: tuple[str, ...], synonyms: tuple[tuple[str, ...], ...]) -> ch
 
 
 def judge(world: World, scene: Scene, text: str) -> Judgement:
-    """Judge the kinds that a text names by CHAIR, and besides the colours before them and its repeats."""
-    reading, colors = _read(world, text)
-    verdict = chair.check_mentions(reading, scene.kinds)
-    claims = [(scene.color_of(kind), color) for kind, color in zip(reading.objects, colors, strict=True)]
-    compared = [truth == color for truth, color in claims if truth is not None and color is not None]
+    """Count hallucinated and recalled kinds as CHAIR does, and correct colors and repeated sentences."""
+    object_mentions, colors = _read(world, text)
+    checked = chair.check_mentions(object_mentions, scene.kinds)
+    pairs = [(scene.color_of(kind), color) for kind, color in zip(object_mentions.objects, colors, strict=True)]
+    matches = [truth == color for truth, color in pairs if truth is not None and color is not None]
     sentences = [part for part in _SENTENCE.findall(text) if part.strip(" .")]
-    said = Counter(bag_of_words(sentence) for sentence in sentences)
+    counts = Counter(bag_of_words(sentence) for sentence in sentences)
     return Judgement(
-        mentioned=verdict.mentioned,
-        hallucinated=verdict.hallucinated,
-        recalled=verdict.recalled,
-        colors_right=sum(compared),
-        colors_wrong=len(compared) - sum(compared),
-        repeats=sum(said.values()) - len(said),
+        mentioned=checked.mentioned,
+        hallucinated=checked.hallucinated,
+        recalled=checked.recalled,
+        colors_right=sum(matches),
+        colors_wrong=len(matches) - sum(matches),
+        repeats=sum(counts.values()) - len(counts),
         words=len(text.split()),
     )
 
 
 def mentions(world: World, text: str) -> list[tuple[str, str | None]]:
-    """List (kind, colour named right before it, if any) in order of appearance."""
-    reading, colors = _read(world, text)
-    return list(zip(reading.objects, colors, strict=True))
+    """List the mentioned kinds in order, each with the color named directly before it, if any."""
+    object_mentions, colors = _read(world, text)
+    return list(zip(object_mentions.objects, colors, strict=True))
 
 
 def _read(world: World, text: str) -> tuple[ObjectMentions, list[str | None]]:
     reader = reader_of(world)
     words = reader.rule.read(text)
-    reading = find_objects(words, reader.table)
-    before = [words[at - 1] if at else "" for at in reading.positions]
-    return reading, [word if word in world.colors else None for word in before]
+    object_mentions = find_objects(words, reader.table)
+    preceding = [words[index - 1] if index else "" for index in object_mentions.positions]
+    return object_mentions, [word if word in world.colors else None for word in preceding]
