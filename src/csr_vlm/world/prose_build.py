@@ -92,12 +92,12 @@ class ProsePlan:
         (TrainingPlan(300, 32, 5e-4), ProseStyle(habit=1.1)),
     )
     judges: tuple[Judge, ...] = (
-        Judge("clip", 0, base_models.Sizes(), TrainingPlan(1500, 64, 1e-3, stop=500), None),
+        Judge("clip", 0, base_models.Sizes(), TrainingPlan(1000, 64, 1e-3, stop=900), None),
         Judge(
             "clip_b",
             1,
             base_models.Sizes(vision_width=96, vision_layers=3, text_width=80),
-            TrainingPlan(1500, 64, 1e-3, stop=500),
+            TrainingPlan(1000, 64, 1e-3, stop=700),
             TrainingPlan(700, 64, 1.5e-3),
         ),
     )
