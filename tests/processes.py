@@ -65,7 +65,7 @@ def launch(processes: int) -> tuple[str, ...]:
 
 @contextmanager
 def started(*command: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a command that uses one thread a process; end all it started at last."""
+    """Start a command with one thread per process; kill it and its descendants at the end."""
     process = subprocess.Popen(
         [str(word) for word in command],
         stdout=subprocess.PIPE,
@@ -102,12 +102,12 @@ def below(process: subprocess.Popen[str], word: str) -> list[psutil.Process]:
 
 
 def ledger(root: Path) -> dict[str, bytes]:
-    """List the names of the ledger parts of all iterations."""
+    """Map the name of each ledger part of all iterations to its bytes."""
     return {str(part.relative_to(root)): part.read_bytes() for part in sorted(root.rglob("part-*.parquet"))}
 
 
 def results(root: Path) -> dict[str, bytes]:
-    """All that must not depend on how often a run was disturbed, by name."""
+    """Map the name of each file that must not depend on disturbances of a run to its bytes."""
     kept = (
         *("part-*.parquet", "pairs.parquet", "questions.parquet", "prompts.parquet", "heldout.parquet"),
         "adapter_model.safetensors",

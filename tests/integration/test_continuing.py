@@ -185,7 +185,7 @@ def test_a_dry_run_shows_what_would_be_sent(finished: Run, monkeypatch: pytest.M
         "adapter_config.json",
         "README.md",
         "base_model:",
-        "nothing was sent",
+        "nothing was uploaded",
     ):
         assert expected in shown.output
 

@@ -31,7 +31,7 @@ def test_an_untrained_scorer_is_a_warning(tmp_path: Path) -> None:
     CLIPModel(CLIPConfig.from_pretrained(blind)).save_pretrained(blind)
     bad = run_preflight(resolve(merged(config.dump(), {"scorer": {"path": str(blind)}})), Silent())
     assert 0.3 < bad.scorer_agreement < 0.65
-    assert "suit their own picture better than others" in bad.warnings[0]
+    assert "higher for their own image than for negative images" in bad.warnings[0]
 
 
 def test_weights_in_the_hub_cache_are_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,16 @@ PATIENCE = 20
 """Seconds that the current work item may still take; cluster schedulers kill after 30."""
 
 
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name))
+"""Windows has no SIGALRM: there the current item is waited for until a second signal."""
+
+
+def _set_alarm(seconds: int) -> None:
+    """Send SIGALRM after so many seconds, where the system has it; 0 cancels."""
+    if hasattr(signal, "SIGALRM"):
+        signal.alarm(seconds)
+
+
 class Stopped(SystemExit):
     """Exit because of a signal, with code 128 plus its number, as shells do."""
 
@@ -31,7 +41,7 @@ class _Stop:
         if self.requested is not None:
             self.exit_if_requested()
         self.requested = signal.Signals(number)
-        signal.alarm(PATIENCE)
+        _set_alarm(PATIENCE)
         print(
             f"{self.requested.name}: finishing the current work item (at most {PATIENCE} s); repeat to stop at once",
             file=sys.stderr,
@@ -93,7 +103,7 @@ def stoppable(reporter: Reporter, run: Path) -> Iterator[Reporter]:
         Stopped: A signal came.
     """
     stop = _Stop()
-    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    before = {number: signal.signal(number, stop.handle) for number in _SIGNALS}
     try:
         yield _StoppableReporter(reporter, stop)
     except Stopped:
@@ -101,6 +111,6 @@ def stoppable(reporter: Reporter, run: Path) -> Iterator[Reporter]:
         print(f"stopped by {stop.requested.name}; finished work is kept. Resume with: csr run {run}", file=sys.stderr)
         raise
     finally:
-        signal.alarm(0)
+        _set_alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)

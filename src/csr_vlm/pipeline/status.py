@@ -6,8 +6,6 @@ ends), ``progress.json`` how far the current stage is, and the stages' markers w
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -99,7 +97,7 @@ class Watcher:
         run = self._run
         in_use, progress = run.in_use(), read_progress(run.root)
         state = _state(run, in_use, progress)
-        if progress is not None and in_use and not _is_current(progress):
+        if progress is not None and in_use and not progress.may_be_running():
             progress = None  # another command works here and writes no progress file
         current = _current(progress) if progress is not None and state != "finished" else None
         steps = schedule(run)
@@ -135,19 +133,6 @@ def _state(run: Run, in_use: bool, progress: ProgressRecord | None) -> RunState:
         return "waiting"
     # A command may have finished one stage of a run that is not finished.
     return {"working": "gone", "done": "waiting", "failed": "failed", "interrupted": "interrupted"}[progress.state]  # type: ignore[return-value]
-
-
-def _is_current(progress: ProgressRecord) -> bool:
-    """Check whether the process that wrote the progress may still be alive; on another machine, assume that it is."""
-    if progress.state != "working" or progress.host != platform.node():
-        return progress.state == "working"
-    try:
-        os.kill(progress.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # the process of another user
-        return True
-    return True
 
 
 def _why(run: Run, state: RunState, progress: ProgressRecord | None) -> str:
