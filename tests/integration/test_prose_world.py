@@ -142,7 +142,7 @@ def test_the_shipped_models_meet_every_bound() -> None:
     assert not missed
 
 
-def test_the_demonstration_runs_on_it(tmp_path: Path) -> None:
+def test_the_demo_uses_the_shipped_models(tmp_path: Path) -> None:
     config = demo_config(tmp_path, 0, 8, 10, PROSE)
     assert config.evaluation.world is not None
     assert config.evaluation.world.name == "prose"
