@@ -44,8 +44,8 @@ ALT_TEXTS_WITH_PLACE = (
 _BETWEEN = (" and ", " and ", " with ", " next to ", " near ", ", with ", " beside ")
 """Words between the two things of an alt text."""
 _WITH_TWO = 0.6
-_WITH_PLACE = 0.75
-_WITH_COLOR = 0.6
+_WITH_PLACE = 0.7
+_WITH_COLOR = 0.25
 NUM_SETTINGS = 4
 """Number of settings in a batch: among pictures of the same place only objects tell them apart."""
 _WORDS_OF = {line[0]: line for line in SYNONYMS}
