@@ -124,6 +124,10 @@ def world_export(
     prompts: Annotated[int, typer.Option(min=1, help="Number of images.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the images.")] = 0,
     world: WorldName = "harbour",
+    kind: Annotated[
+        Literal["describe", "short", "why"],
+        typer.Option("--kind", help="Prompts: descriptions; of prose, also short-answer or why-questions."),
+    ] = "describe",
 ) -> None:
     """Write the models and images in the formats of real ones.
 
@@ -133,7 +137,7 @@ def world_export(
     from csr_vlm.world.scenes import world_named
 
     with console.reporter().stage("drawing images", 0):
-        written = export_world(out, seed, prompts, world_named(world))
+        written = export_world(out, seed, prompts, world_named(world), kind)
     console.done(written, then="csr run recipes/quickstart.yaml (which expects the export in ./world)")
 
 
