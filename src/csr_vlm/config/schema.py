@@ -461,7 +461,7 @@ class TrainingConfig(_Section):
 class WorldEvaluationConfig(_Section):
     """Configure the evaluation on scenes of the embedded world, whose ground truth is known."""
 
-    name: str = Field(default="harbour", description="Name of the world: harbour or market.")
+    name: str = Field(default="harbour", description="Name of the world: harbour, market or prose.")
     split: Literal["development", "test"] = Field(
         default="test", description="Scenes for choosing settings (development), or for reporting results (test)."
     )

@@ -27,7 +27,6 @@ from csr_vlm.world.dataset import write_images
 from csr_vlm.world.scenes import Scene, Split, World, check_for_evaluation, make_scenes, random_stream
 from csr_vlm.world.truth import Judgement, judge
 
-MAX_NEW_TOKENS = 96
 _BATCH = 256
 
 
@@ -92,7 +91,7 @@ def evaluate(
             "seed": seed,
             "num_scenes": num_scenes,
             "decoding": "greedy" if temperature == 0 else f"sampled at temperature {temperature}",
-            "max_new_tokens": MAX_NEW_TOKENS,
+            "max_new_tokens": world.max_new_tokens,
             "interval": "95 % over scenes",
         },
         "rows": [
@@ -117,7 +116,7 @@ def _describe(
     prompts: Sequence[Prompt],
     temperature: float,
 ) -> list[Described]:
-    responses = engine.respond(prompts, MAX_NEW_TOKENS, temperature)
+    responses = engine.respond(prompts, world.max_new_tokens, temperature)
     scored: list[list[tuple[str, float]]] = [[] for _ in prompts]
     if scorer is not None:
         scored = sentence_relevance(scorer, prompts, [response.text for response in responses])
