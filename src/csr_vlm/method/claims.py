@@ -68,8 +68,8 @@ class WordingClaims:
         for clause in _CLAUSE_ENDS.split(sentence.lower()):
             blocked = self._blocking.search(clause) if self._blocking else None
             for match in self._wordings.finditer(clause, 0, blocked.start() if blocked else len(clause)):
-                name = self._names[match[0]]
-                claims.setdefault(name, Claim(name, match[0]))
+                if name := self._names[match[0]]:
+                    claims.setdefault(name, Claim(name, match[0]))
         return list(claims.values())
 
 

@@ -166,7 +166,8 @@ class EnglishClaims:
                 wording = " ".join(words[start:end])
                 name = self._names.get(wording) or self._names.get(wording.removesuffix("'s"))
                 if name is not None:
-                    spans.append(_Span(start, end, name))
+                    if name:
+                        spans.append(_Span(start, end, name))
                     start = end
                     break
             else:
@@ -189,17 +190,18 @@ class EnglishClaims:
         takes_object = after in _DETERMINERS or after in {"be", "up", "out", "down", "as", "at", "toward", "towards"}
         if before == "to" or before in _PRONOUNS or before in _AUXILIARIES or before in _ADVERBS or before[-2:] == "ly":
             return before in {"is", "are", "was", "were"} and word.endswith("s") and after not in _DETERMINERS
-        if before in _DETERMINERS or before in _PREPOSITIONS or before in _COLORS:
+        if before in _DETERMINERS | _PREPOSITIONS | _COLORS or before.endswith("'s"):
             return not (after in {"be", "also"} or (word.endswith("ing") and after in _DETERMINERS))
         if previous is not None and previous.end == span.start:
-            # "cars can go" and "water flies everywhere", but "pizza box on a table"
-            follows_noun_phrase = after in _BREAKS | _PREPOSITIONS | _AUXILIARIES | {"", "and", "or"}
-            return follows_noun_phrase and not takes_object and not self._is_plural(words[span.start - 1])
+            # "cars can go" and "water flies everywhere", but "a pizza box on a table" and "a stone bridge crosses"
+            ends_phrase = after in _BREAKS | _PREPOSITIONS | _AUXILIARIES | {"", "and", "or"} or after in self._ambiguous
+            return ends_phrase and not takes_object and not _is_plural(before)
         # An unknown word before it is an adjective, unless what follows shows a verb with its object.
         return not takes_object
 
-    def _is_plural(self, word: str) -> bool:
-        return word in _words("people men women children") or (word.endswith("s") and not word.endswith("ss"))
+
+def _is_plural(word: str) -> bool:
+    return word in {"people", "men", "women", "children"} or (word.endswith("s") and not word.endswith("ss"))
 
 
 def with_plurals(lexicon: Lexicon) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from csr_vlm.core.errors import CsrError
 
-_KEYS = frozenset({"match", "negation", "hypothetical", "plural only"})
+_KEYS = frozenset({"match", "negation", "hypothetical", "ignored", "plural only"})
 _MATCHES = ("english", "words", "characters")
 
 
@@ -36,7 +36,7 @@ class Lexicon:
     """Hold the things that can be claimed."""
 
     names: Mapping[str, str]
-    """Wording to the name of its thing, both in lower case."""
+    """Wording to the name of its thing, both in lower case. The name of a wording that claims nothing is empty."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Values of the lines ``! key: value``."""
 
@@ -92,7 +92,8 @@ class Lexicon:
                 for wording in wordings:
                     names.setdefault(wording, wordings[0])
         found = cls(names, settings)
-        if not names:
+        names.update(dict.fromkeys(found.listed("ignored"), ""))
+        if not any(names.values()):
             raise CsrError(f"{source} lists nothing", "write one thing a line, its synonyms after commas")
         if found.match not in _MATCHES:
             raise CsrError(
