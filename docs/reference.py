@@ -172,6 +172,7 @@ def _default(field: Any) -> str:
     if value is None:
         return "`null`"
     written = str(value).lower() if isinstance(value, bool) else str(list(value) if isinstance(value, tuple) else value)
+    written = written.replace("\n", "\\n")
     return f"`{written}`" if written else "empty"
 
 

@@ -49,8 +49,9 @@ def claim_finder(lexicon: str = "en") -> ClaimFinder:
 class WordingClaims:
     """Find claims by the wordings of a lexicon as they are: the longest one at each position.
 
-    A clause claims nothing after one of the words that the lexicon lists as ``negation`` or
-    ``hypothetical``; a question claims nothing at all. Counts and colors are not read.
+    After a word that the lexicon lists as ``negation`` or ``hypothetical``, the rest of the clause
+    claims nothing; after one listed as ``conditional``, the rest of the sentence. A question
+    claims nothing at all. Counts and colors are not read.
     """
 
     def __init__(self, lexicon: Lexicon) -> None:
@@ -58,22 +59,26 @@ class WordingClaims:
         is_spaced = lexicon.match == "words"
         self._wordings = _one_of(sorted(lexicon.names), is_spaced)
         blocking = [*lexicon.listed("negation"), *lexicon.listed("hypothetical")]
-        self._blocking = _one_of(blocking, is_spaced) if blocking else None
+        self._blocking = _one_of(blocking, is_spaced)
+        self._conditional = _one_of(lexicon.listed("conditional"), is_spaced)
 
     def find(self, sentence: str) -> list[Claim]:
         """Return the distinct claims of a sentence in the order in which they appear."""
         if sentence.rstrip().endswith(("?", "？")):
             return []
         claims: dict[str, Claim] = {}
-        for clause in _CLAUSE_ENDS.split(sentence.lower()):
-            blocked = self._blocking.search(clause) if self._blocking else None
-            for match in self._wordings.finditer(clause, 0, blocked.start() if blocked else len(clause)):
+        asserted = self._conditional.split(sentence.lower(), maxsplit=1)[0]
+        for clause in _CLAUSE_ENDS.split(asserted):
+            for match in self._wordings.finditer(self._blocking.split(clause, maxsplit=1)[0]):
                 if name := self._names[match[0]]:
                     claims.setdefault(name, Claim(name, match[0]))
         return list(claims.values())
 
 
 def _one_of(wordings: Sequence[str], is_spaced: bool) -> re.Pattern[str]:
-    """Compile a pattern of wordings, longest first; between spaces a wording is a whole word."""
-    pattern = "|".join(map(re.escape, sorted(wordings, key=len, reverse=True)))
+    """Compile a pattern of wordings, longest first; between spaces a wording is a whole word.
+
+    Without wordings it matches nothing.
+    """
+    pattern = "|".join(map(re.escape, sorted(wordings, key=len, reverse=True))) or r"(?!)"
     return re.compile(rf"(?<!\w)(?:{pattern})(?!\w)" if is_spaced else pattern)

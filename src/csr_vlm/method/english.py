@@ -41,23 +41,28 @@ _PREPOSITIONS = _words(
     "holding carrying riding"
 )
 _PRONOUNS = _words("i you he she it we they who which what there")
-_BREAKS = frozenset(",.;:!?()—–-*\"")
+_BREAKS = frozenset(',.;:!?()—–-*"')
 _CONJUNCTIONS = _words("but however while although though because since so whereas yet")
 """Words that begin a clause, in addition to punctuation."""
 _AUXILIARIES = _words(
     "is are was were be been being has have had do does did can could may might will would shall should must seems "
     "appears"
 )
-_ADVERBS = _words("also not now still only just even often always currently both all")
+_ADVERBS = _words("also not now still only just even often always currently")
 _NEGATIONS = _words("not never neither nor none lacking lacks lack devoid absent cannot n't")
 _SHORT_NEGATIONS = _words("no without")
-"""Negations of the next noun only: the street is claimed in "no cars on the street"."""
+"""Negations of the next noun only: the street is claimed in "no cars on the street"; so does "not any"."""
 _SUPPOSITIONS = _words(
     "if might could may would perhaps possibly maybe probably likely suggest suggests suggesting imply implies "
     "implying indicate indicates indicating whether presumably potentially unless must imagine suppose assume "
     "assuming consider considering question options expect expected"
 )
 _COMPARISONS = _words("like resembling resembles resemble reminiscent similar akin imitating")
+_SINGULAR_DETERMINERS = _words("a an one each every another this that")
+_CONTRASTS = _words("just only rather instead")
+"""Words after a comma that end the list before it: "no dog, just a cat"."""
+_ARTWORKS = _words("statue sculpture painting drawing mural figurine poster sticker sign")
+"""Things whose "of" names what they show: "a statue of a soldier" claims a statue."""
 _LOOKS = _words("looks is was seems feels appears sounds tastes smells shapes acts serves")
 """Words in -s before a "like" that compares; after a plural, "like" lists examples."""
 _GENERALIZATIONS = _words("usually typically commonly generally traditionally often")
@@ -80,6 +85,12 @@ _ABSTRACT_HEADS = _words(
 _KEY_NOUNS = _words("element elements role roles feature features component components aspect part focus")
 """Nouns before which "key" is an adjective."""
 
+_MATERIALS = _words("stone glass metal wood brick marble leather fabric crystal lace canvas bamboo paper")
+"""Nouns that say what the next noun is made of: "stone steps" claims no stone."""
+_FUNCTION_WORDS = (
+    _DETERMINERS | _PREPOSITIONS | _PRONOUNS | _AUXILIARIES | _ADVERBS | _CONJUNCTIONS | _words("and or as to for")
+)
+
 _IDIOMS = re.compile(
     r"\b(?:"
     + "|".join((
@@ -88,7 +99,8 @@ _IDIOMS = re.compile(
         "at home", "depth of field", "field of view", "point of view", "bird's[- ]eye view", "food for thought",
         "(?:in|through) the eyes? of", "(?:catch|draw)(?:es|s|ing)? (?:the|one's|your|the viewer's) (?:eye|attention)s?",
         "viewer's eyes?", "a watchful eye", "window of opportunity", "role model", "table of contents", "key to",
-        "star of the show", "family[- ]friendly", "the whole family", "in the wake of", "light up",
+        "star of the show", "family[- ]friendly", "home to", "i (?:would|can|could) say",
+        "(?:this|the) photograph (?:is|was|shows|captures|depicts|features)", "the whole family", "in the wake of", "light up",
         "cut(?:s|ting)? down", "in full (?:sail|bloom|swing)", "in the (?:picture|photo|image|frame)",
         # the viewer's camera
         r"(?:look|star|gaz|smil|pos|fac|glanc)\w*(?: \w+)? (?:at|for|into|toward|towards|to) the camera",
@@ -113,7 +125,7 @@ _ALSO_VERBS = _words(
     "well scale gear net wave present gift light lock label string book glue pipe wire chain rope anchor crop field "
     "shelf shell horn tail paw finger shoulder elbow thumb belt button pocket collar sleeve coat cake egg pepper salt "
     "sauce butter cream honey jam oil milk spice smoke flame mist fog mud rose weed log orchard paddle raft kite balloon "
-    "arrow spear shield puzzle whistle chalk marker crane drone bus taxi ferry cart sled hook frame harness guest ram "
+    "arrow spear shield puzzle tower block letter rack spray magnet lid tank whistle chalk marker crane drone bus taxi ferry cart sled hook frame harness guest ram "
     "painting drawing building crossing clothing railing parking icing fencing stocking"
 )
 """Nouns that are verbs or adjectives as well. They need the context of a noun."""
@@ -136,8 +148,12 @@ class EnglishClaims:
     """Find claims in English sentences."""
 
     def __init__(self, lexicon: Lexicon) -> None:
-        self._names = with_plurals(lexicon)
-        self._ambiguous = frozenset(with_plurals(Lexicon(dict.fromkeys(_ALSO_VERBS, "")))) | _VERB_FORMS
+        self._plurals = plurals(lexicon.names)
+        singulars = {
+            wording: lexicon.names[wording] for wording in lexicon.names.keys() - lexicon.listed("plural only")
+        }
+        self._names = self._plurals | singulars
+        self._ambiguous = _ALSO_VERBS | plurals(dict.fromkeys(_ALSO_VERBS, "")).keys() | _VERB_FORMS
 
     def find(self, sentence: str) -> list[Claim]:
         """Return the distinct claims of a sentence in the order in which they appear."""
@@ -166,6 +182,8 @@ class EnglishClaims:
                 wording = " ".join(words[start:end])
                 name = self._names.get(wording) or self._names.get(wording.removesuffix("'s"))
                 if name is not None:
+                    if words[end : end + 1] == ["of"]:  # "two glasses of wine" are no spectacles
+                        name = self._plurals.get(wording, name)
                     if name:
                         spans.append(_Span(start, end, name))
                     start = end
@@ -194,8 +212,13 @@ class EnglishClaims:
             return not (after in {"be", "also"} or (word.endswith("ing") and after in _DETERMINERS))
         if previous is not None and previous.end == span.start:
             # "cars can go" and "water flies everywhere", but "a pizza box on a table" and "a stone bridge crosses"
-            ends_phrase = after in _BREAKS | _PREPOSITIONS | _AUXILIARIES | {"", "and", "or"} or after in self._ambiguous
-            return ends_phrase and not takes_object and not _is_plural(before)
+            ends_phrase = (
+                after in _BREAKS | _PREPOSITIONS | _AUXILIARIES | {"", "and", "or"} or after in self._ambiguous
+            )
+            is_clause = word.endswith("s") and _SINGULAR_DETERMINERS & set(
+                _modifiers(words, previous)
+            )  # "a boat sails"
+            return ends_phrase and not takes_object and not is_clause and not _is_plural(before)
         # An unknown word before it is an adjective, unless what follows shows a verb with its object.
         return not takes_object
 
@@ -204,27 +227,23 @@ def _is_plural(word: str) -> bool:
     return word in {"people", "men", "women", "children"} or (word.endswith("s") and not word.endswith("ss"))
 
 
-def with_plurals(lexicon: Lexicon) -> dict[str, str]:
-    """Return the names of a lexicon by wording, with the plural of every wording added.
-
-    A wording of the lexicon goes before the plural of another ("glasses"). What the lexicon
-    lists as ``plural only`` is matched in the plural alone ("lights", but not "light").
+def plurals(names: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of things by the plurals of their wordings, modern and classical ones.
 
     Example:
-        >>> with_plurals(Lexicon.parse("wine glass"))
-        {'wine glasses': 'wine glass', 'wine glass': 'wine glass'}
+        >>> plurals({"wine glass": "glass", "cactus": "cactus"})
+        {'wine glasses': 'glass', 'cactuses': 'cactus', 'cacti': 'cactus'}
     """
     import inflect
 
-    plurals: dict[str, str] = {}
+    found: dict[str, str] = {}
     for is_classical in (False, True):
         engine = inflect.engine()
         engine.classical(all=is_classical)
-        for wording, name in lexicon.names.items():
+        for wording, name in names.items():
             *modifiers, head = wording.split(" ")
-            plurals.setdefault(" ".join([*modifiers, engine.plural_noun(head)]), name)  # type: ignore[arg-type]
-    singular = {wording: name for wording, name in lexicon.names.items() if wording not in lexicon.listed("plural only")}
-    return plurals | singular
+            found.setdefault(" ".join([*modifiers, engine.plural_noun(head)]), name)  # type: ignore[arg-type]
+    return found
 
 
 def _heads(nouns: Sequence[_Span], words: Sequence[str]) -> list[_Span]:
@@ -235,6 +254,8 @@ def _heads(nouns: Sequence[_Span], words: Sequence[str]) -> list[_Span]:
         after = words[noun.end] if noun.end < len(words) else ""
         is_possessor = words[noun.end - 1].endswith("'s")
         is_modifier = noun.end in starts or after in _ABSTRACT_HEADS or (noun.name == "key" and after in _KEY_NOUNS)
+        if words[noun.start] in _MATERIALS and after.isalpha():
+            is_modifier |= after not in _FUNCTION_WORDS and not after.endswith(("ing", "ed", "ly"))
         if is_possessor or not is_modifier:
             heads.append(noun)
     return heads
@@ -242,15 +263,28 @@ def _heads(nouns: Sequence[_Span], words: Sequence[str]) -> list[_Span]:
 
 def _is_asserted(words: Sequence[str], span: _Span) -> bool:
     """Check that nothing before a noun in its clause negates, supposes, compares or generalizes it."""
-    start = span.start
-    first = start
-    while first > 0 and words[first - 1] not in _BREAKS and words[first - 1] not in _CONJUNCTIONS:
-        first -= 1
-    last = next((index for index in range(start, len(words)) if words[index] in _BREAKS), len(words))
-    if _GENERALIZATIONS & set(words[first:last]):
+    first = _clause_start(words, span)
+    last = next((index for index in range(span.start, len(words)) if words[index] in _BREAKS), len(words))
+    if _GENERALIZATIONS & {words[0], *words[first:last]}:
         return False
-    clause = words[first:start]
+    clause = words[first : span.start]
     return not any(_blocks(clause, index) for index in range(len(clause)))
+
+
+def _clause_start(words: Sequence[str], span: _Span) -> int:
+    """Return the index of the first word of a noun's clause; a list with commas is one clause."""
+    first = span.start
+    after = words[span.end] if span.end < len(words) else ""
+    is_item = after in {"", ",", ".", ";", "!", "and", "or"}
+    while first > 0 and words[first - 1] not in _CONJUNCTIONS:
+        if words[first - 1] in _BREAKS:
+            item = words[first : span.start]
+            others = _AUXILIARIES | _PRONOUNS | _PREPOSITIONS | _CONTRASTS
+            if not (is_item and words[first - 1] == "," and len(item) <= 5 and not set(item) & others):
+                break
+            return _clause_start(words, _Span(first - 1, first - 1, "")) if first > 1 else 0
+        first -= 1
+    return first
 
 
 def _blocks(clause: Sequence[str], index: int) -> bool:
@@ -262,15 +296,17 @@ def _blocks(clause: Sequence[str], index: int) -> bool:
     """
     word, rest = clause[index], clause[index + 1 :]
     before = clause[index - 1] if index else ""
-    if word in _NEGATIONS:
+    if word in _NEGATIONS and rest[:1] != ["any"]:
         return rest[:1] != ["only"]
-    if word in _SHORT_NEGATIONS:
+    if word in _SHORT_NEGATIONS | _NEGATIONS:
         return not set(rest) & (_AUXILIARIES | _PREPOSITIONS | {"visible"})
     if word in _SUPPOSITIONS:
         return not (word in {"may", "could"} and rest[:1] == ["be"] and "seen" in rest)
     if word in _COMPARISONS:
         lists = word == "like" and before.endswith("s") and before not in _LOOKS
         return not lists and not set(rest) & (_AUXILIARIES | _PREPOSITIONS - {"of", "to", "with"})
+    if word == "of":
+        return before in _ARTWORKS
     if word == "for":
         return before in _PURPOSES
     return (word, *rest[:1]) in _BLOCKING_PAIRS

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from csr_vlm.core.errors import CsrError
 
-_KEYS = frozenset({"match", "negation", "hypothetical", "ignored", "plural only"})
+_KEYS = frozenset({"match", "conditional", "negation", "hypothetical", "ignored", "plural only"})
 _MATCHES = ("english", "words", "characters")
 
 
@@ -96,9 +96,7 @@ class Lexicon:
         if not any(names.values()):
             raise CsrError(f"{source} lists nothing", "write one thing a line, its synonyms after commas")
         if found.match not in _MATCHES:
-            raise CsrError(
-                f"{source}: {found.match!r} is not a valid match", f"expected one of: {', '.join(_MATCHES)}"
-            )
+            raise CsrError(f"{source}: {found.match!r} is not a valid match", f"expected one of: {', '.join(_MATCHES)}")
         return found
 
     @property
