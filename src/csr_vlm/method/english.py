@@ -118,15 +118,16 @@ _IDIOMS = re.compile(
 )  # fmt: skip
 
 _ALSO_VERBS = _words(
-    "can watch face head leaf plant ring shop store cook guard coach train drink slide swing tie match suit dress house "
-    "fan shadow stream branch dock ship sign stamp hand eye drum fire fly bat duck saw mask cap stage wall iron nail "
-    "drill cast shower saddle bow rock paper tape screw bolt hose rake hammer mop bridge fence box park water seal "
-    "judge cut bus pilot nurse mother star sail cross snow mirror seat stall carpet ornament plate sheet fish ski surf "
-    "well scale gear net wave present gift light lock label string book glue pipe wire chain rope anchor crop field "
-    "shelf shell horn tail paw finger shoulder elbow thumb belt button pocket collar sleeve coat cake egg pepper salt "
-    "sauce butter cream honey jam oil milk spice smoke flame mist fog mud rose weed log orchard paddle raft kite balloon "
-    "arrow spear shield puzzle tower block letter rack spray magnet lid tank whistle chalk marker crane drone bus taxi ferry cart sled hook frame harness guest ram "
-    "painting drawing building crossing clothing railing parking icing fencing stocking"
+    "can watch face head leaf plant ring shop store cook guard coach train drink slide swing tie match suit dress "
+    "house fan shadow stream branch dock ship sign stamp hand eye drum fire fly bat duck saw mask cap stage wall "
+    "iron nail drill cast shower saddle bow rock paper tape screw bolt hose rake hammer mop bridge fence box park "
+    "water seal judge cut bus pilot nurse mother star sail cross snow mirror seat stall carpet ornament plate "
+    "sheet fish ski surf well scale gear net wave present gift light lock label string book glue pipe wire chain "
+    "rope anchor crop field shelf shell horn tail paw finger shoulder elbow thumb belt button pocket collar "
+    "sleeve coat cake egg pepper salt sauce butter cream honey jam oil milk spice smoke flame mist fog mud rose "
+    "weed log orchard paddle raft kite balloon arrow spear shield puzzle tower block letter rack spray magnet lid "
+    "tank whistle chalk marker crane drone taxi ferry cart sled hook frame harness guest ram painting drawing "
+    "building crossing clothing railing parking icing fencing stocking"
 )
 """Nouns that are verbs or adjectives as well. They need the context of a noun."""
 _VERB_FORMS = _words("leaves")
