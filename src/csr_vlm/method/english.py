@@ -97,10 +97,12 @@ _IDIOMS = re.compile(
         # fixed phrases with a listed noun that the image need not show
         "on the (?:one|other) hand", "hand in hand", "(?:at|in|second)[- ]hand", "side by side", "face to face",
         "at home", "depth of field", "field of view", "point of view", "bird's[- ]eye view", "food for thought",
-        "(?:in|through) the eyes? of", "(?:catch|draw)(?:es|s|ing)? (?:the|one's|your|the viewer's) (?:eye|attention)s?",
+        "(?:in|through) the eyes? of",
+        "(?:catch|draw)(?:es|s|ing)? (?:the|one's|your|the viewer's) (?:eye|attention)s?",
         "viewer's eyes?", "a watchful eye", "window of opportunity", "role model", "table of contents", "key to",
         "star of the show", "family[- ]friendly", "home to", "i (?:would|can|could) say",
-        "(?:this|the) photograph (?:is|was|shows|captures|depicts|features)", "the whole family", "in the wake of", "light up",
+        "(?:this|the) photograph (?:is|was|shows|captures|depicts|features)",
+        "the whole family", "in the wake of", "light up",
         "cut(?:s|ting)? down", "in full (?:sail|bloom|swing)", "in the (?:picture|photo|image|frame)",
         # the viewer's camera
         r"(?:look|star|gaz|smil|pos|fac|glanc)\w*(?: \w+)? (?:at|for|into|toward|towards|to) the camera",
@@ -150,10 +152,9 @@ class EnglishClaims:
 
     def __init__(self, lexicon: Lexicon) -> None:
         self._plurals = plurals(lexicon.names)
-        singulars = {
-            wording: lexicon.names[wording] for wording in lexicon.names.keys() - lexicon.listed("plural only")
-        }
-        self._names = self._plurals | singulars
+        self._names = self._plurals | dict(lexicon.names)
+        for wording in lexicon.listed("plural only"):
+            self._names.pop(wording, None)
         self._ambiguous = _ALSO_VERBS | plurals(dict.fromkeys(_ALSO_VERBS, "")).keys() | _VERB_FORMS
 
     def find(self, sentence: str) -> list[Claim]:
@@ -212,20 +213,23 @@ class EnglishClaims:
         if before in _DETERMINERS | _PREPOSITIONS | _COLORS or before.endswith("'s"):
             return not (after in {"be", "also"} or (word.endswith("ing") and after in _DETERMINERS))
         if previous is not None and previous.end == span.start:
-            # "cars can go" and "water flies everywhere", but "a pizza box on a table" and "a stone bridge crosses"
-            ends_phrase = (
-                after in _BREAKS | _PREPOSITIONS | _AUXILIARIES | {"", "and", "or"} or after in self._ambiguous
-            )
-            is_clause = word.endswith("s") and _SINGULAR_DETERMINERS & set(
-                _modifiers(words, previous)
-            )  # "a boat sails"
-            return ends_phrase and not takes_object and not is_clause and not _is_plural(before)
+            if takes_object or _is_plural(before) or _is_plural_phrase(words, previous):
+                return False  # "cars can go", "drops of water fly"
+            if not word.endswith("s"):
+                return True  # "a pizza box lies"
+            ends_phrase = after in _BREAKS | _PREPOSITIONS | _AUXILIARIES | {"", "and", "or"}
+            return ends_phrase and not _SINGULAR_DETERMINERS & set(_modifiers(words, previous))  # not "a boat sails"
         # An unknown word before it is an adjective, unless what follows shows a verb with its object.
         return not takes_object
 
 
 def _is_plural(word: str) -> bool:
     return word in {"people", "men", "women", "children"} or (word.endswith("s") and not word.endswith("ss"))
+
+
+def _is_plural_phrase(words: Sequence[str], noun: _Span) -> bool:
+    """Check whether a noun is the object of an "of" after a plural: "drops of water"."""
+    return noun.start > 1 and words[noun.start - 1] == "of" and _is_plural(words[noun.start - 2])
 
 
 def plurals(names: Mapping[str, str]) -> dict[str, str]:
@@ -254,7 +258,9 @@ def _heads(nouns: Sequence[_Span], words: Sequence[str]) -> list[_Span]:
     for noun in nouns:
         after = words[noun.end] if noun.end < len(words) else ""
         is_possessor = words[noun.end - 1].endswith("'s")
-        is_modifier = noun.end in starts or after in _ABSTRACT_HEADS or (noun.name == "key" and after in _KEY_NOUNS)
+        is_verb = words[noun.end + 1 : noun.end + 2] and words[noun.end + 1] in _DETERMINERS  # "a man rides a horse"
+        is_modifier = noun.end in starts or (after in _ABSTRACT_HEADS and not is_verb)
+        is_modifier |= noun.name == "key" and after in _KEY_NOUNS
         if words[noun.start] in _MATERIALS and after.isalpha():
             is_modifier |= after not in _FUNCTION_WORDS and not after.endswith(("ing", "ed", "ly"))
         if is_possessor or not is_modifier:

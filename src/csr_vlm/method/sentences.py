@@ -33,7 +33,7 @@ class SentenceRule:
         self.delimiters = delimiters
 
     def ends(self, text: str, following: str | None) -> bool:
-        """Return whether the sentence ends after ``text``.
+        r"""Return whether the sentence ends after ``text``.
 
         Args:
             text: The sentence so far.
@@ -45,7 +45,7 @@ class SentenceRule:
             (False, True)
             >>> rule.ends("Ask Dr.", " Low"), rule.ends("Well...", " and then")
             (False, False)
-            >>> SentenceRule(".\\n").ends("- a cup", "\\n- a plate")
+            >>> SentenceRule(".\n").ends("- a cup", "\n- a plate")
             True
         """
         body = text.rstrip().rstrip(_CLOSERS)
