@@ -60,6 +60,10 @@ class FilterConfig(_Section):
     non_latin: bool = Field(default=False, description="Reject letters of a non-Latin script.")
 
 
+DEFAULT_DELIMITERS = ".!?。！？\n"
+"""Ends of sentences in Latin and full-width punctuation, and the line breaks between list items."""
+
+
 class SearchConfig(_Section):
     """Configure the sentence-level search (section 3.2.1)."""
 
@@ -91,7 +95,11 @@ class SearchConfig(_Section):
         description="Penalty subtracted from a token's log-probability for each earlier sibling that chose it at the "
         "same step (decoding: diverse).",
     )
-    delimiters: str = Field(default=".", min_length=1, description="Characters that end a sentence.")
+    delimiters: str = Field(
+        default=DEFAULT_DELIMITERS,
+        min_length=1,
+        description="Characters that end a sentence; with a line break among them, so does each line or list item.",
+    )
     max_sentences: int = Field(default=8, ge=1, description="Maximum number of sentences of a response.")
     max_sentence_tokens: int = Field(default=70, ge=2, description="Maximum number of tokens of a sentence.")
     max_response_chars: int | None = Field(
@@ -139,6 +147,17 @@ class RewardConfig(_Section):
         if self.baseline == "half_best" and (self.fusion, self.image_score) != ("weighted", "contrast"):
             raise ValueError("baseline half_best requires fusion weighted and image_score contrast")
         return self
+
+
+class ClaimsConfig(_Section):
+    """Configure how the claims of a sentence are found."""
+
+    lexicon: str = Field(
+        default="en",
+        min_length=1,
+        description="Lexicon of the things that a sentence can claim: en, zh, or the path of a file of your own; "
+        "docs/method.md describes its format.",
+    )
 
 
 class QuestionsConfig(_Section):
@@ -228,6 +247,7 @@ class MethodConfig(_Section):
 
     lambda_: float = Field(default=0.5, ge=0, le=1, alias="lambda", description="Weight of R_I in R(s) (eq. 4).")
     search: SearchConfig = SearchConfig()
+    claims: ClaimsConfig = ClaimsConfig()
     reward: RewardConfig = RewardConfig()
     pairs: PairsConfig = PairsConfig()
 
