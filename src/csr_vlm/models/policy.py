@@ -175,11 +175,23 @@ class Policy:
         return [results[index] for index in range(len(prompts))]
 
     def blocks(
-        self, units: Sequence[tuple[int, Sequence[Continuation]]], max_tokens: int, max_targets: int = sys.maxsize
+        self,
+        units: Sequence[tuple[int, Sequence[Continuation]]],
+        max_tokens: int,
+        max_targets: int = sys.maxsize,
+        *,
+        sharing: bool = True,
     ) -> list[Block]:
-        """Arrange units of responses about one image in rows; see :func:`csr_vlm.models.prefix_tree.make_blocks`."""
+        """Arrange units of responses about one image in rows; see :func:`csr_vlm.models.prefix_tree.make_blocks`.
+
+        Args:
+            units: Number and responses of each unit.
+            max_tokens: Token budget of a tree.
+            max_targets: The same for distinct response tokens.
+            sharing: Whether responses share tokens where the model allows it.
+        """
         config = self.base_model.config
-        is_tree = tree_obstacle(config) is None
+        is_tree = sharing and tree_obstacle(config) is None
         window = attention_window(config)
         return make_blocks(units, self.image_token_ids, max_tokens, max_targets, window, is_tree=is_tree)
 

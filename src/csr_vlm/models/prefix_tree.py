@@ -270,7 +270,9 @@ def make_blocks(
         is_tree: Whether to share tokens; otherwise each response gets a row of its own.
     """
     blocks: list[Block] = []
-    tree, numbers, places = PrefixTree(image_token_ids), [], []
+    tree = PrefixTree(image_token_ids)
+    numbers: list[int] = []
+    places: list[tuple[tuple[int, int], ...]] = []
 
     def finish() -> None:
         if numbers:

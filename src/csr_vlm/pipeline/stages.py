@@ -251,6 +251,7 @@ _PAIR_VALUES: dict[str, Callable[[Pair], float]] = {
 def train(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOCAL) -> None:
     """Run DPO with the previous iteration's policy as reference and store the adapter."""
     if run.is_done(iteration, "train"):
+        shutil.rmtree(run.trainer_path(iteration), ignore_errors=True)
         return
     started = time.perf_counter()
     with reporter.stage(f"iteration {iteration}: training", 0) as progress:
@@ -261,8 +262,9 @@ def train(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOC
             "nats from a teacher-forced pass; the reference log-probabilities were recomputed"
         )
     if result["packing_obstacle"] is not None:
-        reporter.log(f"iteration {iteration}: training without packing: {result['packing_obstacle']}")
+        reporter.log(f"iteration {iteration}: responses do not share rows in training: {result['packing_obstacle']}")
     run.mark_done(iteration, "train", seconds=_since(started), **result)
+    shutil.rmtree(run.trainer_path(iteration), ignore_errors=True)
 
 
 def evaluate(run: Run, iteration: int, reporter: Reporter, again: bool = False) -> None:
