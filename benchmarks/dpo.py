@@ -30,6 +30,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from csr_vlm.training.packing import disable_vision_gradients
 from datasets import Dataset
 from memory import megabytes
 from models import SIZES, make_policy
@@ -43,7 +44,6 @@ from csr_vlm.store.files import write_json
 from csr_vlm.store.run import versions
 from csr_vlm.training.collator import PairCollator, training_row
 from csr_vlm.training.dpo import CsrTrainer, trainable_policy, trainer_arguments
-from csr_vlm.training.packing import disable_vision_gradients
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes

@@ -268,7 +268,15 @@ def _by_lambda(run: Run, out: Path, overrides: list[str], *, base: bool = False)
         metrics = gates.pair_metrics(run, 1, config)
         adapter = out / weight
         tables.write_pairs(out / f"{weight}.parquet", pairs)
-        train([out / f"{weight}.parquet"], config.model, config.training, previous=None, adapter=adapter, work=out / "work", seed=1)
+        train(
+            [out / f"{weight}.parquet"],
+            config.model,
+            config.training,
+            previous=None,
+            adapter=adapter,
+            work=out / "work",
+            seed=1,
+        )
         pair_metrics = {"agreement": metrics["scorer_agreement"], "relevance_win": metrics["relevance_win"]}
         yield {"lambda": weight, **pair_metrics, "metrics": measure(adapter)}
 

@@ -119,12 +119,18 @@ class PrefixTree:
         """Return the number of distinct tokens."""
         return len(self._parents)
 
-    def num_new_tokens(self, prompt: EncodedPrompt, response: Sequence[int]) -> int:
-        """Return by how many tokens a response would make the tree longer."""
-        if id(prompt) in self._prompt_ends:
-            return len(response) - len(self._known(self._prompt_ends[id(prompt)], response))
-        ids = [*prompt.input_ids.tolist(), *response]
-        return len(ids) - len(self._known(-1, ids))
+    def num_new_tokens(self, unit: Sequence[Continuation]) -> int:
+        """Return by how many tokens some responses would make the tree longer."""
+        new: dict[tuple[int, int], int] = {}
+        for prompt, response in unit:
+            known_prompt = id(prompt) in self._prompt_ends
+            node = self._prompt_ends[id(prompt)] if known_prompt else -1
+            for token in response if known_prompt else (*prompt.input_ids.tolist(), *response):
+                step = (node, token)
+                if step not in self._children and step not in new:
+                    new[step] = -2 - len(new)  # stands for a node that does not exist yet
+                node = self._children[step] if step in self._children else new[step]
+        return len(new)
 
     def add(self, prompt: EncodedPrompt, response: Sequence[int]) -> None:
         """Add a response.
@@ -284,7 +290,7 @@ def make_blocks(
             blocks.append(_separate_rows(number, unit, image_token_ids))
             continue
         num_targets = sum(len(response) for _, response in unit)
-        num_new = sum(tree.num_new_tokens(*continuation) for continuation in unit)
+        num_new = tree.num_new_tokens(unit)
         if numbers and (len(tree) + num_new > max_tokens or tree.num_targets + num_targets > max_targets):
             finish()
             tree, numbers, places = PrefixTree(image_token_ids), [], []

@@ -109,7 +109,7 @@ def train(
     digest = files.digest(
         {
             "pairs": [files.sha256_of(path) for path in pairs],
-            "previous": None if previous is None else files.sha256_of(previous / "adapter_model.safetensors"),
+            "previous": _adapter_digest(previous),
             "settings": [model_config.model_dump(mode="json"), config.model_dump(mode="json"), seed],
         }
     )
@@ -131,6 +131,12 @@ def train(
         files.write_json(finished, {"inputs": digest, "result": result})
     trainer.release()
     return result
+
+
+def _adapter_digest(adapter: Path | None) -> str | None:
+    """Return the checksum of an adapter's weights; None if there are none, which loading the adapter reports."""
+    weights = None if adapter is None else adapter / "adapter_model.safetensors"
+    return files.sha256_of(weights) if weights is not None and weights.exists() else None
 
 
 def _trainer(
