@@ -275,7 +275,7 @@ def test_trees_have_the_loss_and_gradients_of_stock_trl(family: Case, tmp_path: 
         torch.allclose(gradients[name], expected[name], rtol=0, atol=1e-5 * max(largest, 1.0)) for name in trained
     )
     if not has_obstacle:
-        assert metrics["num_tokens"] < expected_metrics["num_tokens"] / 2
+        assert metrics["num_tokens"] < 0.7 * expected_metrics["num_tokens"]
 
 
 def branching(pair: Pair, common: int) -> Pair:

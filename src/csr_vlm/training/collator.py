@@ -79,6 +79,10 @@ class PairCollator:
 
     def passes(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         """Build the passes of some pairs; those about one image must be adjacent to share it."""
+        return [self._tensors(block, pairs) for block in join_blocks(self.blocks(pairs), self._max_tokens)]
+
+    def blocks(self, pairs: Sequence[Pair]) -> list[Block]:
+        """Arrange pairs in rows, which passes join."""
         blocks: list[Block] = []
         for numbers in _adjacent(pairs):
             encoded = {prompt: self._policy.encode(prompt) for prompt in {pairs[n].prompt: None for n in numbers}}
@@ -87,7 +91,7 @@ class PairCollator:
                 for n in numbers
             ]
             blocks += self._policy.blocks(units, self._max_tokens, sharing=self._sharing)
-        return [self._tensors(block, pairs) for block in join_blocks(blocks, self._max_tokens)]
+        return blocks
 
     def _tensors(self, block: Block, pairs: Sequence[Pair]) -> dict[str, Any]:
         rows = row_tensors(block.rows, self._policy.pad_id)
