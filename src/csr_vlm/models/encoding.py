@@ -6,7 +6,9 @@ batches with :func:`batch_rows`, so all of them give the model the same inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +47,42 @@ class EncodedPrompt:
 
 
 @dataclass
+class _ProcessedImage:
+    """Hold an image, and what a processor's image processor made of it."""
+
+    path: str
+    image: Any
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def remembered(self, processor: Any) -> Iterator[None]:
+        """Make a processor use the results of earlier calls."""
+        image_processor = processor.image_processor
+        processor.image_processor = _RememberingImageProcessor(image_processor, self.results)
+        try:
+            yield
+        finally:
+            processor.image_processor = image_processor
+
+
+class _RememberingImageProcessor:
+    """Call an image processor once per set of options; the image is always the same."""
+
+    def __init__(self, image_processor: Any, results: dict[str, Any]) -> None:
+        self._image_processor = image_processor
+        self._results = results
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        options = repr(sorted((key, value) for key, value in kwargs.items() if key != "images"))
+        if options not in self._results:
+            self._results[options] = self._image_processor(*args, **kwargs)
+        return copy(self._results[options])  # Processors remove entries.
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._image_processor, name)
+
+
+@dataclass
 class PromptEncoder:
     """Format and tokenize prompts for a model; this needs its configuration but no weights."""
 
@@ -54,6 +92,7 @@ class PromptEncoder:
     max_image_pixels: int = MAX_IMAGE_PIXELS
     eos_ids: frozenset[int] = field(init=False, repr=False)
     """Token ids that end a response."""
+    _last: _ProcessedImage | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         eos = self.generation_config.eos_token_id
@@ -87,13 +126,18 @@ class PromptEncoder:
     def process(self, prompt: Prompt) -> Any:
         """Load the image, apply the chat template, and return the processor's output for a batch of one.
 
+        Several prompts in a row about one image load and process it once.
+
         Raises:
             CsrError: The image was deleted or changed since it was checked.
         """
         text, add_special_tokens = self._format(prompt.text)
-        return self.processor(
-            images=[self.image(prompt)], text=[text], return_tensors="pt", add_special_tokens=add_special_tokens
-        )
+        if self._last is None or self._last.path != prompt.image:
+            self._last = _ProcessedImage(prompt.image, self.image(prompt))
+        with self._last.remembered(self.processor):
+            return self.processor(
+                images=[self._last.image], text=[text], return_tensors="pt", add_special_tokens=add_special_tokens
+            )
 
     def short_ids(self, prompt: Prompt) -> list[int]:
         """Tokenize a prompt with one placeholder token per image, for engines that expand it themselves."""
