@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback, default_data_collator
 from trl import DPOConfig, DPOTrainer
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.models.devices import free_memory
 from csr_vlm.models.policy import Policy
 from csr_vlm.training.distribution import max_over_processes
 from csr_vlm.training.steps import StepDataset, StepLoader
@@ -200,9 +200,7 @@ class CsrTrainer(DPOTrainer):  # type: ignore[misc]
         self.optimizer = self.lr_scheduler = None
         self.accelerator.free_memory()
         self.callback_handler.callbacks.clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
 
 def _unchanged(value: Any) -> Any:
