@@ -16,14 +16,18 @@ from typing import Any
 import pytest
 import torch
 
-from csr_vlm.config.schema import TrainingConfig
+from csr_vlm.config.schema import LoraConfig, TrainingConfig
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import Pair, Prompt
 from csr_vlm.models.policy import Policy
+from csr_vlm.pipeline import stages
+from csr_vlm.store.run import Run
 from csr_vlm.training import dpo
 from csr_vlm.training.dpo import explained, train, use_one_device
 from csr_vlm.training.steps import StepDataset
 from csr_vlm.training.trainer import CsrTrainer
+from tests.integration.conftest import small_config
 from tests.integration.training_setup import MODEL, response, write_pairs
 
 CONFIG = TrainingConfig.model_validate(
@@ -223,3 +227,27 @@ def test_one_process_uses_one_of_several_gpus(monkeypatch: pytest.MonkeyPatch) -
     use_one_device(arguments, torch.device("cuda:1"))
     assert arguments._n_gpu == 1
     assert chosen == [torch.device("cuda:1")] == [state.device] == [arguments._setup_devices]
+
+
+def test_a_training_step_is_tried_before_the_first_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.create(tmp_path / "run", small_config(tmp_path, training={"max_tokens": 512}))
+    stages.check_inputs(run, Silent())
+    shapes: list[tuple[int, ...]] = []
+    original = CsrTrainer.compute_loss
+
+    def compute_loss(self: CsrTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(inputs["rows"]["input_ids"].shape))
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(CsrTrainer, "compute_loss", compute_loss)
+    stages.try_training(run, Silent())
+    assert len(shapes) == 1
+    assert not (run.iteration(1)).exists()
+    # On a GPU the step has as many tokens as a pass may have.
+    monkeypatch.setattr("csr_vlm.training.trial.resolve_device", lambda _: "cuda")
+    stages.try_training(run, Silent())
+    budget = run.config.training.max_tokens
+    assert budget - 2 * run.config.method.search.max_sentence_tokens < shapes[-1][1] <= budget
+    broken = run.config.training.model_copy(update={"lora": LoraConfig(target_modules="nothing")})
+    with pytest.raises(CsrError, match=r"adapter cannot be added"):
+        stages.try_training(Run(run.root, run.config.model_copy(update={"training": broken})), Silent())

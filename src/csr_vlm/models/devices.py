@@ -38,6 +38,13 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def count_gpus() -> int:
+    """Return the number of visible GPUs."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def free_memory() -> None:
     """Free what a finished stage leaves to the garbage collector, and the memory that torch caches on the GPU.
 

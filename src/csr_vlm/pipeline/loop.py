@@ -60,6 +60,9 @@ def _stops_after(step: Step, run: Run, reporter: Reporter, executor: Executor) -
         case "prompts":
             stages.check_inputs(run, reporter)
         case "generate":
+            if t == 1:
+                stages.try_training(run, reporter, executor)
+                free_memory()
             stages.generate(run, t, reporter, executor)
         case "pairs":
             stages.make_pairs(run, t, reporter, executor)

@@ -36,7 +36,6 @@ from csr_vlm.models.policy import Policy
 from csr_vlm.models.prefix_tree import tree_obstacle
 from csr_vlm.store import files
 from csr_vlm.store.tables import PairFiles
-from csr_vlm.training.checkpoints import TimedCheckpoints, prepare_directory, resume
 from csr_vlm.training.collator import PairCollator
 from csr_vlm.training.distribution import (
     gather_trained_weights,
@@ -49,6 +48,7 @@ from csr_vlm.training.distribution import (
 )
 from csr_vlm.training.reference import compute_reference, reference_tolerance, verify_reference
 from csr_vlm.training.reporting import configure_trackers, report_name
+from csr_vlm.training.resuming import TimedCheckpoints, prepare_directory, resume
 from csr_vlm.training.steps import StepDataset, StepPlan
 from csr_vlm.training.trainer import CsrTrainer
 from csr_vlm.training.tree_rows import disable_vision_gradients

@@ -40,7 +40,7 @@ class StepPlan:
     Example:
         >>> plan = StepPlan([2, 3, 1], pairs_per_step=3, seed=0)
         >>> [plan.pairs(0, step).tolist() for step in range(plan.num_steps)]
-        [[5, 2, 3, 4], [0, 1]]
+        [[5, 0, 1], [2, 3, 4]]
     """
 
     def __init__(self, group_sizes: Sequence[int] | Integers, pairs_per_step: int, seed: int) -> None:
