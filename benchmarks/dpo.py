@@ -155,41 +155,34 @@ def make_side(kind: str, checkpoint: Path, dtype: str, pairs: list[Pair], work: 
     return Side(trainer, lambda: collator.passes(pairs))
 
 
-def differences(ours: Side, stock: Side) -> dict[str, float]:
+Gradients = dict[str, torch.Tensor]
+
+
+def difference(ours: tuple[float, Gradients], stock: tuple[float, Gradients]) -> dict[str, float]:
     """Compare one step: loss relative to itself, gradients relative to the largest one."""
-    losses = [side.step() for side in (ours, stock)]
-    actual, expected = ours.gradients(), stock.gradients()
+    (loss, actual), (expected_loss, expected) = ours, stock
     if actual.keys() != expected.keys():
         raise RuntimeError("the two trainers train different parameters")
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    difference = max(float((actual[name] - gradient).abs().max()) for name, gradient in expected.items())
-    return {"loss": abs(losses[0] - losses[1]) / abs(losses[1]), "gradients": difference / largest}
+    furthest = max(float((actual[name] - gradient).abs().max()) for name, gradient in expected.items())
+    return {"loss": abs(loss - expected_loss) / abs(expected_loss), "gradients": furthest / largest}
 
 
-def peak_megabytes(step: Callable[[], float]) -> float:
-    """Run a step and return the peak increase of memory in MB, of the GPU if there is one."""
+def measure(step: Callable[[], float]) -> tuple[float, float]:
+    """Run a step; return its seconds, and the peak increase of memory in MB, of the GPU if there is one."""
     gc.collect()
     if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before, started = torch.cuda.memory_allocated(), time.perf_counter()
         step()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        torch.cuda.synchronize()
+        return time.perf_counter() - started, (torch.cuda.max_memory_allocated() - before) / 1e6
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = megabytes("VmRSS")
+    memory, started = megabytes("VmRSS"), time.perf_counter()
     step()
-    return megabytes("VmHWM") - before
-
-
-def seconds(step: Callable[[], float]) -> float:
-    """Time a step in seconds."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, megabytes("VmHWM") - memory
 
 
 def distinct_tokens(policy: Policy, pairs: Sequence[Pair]) -> int:
@@ -215,9 +208,9 @@ def compare(
         distinct = distinct_tokens(first, pairs)
         del first
         sides = {kind: make_side(kind, checkpoint, dtype, pairs, work) for kind in KINDS}
-        difference = {kind: differences(sides[kind], sides["stock"]) for kind in KINDS[1:]}
-        turns = [{kind: seconds(side.step) for kind, side in sides.items()} for _ in range(arguments.repeats)]
-        memory = {kind: peak_megabytes(side.step) for kind, side in sides.items()}
+        outcomes = {kind: (side.step(), side.gradients()) for kind, side in sides.items()}
+        measured = [{kind: measure(side.step) for kind, side in sides.items()} for _ in range(arguments.repeats)]
+        turns = [{kind: turn[kind][0] for kind in KINDS} for turn in measured]
         tokens = {kind: side.tokens() for kind, side in sides.items()}
     tokens["stock"] *= 2  # policy and reference
     return {
@@ -230,8 +223,8 @@ def compare(
         "seconds": {kind: statistics.median(turn[kind] for turn in turns) for kind in KINDS},
         "speedup": {kind: statistics.median(turn[kind] / turn["trees"] for turn in turns) for kind in KINDS[:2]},
         "turns": turns,
-        "peak_megabytes": memory,
-        "difference": difference,
+        "peak_megabytes": {kind: max(turn[kind][1] for turn in measured) for kind in KINDS},
+        "difference": {kind: difference(outcomes[kind], outcomes["stock"]) for kind in KINDS[1:]},
     }
 
 
