@@ -99,9 +99,10 @@ class Side:
         return {n: p.grad.float().clone() for n, p in named if p.grad is not None and ".ref." not in n}
 
 
-def make_mid(directory: Path) -> None:
-    """Write a checkpoint of the size ``mid``."""
-    policy = make_policy(SIZES["mid"], torch.float32)
+def make_mid(directory: Path, layers: int | None) -> None:
+    """Write a checkpoint of the size ``mid``, perhaps with fewer layers."""
+    size = SIZES["mid"] if layers is None else replace(SIZES["mid"], layers=layers)
+    policy = make_policy(size, torch.float32)
     policy.model.save_pretrained(directory)
     policy.processor.save_pretrained(directory)
 
@@ -169,7 +170,10 @@ def difference(ours: tuple[float, Gradients], stock: tuple[float, Gradients]) ->
 
 
 def measure(step: Callable[[], float]) -> tuple[float, float]:
-    """Run a step; return its seconds, and the peak increase of memory in MB, of the GPU if there is one."""
+    """Run a step; return its seconds, and the peak increase of memory in MB, of the GPU if there is one.
+
+    Without a GPU these are CPU seconds of the process, which other load on the machine hardly changes.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -180,9 +184,9 @@ def measure(step: Callable[[], float]) -> tuple[float, float]:
         return time.perf_counter() - started, (torch.cuda.max_memory_allocated() - before) / 1e6
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    memory, started = megabytes("VmRSS"), time.perf_counter()
+    memory, started = megabytes("VmRSS"), time.process_time()
     step()
-    return time.perf_counter() - started, megabytes("VmHWM") - memory
+    return time.process_time() - started, megabytes("VmHWM") - memory
 
 
 def distinct_tokens(policy: Policy, pairs: Sequence[Pair]) -> int:
@@ -250,6 +254,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", type=int, default=[2, 4, 12], help="sibling pairs of the prompt")
     parser.add_argument("--questions", nargs="+", type=int, default=[0, 4], help="claim questions; at most 4")
     parser.add_argument("--tokens", type=int, help="tokens per sentence; 8 for tiny and 20 for mid by default")
+    parser.add_argument("--layers", type=int, help="layers of mid's language model; 12 by default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -259,7 +264,7 @@ def main() -> None:
         for size in arguments.sizes:
             checkpoint = assets() / "llava" if size == "tiny" else Path(directory)
             if size == "mid":
-                make_mid(checkpoint)
+                make_mid(checkpoint, arguments.layers)
             for dtype in arguments.dtypes:
                 for num_pairs in arguments.pairs:
                     for num_questions in arguments.questions:

@@ -1,7 +1,8 @@
 """Run the stages of a run. Each reads what earlier stages wrote and writes its marker last.
 
 A stage that is done returns at once, so a killed run is resumed by running it again. A killed stage
-starts over, except that search and claim questions keep the parts they have written.
+starts over, except that search and claim questions keep the parts they have written, and training resumes from its last
+checkpoint.
 """
 
 from __future__ import annotations
