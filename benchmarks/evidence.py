@@ -287,6 +287,7 @@ def _by_lambda(run: Run, out: Path, overrides: list[str], *, base: bool = False)
     from csr_vlm.core.progress import Silent
     from csr_vlm.pipeline import gates, stages
     from csr_vlm.pipeline.policy_evaluation import evaluate_world
+    from csr_vlm.store import tables
     from csr_vlm.training.dpo import train
 
     measuring = load_config(None, [f"evaluation.world={json.dumps(SETTINGS_SCENES)}"], base=run.config.dump())
@@ -302,7 +303,16 @@ def _by_lambda(run: Run, out: Path, overrides: list[str], *, base: bool = False)
         pairs, _ = stages.derive_pairs(run, 1, config)
         metrics = gates.pair_metrics(run, 1, config)
         adapter = out / weight
-        train(pairs, config.model, config.training, previous=None, adapter=adapter, work=out / "work", seed=1)
+        tables.write_pairs(out / f"{weight}.parquet", pairs)
+        train(
+            [out / f"{weight}.parquet"],
+            config.model,
+            config.training,
+            previous=None,
+            adapter=adapter,
+            work=out / "work",
+            seed=1,
+        )
         pair_metrics = {"agreement": metrics["scorer_agreement"], "relevance_win": metrics["relevance_win"]}
         yield {"lambda": weight, **pair_metrics, "metrics": measure(adapter)}
 

@@ -467,12 +467,24 @@ class TrainingConfig(_Section):
         "of the reference model.",
     )
     reference_tolerance: float = Field(
-        default=0.05, gt=0, description="Largest accepted difference between the two, in nats per response."
+        default=0.05,
+        gt=0,
+        description="Largest accepted difference between the two in float32, in nats per response; half precision adds "
+        "its rounding errors.",
     )
     packing: Literal["auto", "off"] = Field(
         default="auto",
-        description="Compute what the two sides of a pair share (image, question, first tokens) once if the model "
+        description="Compute what the pairs about an image share (image, question, first sentences) once if the model "
         "supports it; the results are the same.",
+    )
+    max_tokens: int = Field(
+        default=8192,
+        ge=1,
+        description="Tokens of one pass through the model. A step with more is divided into several passes, which "
+        "changes memory and speed, not the result.",
+    )
+    checkpoint_minutes: float = Field(
+        default=10.0, ge=0, description="Interval of the checkpoints that a killed training resumes from."
     )
     trl: dict[str, Any] = Field(default_factory=dict, description="Arguments of trl.DPOConfig, passed unchanged.")
     merge: bool = Field(default=False, description="Also write the final merged model.")
