@@ -62,7 +62,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-evidence: $(addprefix $(MODELS)/,$(addsuffix /build.json,market larger idefics3))  ## every table and plot of docs/evidence (hours; goes on where it was stopped)
+evidence: $(addprefix $(MODELS)/,$(addsuffix /build.json,market larger idefics3))  ## every table and plot of docs/evidence, on a new test seed (hours; goes on where it was stopped)
 	$(BIN)/python benchmarks/evidence.py run --out $(EVIDENCE)
 	$(BIN)/python benchmarks/evidence.py write --out $(EVIDENCE) --to docs/evidence
 

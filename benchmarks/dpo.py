@@ -1,19 +1,18 @@
-"""Compare a DPO step with stock TRL's: shared prefixes computed once, reference logprobs from the ledger.
+"""Compare a DPO step on prefix trees with stock TRL and with one row per pair.
 
-    python benchmarks/dpo.py --sizes tiny mid --dtypes float32 bfloat16 --out build/dpo.json
+    python benchmarks/dpo.py --sizes tiny mid --pairs 2 4 12 --questions 0 4 --out build/dpo.json
 
-A step consists of collating the batch, the loss and its gradients. ``stock`` is trl.DPOTrainer
-with four passes through the language model (chosen and rejected, under policy and reference), each
-of which encodes the image again. ``ours`` is the trainer of this package with the reference
-logprobs from the ledger. Both train the same adapter on the same weights and pairs. They are timed
-alternately, so that other load on the machine affects both; medians and the median ratio are
-reported. Loss and gradients are compared before anything is timed; in float32 the benchmark fails
-if they differ by more than rounding errors.
+A step consists of collating the pairs of one prompt (siblings) and its claim questions, the loss and
+its gradients. ``stock`` is trl.DPOTrainer: one row per response, policy and reference, with the image
+in every row. ``pair rows`` shares tokens within a pair only, as version 0.1 did; ``trees`` is this
+package. Both have the reference log-probabilities from the ledger. All train the same adapter on the
+same weights and pairs. They are timed alternately, so that other load on the machine affects all;
+medians and the medians of the ratios are reported. Loss and gradients are compared before anything is
+timed; in float32 the benchmark fails if they differ by more than rounding errors.
 
 ``tiny`` is the embedded world's model, with 36 image tokens. ``mid`` has random weights, a language
-model of 162M parameters and 576 image tokens. ``--shared`` is the share of a response that chosen
-and rejected have in common as a prefix: 0 for two different responses, close to 1 for siblings late
-in a response.
+model of 162M parameters and 576 image tokens. Siblings share a prefix of sentences and differ in one:
+pair number i begins with i mod 4 common sentences, and its two sides end with one of their own.
 """
 
 from __future__ import annotations
@@ -23,195 +22,226 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from datasets import Dataset
 from memory import megabytes
 from models import SIZES, make_policy
-from trl import DPOTrainer
+from stock import stock_batch, stock_trainer
 
 from csr_vlm.cli.console import quiet_libraries
 from csr_vlm.config.schema import ModelConfig, TrainingConfig
 from csr_vlm.core.records import Pair, Prompt, Response
 from csr_vlm.models.policy import Policy
+from csr_vlm.models.prefix_tree import Block
+from csr_vlm.store import tables
 from csr_vlm.store.files import write_json
 from csr_vlm.store.run import versions
-from csr_vlm.training.collator import PairCollator, training_row
-from csr_vlm.training.dpo import CsrTrainer, trainable_policy, trainer_arguments
-from csr_vlm.training.packing import disable_vision_gradients
+from csr_vlm.store.tables import PairFiles
+from csr_vlm.training.collator import PairCollator
+from csr_vlm.training.dpo import trainable_policy, trainer_arguments
+from csr_vlm.training.steps import StepDataset, StepPlan
+from csr_vlm.training.trainer import CsrTrainer
+from csr_vlm.training.tree_rows import disable_vision_gradients
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
 
 TRAINING = TrainingConfig.model_validate({"lora": {"r": 16, "alpha": 32}})
-TOKENS = {"tiny": 40, "mid": 100}
-"""Number of tokens per response."""
-TARGETS = {"tiny": 2.0, "mid": 2.3}
-"""Target speedup over stock TRL."""
+SENTENCE = {"tiny": 8, "mid": 20}
+"""Number of tokens of a sentence."""
 LARGEST_DIFFERENCE = 1e-4
 """Largest accepted difference in float32, of the loss relative to itself and of the gradients relative to the
 largest one. The reference logprobs come from batches of different shapes, so they differ by rounding."""
+KINDS = ("stock", "pair rows", "trees")
+
+
+class PairRows(PairCollator):
+    """Share tokens within a pair only."""
+
+    def blocks(self, pairs: Sequence[Pair]) -> list[Block]:
+        """Arrange each pair by itself."""
+        alone = [(number, super(PairRows, self).blocks([pair])) for number, pair in enumerate(pairs)]
+        return [replace(block, units=(number,)) for number, (block,) in alone]
 
 
 @dataclass
 class Side:
-    """Hold a trainer, its collator and its rows."""
+    """Hold a trainer, and what builds its passes."""
 
     trainer: Any
-    collator: PairCollator
-    rows: list[dict[str, Any]]
+    passes: Callable[[], list[dict[str, Any]]]
 
     def step(self) -> float:
+        """Compute the loss and the gradients of a step."""
         self.trainer.model.zero_grad()
-        batch = self.trainer._prepare_inputs(self.collator(self.rows))
-        loss = self.trainer.compute_loss(self.trainer.model, batch)
-        loss.backward()
-        return float(loss.detach())
+        total = 0.0
+        batches = self.passes()
+        num_pairs = sum(len(batch["ref_chosen_logps"]) for batch in batches)
+        for batch in batches:
+            self.trainer._weight = len(batch["ref_chosen_logps"]) / num_pairs
+            loss = self.trainer.compute_loss(self.trainer.model, self.trainer._prepare_inputs(batch))
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def tokens(self) -> int:
+        """Count the tokens of a step that the language model computes in one pass over each, without padding."""
+        return sum(int(batch["attention_mask"].sum()) for batch in self.passes())
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        return {n: p.grad.float().clone() for n, p in self.trainer.model.named_parameters() if p.grad is not None}
+        """Return the gradients of the policy's adapter."""
+        named = self.trainer.model.named_parameters()
+        return {n: p.grad.float().clone() for n, p in named if p.grad is not None and ".ref." not in n}
 
 
-def make_mid(directory: Path) -> None:
-    """Write a checkpoint of the size ``mid``."""
-    policy = make_policy(SIZES["mid"], torch.float32)
+def make_mid(directory: Path, layers: int | None) -> None:
+    """Write a checkpoint of the size ``mid``, perhaps with fewer layers."""
+    size = SIZES["mid"] if layers is None else replace(SIZES["mid"], layers=layers)
+    policy = make_policy(size, torch.float32)
     policy.model.save_pretrained(directory)
     policy.processor.save_pretrained(directory)
 
 
-def make_pairs(policy: Policy, prompts: list[Prompt], length: int, shared: float) -> list[Pair]:
-    """Generate random pairs with a common prefix, and their logprobs under the policy."""
+def make_pairs(policy: Policy, prompt: Prompt, num_pairs: int, num_questions: int, sentence: int) -> list[Pair]:
+    """Generate sibling pairs and questions about one image, and their logprobs under the policy."""
     generator = torch.Generator().manual_seed(0)
     words = [token for token in range(5, len(policy.tokenizer)) if token not in policy.image_token_ids]
-    prefix_length = int(shared * length)
-    pairs = []
-    for prompt in prompts:
-        drawn = [words[i] for i in torch.randint(len(words), (2 * length,), generator=generator).tolist()]
-        # The rejected response is slightly shorter, so that a mix-up of lengths cannot go unnoticed.
-        ids = [
-            tuple(drawn[:length]),
-            tuple(drawn[:prefix_length] + drawn[length : 2 * length - prefix_length - length // 10]),
-        ]
-        logprobs = [float(lp.sum()) for lp in policy.teacher_forced([prompt, prompt], ids)]
+
+    def draw(length: int) -> tuple[int, ...]:
+        return tuple(words[i] for i in torch.randint(len(words), (length,), generator=generator).tolist())
+
+    def pair(asked: Prompt, ids: tuple[tuple[int, ...], tuple[int, ...]]) -> Pair:
+        logprobs = [float(lp.sum()) for lp in policy.teacher_forced([asked, asked], ids)]
         sides = [Response("1", i, lp, "", 1, 0.0, complete=True) for i, lp in zip(ids, logprobs, strict=True)]
-        pairs.append(Pair(prompt=prompt, iteration=1, chosen=sides[0], rejected=sides[1]))
-    return pairs
+        return Pair(prompt=asked, iteration=1, chosen=sides[0], rejected=sides[1])
+
+    path = draw(3 * sentence)
+    siblings = []
+    for number in range(num_pairs):
+        prefix = path[: number % 4 * sentence]
+        # The rejected response is slightly shorter, so that a mix-up of lengths cannot go unnoticed.
+        siblings.append(pair(prompt, (prefix + draw(sentence), prefix + draw(sentence - sentence // 8))))
+    nouns = ("boat", "tree", "car", "dog")[:num_questions]
+    asked = [Prompt(f"{prompt.prompt_id}?{noun}", prompt.image, f"Is there a {noun}?") for noun in nouns]
+    return siblings + [pair(question, (draw(2), draw(2))) for question in asked]
 
 
-def make_side(kind: type, policy: Policy, pairs: list[Pair], work: Path, checkpointing: bool) -> Side:
-    """Create a trainer for a policy, and move the policy slightly away from its reference."""
-    ours = kind is CsrTrainer
-    rows = [training_row(pair) for pair in pairs]
-    if ours:
+def make_side(kind: str, checkpoint: Path, dtype: str, pairs: list[Pair], work: Path) -> Side:
+    """Create a trainer, and move its policy slightly away from the reference."""
+    torch.manual_seed(0)
+    policy = trainable_policy(ModelConfig(path=str(checkpoint), dtype=dtype), TRAINING, None)
+    arguments = trainer_arguments(TRAINING, work, 0, policy.device.type)
+    trainer: Any
+    if kind == "stock":
+        trainer = stock_trainer(policy, arguments)
+    else:
         disable_vision_gradients(policy.base_model)
-    settings = {"per_device_train_batch_size": len(pairs), "gradient_checkpointing": checkpointing}
-    training = TRAINING.model_copy(update={"trl": settings})
-    trainer = kind(
-        model=policy.model,
-        args=trainer_arguments(training, work, 0, policy.device.type),
-        train_dataset=Dataset.from_list(rows),
-        data_collator=PairCollator(policy, packing=ours),
-        processing_class=policy.processor,
-    )
-    trainer.precompute_ref_logps = ours
-    trainer.first_loss = 0.0
-    if checkpointing:
-        policy.base_model.gradient_checkpointing_enable()
+        collator = (PairRows if kind == "pair rows" else PairCollator)(policy, TRAINING.max_tokens)
+        tables.write_pairs(work / "pairs.parquet", pairs)
+        files = PairFiles([work / "pairs.parquet"])
+        trainer = CsrTrainer(policy, StepDataset(files, StepPlan(files.group_sizes, 16, 0), collator), arguments)
+        trainer.first_loss = 0.0
     trainer.model.train()
     noise = torch.Generator().manual_seed(1)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B.default" in name:
             parameter.data += 0.01 * torch.randn(parameter.shape, generator=noise).to(parameter)
-    return Side(trainer, trainer.data_collator, rows)
+    if kind == "stock":
+        return Side(trainer, lambda: [stock_batch(policy, pairs)])
+    return Side(trainer, lambda: collator.passes(pairs))
 
 
-def differences(ours: Side, stock: Side) -> dict[str, float]:
+Gradients = dict[str, torch.Tensor]
+
+
+def difference(ours: tuple[float, Gradients], stock: tuple[float, Gradients]) -> dict[str, float]:
     """Compare one step: loss relative to itself, gradients relative to the largest one."""
-    losses = [side.step() for side in (ours, stock)]
-    actual, expected = ours.gradients(), stock.gradients()
+    (loss, actual), (expected_loss, expected) = ours, stock
     if actual.keys() != expected.keys():
         raise RuntimeError("the two trainers train different parameters")
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    difference = max(float((actual[name] - gradient).abs().max()) for name, gradient in expected.items())
-    return {"loss": abs(losses[0] - losses[1]) / abs(losses[1]), "gradients": difference / largest}
+    furthest = max(float((actual[name] - gradient).abs().max()) for name, gradient in expected.items())
+    return {"loss": abs(loss - expected_loss) / abs(expected_loss), "gradients": furthest / largest}
 
 
-def peak_megabytes(step: Callable[[], float]) -> float:
-    """Run a step and return the peak increase of memory in MB, of the GPU if there is one."""
+def measure(step: Callable[[], float]) -> tuple[float, float]:
+    """Run a step; return its seconds, and the peak increase of memory in MB, of the GPU if there is one.
+
+    Without a GPU these are CPU seconds of the process, which other load on the machine hardly changes.
+    """
     gc.collect()
     if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before, started = torch.cuda.memory_allocated(), time.perf_counter()
         step()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        torch.cuda.synchronize()
+        return time.perf_counter() - started, (torch.cuda.max_memory_allocated() - before) / 1e6
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = megabytes("VmRSS")
+    memory, started = megabytes("VmRSS"), time.process_time()
     step()
-    return megabytes("VmHWM") - before
+    return time.process_time() - started, megabytes("VmHWM") - memory
 
 
-def seconds(step: Callable[[], float]) -> float:
-    """Time a step in seconds."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def distinct_tokens(policy: Policy, pairs: Sequence[Pair]) -> int:
+    """Count the distinct prefixes of all rows about one image, each of which ends with one token."""
+    prefixes = set()
+    for pair in pairs:
+        prompt = policy.encode(pair.prompt).input_ids.tolist()
+        for response in (pair.chosen, pair.rejected):
+            row = (*prompt, *response.token_ids)
+            prefixes |= {row[:end] for end in range(1, len(row) + 1)}
+    return len(prefixes)
 
 
-def compare(checkpoint: Path, size: str, dtype: str, shared: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Verify and time one model in one precision."""
-    with TemporaryDirectory() as work:
-        scenes = list(make_scenes(HARBOUR, Split.DEVELOPMENT, 0, arguments.pairs))
-        prompts = write_images(scenes, Path(work))
-        config = ModelConfig(path=str(checkpoint), dtype=dtype)
-        torch.manual_seed(0)
-        first = trainable_policy(config, TRAINING, None)
-        pairs = make_pairs(first, prompts, arguments.tokens or TOKENS[size], shared)
-        ours = make_side(CsrTrainer, first, pairs, Path(work), arguments.gradient_checkpointing)
-        torch.manual_seed(0)
-        second = trainable_policy(config, TRAINING, None)
-        stock = make_side(DPOTrainer, second, pairs, Path(work), arguments.gradient_checkpointing)
-        difference = differences(ours, stock)
-        turns = [(seconds(stock.step), seconds(ours.step)) for _ in range(arguments.repeats)]
-        memory = {"stock": peak_megabytes(stock.step), "ours": peak_megabytes(ours.step)}
-    ratio = statistics.median(stock / ours for stock, ours in turns)
+def compare(
+    checkpoint: Path, size: str, dtype: str, num_pairs: int, num_questions: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Verify and time one model in one precision on one tree."""
+    with TemporaryDirectory() as directory:
+        work = Path(directory)
+        (prompt,) = write_images(list(make_scenes(HARBOUR, Split.DEVELOPMENT, 0, 1)), work)
+        first = trainable_policy(ModelConfig(path=str(checkpoint), dtype=dtype), TRAINING, None)
+        pairs = make_pairs(first, prompt, num_pairs, num_questions, arguments.tokens or SENTENCE[size])
+        distinct = distinct_tokens(first, pairs)
+        del first
+        sides = {kind: make_side(kind, checkpoint, dtype, pairs, work) for kind in KINDS}
+        outcomes = {kind: (side.step(), side.gradients()) for kind, side in sides.items()}
+        measured = [{kind: measure(side.step) for kind, side in sides.items()} for _ in range(arguments.repeats)]
+        turns = [{kind: turn[kind][0] for kind in KINDS} for turn in measured]
+        tokens = {kind: side.tokens() for kind, side in sides.items()}
+    tokens["stock"] *= 2  # policy and reference
     return {
         "size": size,
         "dtype": dtype,
-        "shared": shared,
-        "pairs": arguments.pairs,
-        "gradient_checkpointing": arguments.gradient_checkpointing,
-        "seconds": {
-            "stock": statistics.median(turn[0] for turn in turns),
-            "ours": statistics.median(turn[1] for turn in turns),
-        },
-        "ratio": ratio,
-        "target": TARGETS[size],
-        "missed": ratio < TARGETS[size],
+        "pairs": num_pairs,
+        "questions": num_questions,
+        "distinct_tokens": distinct,
+        "tokens": tokens,
+        "seconds": {kind: statistics.median(turn[kind] for turn in turns) for kind in KINDS},
+        "speedup": {kind: statistics.median(turn[kind] / turn["trees"] for turn in turns) for kind in KINDS[:2]},
         "turns": turns,
-        "peak_megabytes": memory,
-        "difference": difference,
+        "peak_megabytes": {kind: max(turn[kind][1] for turn in measured) for kind in KINDS},
+        "difference": {kind: difference(outcomes[kind], outcomes["stock"]) for kind in KINDS[1:]},
     }
 
 
 def print_row(row: dict[str, Any]) -> None:
     """Print a row as one line of text."""
-    timing, memory, difference = row["seconds"], row["peak_megabytes"], row["difference"]
+    timing, memory, speedup = row["seconds"], row["peak_megabytes"], row["speedup"]
     print(
-        f"{row['size']:<5} {row['dtype']:<9} shared {row['shared']:.1f}  stock {timing['stock']:8.3f} s  "
-        f"ours {timing['ours']:8.3f} s  ratio {row['ratio']:5.2f}  "
-        f"peak {memory['stock']:7.0f} > {memory['ours']:7.0f} MB  "
-        f"loss {difference['loss']:.1e}  gradients {difference['gradients']:.1e}"
-        + (f"  MISSED: target {row['target']}" if row["missed"] else ""),
+        f"{row['size']:<5} {row['dtype']:<9} {row['pairs']:2} pairs {row['questions']} questions  "
+        f"stock {timing['stock']:8.3f}  pair rows {timing['pair rows']:8.3f}  trees {timing['trees']:8.3f} s  "
+        f"ratio {speedup['stock']:5.2f} {speedup['pair rows']:5.2f}  "
+        f"tokens / distinct {row['tokens']['trees'] / row['distinct_tokens']:.3f}  "
+        f"peak {memory['stock']:6.0f} {memory['pair rows']:6.0f} {memory['trees']:6.0f} MB  "
+        f"loss {row['difference']['trees']['loss']:.1e}  gradients {row['difference']['trees']['gradients']:.1e}",
         flush=True,
     )
 
@@ -219,13 +249,13 @@ def print_row(row: dict[str, Any]) -> None:
 def main() -> None:
     """Run the selected comparisons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=sorted(TOKENS), default=["tiny"])
+    parser.add_argument("--sizes", nargs="+", choices=sorted(SENTENCE), default=["tiny"])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
-    parser.add_argument("--shared", nargs="+", type=float, default=[0.0, 0.5])
-    parser.add_argument("--pairs", type=int, default=4, help="pairs per batch")
-    parser.add_argument("--tokens", type=int, help="tokens per response; 40 for tiny and 100 for mid by default")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--pairs", nargs="+", type=int, default=[2, 4, 12], help="sibling pairs of the prompt")
+    parser.add_argument("--questions", nargs="+", type=int, default=[0, 4], help="claim questions; at most 4")
+    parser.add_argument("--tokens", type=int, help="tokens per sentence; 8 for tiny and 20 for mid by default")
+    parser.add_argument("--layers", type=int, help="layers of mid's language model; 12 by default")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     quiet_libraries()
@@ -234,14 +264,19 @@ def main() -> None:
         for size in arguments.sizes:
             checkpoint = assets() / "llava" if size == "tiny" else Path(directory)
             if size == "mid":
-                make_mid(checkpoint)
+                make_mid(checkpoint, arguments.layers)
             for dtype in arguments.dtypes:
-                for shared in arguments.shared:
-                    rows.append(compare(checkpoint, size, dtype, shared, arguments))
-                    print_row(rows[-1])
+                for num_pairs in arguments.pairs:
+                    for num_questions in arguments.questions:
+                        rows.append(compare(checkpoint, size, dtype, num_pairs, num_questions, arguments))
+                        print_row(rows[-1])
     if arguments.out is not None:
         write_json(arguments.out, {"versions": versions(), "threads": torch.get_num_threads(), "rows": rows})
-    failed = [row for row in rows if row["dtype"] == "float32" and max(row["difference"].values()) > LARGEST_DIFFERENCE]
+    failed = [
+        row
+        for row in rows
+        if row["dtype"] == "float32" and max(row["difference"]["trees"].values()) > LARGEST_DIFFERENCE
+    ]
     if failed:
         raise SystemExit(f"loss or gradients differ: {failed[0]['size']}, {failed[0]['difference']}")
 

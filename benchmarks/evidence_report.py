@@ -6,11 +6,29 @@ import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import baseline
+import seed_ledger
+from evidence_tables import (
+    LEGEND,
+    Runs,
+    SceneTallies,
+    base_cell,
+    cell,
+    difference,
+    interval,
+    levels,
+    seeds_cell,
+    seeds_needed,
+    table,
+)
+
 from csr_vlm.config.load import scorer_config
+from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.metrics import metric_spec
-from csr_vlm.evaluation.statistics import Tally, holm, paired_difference, pooled
+from csr_vlm.evaluation.statistics import established, holm
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets
@@ -24,37 +42,41 @@ _KEYS = (
 )  # fmt: skip
 COLUMNS = {key: metric_spec(key).label for key in _KEYS}
 SHORT = ("chair_s", "chair_i", "recall", "companion_recall", "repeats", "words", "relevance")
-SceneTallies = Mapping[str, Mapping[str, Tally]]
-"""Scene id to its tallies, by metric."""
+ROOT = Path(__file__).resolve().parents[1]
+ALONE = "1 seed, no interval over runs"
 
 
-def write(jobs: Sequence[Any], out: Path, to: Path) -> None:
-    """Write all tables and plots whose jobs have results, and all metrics as ``results.json``."""
+def write(jobs: Sequence[Any], out: Path, to: Path, *, rerun: bool = False, ledger: Path = seed_ledger.LEDGER) -> None:
+    """Write all tables and plots whose jobs have results, and all metrics as ``results.json``.
+
+    Raises:
+        CsrError: Another table reports the test seed and ``rerun`` is false, or results mix seeds.
+    """
+    done = [result for result in (Result(job, out) for job in jobs) if result.finished]
+    if not done:
+        raise CsrError(f"{out} has no results", f"run first: python benchmarks/evidence.py run --out {out}")
+    numbers = {result.job.key: result.numbers() for result in done}
+    note = _report_test_seed(done, numbers, out, to, rerun=rerun, ledger=ledger)
     to.mkdir(parents=True, exist_ok=True)
-    done = [Result(job, out) for job in jobs]
-    done = [result for result in done if result.finished]
+    final = f"after iteration 3. {LEGEND.format(reference='calibrated')}"
+    steps = LEGEND.format(reference="iteration 0")
     parts = [
         _main(done, to),
-        _comparisons(done, out),
-        _final_table(
-            done,
-            "ablations",
-            "Ablations of the calibrated preset",
-            "500 development scenes, seed 0, after iteration 3.",
-        ),
-        _final_table(done, "settings", "Other settings", "500 development scenes, seed 0, after iteration 3."),
+        _comparisons(done),
+        _final_table(done, "ablations", "Ablations of the calibrated preset", f"500 development scenes, {final}"),
+        _final_table(done, "settings", "Other settings", f"500 development scenes, {final}"),
         _lambdas(out, to),
         _iteration_table(
             done,
             "questions",
             "Without claim questions",
-            "The default preset trained on descriptions only; 1,000 test scenes, greedy decoding.",
+            f"The default preset trained on descriptions only; 1,000 test scenes, greedy decoding. {steps}",
         ),
         _iteration_table(
             done,
             "generality",
             "Other base models and another world",
-            "The default preset, unchanged; 1,000 test scenes, greedy decoding.",
+            f"The default preset, unchanged; 1,000 test scenes, greedy decoding. {steps}",
         ),
         _audits(done),
         _scorers(out, to),
@@ -64,11 +86,65 @@ def write(jobs: Sequence[Any], out: Path, to: Path) -> None:
     head = (
         "# Evidence\n\nWritten by `benchmarks/evidence.py` (commits " + ", ".join(commits) + "). Every run used one "
         "thread; times are for search and training together. CHAIR and recall are computed against the known contents "
-        "of drawn scenes; intervals are 95 % over scenes.\n"
+        "of drawn scenes. Intervals are 95 %, over scenes and over runs (Student t over seeds). A difference is "
+        f"established only if both intervals exclude 0. {note}\n"
     )
     (to / "README.md").write_text("\n".join([head, *filter(None, parts)]), encoding="utf-8")
-    numbers = {f"{r.job.group}/{r.job.name}/{r.job.seed}": r.numbers() for r in done}
     (to / "results.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+
+
+def _report_test_seed(
+    done: Sequence[Result], numbers: Mapping[str, Any], out: Path, to: Path, *, rerun: bool, ledger: Path
+) -> str:
+    """Check that the results are of the folder's test seed, record the table in the ledger, and return its note."""
+    tested = [result for result in done if result.job.split == "test"]
+    if not tested:
+        return "No test scenes were used."
+    seed = seed_ledger.seed_of(out)
+    for result in tested:
+        found = result.seeds()
+        if found - {seed}:
+            raise CsrError(
+                f"{result.job.key} was measured on test seed {min(found - {seed})}, not on {seed}",
+                f"delete {result.root} and run again",
+            )
+    of_test = {result.job.key: numbers[result.job.key] for result in tested}
+    name = str(to.resolve().relative_to(ROOT)) if to.resolve().is_relative_to(ROOT) else to.name
+    note = seed_ledger.report(ledger, seed, f"{name}/README.md", of_test, rerun=rerun)
+    return f"Test scenes are those of seed {seed}. {note}".strip()
+
+
+def write_baseline(rows: Sequence[baseline.Row], jobs: Sequence[Any], out: Path, to: Path) -> None:
+    """Write ``baseline.md`` and ``baseline.json``: presets as they are, on the profiles and on a world."""
+    done = [result for result in (Result(job, out) for job in jobs) if result.finished]
+    commits = sorted({row["commit"] for row in rows} | {result.info["commit"] for result in done})
+    pictures = rows[0]["key"][-1]
+    head = (
+        "# Baseline\n\nWhat the presets do as they are, before any repair. Only the profile `world` is like the scenes "
+        "on which the default was chosen. Written by `python benchmarks/evidence.py baseline` (commits "
+        f"{', '.join(commits)}).\n\n"
+        f"## Profiles\n\n{pictures} pictures for each profile and seed, {baseline.NUM_SEEDS} seeds. Intervals are "
+        "95 % Student t over seeds; each seed draws its own pictures, so they are over pictures too. Right "
+        "decisions are true > false, END > false, true > END and true > mood; wrong ones are the reverse; a share "
+        "of 0.5 is chance. END stands for ending the response.\n"
+    )
+    parts = [head, baseline.profile_tables(rows)]
+    for group in dict.fromkeys(result.job.group for result in done):
+        world = group.removeprefix("baseline-")
+        parts.append(
+            _iteration_table(
+                done,
+                group,
+                f"World {world}",
+                f"{done[0].job.scenes} development scenes, greedy decoding. {LEGEND.format(reference='iteration 0')}",
+            )
+        )
+    to.mkdir(parents=True, exist_ok=True)
+    (to / "baseline.md").write_text("\n".join(parts), encoding="utf-8")
+    kept = [{name: value for name, value in row.items() if name not in ("checks", "decisions")} for row in rows]
+    lines = ",\n".join(json.dumps(row) for row in kept)
+    runs = json.dumps({result.job.key: result.numbers() for result in done})
+    (to / "baseline.json").write_text(f'{{"profiles": [\n{lines}\n],\n"runs": {runs}}}\n', encoding="utf-8")
 
 
 class Result:
@@ -100,6 +176,11 @@ class Result:
                 total[1] += bottom
         return {name: top / bottom for name, (top, bottom) in sums.items() if bottom}
 
+    def seeds(self) -> set[int]:
+        """Return the seeds of the scenes that the run was evaluated on."""
+        paths = sorted(self.root.glob("iteration-*/eval/world-*.json"))
+        return {json.loads(path.read_text())["protocol"]["seed"] for path in paths}
+
     def marker(self, iteration: int, stage: str) -> dict[str, Any]:
         path = self.root / f"iteration-{iteration}" / "done" / f"{stage}.json"
         result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -118,57 +199,38 @@ class Result:
         }
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
-
-
 def cells(values: Mapping[str, float], names: Iterable[str]) -> list[str]:
-    return [metric_spec(name).format(values[name]) for name in names]
+    return [metric_spec(name).format(values[name]) if name in values else "-" for name in names]
 
 
-def _summed(runs: Sequence[SceneTallies]) -> dict[str, list[Tally]]:
-    """Sum each scene's tallies over runs; return them by metric, in the order of the scenes."""
-    names = {name for rows in runs for row in rows.values() for name in row}
-    return {
-        name: [
-            (sum(rows[scene][name][0] for rows in runs), sum(rows[scene][name][1] for rows in runs))
-            for scene in runs[0]
-            if name in runs[0][scene]
-        ]
-        for name in names
-    }
+def _by_name(done: Iterable[Result], group: str) -> dict[str, dict[int, Result]]:
+    """Return the runs of a group by name and seed."""
+    found: dict[str, dict[int, Result]] = {}
+    for result in done:
+        if result.job.group == group:
+            found.setdefault(result.job.name, {})[result.job.seed] = result
+    return found
+
+
+def _at(runs: Mapping[int, Result], iteration: int, temperature: float = 0.0) -> Runs:
+    """Return what each run made of the scenes at an iteration, by seed."""
+    return {seed: run.rows(iteration, temperature) for seed, run in runs.items()}
 
 
 def _main(done: Sequence[Result], to: Path) -> str:
-    runs = [result for result in done if result.job.group == "main"]
+    runs = {result.job.seed: result for result in done if result.job.group == "main"}
     if not runs:
         return ""
-    parts = [
-        f"## The default preset, {len(runs)} seeds of the complete run\n\n1,000 test scenes. {_plot_main(runs, to)}\n"
-    ]
+    seeds = seeds_cell(len(runs), seeds_needed("main"))
+    parts = [f"## The default preset\n\n1,000 test scenes. {_plot_main(list(runs.values()), to)}\n"]
     for temperature, decoding in ((0.0, "Greedy decoding"), (1.0, "Sampling at temperature 1")):
-        base, last = ([run.rows(i, temperature) for run in runs] for i in (0, 3))
-        before, after = _summed(base), _summed(last)
-        differences = {name: paired_difference(before[name], after[name]) for name in COLUMNS}
-        adjusted = holm([difference.p or 1.0 for difference in differences.values()])
-        spread = {name: [run.values(3, temperature)[name] for run in runs] for name in COLUMNS}
-        rows = [
-            [
-                COLUMNS[name],
-                f"{d.before:.3f}",
-                f"{d.after:.3f}",
-                f"{min(spread[name]):.3f} to {max(spread[name]):.3f}",
-                f"{d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})",
-                "< 0.001" if p < 0.001 else f"{p:.3f}",
-            ]
-            for (name, d), p in zip(differences.items(), adjusted, strict=True)
-        ]
-        head = ["metric", "base", "iteration 3, mean", "seeds", "paired difference", "p (Holm)"]
-        parts.append(f"{decoding}, base vs. iteration 3:\n\n{table(head, rows)}")
+        rows = _main_rows(_at(runs, 0, temperature), _at(runs, 3, temperature), seeds)
+        head = ["metric", "seeds", "base", "iteration 3, mean", "over scenes", "over runs"]
+        head += ["paired difference", "over scenes", "over runs", "p over scenes (Holm)", "established"]
+        parts.append(f"{decoding}, base vs. iteration 3, paired by seed:\n\n{table(head, rows)}")
     each = [
-        [str(run.job.seed), str(i), *cells(run.values(i), COLUMNS), run.marker(i, "gate").get("verdict", "")]
-        for run in runs
+        [f"{seed} alone", str(i), *cells(run.values(i), COLUMNS), run.marker(i, "gate").get("verdict", "")]
+        for seed, run in runs.items()
         for i in run.job.measured
     ]
     parts.append(
@@ -176,6 +238,28 @@ def _main(done: Sequence[Result], to: Path) -> str:
         + table(["seed", "iteration", *COLUMNS.values(), "gate"], each)
     )
     return "\n".join(parts)
+
+
+def _main_rows(before: Runs, after: Runs, seeds: str) -> list[list[str]]:
+    """Format one row per metric: levels, difference, both intervals, and whether the difference is established."""
+    found = {name: (*levels(after, name), *difference(before, after, name)) for name in COLUMNS}
+    adjusted = holm([1.0 if scenes.p is None else scenes.p for *_, scenes, _ in found.values()])
+    return [
+        [
+            COLUMNS[name],
+            seeds,
+            "-" if change.before is None else f"{change.before:.3f}",
+            "-" if over.value is None else f"{over.value:.3f}",
+            interval(scenes),
+            interval(over),
+            "-" if change.value is None else f"{change.value:+.3f}",
+            interval(change, "{:+.3f}"),
+            interval(change_over, "{:+.3f}"),
+            "< 0.001" if p < 0.001 else f"{p:.3f}",
+            "yes" if established(change, change_over) else "no",
+        ]
+        for (name, (scenes, over, change, change_over)), p in zip(found.items(), adjusted, strict=True)
+    ]
 
 
 def _plot_main(runs: Sequence[Result], to: Path) -> str:
@@ -198,29 +282,46 @@ def _plot_main(runs: Sequence[Result], to: Path) -> str:
     return "One line per seed:\n\n![CHAIR_S falls while recall is kept](main.png)\n"
 
 
-def _comparisons(done: Sequence[Result], out: Path) -> str:
-    runs = [result for result in done if result.job.group == "comparisons"]
-    main = next((r for r in done if r.job.group == "main" and r.job.seed == 0), None)
-    if not runs or main is None:
+def _comparisons(done: Sequence[Result]) -> str:
+    others, main = _by_name(done, "comparisons"), _by_name(done, "main").get("calibrated")
+    if not others or not main:
         return ""
-    rows = [["base model", *cells(main.values(0), SHORT), ""]]
-    cut = pooled(list(_truncate_to_length(main, world_named("harbour")).values()))
-    rows.append(
+    reference, world, needed = _at(main, 3), world_named("harbour"), seeds_needed("comparisons")
+    cut = {seed: _truncate_to_length(run, world) for seed, run in main.items()}
+    base = next(iter(_at(main, 0).values()))
+    rows = [
+        ["base model", "no runs", *(base_cell(base, name) for name in SHORT), ""],
         [
             "base, truncated to the same number of sentences",
-            *cells({n: m.value or 0 for n, m in cut.items()}, SHORT),
+            seeds_cell(len(cut), needed),
+            *(cell(cut, name, reference) for name in SHORT),
             "",
-        ]
-    )
-    rows += [[r.job.name, *cells(r.values(3), SHORT), f"{sum(r.info['seconds'][:4]):.0f} s"] for r in [main, *runs]]
+        ],
+        ["calibrated", seeds_cell(len(main), needed), *(cell(reference, name) for name in SHORT), _seconds(main)],
+    ]
+    rows += [_final_row(name, runs, reference) for name, runs in others.items()]
     text = (
-        "## Comparison with other methods\n\n1,000 test scenes, greedy decoding, seed 0, after iteration 3, with the "
-        "same number of prompts. `paper` and `official` have their own learning rate of 1e-7, and ours.\n\n"
+        "## Comparison with other methods\n\n1,000 test scenes, greedy decoding, after iteration 3, with the "
+        "same number of prompts. `paper` and `official` have their own learning rate of 1e-7, and ours. "
+        f"{LEGEND.format(reference='calibrated')}\n\n"
     )
-    return text + table(["", *(COLUMNS[name] for name in SHORT), "search and training"], rows)
+    return text + table(["", "seeds", *(COLUMNS[name] for name in SHORT), "search and training"], rows)
 
 
-def _truncate_to_length(run: Result, world: World) -> dict[str, dict[str, Tally]]:
+def _final_row(name: str, runs: Mapping[int, Result], reference: Runs) -> list[str]:
+    """Format a row of some runs after iteration 3."""
+    job = next(iter(runs.values())).job
+    last = _at(runs, 3)
+    seeds = seeds_cell(len(runs), seeds_needed(job.group))
+    return [name, seeds, *(cell(last, metric, reference) for metric in SHORT), _seconds(runs)]
+
+
+def _seconds(runs: Mapping[int, Result]) -> str:
+    """Format the mean time of search and training until iteration 3."""
+    return f"{fmean(sum(run.info['seconds'][:4]) for run in runs.values()):.0f} s"
+
+
+def _truncate_to_length(run: Result, world: World) -> SceneTallies:
     """Truncate each response of the base model to the number of sentences in the aligned policy's response."""
     aligned, short = run.texts(3), {}
     for scene_id, text in run.texts(0).items():
@@ -239,28 +340,34 @@ def _truncate_to_length(run: Result, world: World) -> dict[str, dict[str, Tally]
 
 def _final_table(done: Sequence[Result], group: str, title: str, caption: str) -> str:
     """Format a table of a group's runs after the last iteration, the default preset first."""
-    runs = [r for r in done if r.job.group == group or (r.job.group, r.job.name) == ("ablations", "calibrated")]
-    if len(runs) < 2:
+    reference = _by_name(done, "ablations").get("calibrated")
+    others = {name: runs for name, runs in _by_name(done, group).items() if runs is not reference}
+    others.pop("calibrated", None)
+    if not others or reference is None:
         return ""
-    rows = [
-        [
-            r.job.name,
-            f"`{r.job.overrides}`" if r.job.overrides else "",
-            *cells(r.values(3), SHORT),
-            f"{sum(r.info['seconds']):.0f} s",
-        ]
-        for r in runs
-    ]
-    return f"## {title}\n\n{caption}\n\n" + table(["", "changed", *(COLUMNS[n] for n in SHORT), "time"], rows)
+    rows = []
+    for name, runs in {"calibrated": reference, **others}.items():
+        overrides = next(iter(runs.values())).job.overrides
+        first, *rest = _final_row(name, runs, {} if name == "calibrated" else _at(reference, 3))
+        rows.append([first, f"`{overrides}`" if overrides else "", *rest])
+    head = ["", "changed", "seeds", *(COLUMNS[name] for name in SHORT), "time"]
+    return f"## {title}\n\n{caption}\n\n" + table(head, rows)
 
 
 def _iteration_table(done: Sequence[Result], group: str, title: str, caption: str) -> str:
-    """Format a table of every measured iteration of a group's runs."""
-    runs = [result for result in done if result.job.group == group]
-    if not runs:
+    """Format a table of every measured iteration of a group's runs, means over seeds."""
+    rows = []
+    for name, runs in _by_name(done, group).items():
+        base, seeds = _at(runs, 0), seeds_cell(len(runs), seeds_needed(group))
+        for iteration in next(iter(runs.values())).job.measured:
+            if iteration:
+                shown = [cell(_at(runs, iteration), metric, base) for metric in COLUMNS]
+            else:
+                shown = [base_cell(next(iter(base.values())), metric) for metric in COLUMNS]
+            rows.append([name, seeds if iteration else "no runs", str(iteration), *shown])
+    if not rows:
         return ""
-    rows = [[r.job.name, str(r.job.seed), str(i), *cells(r.values(i), COLUMNS)] for r in runs for i in r.job.measured]
-    return f"## {title}\n\n{caption}\n\n" + table(["", "seed", "iteration", *COLUMNS.values()], rows)
+    return f"## {title}\n\n{caption}\n\n" + table(["", "seeds", "iteration", *COLUMNS.values()], rows)
 
 
 def _audits(done: Sequence[Result]) -> str:
@@ -281,7 +388,7 @@ def _audits(done: Sequence[Result]) -> str:
         ]
         rows.append(
             [
-                f"{run.job.name}, {run.job.group}, {run.job.seed}",
+                f"{run.job.name}, {run.job.group}, seed {run.job.seed} alone",
                 *shown,
                 *verdicts,
                 *cells(after, ("chair_s", "recall", "repeats")),
@@ -304,6 +411,7 @@ def _lambdas(out: Path, to: Path) -> str:
         [
             point["overrides"][0].partition("=")[2],
             *cells({n: m["value"] for n, m in point["metrics"]["world"].items()}, SHORT),
+            ALONE,
         ]
         for point in points
     ]
@@ -315,7 +423,7 @@ def _lambdas(out: Path, to: Path) -> str:
         "## Lambda, from one ledger\n\n`csr sweep`: pairs and training of iteration 1 for each value; 500 "
         "development scenes.\n\n![CHAIR_S and recall against lambda](lambda.png)\n\n"
     )
-    return text + table(["lambda", *(COLUMNS[n] for n in SHORT)], rows)
+    return text + table(["lambda", *(COLUMNS[n] for n in SHORT), "seeds"], rows)
 
 
 def _curves(curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], x_label: str) -> Any:
@@ -351,6 +459,7 @@ def _scorers(out: Path, to: Path) -> str:
             f"{row['agreement']:.3f}",
             row["lambda"],
             *cells(row["metrics"], SHORT),
+            ALONE,
         ]
         for row in results
     ]
@@ -365,9 +474,8 @@ def _scorers(out: Path, to: Path) -> str:
         "sentences that score higher with their own image than with others.\n\n"
         "![CHAIR_S and recall by scorer](scorers.png)\n\n"
     )
-    return text + table(
-        ["training steps", "AUC, absent", "AUC, color", "agreement", "lambda", *(COLUMNS[n] for n in SHORT)], rows
-    )
+    head = ["training steps", "AUC, absent", "AUC, color", "agreement", "lambda"]
+    return text + table([*head, *(COLUMNS[n] for n in SHORT), "seeds"], rows)
 
 
 def _priors(out: Path, to: Path) -> str:
@@ -375,7 +483,7 @@ def _priors(out: Path, to: Path) -> str:
     if not path.exists():
         return ""
     results = json.loads(path.read_text())
-    rows = [[f"{row['strength']:g}", row["lambda"], *cells(row["metrics"], SHORT)] for row in results]
+    rows = [[f"{row['strength']:g}", row["lambda"], *cells(row["metrics"], SHORT), ALONE] for row in results]
     curves: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
     for row in results:
         metrics = {name: {"value": value} for name, value in row["metrics"].items()}
@@ -387,4 +495,4 @@ def _priors(out: Path, to: Path) -> str:
         "shipped one (factors on its probabilities); one iteration each, descriptions only, 500 development scenes."
         "\n\n![CHAIR_S and recall by strength of the prior](priors.png)\n\n"
     )
-    return text + table(["strength", "lambda", *(COLUMNS[n] for n in SHORT)], rows)
+    return text + table(["strength", "lambda", *(COLUMNS[n] for n in SHORT), "seeds"], rows)

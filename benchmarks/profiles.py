@@ -100,7 +100,7 @@ def run_profile(profile: Profile, config: RunConfig, num_prompts: int, seed: int
         metrics.append(quality.tree_metrics(tree.nodes, own, config.method, config.scorer.used))
         nodes = {node.node_id: node for node in tree.nodes}
         decisions.update(decision(pair, nodes, world) for pair in own)
-    checks = quality.checks(quality.pair_metrics(metrics), quality.PAIR_BOUNDS)
+    checks = quality.pair_checks(quality.pair_metrics(metrics), {})
     questions = list(_questions(world, trees, group, config))
     return Outcome(
         profile=profile.name,

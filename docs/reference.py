@@ -96,7 +96,7 @@ def _package_files(page: str) -> Iterator[Path]:
 def _folder_files(folder: Path) -> Iterator[Path]:
     yield folder
     for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
-        if path.is_dir() and path.name not in {"assets", "__pycache__"}:
+        if path.is_dir() and path.name not in {"assets", "lexicons", "__pycache__"}:
             yield from _folder_files(path)
         elif path.suffix in {".py", ".yaml"} and path.name not in {"__init__.py", "__main__.py"}:
             yield path
@@ -172,6 +172,7 @@ def _default(field: Any) -> str:
     if value is None:
         return "`null`"
     written = str(value).lower() if isinstance(value, bool) else str(list(value) if isinstance(value, tuple) else value)
+    written = written.replace("\n", "\\n")
     return f"`{written}`" if written else "empty"
 
 

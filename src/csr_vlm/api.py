@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csr_vlm.config.load import load_config, resolve, scorer_config
-from csr_vlm.config.schema import DataConfig, RunConfig
+from csr_vlm.config.schema import DEFAULT_DELIMITERS, DataConfig, RunConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter, Silent
 from csr_vlm.core.records import Pair, Prompt
@@ -107,7 +107,11 @@ class ScoredSentence:
 
 
 def score(
-    captions: Iterable[tuple[ImagePath, str]], scorer: str | Scorer, *, device: str = "auto", delimiters: str = "."
+    captions: Iterable[tuple[ImagePath, str]],
+    scorer: str | Scorer,
+    *,
+    device: str = "auto",
+    delimiters: str = DEFAULT_DELIMITERS,
 ) -> list[list[ScoredSentence]]:
     """Split captions into sentences and score each sentence against the caption's image.
 

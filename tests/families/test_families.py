@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from benchmarks.stock import stock_batch, stock_trainer
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -33,12 +33,13 @@ from csr_vlm.models.families import FAMILIES as KNOWN_FAMILIES
 from csr_vlm.models.families import Family
 from csr_vlm.models.loading import load_policy
 from csr_vlm.models.policy import Policy
+from csr_vlm.models.prefix_tree import tree_obstacle
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.training import dpo
-from csr_vlm.training.collator import PairCollator, training_row
-from csr_vlm.training.packing import packing_obstacle
+from csr_vlm.training.collator import PairCollator
 from csr_vlm.world.demo import assets
 from tests.families.checkpoints import FAMILIES, checkpoint
+from tests.integration.training_setup import our_trainer, outcome, write_pairs
 
 SIZES = ((72, 72), (90, 48), (40, 64))
 """(width, height) of the images; in many families they differ in tiles and token counts."""
@@ -138,7 +139,13 @@ def trained_on(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo, "save_adapter", keep_and_save)
         result = dpo.train(
-            pairs, config, TRAINING, previous=previous, adapter=adapter, work=adapter.with_name("work"), seed=0
+            write_pairs(pairs, adapter.parent),
+            config,
+            TRAINING,
+            previous=previous,
+            adapter=adapter,
+            work=adapter.with_name("work"),
+            seed=0,
         )
     return kept, result
 
@@ -243,39 +250,32 @@ def test_dpo_moves_only_the_language_models_adapter(family: Case) -> None:
     assert len(linears) == 14
 
 
-def test_packed_pairs_have_the_loss_and_gradients_of_unpacked_pairs(family: Case, tmp_path: Path) -> None:
-    policy = dpo.trainable_policy(family.config, TRAINING, family.adapter)
-    has_obstacle = packing_obstacle(policy.base_model.config) is not None
+def test_trees_have_the_loss_and_gradients_of_stock_trl(family: Case, tmp_path: Path) -> None:
+    policy, stock_policy = (dpo.trainable_policy(family.config, TRAINING, family.adapter) for _ in range(2))
+    has_obstacle = tree_obstacle(policy.base_model.config) is not None
     assert has_obstacle == (policy.base_model.config.model_type in {"gemma3", "paligemma"})
+    assert (family.result["packing_obstacle"] is not None) == has_obstacle
     if has_obstacle:
         assert "causal attention" in family.result["packing_obstacle"]
-        return
-    assert family.result["packing_obstacle"] is None
     pairs = [branching(pair, common) for pair, common in zip(family.pairs, (0, 1, 3), strict=False)]
-    rows = [training_row(pair) for pair in pairs]
-    trainer = dpo.CsrTrainer(
-        model=policy.model,
-        args=dpo.trainer_arguments(TRAINING, tmp_path, 0, "cpu"),
-        train_dataset=Dataset.from_list(rows),
-        data_collator=PairCollator(policy, packing=True),
-        processing_class=policy.processor,
+    asked = replace(pairs[0].prompt, prompt_id="asked", text="Is there a dog?")
+    pairs = [replace(pairs[0], prompt=asked), *pairs]
+    ours = our_trainer(policy, pairs, tmp_path, TRAINING)
+    stock = stock_trainer(stock_policy, dpo.trainer_arguments(TRAINING, tmp_path, 0, "cpu"))
+    stock.precompute_ref_logps, ours.first_loss = True, 0.0
+    passes = PairCollator(policy, TRAINING.max_tokens).passes(pairs)
+    loss, gradients, metrics = outcome(ours, passes)
+    expected_loss, expected, expected_metrics = outcome(stock, [stock_batch(stock_policy, pairs)])
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert abs(expected_loss - math.log(2)) > 1e-3
+    trained = {name for name in expected if ".ref." not in name}
+    assert gradients.keys() == trained
+    largest = max(float(expected[name].abs().max()) for name in trained)
+    assert all(
+        torch.allclose(gradients[name], expected[name], rtol=0, atol=1e-5 * max(largest, 1.0)) for name in trained
     )
-    trainer.precompute_ref_logps, trainer.first_loss = True, 0.0
-    results = []
-    for packing in (True, False):
-        trainer.model.zero_grad()
-        batch = PairCollator(policy, packing=packing)(rows)
-        assert ("packed" in batch) == packing
-        loss = trainer.compute_loss(trainer.model, batch)
-        loss.backward()
-        gradients = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
-        results.append((float(loss.detach()), gradients))
-    (packed_loss, packed), (plain_loss, plain) = results
-    assert packed_loss == pytest.approx(plain_loss, rel=1e-5)
-    assert abs(plain_loss - math.log(2)) > 1e-3
-    assert packed.keys() == plain.keys()
-    largest = max(float(gradient.abs().max()) for gradient in plain.values())
-    assert all(torch.allclose(packed[name], plain[name], rtol=0, atol=1e-4 * largest) for name in plain)
+    if not has_obstacle:
+        assert metrics["num_tokens"] < 0.7 * expected_metrics["num_tokens"]
 
 
 def branching(pair: Pair, common: int) -> Pair:

@@ -28,7 +28,11 @@ def tiny_run(root: Path, **changes: Any) -> Run:
         "data": {"prompts": str(data / "prompts.jsonl")},
         "method": {"search": {"max_sentences": 2, "num_candidates": 3}, "pairs": {"require_complete": False}},
         "generation": {"prompts_per_part": 3},
-        "training": {"lora": {"r": 2}, "trl": {"num_train_epochs": 1, "per_device_train_batch_size": 8}},
+        "training": {
+            "checkpoint_minutes": 0,
+            "lora": {"r": 2},
+            "trl": {"num_train_epochs": 1, "per_device_train_batch_size": 8},
+        },
         "evaluation": {"heldout": 1, "audit": "off"},
         **changes,
     }

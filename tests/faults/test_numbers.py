@@ -26,7 +26,7 @@ def test_the_error_for_non_finite_logits_names_the_prompt(value: float) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_loss_stops_training_and_names_the_prompts(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     trainer = object.__new__(CsrTrainer)
-    trainer.first_loss = 0.6931
+    trainer.first_loss, trainer.accelerator = 0.6931, SimpleNamespace()
     trainer.state = SimpleNamespace(global_step=4)
     monkeypatch.setattr(DPOTrainer, "compute_loss", lambda *args, **kwargs: torch.tensor(value))
     with pytest.raises(CsrError, match=r"DPO diverged: step 5 has the loss (nan|inf) on the pairs of prompts a, b"):
@@ -35,6 +35,7 @@ def test_a_non_finite_loss_stops_training_and_names_the_prompts(monkeypatch: pyt
 
 def test_a_non_finite_first_loss_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = object.__new__(CsrTrainer)
+    trainer.beta = 0.1
     monkeypatch.setattr(CsrTrainer, "_sigmoid_loss", lambda *args: float("nan"))
     with pytest.raises(CsrError, match="the first DPO loss is nan"):
-        trainer.compute_loss(None, {})
+        trainer.compute_loss(None, {"completion_mask": torch.ones(2, 4)})

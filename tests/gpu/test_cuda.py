@@ -15,6 +15,7 @@ from csr_vlm.training.dpo import train
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
+from tests.integration.training_setup import write_pairs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -59,6 +60,14 @@ def test_dpo_trains_in_bfloat16(requests: list[Expansion], tmp_path: Path) -> No
         )
         pairs.append(Pair(request.prompt, 1, chosen, rejected))
     training = TrainingConfig.model_validate({"trl": {"per_device_train_batch_size": 4, "learning_rate": 1e-3}})
-    result = train(pairs, model, training, previous=None, adapter=tmp_path / "adapter", work=tmp_path / "work", seed=0)
+    result = train(
+        write_pairs(pairs, tmp_path),
+        model,
+        training,
+        previous=None,
+        adapter=tmp_path / "adapter",
+        work=tmp_path / "work",
+        seed=0,
+    )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert float(result["log"][-1]["loss"]) < float(result["log"][0]["loss"]) + 0.1

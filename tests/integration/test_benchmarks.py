@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
     ("command", "expected"),
     [
         ("scoring.py --images 1 --candidates 8 --pairs 2 --rounds 1 --json", '"missed"'),
-        ("dpo.py --pairs 1 --shared 0 --repeats 1 --tokens 6", "ratio"),
+        ("dpo.py --pairs 1 --questions 1 --repeats 1 --tokens 8", "tokens / distinct 1.000"),
         ("engine.py tiny --scale 0.04 --lengths fixed --repeats 1", '"prefill tokens over prompt tokens": 1.0'),
     ],
 )

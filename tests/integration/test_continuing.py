@@ -27,6 +27,7 @@ from csr_vlm.store.run import Run
 from csr_vlm.training.dpo import merge, train
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
+from tests.integration.training_setup import write_pairs
 
 LLAVA = str(assets() / "llava")
 SHORT = {
@@ -99,7 +100,13 @@ def test_adapters_that_do_not_fit_are_rejected(finished: Run, tmp_path: Path) ->
 
     def attempt(previous: Path) -> None:
         train(
-            pairs, config.model, config.training, previous=previous, adapter=tmp_path / "x", work=tmp_path / "w", seed=0
+            write_pairs(pairs, tmp_path),
+            config.model,
+            config.training,
+            previous=previous,
+            adapter=tmp_path / "x",
+            work=tmp_path / "w",
+            seed=0,
         )
 
     with pytest.raises(CsrError, match="there is no adapter"):
@@ -125,21 +132,12 @@ def test_a_reference_that_is_not_the_policy_stops_training(finished: Run, tmp_pa
     ]
     # The check of sixteen pairs before training is replaced by one that passes.
     blind = config.training.model_copy(update={"reference_tolerance": 5.5})
+    paths = {"previous": None, "adapter": tmp_path / "adapter", "work": tmp_path / "work"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("csr_vlm.training.dpo.reference_difference", lambda *_: 0.0)
+        patch.setattr("csr_vlm.training.dpo.verify_reference", lambda *_: (0.0, True))
         with pytest.raises(CsrError, match="not log 2"):
-            train(
-                pairs,
-                config.model,
-                config.training,
-                previous=None,
-                adapter=tmp_path / "adapter",
-                work=tmp_path / "work",
-                seed=0,
-            )
-        result = train(
-            pairs, config.model, blind, previous=None, adapter=tmp_path / "adapter", work=tmp_path / "work", seed=0
-        )
+            train(write_pairs(pairs, tmp_path), config.model, config.training, seed=0, **paths)
+        result = train(write_pairs(pairs, tmp_path), config.model, blind, seed=0, **paths)
     # -log sigmoid(beta * 5), beta 0.1.
     assert result["first_loss"] == pytest.approx(math.log(1 + math.exp(-0.5)), abs=1e-3)
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks.stock import stock_batch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
@@ -31,11 +32,14 @@ from csr_vlm.pipeline.loop import align
 from csr_vlm.pipeline.stages import check_inputs
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.store.run import Run
-from csr_vlm.training.collator import PairCollator, training_row
-from csr_vlm.training.dpo import merge, reference_difference, train, trainable_policy, trainer_arguments
+from csr_vlm.store.tables import PairFiles
+from csr_vlm.training.collator import PairCollator
+from csr_vlm.training.dpo import merge, train, trainable_policy, trainer_arguments
+from csr_vlm.training.reference import verify_reference
 from csr_vlm.training.reporting import FinishWandbRun
 from csr_vlm.world.demo import assets
 from tests.integration.conftest import small_config
+from tests.integration.training_setup import write_pairs
 
 CONFIG = TrainingConfig.model_validate(
     {"lora": {"r": 4, "alpha": 8}, "trl": {"learning_rate": 1e-3, "per_device_train_batch_size": 4}}
@@ -67,7 +71,13 @@ def pairs(config, prompts: list[Prompt], policy) -> list[Pair]:
 
 def run_training(pairs: Sequence[Pair], config, directory: Path, previous: Path | None = None, training=CONFIG) -> dict:
     return train(
-        pairs, config.model, training, previous=previous, adapter=directory / "adapter", work=directory / "work", seed=1
+        write_pairs(pairs, directory),
+        config.model,
+        training,
+        previous=previous,
+        adapter=directory / "adapter",
+        work=directory / "work",
+        seed=1,
     )
 
 
@@ -77,7 +87,6 @@ def test_the_first_loss_is_log_two_and_the_reference_comes_from_the_ledger(pairs
     assert result["reference_difference"] < 1e-4
     assert float(result["log"][0]["loss"]) == pytest.approx(0.693147, abs=1e-4)
     assert float(result["log"][-1]["rewards/margins"]) > 0
-    assert not (tmp_path / "work").exists()
 
 
 def test_training_with_the_ledgers_reference_equals_training_with_trls(pairs, config, tmp_path: Path) -> None:
@@ -119,7 +128,9 @@ def test_the_second_iteration_continues_from_the_first(pairs, config, prompts, t
     ):
         assert torch.allclose(left, right, atol=1e-4)
     # The base's log-probabilities are no longer the policy's.
-    assert reference_difference(started, pairs) > 1e-3
+    difference, holds = verify_reference(started, PairFiles(write_pairs(pairs, tmp_path)), 1e-3, 8192)
+    assert difference > 1e-3
+    assert not holds
     run_training(pairs, config, tmp_path / "two", previous=first)
     before = load_file(first / "adapter_model.safetensors")
     after = load_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
@@ -132,8 +143,7 @@ def test_adapter_on_the_base_and_merged_model_give_the_same_logits(pairs, config
     merge(config.model, tmp_path / "adapter", tmp_path / "model")
     base, _ = load_base(config.model)
     merged_model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    collator = PairCollator(load_policy(config.model, None))
-    batch = collator([training_row(pair) for pair in pairs[:4]])
+    batch = stock_batch(load_policy(config.model, None), pairs[:4])
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
     with torch.inference_mode():
         unadapted = base(**inputs).logits
@@ -145,8 +155,8 @@ def test_adapter_on_the_base_and_merged_model_give_the_same_logits(pairs, config
 
 def test_the_completion_mask_marks_exactly_the_response(pairs, config) -> None:
     policy = load_policy(config.model, None)
-    batch = PairCollator(policy)([training_row(pair) for pair in pairs[:2]])
-    assert batch["input_ids"].shape[0] == batch["pixel_values"].shape[0] == 4
+    (batch,) = PairCollator(policy, 8192).passes(pairs[:2])
+    assert batch["input_ids"].shape[0] == 4
     responses = [pairs[0].chosen, pairs[1].chosen, pairs[0].rejected, pairs[1].rejected]
     for row, response in enumerate(responses):
         marked = batch["input_ids"][row][batch["completion_mask"][row].bool()]
@@ -217,7 +227,6 @@ def test_report_to_is_passed_to_trl_and_reports_outlive_the_trainer(pairs, confi
     lines = (directory / "tensorboard" / "scalars.txt").read_text().split("\n")
     steps = [line for line in lines if line.startswith("train/loss ")]
     assert steps == [f"train/loss {number}" for number in range(1, len(result["log"]) + 1)]
-    assert not (directory / "work").exists()
     assert trainer_arguments(CONFIG, directory / "work", 0, "cpu").run_name == "llava-iteration-1"
     assert trainer_arguments(CONFIG, directory / "work", 0, "cpu").report_to == []
 

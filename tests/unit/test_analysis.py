@@ -14,7 +14,8 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.evaluation.attention import ResponseAttention, attention_sinks, compare_attention, tallies
 from csr_vlm.evaluation.introspection import analyze, relevance
-from csr_vlm.evaluation.separability import PairLogprobs, auc_metric, implicit_reward, separability
+from csr_vlm.evaluation.separability import PairLogprobs, implicit_reward, separability
+from csr_vlm.evaluation.statistics import auc_metric
 from csr_vlm.report.html import render
 from csr_vlm.store import files
 from csr_vlm.store.run import Run

@@ -295,6 +295,50 @@ def test_a_collapsed_policy_is_stopped_but_not_measured_against_a_collapsed_base
     )
 
 
+def test_a_metric_that_became_undefined_stops():
+    mute = BASE | {"relevance": None}
+    metrics = audit.response_metrics(BASE, mute, None)
+    assert "relevance_gain" not in metrics
+    (stopped,) = [check for check in audit.response_checks(metrics, BASE, mute) if check.verdict is Verdict.STOP]
+    assert stopped == Check("relevance_gain", None, Verdict.STOP, "responses: relevance was 30 and is undefined now")
+    back = audit.response_checks(audit.response_metrics(mute, BASE, None), mute, BASE)
+    assert {check.verdict for check in back} == {Verdict.GO}
+
+
+GOOD_PAIRS = {
+    "pairs": 40.0,
+    "prompts_with_pairs": 0.9,
+    "relevance_win": 0.95,
+    "omission_gap": -0.1,
+    "repeat_gap": -0.1,
+    "scorer_agreement": 0.9,
+    "length_correlation": 0.2,
+}
+
+
+@pytest.mark.parametrize(
+    ("missing", "first", "stops"),
+    [
+        ("relevance_win", {}, True),
+        ("relevance_win", GOOD_PAIRS, True),
+        ("scorer_agreement", GOOD_PAIRS, True),
+        ("scorer_agreement", {}, False),
+        ("length_correlation", GOOD_PAIRS, False),
+        (None, GOOD_PAIRS, False),
+    ],
+)
+def test_pairs_must_have_their_metrics(missing, first, stops):
+    metrics = {name: value for name, value in GOOD_PAIRS.items() if name != missing}
+    found = [check for check in audit.pair_checks(metrics, first) if check.verdict is not Verdict.GO]
+    assert [(check.metric, check.value) for check in found] == ([(missing, None)] if stops else [])
+    assert all("undefined" in check.reason for check in found)
+
+
+def test_without_pairs_only_their_number_stops():
+    found = audit.pair_checks({"pairs": 0.0, "prompts_with_pairs": 0.0}, GOOD_PAIRS)
+    assert [check.metric for check in found] == ["prompts_with_pairs"]
+
+
 # What must fail, and what must not.
 
 

@@ -1,4 +1,4 @@
-"""Check that the batch in the collator's docstring is the batch that it builds."""
+"""Check that the pass in the collator's docstring is the batch that it builds."""
 
 from __future__ import annotations
 
@@ -8,61 +8,78 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from csr_vlm.core.records import Prompt
+from csr_vlm.core.records import Pair, Prompt, Response
 from csr_vlm.models.encoding import EncodedPrompt
+from csr_vlm.models.policy import Policy
 from csr_vlm.training.collator import PairCollator
 
-PROMPT_IDS = {"a": [1, 9, 5], "b": [1, 9, 6, 7]}
-PIXELS = {"a": [[1.0]], "b": [[2.0]]}
+PROMPT_IDS = {"a": [1, 9, 5], "a?": [1, 9, 6, 7]}
 
 
-class FakePolicy:
-    """Encode the two prompts of the docstring."""
+def policy(monkeypatch: pytest.MonkeyPatch) -> Policy:
+    """Return a policy that encodes the two prompts of the docstring, without a model."""
+    made = object.__new__(Policy)
+    text_config = SimpleNamespace(_attn_implementation="sdpa")
+    config = SimpleNamespace(model_type="llava", get_text_config=lambda: text_config)
 
-    pad_id = 0
-
-    def __init__(self, sliding_window: int | None = None) -> None:
-        text_config = SimpleNamespace(sliding_window=sliding_window)
-        self.base_model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text_config))
-
-    def encode(self, prompt: Prompt) -> EncodedPrompt:
+    def encode(prompt: Prompt) -> EncodedPrompt:
         ids = PROMPT_IDS[prompt.prompt_id]
-        pixels = torch.tensor(PIXELS[prompt.prompt_id])
-        return EncodedPrompt(torch.tensor(ids), torch.arange(len(ids)), {}, {"pixel_values": pixels})
+        return EncodedPrompt(torch.tensor(ids), torch.arange(len(ids)), {}, {"pixel_values": torch.ones(1, 1)})
+
+    monkeypatch.setattr(Policy, "base_model", SimpleNamespace(config=config))
+    monkeypatch.setattr(Policy, "image_token_ids", [9])
+    monkeypatch.setattr(Policy, "pad_id", 0)
+    monkeypatch.setattr(made, "encode", encode, raising=False)
+    return made
 
 
-def documented() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Read the rows and the batch that the docstring shows."""
+def documented() -> tuple[list[Pair], dict[str, Any]]:
+    """Read the pairs and the pass that the docstring shows."""
     text = inspect.cleandoc(PairCollator.__doc__ or "")
     rows, batch = re.findall(r"::\n\n((?:    .*\n)+)", text)
-    is_tensor = {key: value.startswith("tensor(") for key, value in re.findall(r'"(\w+)": (\S+)', batch)}
-    values = ast.literal_eval(batch.replace("tensor(", "(").strip())
-    return ast.literal_eval(rows.strip()), {
-        key: torch.tensor(value) if is_tensor[key] else value for key, value in values.items()
-    }
+    pairs = []
+    for row in ast.literal_eval(rows.strip()):
+        sides = [
+            Response("1", tuple(row[side]), logprob, "", 1, 0.0, complete=True)
+            for side, logprob in zip(("chosen", "rejected"), row["logprobs"], strict=True)
+        ]
+        pairs.append(Pair(Prompt(row["prompt"], "a.png", ""), 1, sides[0], sides[1]))
+    expected = eval_tensors(ast.parse(batch.strip(), mode="eval").body)
+    return pairs, expected
 
 
-def test_the_collator_builds_the_batch_of_its_docstring() -> None:
-    rows, expected = documented()
-    batch = PairCollator(FakePolicy())(rows)
+def eval_tensors(node: ast.expr) -> Any:
+    """Evaluate nested dictionaries and lists whose leaves may be tensors."""
+    if isinstance(node, ast.Dict):
+        keys = [ast.literal_eval(key) for key in node.keys if key is not None]
+        return dict(zip(keys, map(eval_tensors, node.values), strict=True))
+    return torch.tensor(ast.literal_eval(node.args[0])) if isinstance(node, ast.Call) else ast.literal_eval(node)
+
+
+def test_the_collator_builds_the_pass_of_its_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, expected = documented()
+    (batch,) = PairCollator(policy(monkeypatch), 8192).passes(pairs)
+    compare(batch, expected)
+
+
+def compare(batch: dict[str, Any], expected: dict[str, Any]) -> None:
     assert batch.keys() == expected.keys()
-    assert batch.pop("prompt_ids") == expected.pop("prompt_ids")
     for key, value in expected.items():
-        assert batch[key].dtype == value.dtype, key
-        assert torch.equal(batch[key], value), key
+        if isinstance(value, dict):
+            compare(batch[key], value)
+        elif isinstance(value, torch.Tensor):
+            assert batch[key].dtype == value.dtype, key
+            assert torch.equal(batch[key], value), key
+        else:
+            assert batch[key] == value
 
 
-def test_packing_keeps_the_batch_and_moves_the_images() -> None:
-    rows, expected = documented()
-    batch = PairCollator(FakePolicy(sliding_window=6), packing=True)(rows)
-    packed = batch.pop("packed")
-    assert batch.keys() == expected.keys() - {"pixel_values"}
-    assert packed["pixel_values"].tolist() == [[1.0], [2.0]], "once per pair"
-    assert packed["input_ids"].tolist() == [[1, 9, 5, 20, 21, 31, 0], [1, 9, 6, 7, 40, 50, 51]]
-
-
-def test_a_batch_longer_than_the_attention_window_is_not_packed() -> None:
-    rows, expected = documented()
-    assert PairCollator(FakePolicy(sliding_window=5), packing=True)(rows).keys() == expected.keys()
+def test_a_tree_is_cut_at_the_token_budget_and_pairs_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, _ = documented()
+    made = policy(monkeypatch)
+    for budget, sizes in ((12, [3]), (11, [2, 1]), (1, [1, 1, 1])):
+        passes = PairCollator(made, budget).passes(pairs)
+        assert sorted((len(batch["prompt_ids"]) for batch in passes), reverse=True) == sizes

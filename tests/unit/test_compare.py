@@ -16,8 +16,16 @@ from csr_vlm.cli.app import app
 from csr_vlm.config.load import resolve
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
-from csr_vlm.evaluation.compare import EvaluatedPolicy, compare, parse_rule, triggered_rules
-from csr_vlm.evaluation.statistics import pooled
+from csr_vlm.evaluation.compare import (
+    Comparison,
+    EvaluatedPolicy,
+    compare,
+    named_metrics,
+    parse_rule,
+    triggered_rules,
+)
+from csr_vlm.evaluation.metrics import METRICS, POPE_METRICS, metric_spec
+from csr_vlm.evaluation.statistics import paired_difference, pooled
 from csr_vlm.pipeline import gates, stages
 from csr_vlm.report.html import render
 from csr_vlm.store import files
@@ -92,7 +100,8 @@ def test_the_order_of_the_rows_does_not_matter(tmp_path):
 def test_a_policy_compared_with_itself_has_zero_differences(tmp_path):
     run = new_run(tmp_path, document(BASE))
     (found,) = compare(EvaluatedPolicy(run, 0), EvaluatedPolicy(run, 0))
-    assert {(d.value, d.low, d.high, d.p) for d in found.metrics.values()} == {(0.0, 0.0, 0.0, 1.0)}
+    assert {(d.value, d.p) for d in found.metrics.values()} == {(0.0, 1.0)}
+    assert all(d.low < 0 < d.high for d in found.metrics.values())
 
 
 def test_a_metric_of_only_some_prompts_is_compared_on_those(tmp_path):
@@ -136,11 +145,18 @@ def test_policies_without_a_common_evaluation_are_refused(tmp_path):
         ("recall < -0.5", False),
         ("world/recall <= -0.5", True),
         ("pope/recall < -0.1", None),
-        ("recall.high < 0", True),
+        ("recall.high < 0", False),
+        ("recall.low < -0.5", True),
         ("chair_s < 0", True),
         ("chair_s >= 0", False),
         ("chair_i > 1e-3", False),
         ("nonsense > 0", None),
+        ("Recall < -0.1", True),
+        ("RECALL.high < 0", False),
+        ("World/Recall (higher is better) < -0.1", True),
+        ("CHAIR_S < 0", True),
+        ("CHAIR_S (lower is better) >= 0", False),
+        ("a b < 1", None),
     ],
 )
 def test_a_rule_triggers_where_its_condition_holds(tmp_path, text, holds):
@@ -153,12 +169,77 @@ def test_a_rule_triggers_where_its_condition_holds(tmp_path, text, holds):
         assert bool(triggered_rules([parse_rule(text)], found)) is holds
 
 
-@pytest.mark.parametrize("text", ["", "recall", "recall = 1", "recall < much", "recall < -0.1 or 2", "< 1", "a b < 1"])
+def test_a_rule_fails_where_no_prompt_has_its_metric_under_both_policies(tmp_path):
+    old, new = document(BASE), document(BETTER)
+    for row in old["rows"][2:]:
+        del row["tallies"]["recall"]
+    for row in new["rows"][:2]:
+        del row["tallies"]["recall"]
+    run = new_run(tmp_path, old, new)
+    found = compare(EvaluatedPolicy(run, 0), EvaluatedPolicy(run, 1))
+    assert found[0].metrics["recall"].became_undefined
+    (reason,) = triggered_rules([parse_rule("recall < -0.5")], found)
+    assert "recall was 1 and is undefined now" in reason
+
+
+def test_a_note_on_intervals_does_not_prevent_a_comparison(tmp_path):
+    """Evaluations of 0.1 differ from new ones in how their intervals were computed, not in what was measured."""
+    old = document(BASE, interval="95 % percentile bootstrap over scenes")
+    run = new_run(tmp_path, old, document(BETTER, interval="95 % over scenes"))
+    (found,) = compare(EvaluatedPolicy(run, 0), EvaluatedPolicy(run, 1))
+    assert found.metrics["chair_s"].value == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_rule_fails_where_its_metric_became_undefined(tmp_path, drop):
+    """A policy without a mention has no CHAIR_I; neither has one whose rows lack the metric."""
+    mute = document([(0, 0, 0, 2)] * 4)
+    if drop:
+        for row in mute["rows"]:
+            del row["tallies"]["chair_i"]
+    run = new_run(tmp_path, document(BASE), mute)
+    found = compare(EvaluatedPolicy(run, 0), EvaluatedPolicy(run, 1))
+    (reason,) = triggered_rules([parse_rule("chair_i > 0.5")], found)
+    assert "chair_i was 0.3636 and is undefined now" in reason
+    back = compare(EvaluatedPolicy(run, 1), EvaluatedPolicy(run, 0))
+    if not drop:
+        assert triggered_rules([parse_rule("chair_i > 0.5")], back) == []
+
+
+@pytest.mark.parametrize("text", ["", "recall", "recall = 1", "recall < much", "recall < -0.1 or 2", "< 1", "(a) < 1"])
 def test_an_invalid_rule_is_refused(text):
     with pytest.raises(CsrError, match=r"is not a (valid )?rule"):
         parse_rule(text)
     with pytest.raises(CsrError, match=r"is not a (valid )?rule"):
         resolve(REQUIRED | {"evaluation": {"world": {}, "stop_if": [text]}})
+
+
+ALL_METRICS = [*METRICS, *POPE_METRICS, "mean_f1", "f1_adversarial", "gqa"]
+
+
+@pytest.mark.parametrize("key", ALL_METRICS)
+@pytest.mark.parametrize("suffix", ["", ".low", ".high"])
+def test_a_rule_takes_every_name_as_it_is_printed(key, suffix):
+    """Labels such as "Yes/no, absent" contain a slash, and "Colors right" a space."""
+    measured = [("world", name) for name in dict.fromkeys(ALL_METRICS)]
+    label = metric_spec(key).label
+    for name in (key, label, label.upper(), f"world/{label}", f"WORLD/{label.lower()}"):
+        rule = parse_rule(f"{name}{suffix} < -0.01")
+        assert (named_metrics(rule, measured), rule.field) == ([("world", key)], suffix[1:] or "value")
+        assert rule.holds(-0.02)
+        assert not rule.holds(0.0)
+
+
+def test_an_ambiguous_name_is_refused():
+    change = paired_difference([(0, 1)], [(1, 1)])
+    found = [Comparison("lmms", {}, {"gqa": change, "GQA": change}, {}), Comparison("pope", {}, {"recall": change}, {})]
+    with pytest.raises(CsrError, match="names 2 metrics") as caught:
+        triggered_rules([parse_rule("Gqa > 0")], found)
+    assert caught.value.hint == "expected one of: lmms/gqa, lmms/GQA"
+    assert len(triggered_rules([parse_rule("GQA > 0")], found)) == 1, "spelled exactly like a key"
+    with pytest.raises(CsrError, match="was not measured") as caught:
+        triggered_rules([parse_rule("precision > 0")], found)
+    assert caught.value.hint == "expected one of: lmms/gqa, lmms/GQA, pope/recall (Recall)"
 
 
 @given(st.floats(-1, 1), st.sampled_from(["<", "<=", ">", ">="]), st.floats(-1, 1))

@@ -105,6 +105,7 @@ def test_preset_official_is_the_released_code():
         actual.items()
         >= {
             "method.lambda": 0.9,
+            "method.search.delimiters": ".",
             "method.search.steer_by": "logprob",
             "method.search.num_candidates": 5,
             "method.search.keep_top": 1,

@@ -55,6 +55,7 @@ class Stages:
         self.calls: list[str] = []
         for name in ("generate", "train", "evaluate"):
             monkeypatch.setattr(stages, name, getattr(self, name))
+        monkeypatch.setattr(stages, "try_training", lambda *_: None)
 
     def generate(self, run: Run, iteration: int, reporter: Reporter, executor: Executor) -> None:
         if run.is_done(iteration, "generate"):
@@ -250,4 +251,59 @@ def test_the_chosen_drop_is_the_mean_of_the_last_quarter_in_nats(tmp_path):
     rewards = [9.0, 9.0, 9.0, 9.0, 9.0, 9.0, -0.1, -0.3]
     run.mark_done(1, "train", log=[{"loss": 0.6, "rewards/chosen": value} for value in rewards])
     beta = run.config.training.trl["beta"]
-    assert gates.response_metrics(run, 1)["chosen_drop"] == pytest.approx(0.2 / beta)
+    assert gates.response_checks(run, 1)[0]["chosen_drop"] == pytest.approx(0.2 / beta)
+
+
+@pytest.mark.parametrize("num_responses", [8, 2])
+def test_a_policy_that_says_nothing_stops_the_run_with_the_reason(tmp_path, monkeypatch, num_responses):
+    """Its relevance is undefined; that is no matter of chance, so few responses do not excuse it."""
+    log, mute = LogRecorder(), {"relevance": None, "sentences": 0.0}
+    Stages(monkeypatch, [TRUE, TRUE], [{}, {}, mute], num_responses)
+    run = new_run(tmp_path)
+    align(run, log)
+    assert (run.stopped_at, run.final) == (2, 1)
+    assert "responses: relevance was 30 and is undefined now" in run.result(2, "gate")["reasons"]
+    assert "relevance_gain" not in run.result(2, "gate")["metrics"]
+    assert any("stopped: responses: relevance was 30 and is undefined now" in line for line in log.lines)
+    assert "relevance was 30 and is undefined now" in (tmp_path / "report.html").read_text()
+
+
+def test_a_metric_that_the_base_lacks_too_is_not_checked(tmp_path, monkeypatch):
+    unrated = {"relevance": None}
+    Stages(monkeypatch, [TRUE, TRUE], [unrated, unrated, {}])
+    run = new_run(tmp_path)
+    align(run, Silent())
+    assert run.final == 2
+    assert all(check["metric"] != "relevance_gain" for check in run.result(1, "gate")["checks"])
+
+
+def test_a_value_of_zero_is_not_undefined(tmp_path, monkeypatch):
+    Stages(monkeypatch, [TRUE, TRUE], [{"repeats": 0.0}, {"repeats": 0.0}, {"repeats": 0.0}])
+    run = new_run(tmp_path)
+    align(run, Silent())
+    assert run.result(2, "gate")["metrics"]["repeats_gain"] == 0.0
+    assert run.final == 2
+
+
+def test_pairs_whose_relevance_became_undefined_stop_the_run(tmp_path, monkeypatch):
+    """Where all cosines are equal, no sentence suits the image and no side suits it better."""
+    equal, log = (0.2, 0.2), LogRecorder()
+    Stages(monkeypatch, [TRUE, equal], [{}, {}])
+    run = new_run(tmp_path / "later")
+    align(run, log)
+    assert (run.stopped_at, run.final) == (2, 1)
+    assert run.result(2, "audit")["reasons"] == ["pairs: relevance_win was 1 in iteration 1 and is undefined now"]
+    Stages(monkeypatch, [equal], [{}])
+    with pytest.raises(CsrError, match="relevance_win is undefined: in no pair does one side suit the image better"):
+        align(new_run(tmp_path / "first"), Silent())
+
+
+def test_a_rule_about_an_unknown_metric_is_refused_before_any_training(tmp_path, monkeypatch):
+    work = Stages(monkeypatch, [TRUE], [{}])
+    run = new_run(tmp_path, stop_if=["no such metric < 0"])
+    rows = [{"id": name, "text": "", "tallies": {"words": (20, 1)}} for name in NAMES]
+    files.write_json(run.evaluation_path(0, "heldout"), {"protocol": {}, "metrics": {}, "rows": rows})
+    with pytest.raises(CsrError, match="was not measured") as caught:
+        align(run, Silent())
+    assert "heldout/words (Words)" in caught.value.hint
+    assert work.calls == ["evaluate 0"]

@@ -17,7 +17,7 @@ from PIL import Image
 from csr_vlm.config.load import resolve
 from csr_vlm.core.formatting import compact, duration, fixed, indexed, relative_change, signed
 from csr_vlm.core.records import Finish, Node, NodeStatus, Pair, Prompt, Response
-from csr_vlm.evaluation.statistics import ratio
+from csr_vlm.evaluation.statistics import tango
 from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS
 from csr_vlm.pipeline.stages import report as write_report
 from csr_vlm.report.annotate import AnnotatedSentence, ColorScale, mark_absent
@@ -462,7 +462,10 @@ def test_headline_difference_by_hand(tmp_path: Path) -> None:
     add_evaluation(run, 2, metrics(0.5), [row(0), row(1, "cup"), row(2), row(7)])
     evaluation = read_evaluation(run)
     assert evaluation is not None
-    assert headline_difference(evaluation) == ratio([-1, 0, 0], [1, 1, 1])
+    found = headline_difference(evaluation)
+    assert found is not None
+    assert (found.value, found.n) == (pytest.approx(-1 / 3), 3)
+    assert (found.low, found.high) == tango(0, 1, 3), "one of the three prompts was mended"
 
 
 def test_metrics_without_a_value_are_dashes(tmp_path: Path) -> None:

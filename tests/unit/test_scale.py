@@ -21,7 +21,6 @@ from csr_vlm.scale.executor import LOCAL, ItemResult, Task, add_counts, require_
 from csr_vlm.scale.ray import Actor
 from csr_vlm.scale.torchrun import StoreClient, TorchrunExecutor, num_launched
 from csr_vlm.training.distribution import (
-    per_process_batch,
     refuse_ram_efficient_loading,
     requested_distribution,
     require_distribution,
@@ -241,33 +240,6 @@ def test_a_launcher_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_launched() == 1
     monkeypatch.setenv("RANK", "0")
     assert num_launched() == 4
-
-
-@pytest.mark.parametrize(
-    ("batch", "accumulation", "processes", "expected"),
-    [
-        (2, 8, 1, (2, 8)),
-        (2, 8, 4, (2, 2)),  # 16 pairs a step, 4 a process: two at a time, twice
-        (2, 8, 16, (1, 1)),
-        (16, 1, 4, (4, 1)),
-        (6, 2, 4, (3, 1)),  # 12 pairs, 3 a process
-        (4, 6, 8, (3, 1)),
-        (1, 16, 8, (1, 2)),
-    ],
-)
-def test_a_step_takes_the_same_pairs_for_any_number_of_processes(
-    batch: int, accumulation: int, processes: int, expected: tuple[int, int]
-) -> None:
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    dealt = per_process_batch(dict(zip(names, (batch, accumulation), strict=True)), processes)
-    assert tuple(dealt[name] for name in names) == expected
-    assert dealt[names[0]] * dealt[names[1]] * processes == batch * accumulation
-    assert dealt[names[0]] <= batch
-
-
-def test_a_step_that_cannot_be_divided_evenly_is_rejected() -> None:
-    with pytest.raises(CsrError, match="a step of 1 pairs cannot be split evenly among 2 processes"):
-        per_process_batch({"per_device_train_batch_size": 1}, 2)
 
 
 def state(kind: str, processes: int) -> Any:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csr_vlm.config.schema import DEFAULT_DELIMITERS
 from csr_vlm.method import sentences
 from csr_vlm.method.sentences import SentenceRule
 
@@ -104,6 +105,18 @@ def test_the_sentence_continues(text, following):
         ("。", "「船。", "」", False),
         ("。", "。", "有", False),
         (".", "有一条船。", "还", False),
+        ("。！？", "真的吗？", "！", False),
+        (DEFAULT_DELIMITERS, "- a cup", "\n- a plate", True),
+        (DEFAULT_DELIMITERS, "- a cup\n", "- a plate", True),
+        (DEFAULT_DELIMITERS, "**Objects:**", "\n", True),
+        (DEFAULT_DELIMITERS, "- a cup", " and", False),
+        (DEFAULT_DELIMITERS, "1.", "\n", False),
+        (DEFAULT_DELIMITERS, "-", "\n", False),
+        (DEFAULT_DELIMITERS, "a cup", None, False),
+        (DEFAULT_DELIMITERS, "Is it 3.", "5", False),
+        (DEFAULT_DELIMITERS, "Is it a cup?", " Yes", True),
+        (DEFAULT_DELIMITERS, "有一条船。", "还", True),
+        (".", "- a cup", "\n- a plate", False),
     ],
 )
 def test_other_delimiters(delimiters, text, following, ends):
@@ -120,6 +133,13 @@ def test_only_a_delimiter_ends_any_text(text, following):
 @given(st.text(alphabet="abc XYZ.123\n", max_size=20))
 def test_a_final_delimiter_after_a_word_always_ends_the_response(text):
     assert SentenceRule(".").ends(f"a{text}.", None)
+
+
+def test_a_markdown_answer_is_cut_into_its_items():
+    text = "# Objects\n\n1. A cup\n2. A 3.5 m plate. It is red!\n- 一条船。一只狗"
+    assert list(SentenceRule(DEFAULT_DELIMITERS).cut(text)) == [
+        "# Objects", "1. A cup", "2. A 3.5 m plate.", "It is red!", "- 一条船。", "一只狗",
+    ]  # fmt: skip
 
 
 def test_the_documented_examples():

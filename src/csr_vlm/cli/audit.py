@@ -32,11 +32,11 @@ def audit(
     number = iteration or last_generated(run)
     config = load_config(None, overrides or (), base=run.config.dump())
     metrics = gates.pair_metrics(run, number, config, console.reporter())
-    checks = quality.checks(metrics, quality.PAIR_BOUNDS)
+    checks = quality.pair_checks(metrics, {} if overrides else gates.first_pair_metrics(run, number))
     if not overrides and run.is_done(number, "evaluate"):
-        response_metrics = gates.response_metrics(run, number)
+        response_metrics, response_checks = gates.response_checks(run, number)
         metrics |= response_metrics
-        checks += quality.checks(response_metrics, quality.RESPONSE_BOUNDS)
+        checks += response_checks
     verdict = quality.worst_verdict(checks)
     if console.mode.json:
         console.print_json(
@@ -45,6 +45,7 @@ def audit(
     else:
         verdicts = {check.metric: check.verdict.value for check in checks}
         rows = [[metric, f"{value:.3f}", verdicts.get(metric, "")] for metric, value in metrics.items()]
+        rows += [[check.metric, "-", check.verdict.value] for check in checks if check.value is None]
         console.print_table(f"iteration {number}: {verdict.value}", ["metric", "value", "verdict"], rows)
         for check in checks:
             if check.reason:

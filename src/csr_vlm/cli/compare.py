@@ -30,7 +30,8 @@ def compare(
     iteration_a: Annotated[int | None, typer.Option(min=0, help="Iteration of RUN_A; 0 is the base model.")] = None,
     iteration_b: Annotated[int | None, typer.Option(min=0, help="Iteration of RUN_B.")] = None,
     fail_if: Annotated[
-        list[str] | None, typer.Option("--fail-if", help="Rule such as 'recall < -0.01'; exit code 3 if it holds.")
+        list[str] | None,
+        typer.Option("--fail-if", help="Rule such as 'recall < -0.01' or 'Colors right < 0'; exit code 3 if it holds."),
     ] = None,
 ) -> None:
     """Test whether two policies differ, prompt by prompt.

@@ -85,7 +85,7 @@ def evaluate_run(
 def evaluate_world(
     target: RunArgument,
     scenes: Annotated[int, typer.Option(min=10, help="Number of test scenes.")] = 1000,
-    world_seed: Annotated[int, typer.Option(min=0, help="Random seed of the scenes.")] = 1,
+    world_seed: Annotated[int, typer.Option(min=0, help="Random seed of the scenes: 0 to 9999.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
 ) -> None:
     """Evaluate every policy of a run on test scenes.
@@ -154,7 +154,7 @@ def chair(
         "words": {"rule": words, **reader.rule.source},
         "synonyms": {"file": synonyms.name if synonyms else "csr-vlm's own", "sha256": table.sha256},
         "annotations": dict(coco.sources),
-        "interval": "95 % percentile bootstrap over captions",
+        "interval": "95 % over captions",
     }
     if store is not None:
         _store(store, iteration, [captions], chair_document(rows, protocol))
@@ -201,7 +201,7 @@ def pope(
             {"setting": file.setting, "file": file.name, "n": len(file.questions), "sha256": file.sha256}
             for file, _ in paired
         ],
-        "interval": "95 % percentile bootstrap over questions",
+        "interval": "95 % over questions",
     }
     if store is not None:
         _store(store, iteration, answer_paths, evaluation_document(paired, protocol))

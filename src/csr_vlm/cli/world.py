@@ -10,10 +10,11 @@ import typer
 from csr_vlm.cli import console
 from csr_vlm.cli.common import Verbs
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.seeds import EVALUATION_SEEDS
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, rich_markup_mode=None, help="Build and export the embedded world.")
 
-WorldName = Annotated[str, typer.Option("--world", help="World: harbour or market.")]
+WorldName = Annotated[str, typer.Option("--world", help="World: harbour, market or prose.")]
 
 
 @app.command("build")
@@ -33,6 +34,9 @@ def world_build(
     from csr_vlm.world.build import BuildPlan, build_with_progress
     from csr_vlm.world.scenes import world_named
 
+    if world == "prose":
+        _build_prose(out, seed, quick)
+        return
     plan = BuildPlan(seed=seed)
     if quick:
         phases = tuple(replace(phase, steps=60) for phase in plan.policy_phases)
@@ -41,16 +45,25 @@ def world_build(
     console.done(out, then=f"csr world check {out}")
 
 
+def _build_prose(out: Path, seed: int, quick: bool) -> None:
+    from csr_vlm.world.prose_build import ProsePlan, build_prose_with_progress
+
+    plan = ProsePlan(seed=seed)
+    build_prose_with_progress(out, plan.shortened(60) if quick else plan, console.reporter())
+    console.done(out, then=f"csr world check {out} --world prose")
+
+
 @app.command("check")
 def world_check(
     directory: Annotated[
         Path | None, typer.Argument(help="Directory with clip/ and llava/ (default: shipped models).")
     ] = None,
-    scenes: Annotated[int, typer.Option(min=10, help="Number of test scenes.")] = 1000,
+    scenes: Annotated[int, typer.Option(min=10, help="Number of test scenes; of prose, development scenes.")] = 1000,
     world: WorldName = "harbour",
 ) -> None:
     """Evaluate the scorer and the base model.
 
+    Of prose, show every number beside its bound; exit with 1 if one is not met.
     Example: csr world build --out build/world && csr world check build/world
     """
     if directory is not None and not all((directory / part).is_dir() for part in ("clip", "llava")):
@@ -59,10 +72,14 @@ def world_check(
         )
     console.quiet_libraries()
     from csr_vlm.world.check import check_models
-    from csr_vlm.world.demo import assets
+    from csr_vlm.world.demo import assets_of
     from csr_vlm.world.scenes import world_named
 
-    metrics = check_models(world_named(world), directory or assets(), scenes, console.reporter())
+    chosen = world_named(world)
+    if world == "prose":
+        _check_prose(directory or assets_of(chosen), scenes)
+        return
+    metrics = check_models(chosen, directory or assets_of(chosen), scenes, console.reporter())
     if console.mode.json:
         console.print_json(metrics)
         return
@@ -71,20 +88,57 @@ def world_check(
     console.print_metrics("", {0: metrics["policy"]})
 
 
+def _check_prose(directory: Path, scenes: int) -> None:
+    """Print every number of the world prose with its bound; exit with 1 if a bound is missed."""
+    from csr_vlm.world.prose_check import check_prose
+
+    result = check_prose(directory, scenes, 10_001, console.reporter())
+    if console.mode.json:
+        console.print_json(result)
+    else:
+        judges = result["judges"]
+        values = [[name, *(f"{judges[judge][name]:.3f}" for judge in judges)] for name in judges["clip"]]
+        console.print_metrics("", {0: result["policy"]})
+        print()
+        console.print_table("", ["judge", *judges], values)
+        print()
+        rows = [
+            [
+                bound["name"],
+                *(_number(bound[key]) for key in ("value", "low", "high")),
+                "met" if bound["met"] else "MISSED",
+            ]
+            for bound in result["bounds"]
+        ]
+        console.print_table("", ["number", "value", "at least", "at most", ""], rows)
+    if not all(bound["met"] for bound in result["bounds"]):
+        raise typer.Exit(1)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 @app.command("export")
 def world_export(
     out: Annotated[Path, typer.Argument(help="Directory for the models, images and prompts.jsonl.")],
     prompts: Annotated[int, typer.Option(min=1, help="Number of images.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the images.")] = 0,
+    world: WorldName = "harbour",
+    kind: Annotated[
+        Literal["describe", "short", "why"],
+        typer.Option("--kind", help="Prompts: descriptions; of prose, also short-answer or why-questions."),
+    ] = "describe",
 ) -> None:
     """Write the models and images in the formats of real ones.
 
     Example: csr world export world && csr run recipes/quickstart.yaml
     """
     from csr_vlm.world.demo import export_world
+    from csr_vlm.world.scenes import world_named
 
     with console.reporter().stage("drawing images", 0):
-        written = export_world(out, seed, prompts)
+        written = export_world(out, seed, prompts, world_named(world), kind)
     console.done(written, then="csr run recipes/quickstart.yaml (which expects the export in ./world)")
 
 
@@ -92,7 +146,12 @@ def world_export(
 def world_coco(
     out: Annotated[Path, typer.Argument(help="Directory for annotations, synonyms, questions and images.")],
     scenes: Annotated[int, typer.Option(min=10, help="Number of scenes.")] = 1000,
-    world_seed: Annotated[int, typer.Option(min=0, help="Random seed of the scenes.")] = 1,
+    world_seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Random seed of the scenes: 0 to 9999 for test (default 1), then to 19999 for development."
+        ),
+    ] = None,
     split: Annotated[Literal["development", "test"], typer.Option(help="Split of the scenes.")] = "test",
     world: WorldName = "harbour",
 ) -> None:
@@ -104,5 +163,6 @@ def world_coco(
     from csr_vlm.world.scenes import Split, world_named
 
     with console.reporter().stage("drawing images", 0):
-        write_coco(world_named(world), Split(split), world_seed, scenes, out)
+        seed = EVALUATION_SEEDS[split][1] if world_seed is None else world_seed
+        write_coco(world_named(world), Split(split), seed, scenes, out)
     console.done(out, then=f"csr eval answer RUN --prompts {out}/prompts.jsonl --out captions.jsonl")

@@ -16,12 +16,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from csr_vlm.core.errors import suggestion
+from csr_vlm.core.seeds import EVALUATION_SEEDS, seed_problem
 
 STOP_RULE = (
-    r"(?:(?P<evaluation>[a-z0-9_-]+)/)?(?P<metric>[A-Za-z_][A-Za-z0-9_]*)(?:\.(?P<field>low|high))?"
+    r"(?P<name>\w[^<>=\n]{0,99}?)(?:\.(?P<field>low|high))?"
     r"\s*(?P<operator><=|>=|<|>)\s*(?P<bound>[-+]?(?:[0-9]*\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?)"
 )
-"""Condition on the change of a metric: ``recall < -0.01``, ``world/chair_s.low > 0``."""
+"""Condition on the change of a metric: ``recall < -0.01``, ``world/chair_s.low > 0``, ``Colors right < 0``."""
 
 
 class _Section(BaseModel):
@@ -59,6 +60,10 @@ class FilterConfig(_Section):
     non_latin: bool = Field(default=False, description="Reject letters of a non-Latin script.")
 
 
+DEFAULT_DELIMITERS = ".!?。！？\n"
+"""Ends of sentences in Latin and full-width punctuation, and the line breaks between list items."""
+
+
 class SearchConfig(_Section):
     """Configure the sentence-level search (section 3.2.1)."""
 
@@ -90,7 +95,11 @@ class SearchConfig(_Section):
         description="Penalty subtracted from a token's log-probability for each earlier sibling that chose it at the "
         "same step (decoding: diverse).",
     )
-    delimiters: str = Field(default=".", min_length=1, description="Characters that end a sentence.")
+    delimiters: str = Field(
+        default=DEFAULT_DELIMITERS,
+        min_length=1,
+        description="Characters that end a sentence; with a line break among them, so does each line or list item.",
+    )
     max_sentences: int = Field(default=8, ge=1, description="Maximum number of sentences of a response.")
     max_sentence_tokens: int = Field(default=70, ge=2, description="Maximum number of tokens of a sentence.")
     max_response_chars: int | None = Field(
@@ -138,6 +147,17 @@ class RewardConfig(_Section):
         if self.baseline == "half_best" and (self.fusion, self.image_score) != ("weighted", "contrast"):
             raise ValueError("baseline half_best requires fusion weighted and image_score contrast")
         return self
+
+
+class ClaimsConfig(_Section):
+    """Configure how the claims of a sentence are found."""
+
+    lexicon: str = Field(
+        default="en",
+        min_length=1,
+        description="Lexicon of the things that a sentence can claim: en, zh, or the path of a file of your own; "
+        "docs/method.md describes its format.",
+    )
 
 
 class QuestionsConfig(_Section):
@@ -227,6 +247,7 @@ class MethodConfig(_Section):
 
     lambda_: float = Field(default=0.5, ge=0, le=1, alias="lambda", description="Weight of R_I in R(s) (eq. 4).")
     search: SearchConfig = SearchConfig()
+    claims: ClaimsConfig = ClaimsConfig()
     reward: RewardConfig = RewardConfig()
     pairs: PairsConfig = PairsConfig()
 
@@ -446,12 +467,24 @@ class TrainingConfig(_Section):
         "of the reference model.",
     )
     reference_tolerance: float = Field(
-        default=0.05, gt=0, description="Largest accepted difference between the two, in nats per response."
+        default=0.05,
+        gt=0,
+        description="Largest accepted difference between the two in float32, in nats per response; half precision adds "
+        "its rounding errors.",
     )
     packing: Literal["auto", "off"] = Field(
         default="auto",
-        description="Compute what the two sides of a pair share (image, question, first tokens) once if the model "
+        description="Compute what the pairs about an image share (image, question, first sentences) once if the model "
         "supports it; the results are the same.",
+    )
+    max_tokens: int = Field(
+        default=8192,
+        ge=1,
+        description="Tokens of one pass through the model. A step with more is divided into several passes, which "
+        "changes memory and speed, not the result.",
+    )
+    checkpoint_minutes: float = Field(
+        default=10.0, ge=0, description="Interval of the checkpoints that a killed training resumes from."
     )
     trl: dict[str, Any] = Field(default_factory=dict, description="Arguments of trl.DPOConfig, passed unchanged.")
     merge: bool = Field(default=False, description="Also write the final merged model.")
@@ -460,12 +493,31 @@ class TrainingConfig(_Section):
 class WorldEvaluationConfig(_Section):
     """Configure the evaluation on scenes of the embedded world, whose ground truth is known."""
 
-    name: str = Field(default="harbour", description="Name of the world: harbour or market.")
+    name: str = Field(default="harbour", description="Name of the world: harbour, market or prose.")
     split: Literal["development", "test"] = Field(
         default="test", description="Scenes for choosing settings (development), or for reporting results (test)."
     )
     num_scenes: int = Field(default=1000, ge=1, description="Number of scenes.")
-    seed: int = Field(default=1, ge=0, description="Random seed of the scenes.")
+    seed: int = Field(
+        default=1,
+        ge=0,
+        description="Random seed of the scenes: 0 to 9999 for test, 10000 to 19999 for development (default 10001).",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _development_seed(cls, data: Any) -> Any:
+        """Use a development seed by default where the split is development."""
+        if isinstance(data, dict) and data.get("split") == "development" and "seed" not in data:
+            return data | {"seed": EVALUATION_SEEDS["development"][1]}
+        return data
+
+    @model_validator(mode="after")
+    def _seed_of_split(self) -> WorldEvaluationConfig:
+        problem = seed_problem(self.split, self.seed)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
 
 
 class EvaluationConfig(_Section):
@@ -486,8 +538,8 @@ class EvaluationConfig(_Section):
     stop_if: list[str] = Field(
         default_factory=list,
         description="Conditions on the change of a metric, such as 'recall < -0.02'. An iteration that meets one stops "
-        "the run, and the iteration before it is kept. METRIC.low and METRIC.high are the bounds of the confidence "
-        "interval of the change.",
+        "the run, and the iteration before it is kept. METRIC is a key or a name as tables print it ('Colors right'); "
+        "METRIC.low and METRIC.high are the bounds of the confidence interval of the change.",
     )
     stop_against: Literal["base", "last"] = Field(
         default="base", description="Policy that stop_if compares with: the base model or the previous iteration."

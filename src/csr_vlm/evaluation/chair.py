@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from csr_vlm.evaluation.objects import ObjectMentions, ObjectTable, find_objects
-from csr_vlm.evaluation.statistics import Metric, Tally, bootstrap, pooled
+from csr_vlm.evaluation.statistics import Metric, Tally, pooled, share_of_sums
 from csr_vlm.evaluation.words import WordRule
 
 _LENGTH_BINS = 4
@@ -192,7 +192,7 @@ def _f1(scores: Sequence[CaptionScore]) -> Metric:
             both = precision + recall
             return np.where(both == 0, 0.0, 2 * precision * recall / both)
 
-    return bootstrap(columns, harmonic_mean)
+    return share_of_sums(columns, harmonic_mean)
 
 
 def by_length(scores: Sequence[CaptionScore]) -> list[dict[str, Any]]:

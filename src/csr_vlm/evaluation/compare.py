@@ -25,7 +25,8 @@ from typing import Any
 
 from csr_vlm.config.schema import STOP_RULE
 from csr_vlm.core.errors import CsrError
-from csr_vlm.evaluation.statistics import Difference, holm, paired_difference
+from csr_vlm.evaluation.metrics import metric_spec
+from csr_vlm.evaluation.statistics import Difference, Tally, holm, paired_difference
 from csr_vlm.store import files
 from csr_vlm.store.run import Run, differences
 
@@ -35,6 +36,9 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+_NOTHING: Tally = (0.0, 0.0)
+_DESCRIPTIVE = "interval"
+"""Key of a protocol that says how intervals were computed, not what was measured; a comparison computes its own."""
 
 
 @dataclass(frozen=True)
@@ -119,16 +123,20 @@ def _compare_documents(
     names = dict.fromkeys(metric for row in left.values() for metric in row)
     metrics = {}
     for metric in names:
-        ids = [key for key in left if metric in left[key] and metric in right[key]]
-        if ids:
-            metrics[metric] = paired_difference([left[k][metric] for k in ids], [right[k][metric] for k in ids])
+        ids = [key for key in left if metric in left[key]]
+        # Where no prompt has the metric under both policies, it is undefined after.
+        paired = [key for key in ids if metric in right[key]] or ids
+        metrics[metric] = paired_difference(
+            [left[key][metric] for key in paired], [right[key].get(metric, _NOTHING) for key in paired]
+        )
     p_values = {metric: difference.p for metric, difference in metrics.items() if difference.p is not None}
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     return Comparison(name, old["protocol"], metrics, adjusted)
 
 
 def _require_same_protocol(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    differing = sorted(differences(dict(old), dict(new)))
+    left, right = ({key: value for key, value in side.items() if key != _DESCRIPTIVE} for side in (old, new))
+    differing = sorted(differences(left, right))
     if differing:
         shown = ", ".join(
             f"{key} ({lookup(old, key, 'missing')} vs. {lookup(new, key, 'missing')})" for key in differing[:4]
@@ -167,9 +175,8 @@ class StopRule:
     """Represent a condition on a difference, such as ``recall < -0.01``."""
 
     text: str
-    evaluation: str | None
-    """The evaluation it applies to; None for every evaluation with the metric."""
-    metric: str
+    name: str
+    """``[EVALUATION/]METRIC``; without an evaluation it applies to every evaluation with the metric."""
     field: str
     """``value``, or a bound of its interval: ``low`` or ``high``."""
     holds: Callable[[float], bool]
@@ -179,7 +186,8 @@ def parse_rule(text: str) -> StopRule:
     """Parse ``[EVALUATION/]METRIC[.low|.high] OPERATOR NUMBER``, a condition on after - before.
 
     ``recall < -0.01`` tests the difference itself; ``recall.high < -0.01`` tests the upper bound
-    of its interval, so it triggers only where the drop is statistically significant.
+    of its interval, so it triggers only where the drop is statistically significant. METRIC is a key
+    or a name as tables print it; :func:`named_metrics` looks it up.
 
     Raises:
         CsrError: The text is not a valid rule.
@@ -189,39 +197,84 @@ def parse_rule(text: str) -> StopRule:
         raise CsrError(f"{text!r} is not a valid rule", "write METRIC OPERATOR NUMBER, such as 'recall < -0.01'")
     compares, bound = _OPERATORS[match["operator"]], float(match["bound"])
     field = match["field"] or "value"
-    return StopRule(text.strip(), match["evaluation"], match["metric"], field, lambda value: compares(value, bound))
+    return StopRule(text.strip(), match["name"], field, lambda value: compares(value, bound))
+
+
+def named_metrics(rule: StopRule, measured: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the measured metrics, as (evaluation, key), that a rule names.
+
+    A name is a key or a label of :mod:`csr_vlm.evaluation.metrics`, in any case, with or without what
+    a table adds in parentheses. A name that is spelled exactly like a key is that key.
+
+    Raises:
+        CsrError: No metric has the name, or metrics of different keys have it.
+    """
+    exact = [(e, key) for e, key in measured if rule.name in (key, f"{e}/{key}")]
+    found = exact or [(e, key) for e, key in measured if _plain(rule.name) in _names(e, key)]
+    if len({key for _, key in found}) == 1:
+        return found
+    if found:
+        raise CsrError(f"the rule {rule.text!r} names {len(found)} metrics", f"expected one of: {_listed(found)}")
+    raise CsrError(
+        f"the rule {rule.text!r} names a metric that was not measured", f"expected one of: {_listed(measured)}"
+    )
+
+
+def measured_metrics(documents: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """List the metrics, as (evaluation, key), that any prompt of the stored evaluations has a tally of."""
+    return [
+        (name, metric)
+        for name, document in documents.items()
+        for metric in dict.fromkeys(key for row in document.get("rows", []) for key in row.get("tallies", {}))
+    ]
+
+
+def _plain(name: str) -> str:
+    """Drop a note in parentheses from the end of a name, and its case."""
+    return re.sub(r"\s*\([^()]*\)$", "", name).casefold()
+
+
+def _names(evaluation: str, key: str) -> set[str]:
+    names = (key, metric_spec(key).label)
+    return {_plain(f"{prefix}{name}") for name in names for prefix in ("", f"{evaluation}/")}
+
+
+def _listed(metrics: Sequence[tuple[str, str]]) -> str:
+    labels = {key: metric_spec(key).label for _, key in metrics}
+    return ", ".join(
+        f"{evaluation}/{key}" + (f" ({labels[key]})" if labels[key] != key else "") for evaluation, key in metrics
+    )
 
 
 def triggered_rules(rules: Sequence[StopRule], comparisons: Sequence[Comparison]) -> list[str]:
-    """Describe each rule whose condition holds: the rule, the evaluation and the difference.
+    """Describe each rule that fails: the rule, the evaluation and the difference.
+
+    A rule fails where its condition holds, and where its metric had a value before and has none after: a
+    policy that says nothing must not pass.
 
     Raises:
-        CsrError: A rule names a metric that was not measured.
+        CsrError: A rule names no measured metric, or several.
     """
+    changes = {(c.evaluation, key): difference for c in comparisons for key, difference in c.metrics.items()}
     reasons = []
     for rule in rules:
-        matching = [
-            (c.evaluation, c.metrics[rule.metric])
-            for c in comparisons
-            if rule.metric in c.metrics and rule.evaluation in (None, c.evaluation)
-        ]
-        if not matching:
-            measured = ", ".join(f"{c.evaluation}/{metric}" for c in comparisons for metric in c.metrics)
-            raise CsrError(
-                f"the rule {rule.text!r} names a metric that was not measured", f"expected one of: {measured}"
-            )
-        for evaluation, difference in matching:
+        for evaluation, key in named_metrics(rule, list(changes)):
+            difference = changes[evaluation, key]
             value = getattr(difference, rule.field)
-            if value is not None and rule.holds(value):
-                reasons.append(f"{rule.text}: {evaluation} {describe(rule.metric, difference)}")
+            if difference.became_undefined or (value is not None and rule.holds(value)):
+                reasons.append(f"{rule.text}: {evaluation} {describe(key, difference)}")
     return reasons
 
 
 def describe(metric: str, difference: Difference) -> str:
     """Format a difference as one line of text."""
+    if difference.became_undefined:
+        return f"{metric} was {difference.before:.4g} and is undefined now: nothing is left to compute it from"
     if difference.value is None or difference.before is None or difference.after is None:
         return f"{metric} has no value"
-    return (
-        f"{metric} went from {difference.before:.4g} to {difference.after:.4g} "
-        f"({difference.value:+.4f}, 95 % interval {difference.low:+.4f} to {difference.high:+.4f})"
+    interval = (
+        "no interval"
+        if difference.low is None or difference.high is None
+        else f"95 % interval {difference.low:+.4f} to {difference.high:+.4f}"
     )
+    return f"{metric} went from {difference.before:.4g} to {difference.after:.4g} ({difference.value:+.4f}, {interval})"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from csr_vlm.config.schema import DEFAULT_DELIMITERS
 from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Finish, Prompt
 from csr_vlm.evaluation.statistics import Tally, pooled
@@ -22,7 +23,7 @@ def evaluate(
     scorer: ScorerGroup,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
-    delimiters: str = ".",
+    delimiters: str = DEFAULT_DELIMITERS,
 ) -> dict[str, Any]:
     """Answer prompts greedily and measure the responses.
 
@@ -63,7 +64,7 @@ def evaluate(
             "decoding": "greedy",
             "max_new_tokens": max_new_tokens,
             "scorer": scorer.name,
-            "interval": "95 % percentile bootstrap over prompts",
+            "interval": "95 % over prompts",
         },
         "rows": rows,
     }

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.evaluation.statistics import Metric, Tally, bootstrap, pooled
+from csr_vlm.evaluation.statistics import Metric, Tally, pooled, share_of_sums
 from csr_vlm.evaluation.words import letters
 from csr_vlm.store.files import digest
 
@@ -98,7 +98,7 @@ def score(labels: Sequence[bool], answers: Sequence[bool | None]) -> dict[str, A
     Returns:
         ``TP``, ``FP``, ``TN``, ``FN``, ``unread``, ``n``; ``accuracy``, ``precision``,
         ``recall``, ``f1``, ``yes_ratio``, each None where its denominator is 0, with the reason
-        in ``undefined``; ``intervals``, 95 % bootstrap intervals over questions.
+        in ``undefined``; ``intervals``, 95 % intervals over questions.
     """
     pairs = list(zip(labels, answers, strict=True))
     cells = {
@@ -111,7 +111,7 @@ def score(labels: Sequence[bool], answers: Sequence[bool | None]) -> dict[str, A
         "n": [1.0] * len(pairs),
     }
     columns = list(cells.values())
-    metrics = {name: bootstrap(columns, _rate(name)) for name in _RATES}
+    metrics = {name: share_of_sums(columns, _rate(name)) for name in _RATES}
     return {
         **{name: int(sum(cells[name])) for name in ("n", "TP", "FP", "TN", "FN", "unread")},
         **{name: metric.value for name, metric in metrics.items()},

@@ -14,11 +14,10 @@ import numpy as np
 
 from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Prompt
-from csr_vlm.evaluation.statistics import Metric, auc, ratio
+from csr_vlm.evaluation.statistics import auc_metric, ratio
 from csr_vlm.models.policy import Policy
 
 _BATCH = 16
-_RESAMPLES = 500
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def separability(chosen: Sequence[float], rejected: Sequence[float]) -> dict[str
     Returns:
         ``margin``, the mean of chosen - rejected; ``preferred``, the share of pairs with chosen >
         rejected, where equality counts one half; ``auc``, the probability that a chosen response
-        scores higher than a rejected one of any pair. Each with a 95 % bootstrap interval over pairs.
+        scores higher than a rejected one of any pair. Each with a 95 % interval over pairs.
     """
     ones = [1.0] * len(chosen)
     margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
@@ -74,11 +73,3 @@ def implicit_reward(policy: PairLogprobs, reference: PairLogprobs) -> PairLogpro
         tuple(a - b for a, b in zip(policy.chosen, reference.chosen, strict=True)),
         tuple(a - b for a, b in zip(policy.rejected, reference.rejected, strict=True)),
     )
-
-
-def auc_metric(positive: Sequence[float], negative: Sequence[float], seed: int = 0) -> Metric:
-    """Compute the AUC and its percentile bootstrap interval; item i of both sides is one pair, resampled together."""
-    high, low = np.asarray(positive), np.asarray(negative)
-    draws = np.random.default_rng(seed).integers(0, len(high), (_RESAMPLES, len(high)))
-    ends = np.percentile([auc(high[draw].tolist(), low[draw].tolist()) for draw in draws], [2.5, 97.5])
-    return Metric(auc(positive, negative), float(ends[0]), float(ends[1]), len(high))

@@ -81,12 +81,8 @@ class SentenceTracker:
         self.decoding = decoding
         self._prompt_encoder = prompt_encoder
         self._num_groups = 0
-        delimiters = decoding.rule.delimiters if decoding.rule is not None else ""
-        self._delimiter_ids = frozenset(
-            token_id
-            for token, token_id in (prompt_encoder.tokenizer.get_vocab().items() if delimiters else ())
-            if any(char in token for char in delimiters)
-        )
+        self._has_delimiter: dict[int, bool] = {}
+        """Whether the text of a token may hold a delimiter, by token id; filled as tokens appear."""
 
     def start(self, request: Expansion) -> list[PartialCandidate]:
         """Create the candidates of a request, all of one sibling group."""
@@ -136,7 +132,16 @@ class SentenceTracker:
 
     def _may_end(self, candidate: PartialCandidate) -> bool:
         """Check cheaply for a delimiter among the last two tokens; a closing quote may follow the delimiter."""
-        return any(token in self._delimiter_ids for token in candidate.token_ids[-2:])
+        return any(map(self._may_delimit, candidate.token_ids[-2:]))
+
+    def _may_delimit(self, token: int) -> bool:
+        """Check whether the text of a token holds a delimiter, or is a part of one ("�")."""
+        if self.decoding.rule is None:
+            return False
+        if token not in self._has_delimiter:
+            text = self._decode((token,))
+            self._has_delimiter[token] = any(char in text for char in self.decoding.rule.delimiters + "\ufffd")
+        return self._has_delimiter[token]
 
     def _ends(self, candidate: PartialCandidate, token: int | None) -> bool:
         """Check whether the sentence ends before ``token``; None stands for the end of the response."""

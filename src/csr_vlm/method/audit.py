@@ -41,7 +41,8 @@ class Check:
     """Hold the result of comparing one metric with its bound."""
 
     metric: str
-    value: float
+    value: float | None
+    """None where the metric is undefined though it must have a value."""
     verdict: Verdict
     reason: str
     """Why the metric warns or stops; empty for ``go``."""
@@ -143,6 +144,13 @@ RESPONSE_BOUNDS = {
     ),
 }
 """Bounds of the metrics of a trained policy, compared with the base model."""
+_SOURCES = {
+    "sentences": "sentences_ratio",
+    "relevance": "relevance_gain",
+    "repeats": "repeats_gain",
+    "complete": "unfinished_gain",
+}
+"""Metric of held-out responses to the metric that compares it with the base model."""
 
 
 @dataclass(frozen=True)
@@ -261,9 +269,9 @@ def pair_metrics(trees: Iterable[TreeMetrics]) -> dict[str, float]:
 
 
 def response_metrics(
-    base: Mapping[str, float], policy: Mapping[str, float], chosen_change: float | None
+    base: Mapping[str, float | None], policy: Mapping[str, float | None], chosen_change: float | None
 ) -> dict[str, float]:
-    """Compare a policy's responses to held-out prompts with those of the base model.
+    """Compare a policy's responses to held-out prompts with those of the base model; leave out what is undefined.
 
     - ``sentences_ratio``: policy / base
     - ``relevance_gain``, ``repeats_gain``: policy - base
@@ -271,17 +279,20 @@ def response_metrics(
     - ``chosen_drop``: -``chosen_change``
 
     Args:
-        base: Means over responses: ``sentences``, ``relevance`` (R_I), ``repeats``, ``complete``.
+        base: Means over responses: ``sentences``, ``relevance`` (R_I), ``repeats``, ``complete``; None if undefined.
         policy: The same means of the policy.
         chosen_change: Mean change of log P(chosen) during training in nats; None if unknown.
     """
-    return {
-        **({"sentences_ratio": policy["sentences"] / base["sentences"]} if base["sentences"] else {}),
-        "relevance_gain": policy["relevance"] - base["relevance"],
-        "repeats_gain": policy["repeats"] - base["repeats"],
-        "unfinished_gain": base["complete"] - policy["complete"],
-        **({} if chosen_change is None else {"chosen_drop": -chosen_change}),
-    }
+    metrics: dict[str, float] = {}
+    for source, metric in _SOURCES.items():
+        before, now = base.get(source), policy.get(source)
+        if before is None or now is None:
+            continue
+        if source == "sentences":
+            metrics |= {metric: now / before} if before else {}
+        else:
+            metrics[metric] = before - now if source == "complete" else now - before
+    return metrics | ({} if chosen_change is None else {"chosen_drop": -chosen_change})
 
 
 def checks(metrics: Mapping[str, float], bounds: Mapping[str, Bound]) -> list[Check]:
@@ -293,6 +304,46 @@ def checks(metrics: Mapping[str, float], bounds: Mapping[str, Bound]) -> list[Ch
             verdict = bound.judge(abs(value) if metric == "length_correlation" else value)
             reason = "" if verdict is Verdict.GO else bound.reason.format(value=value)
             results.append(Check(metric, value, verdict, reason))
+    return results
+
+
+def response_checks(
+    metrics: Mapping[str, float], base: Mapping[str, float | None], policy: Mapping[str, float | None]
+) -> list[Check]:
+    """Compare the metrics of :func:`response_metrics` with their bounds; stop where one became undefined.
+
+    A policy that says nothing has no relevance, and must not pass for that.
+    """
+    lost = {source: base[source] for source in _SOURCES if base.get(source) is not None and policy.get(source) is None}
+    return checks(metrics, RESPONSE_BOUNDS) + [
+        Check(_SOURCES[source], None, Verdict.STOP, f"responses: {source} was {value:.4g} and is undefined now")
+        for source, value in lost.items()
+    ]
+
+
+def pair_checks(metrics: Mapping[str, float], first: Mapping[str, float]) -> list[Check]:
+    """Compare the metrics of pairs with their bounds; stop where one is undefined that pairs must have.
+
+    Where there are pairs, they must have ``relevance_win``, and whatever else the first iteration
+    had. Only ``length_correlation`` may become undefined: responses of one length have none.
+
+    Args:
+        metrics: Metrics of :func:`pair_metrics`.
+        first: The same metrics of the first iteration; empty if this is the first.
+    """
+    results = checks(metrics, PAIR_BOUNDS)
+    if not metrics.get("pairs"):
+        return results
+    for metric in PAIR_BOUNDS:
+        if metric in metrics or metric == "length_correlation":
+            continue
+        if metric in first:
+            reason = f"pairs: {metric} was {first[metric]:.4g} in iteration 1 and is undefined now"
+        elif metric == "relevance_win":
+            reason = f"pairs: {metric} is undefined: in no pair does one side suit the image better than the other"
+        else:
+            continue
+        results.append(Check(metric, None, Verdict.STOP, reason))
     return results
 
 

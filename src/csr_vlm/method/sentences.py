@@ -25,14 +25,15 @@ class SentenceRule:
     """Decide whether a text that contains a delimiter is a finished sentence.
 
     Args:
-        delimiters: Characters that end a sentence, such as ".".
+        delimiters: Characters that end a sentence, such as ".". With a line break among them,
+            every line with a word is a sentence, and so is every item of a list.
     """
 
-    def __init__(self, delimiters: str = ".") -> None:
+    def __init__(self, delimiters: str) -> None:
         self.delimiters = delimiters
 
     def ends(self, text: str, following: str | None) -> bool:
-        """Return whether the sentence ends after ``text``.
+        r"""Return whether the sentence ends after ``text``.
 
         Args:
             text: The sentence so far.
@@ -44,17 +45,23 @@ class SentenceRule:
             (False, True)
             >>> rule.ends("Ask Dr.", " Low"), rule.ends("Well...", " and then")
             (False, False)
+            >>> SentenceRule(".\n").ends("- a cup", "\n- a plate")
+            True
         """
         body = text.rstrip().rstrip(_CLOSERS)
-        if not body or body[-1] not in self.delimiters or not any(char.isalnum() for char in body):
+        if not body or not any(char.isalnum() for char in body):
+            return False
+        if "\n" in self.delimiters and _breaks_line(text, following):
+            return not _is_list_number(body)
+        if body[-1] not in self.delimiters:
             return False
         if following is None:
             return True
         if unicodedata.east_asian_width(body[-1]) in "WF":  # no space follows a "。"
-            return following[:1] not in _CLOSERS
+            return following[:1] not in _CLOSERS + self.delimiters.replace("\n", "")
         if not (text[-1].isspace() or following[:1].isspace()):
             return False
-        if "\n" in text[len(body) :] + following[: len(following) - len(following.lstrip())]:
+        if _breaks_line(text, following):
             return not _is_list_number(body)
         if body[-1] != ".":
             return True
@@ -85,6 +92,12 @@ def _is_abbreviation(body: str, following: str) -> bool:
         after = following.strip()  # empty if white space is a token of its own: decide at the next token
         return not after or after[0].isdigit()
     return word.lower() in _ABBREVIATIONS or (len(word) == 1 and word.isupper() and word != "I")
+
+
+def _breaks_line(text: str, following: str | None) -> bool:
+    """Return whether a line ends between a text and what follows it."""
+    after = following or ""
+    return "\n" in text[len(text.rstrip()) :] + after[: len(after) - len(after.lstrip())]
 
 
 def _is_list_number(body: str) -> bool:

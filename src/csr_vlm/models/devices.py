@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
 from csr_vlm.core.errors import CsrError
 
 
@@ -33,6 +36,24 @@ def resolve_device(name: str) -> str:
             f"there is no device {name}: the number of GPUs is {torch.cuda.device_count()}", "count from cuda:0"
         )
     return name
+
+
+def count_gpus() -> int:
+    """Return the number of visible GPUs."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def free_memory() -> None:
+    """Free what a finished stage leaves to the garbage collector, and the memory that torch caches on the GPU.
+
+    Replaced methods, hooks and tracebacks refer to their model, so it is freed only by a collection.
+    """
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def resolve_dtype(name: str, device: str) -> str:

@@ -6,7 +6,9 @@ batches with :func:`batch_rows`, so all of them give the model the same inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +47,42 @@ class EncodedPrompt:
 
 
 @dataclass
+class _ProcessedImage:
+    """Hold an image, and what a processor's image processor made of it."""
+
+    path: str
+    image: Any
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def remembered(self, processor: Any) -> Iterator[None]:
+        """Make a processor use the results of earlier calls."""
+        image_processor = processor.image_processor
+        processor.image_processor = _RememberingImageProcessor(image_processor, self.results)
+        try:
+            yield
+        finally:
+            processor.image_processor = image_processor
+
+
+class _RememberingImageProcessor:
+    """Call an image processor once per set of options; the image is always the same."""
+
+    def __init__(self, image_processor: Any, results: dict[str, Any]) -> None:
+        self._image_processor = image_processor
+        self._results = results
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        options = repr(sorted((key, value) for key, value in kwargs.items() if key != "images"))
+        if options not in self._results:
+            self._results[options] = self._image_processor(*args, **kwargs)
+        return copy(self._results[options])  # Processors remove entries.
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._image_processor, name)
+
+
+@dataclass
 class PromptEncoder:
     """Format and tokenize prompts for a model; this needs its configuration but no weights."""
 
@@ -54,6 +92,7 @@ class PromptEncoder:
     max_image_pixels: int = MAX_IMAGE_PIXELS
     eos_ids: frozenset[int] = field(init=False, repr=False)
     """Token ids that end a response."""
+    _last: _ProcessedImage | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         eos = self.generation_config.eos_token_id
@@ -87,13 +126,18 @@ class PromptEncoder:
     def process(self, prompt: Prompt) -> Any:
         """Load the image, apply the chat template, and return the processor's output for a batch of one.
 
+        Several prompts in a row about one image load and process it once.
+
         Raises:
             CsrError: The image was deleted or changed since it was checked.
         """
         text, add_special_tokens = self._format(prompt.text)
-        return self.processor(
-            images=[self.image(prompt)], text=[text], return_tensors="pt", add_special_tokens=add_special_tokens
-        )
+        if self._last is None or self._last.path != prompt.image:
+            self._last = _ProcessedImage(prompt.image, self.image(prompt))
+        with self._last.remembered(self.processor):
+            return self.processor(
+                images=[self._last.image], text=[text], return_tensors="pt", add_special_tokens=add_special_tokens
+            )
 
     def short_ids(self, prompt: Prompt) -> list[int]:
         """Tokenize a prompt with one placeholder token per image, for engines that expand it themselves."""
@@ -145,29 +189,48 @@ def batch_rows(
         tensor([[0, 1, 2, 3],
                 [0, 0, 1, 2]])
     """
-    rows = [
-        torch.cat([item.input_ids, torch.tensor(list(ids), dtype=torch.long)])
-        for item, ids in zip(encoded, continuations, strict=True)
-    ]
-    width = max(len(row) for row in rows)
+    rows = [extend(item, ids) for item, ids in zip(encoded, continuations, strict=True)]
+    width = max(len(row["input_ids"]) for row in rows)
 
-    def pad(row: torch.Tensor, value: int) -> torch.Tensor:
+    def stack(values: Sequence[torch.Tensor], padding: int, dim: int = 0) -> torch.Tensor:
+        return stack_padded(values, width, padding, padding_side, dim)
+
+    return {
+        "input_ids": stack([row["input_ids"] for row in rows], pad_id),
+        "attention_mask": stack([torch.ones_like(row["input_ids"]) for row in rows], 0),
+        "position_ids": stack([row["positions"] for row in rows], 0, dim=-2),
+        **{key: stack([row[key] for row in rows], 0) for key in encoded[0].per_token},
+    }
+
+
+def extend(item: EncodedPrompt, continuation: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Append a response's token ids to a prompt; return ``input_ids``, ``positions`` and the per-token tensors."""
+    length = len(continuation)
+    response = torch.arange(length) + len(item.input_ids) + item.position_delta
+    return {
+        "input_ids": torch.cat([item.input_ids, torch.tensor(list(continuation), dtype=torch.long)]),
+        "positions": torch.cat([item.positions, response.expand(*item.positions.shape[:-1], -1)], dim=-1),
+        **{
+            key: torch.cat([value, value.new_full((length,), item.response_token_type)])
+            for key, value in item.per_token.items()
+        },
+    }
+
+
+def stack_padded(
+    rows: Sequence[torch.Tensor],
+    width: int,
+    value: int,
+    padding_side: Literal["left", "right"] = "right",
+    dim: int = 0,
+) -> torch.Tensor:
+    """Pad the last dimension of tensors to a width, and stack them along a new dimension."""
+
+    def pad(row: torch.Tensor) -> torch.Tensor:
         gap = width - row.shape[-1]
         return torch.nn.functional.pad(row, (gap, 0) if padding_side == "left" else (0, gap), value=value)
 
-    positions = [pad(_extend_positions(item, len(ids)), 0) for item, ids in zip(encoded, continuations, strict=True)]
-    batch = {
-        "input_ids": torch.stack([pad(row, pad_id) for row in rows]),
-        "attention_mask": torch.stack([pad(torch.ones_like(row), 0) for row in rows]),
-        "position_ids": torch.stack(positions, dim=-2),
-    }
-    for key in encoded[0].per_token:
-        extended = [
-            torch.cat([item.per_token[key], item.per_token[key].new_full((len(ids),), item.response_token_type)])
-            for item, ids in zip(encoded, continuations, strict=True)
-        ]
-        batch[key] = torch.stack([pad(row, 0) for row in extended])
-    return batch
+    return torch.stack([pad(row) for row in rows], dim=dim)
 
 
 def image_tensors(encoded: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
@@ -186,12 +249,6 @@ def image_tensors(encoded: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
                 [1., 1., 1.]])
     """
     return {key: _concatenate_padded([item.per_image[key] for item in encoded]) for key in encoded[0].per_image}
-
-
-def _extend_positions(item: EncodedPrompt, num_tokens: int) -> torch.Tensor:
-    """Return the positions of a prompt's tokens and of those of a response to it."""
-    response = torch.arange(num_tokens) + len(item.input_ids) + item.position_delta
-    return torch.cat([item.positions, response.expand(*item.positions.shape[:-1], -1)], dim=-1)
 
 
 def _concatenate_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -25,6 +25,7 @@ from csr_vlm.models.devices import resolve_device, resolve_dtype
 from csr_vlm.models.encoding import MAX_IMAGE_PIXELS, PromptEncoder
 from csr_vlm.models.families import FULL_PRECISION_MODULES, family_of
 from csr_vlm.models.load_errors import load_error, require_image_text_to_text
+from csr_vlm.models.output_layer import use_float32_output
 from csr_vlm.models.policy import Policy
 
 
@@ -51,6 +52,7 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
     _require_chat_template(config, model.config, processor)
     if config.quantization is None:
         model = model.to(device)
+    use_float32_output(model)
     return model.eval(), processor
 
 
@@ -71,8 +73,14 @@ def load_prompt_encoder(config: ModelConfig, max_image_pixels: int = MAX_IMAGE_P
     return PromptEncoder(model_config, generation_config, processor, max_image_pixels)
 
 
-def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> PeftModel:
+def load_adapter(model: Any, adapter: Path, *, trainable: bool = False, one_dtype: bool = False) -> PeftModel:
     """Add a saved adapter to a base model.
+
+    Args:
+        model: Base model.
+        adapter: Directory of the adapter.
+        trainable: Whether the adapter is to be trained.
+        one_dtype: Keep the adapter in the data type of the model, also in half precision.
 
     Raises:
         CsrError: The adapter does not exist or does not fit the model. PEFT skips tensors whose names
@@ -84,7 +92,9 @@ def load_adapter(model: Any, adapter: Path, *, trainable: bool = False) -> PeftM
             f"there is no adapter in {adapter}", "it needs adapter_config.json and adapter_model.safetensors"
         )
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        adapted = PeftModel.from_pretrained(
+            model, str(adapter), is_trainable=trainable, autocast_adapter_dtype=not one_dtype
+        )
     except Exception as error:  # A damaged or foreign adapter may raise anything.
         raise CsrError(
             f"the adapter {adapter} does not fit the model: {reason_of(error)}", "check model.path"

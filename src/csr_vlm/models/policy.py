@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,6 +15,20 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.models.encoding import MAX_IMAGE_PIXELS, EncodedPrompt, PromptEncoder, batch_rows, image_tensors
 from csr_vlm.models.families import NOT_EXTRA_INPUTS, Family
+from csr_vlm.models.prefix_tree import (
+    MAX_TARGETS,
+    MAX_TOKENS,
+    Block,
+    Continuation,
+    attention_window,
+    join_blocks,
+    make_blocks,
+    model_inputs_of,
+    only_predictors,
+    row_tensors,
+    target_index,
+    tree_obstacle,
+)
 
 
 @dataclass
@@ -127,16 +142,14 @@ class Policy:
             prompts with features, ``mm_encoder_outputs``.
         """
         batch: dict[str, Any] = dict(batch_rows(encoded, continuations, self.pad_id, padding_side))
-        features = [item.features for item in encoded if item.features is not None]
-        if features:
-            batch["mm_encoder_outputs"] = {"image": self._encoder_outputs(features)}
-        else:
-            batch |= image_tensors(encoded)
-        return {key: self._to_device(value) for key, value in batch.items()}
+        return {key: self._to_device(value) for key, value in batch.items()} | self._image_inputs(encoded)
 
-    @torch.inference_mode()
-    def teacher_forced(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """Compute log P(r_o | x, r_<o) of given responses in one forward pass; encode a shared image once.
+    def teacher_forced(
+        self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], max_tokens: int = MAX_TOKENS
+    ) -> list[torch.Tensor]:
+        """Compute log P(r_o | x, r_<o) of given responses, in passes of at most ``max_tokens`` tokens.
+
+        Responses about one image share a row where the model allows it (:mod:`csr_vlm.models.prefix_tree`).
 
         Returns:
             One float32 tensor of shape (response tokens,) per prompt, in nats, on the CPU.
@@ -144,27 +157,81 @@ class Policy:
         Raises:
             CsrError: A log-probability is not finite.
         """
-        encoded_by_prompt = {prompt: self.encode(prompt) for prompt in prompts}
-        by_image = {prompt.image: item for prompt, item in encoded_by_prompt.items()}
-        with_features = dict(zip(by_image, self.with_features(list(by_image.values())), strict=True))
-        encoded = [
-            replace(encoded_by_prompt[prompt], features=with_features[prompt.image].features) for prompt in prompts
-        ]
-        inputs = self.model_inputs(encoded, responses, "right")
-        logits = self.model(**inputs, use_cache=False).logits.float()
-        logprobs = []
-        for row, (item, ids) in enumerate(zip(encoded, responses, strict=True)):
-            start = len(item.input_ids)
-            predicted = torch.log_softmax(logits[row, start - 1 : start - 1 + len(ids)], dim=-1)
-            targets = torch.tensor(list(ids), device=predicted.device)
-            logprobs.append(predicted.gather(-1, targets[:, None]).squeeze(-1).cpu())
-            if not logprobs[-1].isfinite().all():
-                prompt = prompts[row]
+        results: dict[int, torch.Tensor] = {}
+        pending: list[Block] = []
+        for blocks in self._blocks_by_image(prompts, responses, max_tokens):
+            pending += blocks
+            if sum(block.num_tokens for block in pending) >= max_tokens:
+                results |= self._logprobs_of(pending, max_tokens)
+                pending = []
+        results |= self._logprobs_of(pending, max_tokens)
+        for index, prompt in enumerate(prompts):
+            if not results[index].isfinite().all():
                 raise CsrError(
-                    f"prompt {prompt.prompt_id}: the policy gives a response the log-probability {logprobs[-1].sum()}",
+                    f"prompt {prompt.prompt_id}: the policy gives a response the log-probability "
+                    f"{results[index].sum()}",
                     f"check {prompt.image}, the weights of model.path and the last adapter",
                 )
-        return logprobs
+        return [results[index] for index in range(len(prompts))]
+
+    def blocks(
+        self,
+        units: Sequence[tuple[int, Sequence[Continuation]]],
+        max_tokens: int,
+        max_targets: int = sys.maxsize,
+        *,
+        sharing: bool = True,
+    ) -> list[Block]:
+        """Arrange units of responses about one image in rows; see :func:`csr_vlm.models.prefix_tree.make_blocks`.
+
+        Args:
+            units: Number and responses of each unit.
+            max_tokens: Token budget of a tree.
+            max_targets: The same for distinct response tokens.
+            sharing: Whether responses share tokens where the model allows it.
+        """
+        config = self.base_model.config
+        is_tree = sharing and tree_obstacle(config) is None
+        window = attention_window(config)
+        return make_blocks(units, self.image_token_ids, max_tokens, max_targets, window, is_tree=is_tree)
+
+    def _blocks_by_image(
+        self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], max_tokens: int
+    ) -> Iterator[list[Block]]:
+        by_image: dict[str, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            by_image.setdefault(prompt.image, []).append(index)
+        for indices in by_image.values():
+            encoded = {prompts[index]: self.encode(prompts[index]) for index in indices}
+            units = [(index, [(encoded[prompts[index]], responses[index])]) for index in indices]
+            yield self.blocks(units, max_tokens, MAX_TARGETS)
+
+    @torch.inference_mode()
+    def _logprobs_of(self, blocks: Sequence[Block], max_tokens: int) -> dict[int, torch.Tensor]:
+        """Compute the log-probabilities of the responses of blocks with one response per unit."""
+        results = {}
+        for block in join_blocks(blocks, max_tokens, MAX_TARGETS):
+            tensors = row_tensors(block.rows, self.pad_id)
+            batch = {key: value.to(self.device) for key, value in tensors.items()}
+            distinct = {id(item): item for item in block.images}
+            with_features = dict(zip(distinct, self.with_features(list(distinct.values())), strict=True))
+            images = self._image_inputs([with_features[id(item)] for item in block.images])
+            with only_predictors(self.base_model, batch["predictor_index"]):
+                output = self.model(**model_inputs_of(self.base_model, batch), **images, use_cache=False)
+            targets = batch["targets"].clamp(min=0)
+            logits = output.logits.float()  # (rows, targets, vocabulary)
+            logprobs = logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
+            flat = logprobs.flatten().cpu()
+            for unit, index in zip(block.units, target_index(block.rows, block.order(0)), strict=True):
+                results[unit] = flat[index[index >= 0]]
+        return results
+
+    def _image_inputs(self, encoded: Sequence[EncodedPrompt]) -> dict[str, Any]:
+        """Return the model's inputs for the images of prompts: features where the prompts have them, or pixels."""
+        features = [item.features for item in encoded if item.features is not None]
+        if features:
+            return {"mm_encoder_outputs": {"image": self._encoder_outputs(features)}}
+        return {key: self._to_device(value) for key, value in image_tensors(encoded).items()}
 
     def _positions(self, processed: Any) -> torch.Tensor:
         """Return the token positions of one processed prompt, as the model computes them."""

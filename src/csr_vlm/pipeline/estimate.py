@@ -24,6 +24,7 @@ from csr_vlm.data.sources import is_local
 from csr_vlm.models.devices import resolve_device, resolve_dtype
 from csr_vlm.models.load_errors import load_error, require_image_text_to_text
 from csr_vlm.pipeline.offline_pairs import check_pairs
+from csr_vlm.pipeline.training_cost import TrainedModel, TreeShape
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _NF4_BYTES = 0.6
@@ -175,9 +176,8 @@ def _costs(config: RunConfig, shape: Shape, num_prompts: int) -> Costs:
     row = (_PROMPT_TOKENS + search.max_sentences * _SENTENCE_TOKENS) * shape.layers * shape.cache_width
     rows = min(config.generation.max_rows, max(num_prompts, 1) * beam * search.num_candidates)
     lora = shape.lora_parameters(config.training.lora.r)
-    batch = 2 * int(config.training.trl.get("per_device_train_batch_size", 8))
-    # Checkpointed activations, one per layer, and all activations of one layer.
-    activations = batch * _PROMPT_TOKENS * shape.width * (shape.layers + 34) * _BYTES[dtype]
+    bytes_per_weight = _NF4_BYTES if config.model.quantization else _BYTES[dtype]
+    training_memory = _trained(shape).memory_bytes(config.training.max_tokens, lora, bytes_per_weight, _BYTES[dtype])
     ledger = nodes * _NODE_BYTES
     disk = float(config.iterations * (ledger + 4 * lora) + 4 * lora)
     if config.training.merge:
@@ -187,8 +187,7 @@ def _costs(config: RunConfig, shape: Shape, num_prompts: int) -> Costs:
         device=device,
         weights_gb=round(weights / 1e9, 3),
         search_memory_gb=round((weights + rows * row * _BYTES[dtype]) / 1e9, 2),
-        # Adapter, gradient and the two moments of Adam, in float32.
-        training_memory_gb=round((weights + 16 * lora + activations) / 1e9, 2),
+        training_memory_gb=round(training_memory / 1e9, 2),
         sentences_per_iteration=nodes,
         ledger_mb=round(ledger / 1e6, 1),
         disk_gb=round(disk / 1e9, 3),
@@ -199,24 +198,37 @@ def _costs(config: RunConfig, shape: Shape, num_prompts: int) -> Costs:
 def _hours(config: RunConfig, shape: Shape, num_prompts: int, nodes: int, flops: float) -> dict[str, float]:
     """Bound the hours of one iteration's long stages, on this device and on an A100.
 
-    A forward pass takes 2 operations per parameter and token; a training step takes 6, of which 4 are
-    the backward pass.
+    A forward pass takes 2 operations per parameter and token; :mod:`csr_vlm.pipeline.training_cost` has those
+    of training, where all pairs of a prompt share their tokens.
     """
     search, pairs = config.method.search, config.method.pairs
     num_questions = num_prompts * pairs.questions.per_prompt if pairs.questions.pattern else 0
-    length = _PROMPT_TOKENS + search.max_sentences * _SENTENCE_TOKENS
-    epochs = float(config.training.trl.get("num_train_epochs", 3))
-    operations_per_parameter = {
-        "search": 2.0 * nodes * search.max_sentence_tokens,
-        "question": 2.0 * 2 * num_questions * _PROMPT_TOKENS,
-        "training": 6.0 * 2 * epochs * (num_prompts * pairs.per_prompt * length + num_questions * _PROMPT_TOKENS),
+    response = search.max_sentences * _SENTENCE_TOKENS
+    is_sibling = pairs.between == "siblings"
+    tree = TreeShape(
+        prompt=_PROMPT_TOKENS,
+        path=response if is_sibling else 0,
+        pairs=pairs.per_prompt,
+        sentence=_SENTENCE_TOKENS if is_sibling else response,
+        questions=num_questions // max(num_prompts, 1),
+    )
+    lora = shape.lora_parameters(config.training.lora.r)
+    trees = num_prompts * float(config.training.trl.get("num_train_epochs", 3))
+    stages = {
+        "search": 2.0 * nodes * search.max_sentence_tokens * shape.parameters,
+        "question": 2.0 * 2 * num_questions * _PROMPT_TOKENS * shape.parameters,
+        "training": trees * _trained(shape).tree_operations(tree.tokens, tree.targets, lora),
     }
     hours = {}
-    for stage, operations in operations_per_parameter.items():
-        seconds = operations * shape.parameters
-        hours[f"{stage}_hours"] = round(seconds / flops / 3600, 4)
-        hours[f"{stage}_hours_a100"] = round(seconds / _A100_FLOPS / 3600, 4)
+    for stage, operations in stages.items():
+        hours[f"{stage}_hours"] = round(operations / flops / 3600, 4)
+        hours[f"{stage}_hours_a100"] = round(operations / _A100_FLOPS / 3600, 4)
     return hours
+
+
+def _trained(shape: Shape) -> TrainedModel:
+    """Return the shape with all parameters in the layers, an upper bound."""
+    return TrainedModel(shape.parameters, shape.parameters, shape.layers, shape.width, vocabulary=0)
 
 
 def _cost_warnings(config: RunConfig, costs: Costs) -> list[str]:
@@ -234,8 +246,7 @@ def _cost_warnings(config: RunConfig, costs: Costs) -> list[str]:
             warnings.append(f"the search may need more than the GPU's {memory:.0f} GB; lower generation.max_rows")
         if costs.training_memory_gb > memory:
             warnings.append(
-                f"training may need more than the GPU's {memory:.0f} GB; lower "
-                "training.trl.per_device_train_batch_size or training.lora.r"
+                f"training may need more than the GPU's {memory:.0f} GB; lower training.max_tokens or training.lora.r"
             )
     free = shutil.disk_usage(".").free / 1e9
     if costs.disk_gb > free:

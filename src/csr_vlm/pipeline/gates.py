@@ -9,7 +9,15 @@ from typing import Any
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter, Silent
-from csr_vlm.evaluation.compare import EvaluatedPolicy, compare, parse_rule, triggered_rules
+from csr_vlm.evaluation.compare import (
+    EvaluatedPolicy,
+    compare,
+    measured_metrics,
+    named_metrics,
+    parse_rule,
+    read_documents,
+    triggered_rules,
+)
 from csr_vlm.method import audit as quality
 from csr_vlm.method.audit import Verdict
 from csr_vlm.method.pairs import make_pairs
@@ -17,7 +25,7 @@ from csr_vlm.store import ledger
 from csr_vlm.store.run import Run
 
 _MIN_RESPONSES = 8
-"""With fewer held-out responses than this, the gate warns instead of stopping the run."""
+"""With fewer held-out responses than this, the gate warns of a metric beyond its bound instead of stopping the run."""
 
 
 def audit(run: Run, iteration: int, reporter: Reporter) -> bool:
@@ -33,8 +41,13 @@ def audit(run: Run, iteration: int, reporter: Reporter) -> bool:
         return False  # offline pairs have no ledger
     if not run.is_done(iteration, "audit"):
         metrics = pair_metrics(run, iteration, run.config, reporter)
-        _record(run, iteration, "audit", metrics, quality.checks(metrics, quality.PAIR_BOUNDS))
+        _record(run, iteration, "audit", metrics, quality.pair_checks(metrics, first_pair_metrics(run, iteration)))
     return _report_outcome(run, iteration, "audit", reporter)
+
+
+def first_pair_metrics(run: Run, iteration: int) -> dict[str, float]:
+    """Return the recorded pair metrics of the first iteration; empty for the first itself, and without an audit."""
+    return dict(run.result(1, "audit")["metrics"]) if iteration > 1 and run.is_done(1, "audit") else {}
 
 
 def pair_metrics(run: Run, iteration: int, config: RunConfig, reporter: Reporter | None = None) -> dict[str, float]:
@@ -56,10 +69,10 @@ def gate(run: Run, iteration: int, reporter: Reporter) -> bool:
         True if the run must stop, with the previous iteration as its result.
     """
     if not run.is_done(iteration, "gate"):
-        metrics = response_metrics(run, iteration)
-        checks = quality.checks(metrics, quality.RESPONSE_BOUNDS)
+        metrics, checks = response_checks(run, iteration)
         if _num_heldout_responses(run) < _MIN_RESPONSES:
-            checks = [replace(c, verdict=Verdict.WARN) if c.verdict is Verdict.STOP else c for c in checks]
+            beyond = {check.metric for check in checks if check.verdict is Verdict.STOP and check.value is not None}
+            checks = [replace(check, verdict=Verdict.WARN) if check.metric in beyond else check for check in checks]
         against = 0 if run.config.evaluation.stop_against == "base" else iteration - 1
         _record(run, iteration, "gate", metrics, checks, broken=_broken_rules(run, iteration, against), against=against)
     return _report_outcome(run, iteration, "gate", reporter)
@@ -69,17 +82,33 @@ def _num_heldout_responses(run: Run) -> int:
     return int(run.result(0, "evaluate").get("heldout", {}).get("sentences", {}).get("n", 0))
 
 
-def response_metrics(run: Run, iteration: int) -> dict[str, float]:
-    """Compare the policy's responses to held-out prompts with the base model's; empty if there are none."""
-    base, policy = (run.result(number, "evaluate").get("heldout") for number in (0, iteration))
-    if not base or not policy:
-        return {}
+def response_checks(run: Run, iteration: int) -> tuple[dict[str, float], list[quality.Check]]:
+    """Compare the policy's responses to held-out prompts with the base model's; empty if there are none.
+
+    Returns:
+        (metrics, checks). A metric that the base model has and the policy lacks is only among the checks.
+    """
+    base, policy = (_values(run.result(number, "evaluate").get("heldout", {})) for number in (0, iteration))
+    if not base:
+        return {}, []
     log = run.result(iteration, "train")["log"] if run.is_done(iteration, "train") else []
-    return quality.response_metrics(_values(base), _values(policy), _chosen_change(run, log))
+    metrics = quality.response_metrics(base, policy, _chosen_change(run, log))
+    return metrics, quality.response_checks(metrics, base, policy)
 
 
-def _values(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
-    return {name: metric["value"] or 0.0 for name, metric in metrics.items()}
+def _values(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
+    return {name: metric["value"] for name, metric in metrics.items()}
+
+
+def check_rules(run: Run) -> None:
+    """Check that the rules in evaluation.stop_if name metrics that the base model was measured by.
+
+    Raises:
+        CsrError: A rule names none, or several; found here, it costs no training.
+    """
+    measured = measured_metrics(read_documents(run, 0))
+    for rule in run.config.evaluation.stop_if:
+        named_metrics(parse_rule(rule), measured)
 
 
 def _chosen_change(run: Run, log: list[dict[str, float]]) -> float | None:

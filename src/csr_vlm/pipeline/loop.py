@@ -20,6 +20,7 @@ can be resumed.
 from __future__ import annotations
 
 from csr_vlm.core.progress import Reporter
+from csr_vlm.models.devices import free_memory
 from csr_vlm.pipeline import gates, stages
 from csr_vlm.pipeline.schedule import Step, schedule
 from csr_vlm.report.card import write_card
@@ -42,7 +43,9 @@ def align(run: Run, reporter: Reporter, executor: Executor = LOCAL) -> None:
     """
     with run.locked(), record_progress(run.root, reporter) as recorder:
         for step in schedule(run):
-            if _stops_after(step, run, recorder, executor):
+            stops = _stops_after(step, run, recorder, executor)
+            free_memory()
+            if stops:
                 break
         stages.export(run, recorder)
         if run.final:
@@ -57,6 +60,9 @@ def _stops_after(step: Step, run: Run, reporter: Reporter, executor: Executor) -
         case "prompts":
             stages.check_inputs(run, reporter)
         case "generate":
+            if t == 1:
+                stages.try_training(run, reporter, executor)
+                free_memory()
             stages.generate(run, t, reporter, executor)
         case "pairs":
             stages.make_pairs(run, t, reporter, executor)
@@ -66,6 +72,8 @@ def _stops_after(step: Step, run: Run, reporter: Reporter, executor: Executor) -
             stages.train(run, t, reporter, executor)
         case "evaluate":
             stages.evaluate(run, t, reporter)
+            if t == 0:
+                gates.check_rules(run)
         case "gate":
             return gates.gate(run, t, reporter)
         case _:

@@ -1,7 +1,8 @@
 """Run the stages of a run. Each reads what earlier stages wrote and writes its marker last.
 
 A stage that is done returns at once, so a killed run is resumed by running it again. A killed stage
-starts over, except that search and claim questions keep the parts they have written.
+starts over, except that search and claim questions keep the parts they have written, and training resumes from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from csr_vlm.core.records import Pair, Prompt
 from csr_vlm.data.prompts import InputReport, count_rows, hold_out, no_usable_prompt, read_prompts
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs as make_prompt_pairs
+from csr_vlm.models.devices import count_gpus
 from csr_vlm.pipeline import offline_pairs
 from csr_vlm.pipeline.claim_questions import ClaimQuestioner
 from csr_vlm.pipeline.offline_pairs import has_offline_pairs
 from csr_vlm.pipeline.policy_evaluation import evaluate_policy
 from csr_vlm.pipeline.tasks import QuestionWorker, RescoreWorker, SearchWorker, load_engine_and_scorer, train_policy
-from csr_vlm.scale.executor import LOCAL, Executor, Task
+from csr_vlm.scale.executor import LOCAL, Executor, LocalExecutor, Task
 from csr_vlm.store import files, ledger, tables
 from csr_vlm.store.run import Run
 
@@ -248,11 +250,33 @@ _PAIR_VALUES: dict[str, Callable[[Pair], float]] = {
 }
 
 
+def try_training(run: Run, reporter: Reporter, executor: Executor = LOCAL) -> None:
+    """Train one step before the first search, unless that has begun or another process will train.
+
+    Raises:
+        CsrError: Training fails.
+    """
+    has_begun = run.is_done(1, "generate") or bool(run.ledger_parts(1)) or has_offline_pairs(run.config, 1)
+    if has_begun or not isinstance(executor, LocalExecutor) or run.config.generation.engine != "transformers":
+        return
+    from csr_vlm.training.trial import try_training as try_step
+
+    with reporter.stage("trying a training step", 1) as progress:
+        try_step(tables.PromptGroups(run.prompts_path)[0], run.config, run.adapter_path(0))
+        progress.advance(1)
+
+
 def train(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOCAL) -> None:
     """Run DPO with the previous iteration's policy as reference and store the adapter."""
     if run.is_done(iteration, "train"):
+        shutil.rmtree(run.trainer_path(iteration), ignore_errors=True)
         return
     started = time.perf_counter()
+    if isinstance(executor, LocalExecutor) and (num_gpus := count_gpus()) > 1:
+        reporter.log(
+            f"training uses one of {num_gpus} GPUs; to use all: torchrun --nproc-per-node {num_gpus} "
+            f"-m csr_vlm.cli run {run.root}"
+        )
     with reporter.stage(f"iteration {iteration}: training", 0) as progress:
         result = executor.run_all(Task(train_policy, run.root, {"iteration": iteration}), progress)
     if result["reference"] == "model" and run.config.training.reference == "ledger":
@@ -261,8 +285,9 @@ def train(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOC
             "nats from a teacher-forced pass; the reference log-probabilities were recomputed"
         )
     if result["packing_obstacle"] is not None:
-        reporter.log(f"iteration {iteration}: training without packing: {result['packing_obstacle']}")
+        reporter.log(f"iteration {iteration}: responses do not share rows in training: {result['packing_obstacle']}")
     run.mark_done(iteration, "train", seconds=_since(started), **result)
+    shutil.rmtree(run.trainer_path(iteration), ignore_errors=True)
 
 
 def evaluate(run: Run, iteration: int, reporter: Reporter, again: bool = False) -> None:

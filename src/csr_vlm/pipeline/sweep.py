@@ -7,6 +7,7 @@ candidates, at the cost of one training each.
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,13 @@ def _train_point(
     pairs, reasons = stages.derive_pairs(run, iteration, config, reporter)
     if not pairs:
         raise CsrError(f"these settings yield no pairs: {dict(reasons)}", "loosen method.pairs")
-    tables.write_pairs(root / "pairs.parquet", pairs)
+    questions = stages.question_pairs(run, iteration, config, reporter)
+    paths = [root / "pairs.parquet", root / "questions.parquet"]
+    for path, content in zip(paths, (pairs, questions), strict=True):
+        tables.write_pairs(path, content)
     with reporter.stage(f"{title}: training", 0) as progress:
         train(
-            pairs + stages.question_pairs(run, iteration, config, reporter),
+            paths,
             config.model,
             config.training,
             previous=run.adapter_path(iteration - 1),
@@ -107,6 +111,7 @@ def _train_point(
             seed=config.seed * 1000 + iteration,
             callbacks=[count_steps(progress)],
         )
+    shutil.rmtree(root / "trainer", ignore_errors=True)
     documents = evaluate_policy(config, root / "adapter", run.heldout(), title, reporter)
     return {
         "pairs": {"pairs": len(pairs), **stages.summarize_pairs(pairs)},

@@ -172,12 +172,12 @@ def train_policy(root: Path, iteration: int, processes: int, progress: Progress)
     adapter = run.adapter_path(iteration)
     assert adapter is not None
     return train(
-        [pair for path in run.training_paths(iteration) for pair in tables.read_pairs(path)],
+        run.training_paths(iteration),
         run.config.model,
         run.config.training,
         previous=run.adapter_path(iteration - 1),
         adapter=adapter,
-        work=run.iteration(iteration) / "trainer",
+        work=run.trainer_path(iteration),
         seed=run.config.seed * 1000 + iteration,
         callbacks=[count_steps(progress)],
         processes=processes,

@@ -108,7 +108,7 @@ def _evaluation(evaluation: Evaluation | None) -> str:
             hint = f" ({spec.hint})" if spec.hint else ""
             lines.append(f"| {spec.label}{hint} | " + " | ".join(cells) + " |")
     protocol = ", ".join(f"{name} {value}" for name, value in evaluation.protocol.items())
-    lines += ["", f"Brackets: 95 % bootstrap intervals over prompts. Protocol: {protocol}."]
+    lines += ["", f"Brackets: 95 % intervals over prompts. Protocol: {protocol}."]
     return "\n".join(lines)
 
 

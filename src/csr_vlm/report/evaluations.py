@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csr_vlm.evaluation.metrics import METRICS, MetricSpec, headline_metrics, metric_spec
-from csr_vlm.evaluation.statistics import Metric, paired_difference, ratio
+from csr_vlm.evaluation.statistics import Metric, paired_difference
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
@@ -126,9 +126,9 @@ def headline_difference(evaluation: Evaluation) -> Metric | None:
     if not rows:
         return None
     if evaluation.truth_known:
-        changes = [bool(after["hallucinated"]) - bool(before["hallucinated"]) for before, after in rows]
-        return ratio(changes, [1.0] * len(rows))
-    before, after = ([pair[side]["tallies"]["relevance"] for pair in rows] for side in (0, 1))
+        before, after = ([(int(bool(pair[side]["hallucinated"])), 1) for pair in rows] for side in (0, 1))
+    else:
+        before, after = ([pair[side]["tallies"]["relevance"] for pair in rows] for side in (0, 1))
     difference = paired_difference(before, after)
     return Metric(difference.value, difference.low, difference.high, difference.n)
 

@@ -66,8 +66,7 @@ def replace_directory(directory: Path, fill: Callable[[Path], object]) -> None:
         with disk_errors(directory, temporary):
             _make_directory(directory.parent)
             fill(temporary)
-            for path in (*temporary.rglob("*"), temporary):
-                _sync(path)
+            flush_directory(temporary)
             shutil.rmtree(directory, ignore_errors=True)
             temporary.replace(directory)
             _sync(directory.parent)
@@ -170,6 +169,23 @@ def open_regular(path: str | Path) -> BufferedReader:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     raise OSError(errno.EINVAL, "not a regular file")
+
+
+def flush_directory(directory: Path) -> None:
+    """Flush what a library wrote to a directory to disk."""
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
+
+
+def write_array(path: Path, values: Any) -> None:
+    """Write a NumPy array as an .npy file, atomically."""
+    import numpy as np
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.save(file, values, allow_pickle=False)
+
+    write_atomically(path, write)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -226,6 +226,10 @@ class Run:
         """Return the existing files of pairs that an iteration trains on."""
         return [path for path in (self.pairs_path(iteration), self.questions_path(iteration)) if path.exists()]
 
+    def trainer_path(self, iteration: int) -> Path:
+        """Return the folder of an iteration's checkpoints, which exists until the training is done."""
+        return self.iteration(iteration) / "trainer"
+
     def adapter_path(self, iteration: int) -> Path | None:
         """Return the adapter after an iteration; for the base model, the user's own adapter or None."""
         if iteration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -9,6 +10,8 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -64,6 +67,8 @@ PAIRS = pa.schema(
 
 _ROW_GROUP_SIZE = 1 << 14
 """Rows of a row group, which readers hold in memory at once."""
+_PAIRS_GROUP_SIZE = 1 << 8
+"""The same for pairs, which training reads in any order."""
 _COMPRESSION = "zstd"
 
 
@@ -226,7 +231,7 @@ def write_pairs(path: Path, pairs: Iterable[Pair]) -> int:
         | {"iteration": pair.iteration, "chosen": vars(pair.chosen), "rejected": vars(pair.rejected)}
         for pair in pairs
     )
-    write_row_groups(path, batched(rows, _ROW_GROUP_SIZE), PAIRS)
+    write_row_groups(path, batched(rows, _PAIRS_GROUP_SIZE), PAIRS)
     return count_rows(path)
 
 
@@ -245,13 +250,70 @@ def count_groups(path: Path) -> int:
 def read_pairs(path: Path) -> Iterator[Pair]:
     """Yield the pairs of a file, holding one row group in memory."""
     for rows in _row_groups(path, PAIRS):
-        for row in rows:
-            yield Pair(
-                prompt=Prompt(row["prompt_id"], row["image"], row["text"]),
-                iteration=row["iteration"],
-                chosen=_response(row["chosen"]),
-                rejected=_response(row["rejected"]),
-            )
+        yield from map(_pair, rows)
+
+
+class PairFiles:
+    """Read the pairs of files in any order, holding a few in memory.
+
+    Pairs are numbered so that those about one image are consecutive: images in the order of their first
+    pair, the pairs about an image in the order of the files.
+
+    Raises:
+        CsrError: A file cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = list(paths)
+        self._open: tuple[int, list[pq.ParquetFile]] | None = None
+        sizes, images = [], []
+        for path in self._paths:
+            with _read_errors(path), pq.ParquetFile(_regular(path)) as file:
+                if not file.schema_arrow.equals(PAIRS):
+                    raise pa.ArrowInvalid("it holds another type of table")
+                groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+                sizes += groups
+                images += [file.read_row_group(index, columns=["image"])["image"] for index in range(len(groups))]
+        self._group_starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        chunks = [chunk for column in images for chunk in column.chunks]
+        codes = pa.chunked_array(chunks, pa.string()).dictionary_encode().combine_chunks().indices.to_numpy()
+        self._rows = np.argsort(codes, kind="stable")
+        self.group_sizes = np.bincount(codes)
+        """Number of pairs about each image, in the order of the pairs."""
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, numbers: Sequence[int] | npt.NDArray[np.int64]) -> list[Pair]:
+        """Return the pairs with these numbers, in their order."""
+        rows = self._rows[np.asarray(numbers, dtype=np.int64)]
+        groups = np.searchsorted(self._group_starts, rows, side="right") - 1
+        pairs: dict[int, Pair] = {}
+        for group in np.unique(groups).tolist():
+            wanted = np.unique(rows[groups == group])
+            table = self._row_group(group).take(wanted - self._group_starts[group])
+            pairs |= zip(wanted.tolist(), map(_pair, table.to_pylist()), strict=True)
+        return [pairs[row] for row in rows.tolist()]
+
+    def _row_group(self, number: int) -> pa.Table:
+        """Read a row group, by its number in all files. A forked process opens the files itself."""
+        if self._open is None or self._open[0] != os.getpid():
+            self._open = (os.getpid(), [pq.ParquetFile(path) for path in self._paths])
+        for path, file in zip(self._paths, self._open[1], strict=True):
+            if number < file.num_row_groups:
+                with _read_errors(path):
+                    return file.read_row_group(number, use_threads=False)
+            number -= file.num_row_groups
+        raise IndexError(number)
+
+
+def _pair(row: dict[str, Any]) -> Pair:
+    return Pair(
+        prompt=Prompt(row["prompt_id"], row["image"], row["text"]),
+        iteration=row["iteration"],
+        chosen=_response(row["chosen"]),
+        rejected=_response(row["rejected"]),
+    )
 
 
 def _response(row: dict[str, Any]) -> Response:

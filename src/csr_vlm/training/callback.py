@@ -19,8 +19,9 @@ class _StepCounter(TrainerCallback):  # type: ignore[misc]
         self._progress = progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the number of steps."""
+        """Set the number of steps, and of those done before training was resumed."""
         self._progress.set_total(state.max_steps)
+        self._progress.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step."""

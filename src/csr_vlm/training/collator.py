@@ -1,95 +1,125 @@
-"""Build batches for DPO: prompts encoded as in generation, responses as the token ids that were sampled."""
+"""Build the passes of a training step, with prompts encoded as in generation and responses as sampled token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from csr_vlm.core.records import Pair, Prompt
-from csr_vlm.models.encoding import batch_rows, image_tensors
+from csr_vlm.core.records import Pair
+from csr_vlm.models.encoding import image_tensors
 from csr_vlm.models.policy import Policy
-from csr_vlm.training.packing import attention_window, pack
-
-
-def training_row(pair: Pair) -> dict[str, Any]:
-    """Flatten a pair into a row of the training set."""
-    return asdict(pair.prompt) | {
-        "chosen_ids": list(pair.chosen.token_ids),
-        "rejected_ids": list(pair.rejected.token_ids),
-        "ref_chosen_logps": pair.chosen.logprob,
-        "ref_rejected_logps": pair.rejected.logprob,
-    }
+from csr_vlm.models.prefix_tree import Block, join_blocks, row_tensors, target_index
 
 
 class PairCollator:
-    """Build the batch that TRL's DPOTrainer computes on: chosen rows first, then rejected rows.
+    """Build what TRL's DPOTrainer computes on, pass by pass.
 
-    Two pairs give four rows. With the prompts ``[1, 9, 5]`` and ``[1, 9, 6, 7]`` (9 stands for the
-    image, 0 is padding) the collator turns the rows ::
+    Two pairs of one prompt, and one about the same image, give one row. With the prompts
+    ``[1, 9, 5]`` and ``[1, 9, 6, 7]`` (9 stands for the image, 0 is padding), the pairs ::
 
         [
-            {"prompt_id": "a", "image": "a.png", "text": "Why?", "chosen_ids": [20, 21],
-             "rejected_ids": [20, 31], "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0},
-            {"prompt_id": "b", "image": "b.png", "text": "Why not?", "chosen_ids": [40],
-             "rejected_ids": [50, 51], "ref_chosen_logps": -0.5, "ref_rejected_logps": -4.0},
+            {"prompt": "a", "chosen": [20, 21], "rejected": [20, 31], "logprobs": [-1.0, -2.0]},
+            {"prompt": "a", "chosen": [20, 21, 8], "rejected": [40], "logprobs": [-1.5, -0.5]},
+            {"prompt": "a?", "chosen": [50], "rejected": [51], "logprobs": [-0.5, -4.0]},
         ]
 
-    into the batch ::
+    become the pass ::
 
         {
-            "input_ids": tensor([[1, 9, 5, 20, 21, 0],
-                                 [1, 9, 6, 7, 40, 0],
-                                 [1, 9, 5, 20, 31, 0],
-                                 [1, 9, 6, 7, 50, 51]]),
-            "attention_mask": tensor([[1, 1, 1, 1, 1, 0],
-                                      [1, 1, 1, 1, 1, 0],
-                                      [1, 1, 1, 1, 1, 0],
-                                      [1, 1, 1, 1, 1, 1]]),
-            "completion_mask": tensor([[0, 0, 0, 1, 1, 0],
-                                       [0, 0, 0, 0, 1, 0],
-                                       [0, 0, 0, 1, 1, 0],
-                                       [0, 0, 0, 0, 1, 1]]),
-            "prompt_ids": ["a", "b"],
-            "ref_chosen_logps": tensor([-1.0, -0.5]),
-            "ref_rejected_logps": tensor([-2.0, -4.0]),
-            "pixel_values": tensor([[1.0], [2.0], [1.0], [2.0]]),
+            "input_ids": tensor([[0, 20, 21, 0],
+                                 [0, 20, 21, 8],
+                                 [0, 50, 0, 0],
+                                 [0, 20, 31, 0],
+                                 [0, 40, 0, 0],
+                                 [0, 51, 0, 0]]),
+            "completion_mask": tensor([[0, 1, 1, 0],
+                                       [0, 1, 1, 1],
+                                       [0, 1, 0, 0],
+                                       [0, 1, 1, 0],
+                                       [0, 1, 0, 0],
+                                       [0, 1, 0, 0]]),
+            "attention_mask": tensor([[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]]),
+            "prompt_ids": ["a", "a", "a?"],
+            "ref_chosen_logps": tensor([-1.0, -1.5, -0.5]),
+            "ref_rejected_logps": tensor([-2.0, -0.5, -4.0]),
+            "rows": {
+                "input_ids": tensor([[1, 9, 5, 20, 21, 8, 31, 40, 6, 7, 50, 51]]),
+                "position_ids": tensor([[0, 1, 2, 3, 4, 5, 4, 3, 2, 3, 4, 4]]),
+                "ends": tensor([[12, 12, 8, 7, 6, 6, 7, 8, 12, 12, 11, 12]]),
+                "targets": tensor([[20, 21, 8, 31, 40, 50, 51]]),
+                "predictor_index": tensor([[2, 3, 4, 3, 2, 9, 9]]),
+                "target_index": tensor([[0, 1, -1],
+                                        [0, 1, 2],
+                                        [5, -1, -1],
+                                        [0, 3, -1],
+                                        [4, -1, -1],
+                                        [6, -1, -1]]),
+                "pixel_values": tensor([[1.0]]),
+            },
         }
 
-    where ``pixel_values`` stands for all tensors that the processor makes of an image, here of
-    shape (1, 1) each; an image is processed once and repeated for both sides. The reference
-    log-probabilities are sums over a response, in nats; ``prompt_ids`` serve error messages.
+    The first tensors are what TRL reads: a row per response, chosen rows first, without prompts; TRL
+    counts the tokens of ``attention_mask``, which are those that the model computes. ``rows`` is what
+    the model computes (:mod:`csr_vlm.models.prefix_tree`); ``pixel_values`` stands for all tensors
+    that the processor makes of an image, which is in the batch once. The reference log-probabilities
+    are sums over a response, in nats; ``prompt_ids`` serve error messages.
 
     Args:
         policy: Policy that encodes the prompts.
-        packing: Whether to add ``packed``, each pair as one row (see
-            :func:`csr_vlm.training.packing.pack`), from which alone the model then computes; it
-            holds the image tensors, once per pair. A batch with a row longer than the model's
-            attention window is not packed.
+        max_tokens: Token budget of a pass.
+        sharing: Whether responses share tokens where the model allows it.
     """
 
-    def __init__(self, policy: Policy, *, packing: bool = False) -> None:
+    def __init__(self, policy: Policy, max_tokens: int, *, sharing: bool = True) -> None:
         self._policy = policy
-        self._packing = packing
-        self._window = attention_window(policy.base_model.config)
+        self._max_tokens = max_tokens
+        self._sharing = sharing
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Build the batch of some rows of the training set."""
-        encoded = [self._policy.encode(Prompt(row["prompt_id"], row["image"], row["text"])) for row in rows]
-        chosen, rejected = ([row[key] for row in rows] for key in ("chosen_ids", "rejected_ids"))
-        both_sides, completions = encoded * 2, chosen + rejected
-        batch: dict[str, Any] = dict(batch_rows(both_sides, completions, self._policy.pad_id, "right"))
-        del batch["position_ids"]
-        batch["completion_mask"] = torch.zeros_like(batch["input_ids"])
-        for index, (item, ids) in enumerate(zip(both_sides, completions, strict=True)):
-            start = len(item.input_ids)
-            batch["completion_mask"][index, start : start + len(ids)] = 1
-        batch["prompt_ids"] = [row["prompt_id"] for row in rows]
-        for key in ("ref_chosen_logps", "ref_rejected_logps"):
-            batch[key] = torch.tensor([row[key] for row in rows])
-        width = batch["input_ids"].shape[1]
-        if self._packing and (self._window is None or width <= self._window):
-            return batch | {"packed": pack(encoded, chosen, rejected, self._policy.pad_id)}
-        return batch | image_tensors(both_sides)
+    def passes(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+        """Build the passes of some pairs; those about one image must be adjacent to share it."""
+        return [self._tensors(block, pairs) for block in join_blocks(self.blocks(pairs), self._max_tokens)]
+
+    def blocks(self, pairs: Sequence[Pair]) -> list[Block]:
+        """Arrange pairs in rows, which passes join."""
+        blocks: list[Block] = []
+        for numbers in _adjacent(pairs):
+            encoded = {prompt: self._policy.encode(prompt) for prompt in {pairs[n].prompt: None for n in numbers}}
+            units = [
+                (n, [(encoded[pairs[n].prompt], r.token_ids) for r in (pairs[n].chosen, pairs[n].rejected)])
+                for n in numbers
+            ]
+            blocks += self._policy.blocks(units, self._max_tokens, sharing=self._sharing)
+        return blocks
+
+    def _tensors(self, block: Block, pairs: Sequence[Pair]) -> dict[str, Any]:
+        rows = row_tensors(block.rows, self._policy.pad_id)
+        rows["target_index"] = target_index(block.rows, [*block.order(0), *block.order(1)])
+        taken = [pairs[number] for number in block.units]
+        is_token = torch.nn.functional.pad(rows["target_index"] >= 0, (1, 0))
+        token_ids = rows["targets"].flatten()[rows["target_index"].clamp(min=0)]
+        mask = rows.get("attention_mask")
+        if mask is None:
+            widths = torch.tensor([[len(row)] for row in block.rows])
+            mask = (torch.arange(rows["input_ids"].shape[1]) < widths).long()
+        return {
+            "input_ids": torch.nn.functional.pad(token_ids, (1, 0)).masked_fill(~is_token, 0),
+            "completion_mask": is_token.long(),
+            "attention_mask": mask,
+            "prompt_ids": [pair.prompt.prompt_id for pair in taken],
+            "ref_chosen_logps": torch.tensor([pair.chosen.logprob for pair in taken]),
+            "ref_rejected_logps": torch.tensor([pair.rejected.logprob for pair in taken]),
+            "rows": rows | image_tensors(block.images),
+        }
+
+
+def _adjacent(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Return the numbers of adjacent pairs about the same image."""
+    groups: list[list[int]] = []
+    for number, pair in enumerate(pairs):
+        if number and pairs[number - 1].prompt.image == pair.prompt.image:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups

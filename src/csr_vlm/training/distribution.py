@@ -1,4 +1,4 @@
-"""Distribute DPO over several processes: verify the distribution, and keep the batches of one process.
+"""Distribute DPO over several processes: verify the distribution, and combine what processes compute.
 
 Accelerate chooses what wraps the model (DDP, FSDP, DeepSpeed) from the launcher's environment.
 Where it cannot do what was requested it may silently do less, so the result is compared with the
@@ -82,36 +82,23 @@ def require_distribution(state: Any, processes: int) -> str:
     return str(actual)
 
 
-def per_process_batch(trl: Mapping[str, Any], processes: int) -> dict[str, int]:
-    """Split the batch of one optimizer step among processes, so that the step stays the same.
-
-    Gradient accumulation is reduced first, then the batch of a process, which never grows.
+def pairs_per_step(trl: Mapping[str, Any]) -> int:
+    """Return the number of pairs of a step, however it is divided into passes and among processes.
 
     Args:
         trl: Options of TRL's trainer; those that are missing have TRL's defaults.
-        processes: Number of processes of the run.
-
-    Returns:
-        ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` of each process.
-
-    Raises:
-        CsrError: The pairs of a step cannot be split evenly.
 
     Example:
-        >>> per_process_batch({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}, 4)
-        {'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2}
-        >>> per_process_batch({"per_device_train_batch_size": 16}, 4)
-        {'per_device_train_batch_size': 4, 'gradient_accumulation_steps': 1}
+        >>> pairs_per_step({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8})
+        16
     """
-    batch, accumulation = int(trl.get(_BATCH, _TRL_BATCH)), int(trl.get(_ACCUMULATION, 1))
-    share, remainder = divmod(batch * accumulation, processes)
-    if remainder:
-        raise CsrError(
-            f"a step of {batch * accumulation} pairs cannot be split evenly among {processes} processes",
-            f"set training.trl.{_BATCH} times {_ACCUMULATION} to a multiple of {processes}",
-        )
-    process_batch = next(size for size in range(min(batch, share), 0, -1) if share % size == 0)
-    return {_BATCH: process_batch, _ACCUMULATION: share // process_batch}
+    return int(trl.get(_BATCH, _TRL_BATCH)) * int(trl.get(_ACCUMULATION, 1))
+
+
+def shards_everything() -> bool:
+    """Return whether the launcher requests ZeRO-3, which needs all weights in one data type."""
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "").strip()
+    return requested_distribution(1) == "DEEPSPEED" and stage == "3"
 
 
 def gather_trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -133,6 +120,13 @@ def _gathered(parameter: torch.nn.Parameter) -> Any:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([parameter])
+
+
+def sum_over_processes(values: Any) -> Any:
+    """Return the sum of the processes' arrays, in every process."""
+    from accelerate.utils import gather_object
+
+    return sum(gather_object([values]))
 
 
 def max_over_processes(value: float) -> float:

@@ -13,123 +13,61 @@ forward pass: generation has written them into the ledger.
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
-from math import isfinite, log
+from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 
 from csr_vlm.config.schema import ModelConfig, TrainingConfig
-from csr_vlm.core.errors import CsrError, suggestion
-from csr_vlm.core.records import Pair
+from csr_vlm.core.errors import CsrError, reason_of, suggestion
 from csr_vlm.models.checkpoints import rename_as_published
 from csr_vlm.models.families import family_of
 from csr_vlm.models.loading import load_adapter, load_base
 from csr_vlm.models.policy import Policy
-from csr_vlm.store.files import replace_directory
-from csr_vlm.training.collator import PairCollator, training_row
+from csr_vlm.models.prefix_tree import tree_obstacle
+from csr_vlm.store import files
+from csr_vlm.store.tables import PairFiles
+from csr_vlm.training.collator import PairCollator
 from csr_vlm.training.distribution import (
     gather_trained_weights,
     max_over_processes,
-    per_process_batch,
+    pairs_per_step,
     refuse_ram_efficient_loading,
     remove_absent_no_split_modules,
     require_distribution,
+    shards_everything,
 )
-from csr_vlm.training.packing import accept_packed_rows, disable_vision_gradients, packing_obstacle
+from csr_vlm.training.reference import compute_reference, reference_tolerance, verify_reference
 from csr_vlm.training.reporting import configure_trackers, report_name
+from csr_vlm.training.resuming import TimedCheckpoints, prepare_directory, resume
+from csr_vlm.training.steps import StepDataset, StepPlan
+from csr_vlm.training.trainer import CsrTrainer
+from csr_vlm.training.tree_rows import disable_vision_gradients
 
 LINEAR_LAYERS = "(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """Regular expression of the usual names of the linear layers in a language model."""
-_NUM_VERIFIED_PAIRS = 16
-"""Pairs whose reference log-probabilities are verified before training."""
-
-
-class CsrTrainer(DPOTrainer):
-    """Extend TRL's trainer: accept packed batches, check the first loss, train the projector at its own rate.
-
-    Before the first step policy and reference are the same model, so the DPO loss (eq. 1) of any
-    batch is -log sigmoid(0) = log 2. This is checked on the first batch, with dropout off.
-    """
-
-    projector_learning_rate: float | None = None
-    """Learning rate of the projector; None trains it, if at all, at the LoRA's."""
-    first_loss_tolerance: float = 1e-3
-    """Largest allowed |first loss - log 2|."""
-    first_loss: float | None = None
-    """Sigmoid loss of the first batch before the first step; None before it is computed."""
-    loss_types: list[str]
-    loss_weights: list[float]
-    label_smoothing: float
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        model = self.accelerator.unwrap_model(self.model)
-        accept_packed_rows(model.get_base_model() if isinstance(model, PeftModel) else model)
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compute TRL's loss of a batch, and check it.
-
-        Raises:
-            CsrError: The first loss is not log 2, or a loss is not finite.
-        """
-        if self.first_loss is None:
-            self.first_loss = self._sigmoid_loss(model, inputs)
-            # Written so that not-a-number fails too.
-            if not abs(self.first_loss - log(2)) <= self.first_loss_tolerance:
-                raise CsrError(
-                    f"the first DPO loss is {self.first_loss:.4f}, not log 2 = {log(2):.4f}: the reference is not the "
-                    "policy that training starts from",
-                    "set training.reference=model, or generate again with the current adapter",
-                )
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        loss = float((result[0] if isinstance(result, tuple) else result).detach())
-        if not isfinite(loss):
-            raise CsrError(
-                f"DPO diverged: step {self.state.global_step + 1} has the loss {loss} on the pairs of prompts "
-                f"{', '.join(inputs['prompt_ids'])}",
-                "lower training.trl.learning_rate, or check these pairs",
-            )
-        return result
-
-    @torch.no_grad()
-    def _sigmoid_loss(self, model: Any, inputs: Any) -> float:
-        """Compute the sigmoid loss of a batch in evaluation mode, whatever losses are configured."""
-        configured = self.loss_types, self.loss_weights, self.label_smoothing
-        self.loss_types, self.loss_weights, self.label_smoothing = ["sigmoid"], [1.0], 0.0
-        model.eval()
-        try:
-            with self.compute_loss_context_manager():
-                return float(super().compute_loss(model, inputs))
-        finally:
-            model.train()
-            self.loss_types, self.loss_weights, self.label_smoothing = configured
-            self._metrics["eval"].clear()
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create TRL's optimizer, with the projector in a parameter group of its own if it has its own rate."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.projector_learning_rate is None:
-            return optimizer
-        projector_ids = {id(p) for name, p in self.model.named_parameters() if "modules_to_save" in name}
-        for group in list(optimizer.param_groups):
-            projector_params = [p for p in group["params"] if id(p) in projector_ids]
-            group["params"] = [p for p in group["params"] if id(p) not in projector_ids]
-            if projector_params:
-                optimizer.add_param_group({**group, "params": projector_params, "lr": self.projector_learning_rate})
-        return optimizer
+_ORDER_OPTIONS = (
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "auto_find_batch_size",
+    "save_steps",
+    "save_total_limit",
+    "precompute_ref_log_probs",
+)
+"""Options of TRL without effect: the run decides the order of the pairs, the checkpoints and the reference."""
 
 
 def train(
-    pairs: Sequence[Pair],
+    pairs: Sequence[Path],
     model_config: ModelConfig,
     config: TrainingConfig,
     *,
@@ -140,15 +78,15 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Train one iteration and write its adapter.
+    """Train one iteration and write its adapter, continuing from the last checkpoint in ``work``.
 
     Args:
-        pairs: Preference pairs of the iteration.
+        pairs: Files of the iteration's preference pairs.
         model_config: Configuration of the base model.
         config: Configuration of the training.
         previous: Adapter of the last iteration; None for the base model.
         adapter: Directory to write the new adapter to; it appears only when complete.
-        work: Directory for the trainer's own files, deleted afterwards.
+        work: Directory for the trainer's own files; the caller deletes it once the result is recorded.
         seed: Seed of the LoRA initialization and of the order of the pairs.
         callbacks: Callbacks of the trainer.
         processes: Number of processes that call this at the same time with the same arguments. A
@@ -156,54 +94,126 @@ def train(
 
     Returns:
         The source of the reference, the largest difference found in its check (nats), the loss
-        before the first step (log 2), why pairs were not packed (None if they were, or were not
-        to be), the number of pairs, the distribution, and the trainer's log.
+        before the first step (log 2), why responses did not share rows (None if they did, or were
+        not to), the number of pairs, the distribution, and the trainer's log.
 
     Raises:
-        CsrError: There are no pairs, TRL rejects an option, the first loss is not log 2 within
-            1e-3 + beta * reference_tolerance, a loss is not finite, or the processes are not
+        CsrError: There are no pairs, TRL rejects an option, the first loss is not log 2 within its
+            tolerance, a loss is not finite, a worker ended, memory ran out, or the processes are not
             distributed as the launcher requested.
     """
-    if not pairs:
-        raise CsrError("there are no pairs to train on", "csr audit RUN shows what was dropped and why")
     refuse_ram_efficient_loading()
+    rows = PairFiles(pairs)
+    if not len(rows):
+        raise CsrError("there are no pairs to train on", "csr audit RUN shows what was dropped and why")
+    digest = files.digest(
+        {
+            "pairs": [files.sha256_of(path) for path in pairs],
+            "previous": _adapter_digest(previous),
+            "settings": [model_config.model_dump(mode="json"), config.model_dump(mode="json"), seed],
+        }
+    )
+    finished = work / "result.json"
+    if finished.exists() and adapter.exists():
+        recorded = files.read_json(finished)
+        if recorded["inputs"] == digest:
+            return dict(recorded["result"])
     set_seed(seed)
     policy = trainable_policy(model_config, config, previous)
-    difference = reference_difference(policy, pairs)
-    obstacle = packing_obstacle(policy.base_model.config) if config.packing == "auto" else None
+    trainer, result = _trainer(policy, rows, config, work, seed, callbacks, processes, digest)
+    checkpoint = resume(trainer, work)
+    trainer.add_callback(TimedCheckpoints(trainer, config.checkpoint_minutes))
+    with explained(policy):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    history = _write_result(trainer, adapter)
+    result |= {"first_loss": trainer.first_loss, "log": history}
+    if trainer.accelerator.is_main_process:
+        files.write_json(finished, {"inputs": digest, "result": result})
+    trainer.release()
+    return result
+
+
+def _adapter_digest(adapter: Path | None) -> str | None:
+    """Return the checksum of an adapter's weights; None if there are none, which loading the adapter reports."""
+    weights = None if adapter is None else adapter / "adapter_model.safetensors"
+    return files.sha256_of(weights) if weights is not None and weights.exists() else None
+
+
+def _trainer(
+    policy: Policy,
+    rows: PairFiles,
+    config: TrainingConfig,
+    work: Path,
+    seed: int,
+    callbacks: Sequence[TrainerCallback],
+    processes: int,
+    digest: str,
+) -> tuple[CsrTrainer, dict[str, Any]]:
+    """Build the trainer with its reference log-probabilities; return it and what is known of the result."""
+    obstacle = tree_obstacle(policy.base_model.config) if config.packing == "auto" else None
+    collator = PairCollator(policy, config.max_tokens, sharing=config.packing == "auto")
+    plan = StepPlan(rows.group_sizes, pairs_per_step(config.trl), seed)
+    steps = StepDataset(rows, plan, collator, num_processes=processes)
     disable_vision_gradients(policy.base_model)
     remove_absent_no_split_modules(policy.base_model)
-    trainer = CsrTrainer(
-        model=policy.model,
-        args=trainer_arguments(config, work, seed, policy.device.type, processes),
-        train_dataset=Dataset.from_list([training_row(pair) for pair in pairs]),
-        data_collator=PairCollator(policy, packing=config.packing == "auto" and obstacle is None),
-        processing_class=policy.processor,
-        callbacks=list(callbacks),
-    )
-    trainer.remove_callback(PrinterCallback)
+    arguments = trainer_arguments(config, work, seed, policy.device.type)
+    if processes == 1:
+        use_one_device(arguments, policy.device)
+    trainer = CsrTrainer(policy, steps, arguments, callbacks)
     distribution = require_distribution(trainer.accelerator.state, processes)
-    difference = max_over_processes(difference)
-    from_ledger = config.reference == "ledger" and difference <= config.reference_tolerance
-    configure_trackers(trainer, work.parent / "tensorboard")
-    # TRL refuses to precompute for images; the collator already provides the values.
-    trainer.precompute_ref_logps = from_ledger
-    trainer.projector_learning_rate = config.projector_learning_rate
-    # Each response of a pair may be off by reference_tolerance, and d loss / d nat is beta / 2.
-    trainer.first_loss_tolerance = 1e-3 + trainer.beta * config.reference_tolerance
-    trainer.train()
-    history = _write_result(trainer, adapter)
+    steps.process = trainer.accelerator.process_index
     if trainer.accelerator.is_main_process:
-        shutil.rmtree(work, ignore_errors=True)
-    return {
+        prepare_directory(work, digest)
+    trainer.accelerator.wait_for_everyone()
+    configure_trackers(trainer, work.parent / "tensorboard")
+    trainer.projector_learning_rate = config.projector_learning_rate
+    difference, holds = verify_reference(policy, rows, config.reference_tolerance, config.max_tokens)
+    difference = max_over_processes(difference)
+    # The ledger has sums over whole responses, which ld_alpha weights otherwise.
+    from_ledger = config.reference == "ledger" and not max_over_processes(not holds) and trainer.ld_alpha is None
+    if not from_ledger:
+        path = work / "reference.npy"
+        steps.reference = compute_reference(
+            policy, rows, path, config.max_tokens, steps.process, processes, trainer.ld_alpha
+        )
+    trainer.reference_tolerance = partial(reference_tolerance, config.reference_tolerance, policy.base_model.dtype)
+    return trainer, {
         "reference": "ledger" if from_ledger else "model",
         "reference_difference": difference,
-        "first_loss": trainer.first_loss,
         "packing_obstacle": obstacle,
-        "num_pairs": len(pairs),
+        "num_pairs": len(rows),
         "distribution": {"type": distribution, "processes": processes},
-        "log": history,
     }
+
+
+@contextmanager
+def explained(policy: Policy) -> Iterator[None]:
+    """Turn what ends a training, whatever the pairs, into errors that say what to do.
+
+    Raises:
+        CsrError: A worker ended, memory ran out, or there is no compiler.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(policy.device)
+        raise CsrError(
+            f"training ran out of memory on {policy.device}: {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB are in "
+            f"use ({reason_of(error)})",
+            "lower training.max_tokens or training.lora.r, or set model.quantization=nf4",
+        ) from None
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise CsrError(
+                f"a worker process that prepares images ended unexpectedly: {reason_of(error)}",
+                "it may have run out of memory or of shared memory (docker: --shm-size); "
+                "training.trl.dataloader_num_workers=0 works without workers",
+            ) from None
+        if "C compiler" in str(error):
+            raise CsrError(
+                "TRL's output layer compiles kernels, but there is no C compiler", "install gcc, or set CC"
+            ) from None
+        raise
 
 
 def _write_result(trainer: CsrTrainer, adapter: Path) -> list[dict[str, Any]]:
@@ -233,7 +243,7 @@ def trainable_policy(model_config: ModelConfig, config: TrainingConfig, previous
     """
     model, processor = load_base(model_config)
     if previous is not None:
-        model = load_adapter(model, previous, trainable=True)
+        model = load_adapter(model, previous, trainable=True, one_dtype=shards_everything())
         _require_same_shape(model, config, previous)
     else:
         model = _add_adapter(model, config)
@@ -260,7 +270,7 @@ def _add_adapter(model: Any, config: TrainingConfig) -> PeftModel:
         modules_to_save=_projector_names(model) if config.projector_learning_rate else None,
     )
     try:
-        return get_peft_model(model, lora)
+        return get_peft_model(model, lora, autocast_adapter_dtype=not shards_everything())
     except ValueError as error:
         raise CsrError(
             f"the adapter cannot be added to the model: {error}", "check training.lora.target_modules"
@@ -301,20 +311,18 @@ def _projector_names(model: Any) -> list[str]:
     return names
 
 
-def reference_difference(policy: Policy, pairs: Sequence[Pair]) -> float:
-    """Return the largest |ledger - teacher-forced| log-probability of a response, in nats.
+def use_one_device(arguments: DPOConfig, device: torch.device) -> None:
+    """Make a training in one process use the policy's device only.
 
-    Both responses of up to sixteen pairs, spread over all pairs, are compared.
+    Otherwise transformers would use the first GPU, and all visible ones through ``nn.DataParallel``, which
+    TRL refuses.
     """
-    step = max(len(pairs) // _NUM_VERIFIED_PAIRS, 1)
-    sample = pairs[::step][:_NUM_VERIFIED_PAIRS]
-    policy.model.eval()
-    differences = [0.0]
-    for side in ("chosen", "rejected"):
-        responses = [getattr(pair, side) for pair in sample]
-        logprobs = policy.teacher_forced([pair.prompt for pair in sample], [r.token_ids for r in responses])
-        differences += [abs(float(lp.sum()) - r.logprob) for lp, r in zip(logprobs, responses, strict=True)]
-    return max(differences)
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+        vars(arguments)["_setup_devices"] = device
+        arguments.distributed_state.device = device
 
 
 class _DetachedDPOConfig(DPOConfig):
@@ -342,12 +350,11 @@ def trainer_arguments(
     work: Path,
     seed: int,
     device: str,
-    processes: int = 1,
     config_class: type[DPOConfig] = DPOConfig,
 ) -> DPOConfig:
     """Build TRL's configuration: defaults, overridden by ``training.trl``, then by what this trainer needs.
 
-    ``training.trl`` defines the batch of a step, which is split among the processes.
+    ``training.trl`` defines the number of pairs of a step (:func:`pairs_per_step`).
 
     Raises:
         CsrError: An option is not valid, has an invalid value, or is set by the run.
@@ -359,7 +366,7 @@ def trainer_arguments(
         "logging_steps": 1,
         # The filter would log the last finite loss instead of a NaN.
         "logging_nan_inf_filter": False,
-        "save_strategy": "no",
+        "dataloader_num_workers": 2 if on_gpu else 1,
         "bf16": on_gpu,
         "gradient_checkpointing": on_gpu,
         "use_cpu": not on_gpu,
@@ -368,7 +375,13 @@ def trainer_arguments(
         "ddp_find_unused_parameters": config.lora.target_modules is not None,
         "seed": seed,
     }
-    required = {"output_dir": str(work), "remove_unused_columns": False, "max_length": None}
+    required = {
+        "output_dir": str(work),
+        "remove_unused_columns": False,
+        "max_length": None,
+        "save_strategy": "no",
+        **dict.fromkeys(_ORDER_OPTIONS, None),
+    }
     conflicts = sorted(required.keys() & config.trl.keys())
     if conflicts:
         raise CsrError(f"training.trl.{conflicts[0]} is set by the run and cannot be changed", "remove it")
@@ -385,7 +398,9 @@ def trainer_arguments(
                 "set it to a number, true or false",
             )
     try:
-        batch = per_process_batch(config.trl, processes) if processes > 1 else {}
+        # A step is one batch of the trainer, which divides it into passes itself.
+        batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+        required = {key: value for key, value in required.items() if key not in _ORDER_OPTIONS}
         return config_class(**defaults | config.trl | batch | required)
     except (TypeError, ValueError) as error:
         raise CsrError(f"training.trl: {error}", "training.trl accepts the arguments of trl.DPOConfig") from None
@@ -399,7 +414,7 @@ def save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], director
         # PEFT's model card is an empty template.
         (temporary / "README.md").unlink(missing_ok=True)
 
-    replace_directory(directory, write)
+    files.replace_directory(directory, write)
 
 
 def merge(model_config: ModelConfig, adapter: Path, directory: Path) -> None:
@@ -416,4 +431,4 @@ def merge(model_config: ModelConfig, adapter: Path, directory: Path) -> None:
             rename_as_published(temporary)
         processor.save_pretrained(str(temporary))
 
-    replace_directory(directory, write)
+    files.replace_directory(directory, write)

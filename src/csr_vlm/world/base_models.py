@@ -8,6 +8,7 @@ template have the usual formats, so everything loads through ``AutoModelForImage
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,29 +64,41 @@ class Sizes:
     heads: int = 4
 
 
-def train_tokenizer(world: World, lowercase: bool) -> Tokenizer:
-    """Train a byte-level BPE tokenizer in which every word of the world is one token."""
+def train_tokenizer(world: World, lowercase: bool, texts: Iterable[str] | None = None) -> Tokenizer:
+    """Train a byte-level BPE tokenizer in which every word of the world is one token.
+
+    Args:
+        texts: Texts to train on; by default the sentences and questions of the world's template.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     if lowercase:
         tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=lowercase)
     tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=768 if texts is None else _LARGE_VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_template_texts(world) if texts is None else texts, trainer)
+    tail = f" {EOS}" if lowercase else ""
+    ids = [(token, SPECIAL.index(token)) for token in (BOS, EOS)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A{tail}", special_tokens=ids)
+    return tokenizer
+
+
+_LARGE_VOCABULARY = 1536
+
+
+def _template_texts(world: World) -> list[str]:
+    """Return every sentence and question of the world's template."""
     texts = [sentence(world, (kind, color)) for kind in world.kinds for color in world.colors]
     texts += [" " + text for text in texts] + [yes_no_question(kind) for kind in world.kinds]
     texts += [f"USER: \n{text} ASSISTANT: Yes. No." for text in DESCRIBE]
     things = [f"{article(color)} {color} {kind}" for kind in world.kinds for color in world.colors]
     texts += [f"{thing} and {thing}" for thing in things]
-    trainer = trainers.BpeTrainer(
-        vocab_size=768,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tail = f" {EOS}" if lowercase else ""
-    ids = [(token, SPECIAL.index(token)) for token in (BOS, EOS)]
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A{tail}", special_tokens=ids)
-    return tokenizer
+    return texts
 
 
 def fast_tokenizer(tokenizer: Tokenizer, **extra: object) -> PreTrainedTokenizerFast:
@@ -94,18 +107,18 @@ def fast_tokenizer(tokenizer: Tokenizer, **extra: object) -> PreTrainedTokenizer
     )
 
 
-def image_processor() -> CLIPImageProcessor:
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=side)
+def image_processor(side: int = IMAGE_SIZE) -> CLIPImageProcessor:
+    """Return the processor of images of ``side`` x ``side`` pixels."""
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
-def vision_config(sizes: Sizes) -> CLIPVisionConfig:
+def vision_config(sizes: Sizes, side: int = IMAGE_SIZE) -> CLIPVisionConfig:
     return CLIPVisionConfig(
         hidden_size=sizes.vision_width,
         intermediate_size=3 * sizes.vision_width,
         num_hidden_layers=sizes.vision_layers,
         num_attention_heads=sizes.heads,
-        image_size=IMAGE_SIZE,
+        image_size=side,
         patch_size=PATCH_SIZE,
         projection_dim=sizes.text_width,
     )
@@ -130,9 +143,9 @@ def special_ids() -> dict[str, int]:
     return {f"{name}_token_id": SPECIAL.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
 
 
-def new_clip(world: World, sizes: Sizes) -> tuple[CLIPModel, CLIPProcessor]:
-    """Create an untrained scorer and its processor."""
-    tokenizer = fast_tokenizer(train_tokenizer(world, lowercase=True), model_max_length=77)
+def new_clip(world: World, sizes: Sizes, texts: Iterable[str] | None = None) -> tuple[CLIPModel, CLIPProcessor]:
+    """Create an untrained scorer and its processor, whose tokenizer is trained on ``texts`` if given."""
+    tokenizer = fast_tokenizer(train_tokenizer(world, lowercase=True, texts=texts), model_max_length=77)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=sizes.text_width,
@@ -144,24 +157,34 @@ def new_clip(world: World, sizes: Sizes) -> tuple[CLIPModel, CLIPProcessor]:
         **special_ids(),
     )
     config = CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision_config(sizes).to_dict(), projection_dim=sizes.text_width
+        text_config=text.to_dict(),
+        vision_config=vision_config(sizes, world.side).to_dict(),
+        projection_dim=sizes.text_width,
     )
-    return CLIPModel(config), CLIPProcessor(image_processor=image_processor(), tokenizer=tokenizer)
+    return CLIPModel(config), CLIPProcessor(image_processor=image_processor(world.side), tokenizer=tokenizer)
 
 
 def new_llava(
-    world: World, sizes: Sizes, vision: CLIPModel | None = None
+    world: World,
+    sizes: Sizes,
+    vision: CLIPModel | None = None,
+    texts: Iterable[str] | None = None,
+    feature_layer: int = -2,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Create an untrained policy and its processor.
 
     Args:
         vision: Copy the vision tower of this model; None leaves it untrained.
+        texts: Texts to train the tokenizer on; by default those of the world's template.
+        feature_layer: Layer of the vision tower that the language model reads.
     """
     tokenizer = fast_tokenizer(
-        train_tokenizer(world, lowercase=False), extra_special_tokens={"image_token": IMAGE}, padding_side="left"
+        train_tokenizer(world, lowercase=False, texts=texts),
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
     )
     processor = LlavaProcessor(
-        image_processor=image_processor(),
+        image_processor=image_processor(world.side),
         tokenizer=tokenizer,
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
@@ -169,12 +192,12 @@ def new_llava(
         chat_template=CHAT_TEMPLATE,
     )
     config = LlavaConfig(
-        vision_config=vision_config(sizes).to_dict(),
+        vision_config=vision_config(sizes, world.side).to_dict(),
         text_config=text_config(len(tokenizer), sizes).to_dict(),
         image_token_id=SPECIAL.index(IMAGE),
         vision_feature_select_strategy="default",
-        vision_feature_layer=-2,
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        vision_feature_layer=feature_layer,
+        image_seq_length=(world.side // PATCH_SIZE) ** 2,
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)

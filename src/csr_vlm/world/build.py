@@ -132,7 +132,7 @@ def corpus_batches(world: World, plan: BuildPlan, stream: int, batch: int, steps
         yield list(make_scenes(world, Split.CORPUS, plan.seed, batch, start=stream * 10**7 + step * batch))
 
 
-def _train_loop(
+def train_loop(
     name: str,
     model: torch.nn.Module,
     batches: Any,
@@ -142,14 +142,26 @@ def _train_loop(
     lr: float,
     warmup: int,
     progress: Progress | None,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
+    """Train a model on batches of scenes, and return its loss curve.
+
+    Args:
+        checkpoint: File for the training state; if it exists, training resumes from it.
+    """
     started = time.perf_counter()
     trained = [*(p for p in model.parameters() if p.requires_grad), *extra]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     scheduler = get_cosine_schedule_with_warmup(optimizer, min(warmup, steps // 10), steps)
     model.train()
-    curve, window = [], []
+    curve: list[list[float]] = []
+    window: list[float] = []
+    first = 0
+    if checkpoint is not None and checkpoint.is_file():
+        first, curve, window = _load_checkpoint(checkpoint, model, extra, optimizer, scheduler)
     for step, scenes in enumerate(batches):
+        if step < first:
+            continue
         loss = loss_of(scenes, step)
         if not torch.isfinite(loss):
             raise CsrError(f"the {name} diverged at step {step}", "lower its learning rate")
@@ -164,8 +176,58 @@ def _train_loop(
         if len(window) == 100 or step + 1 == steps:
             curve.append([step + 1, round(float(np.mean(window)), 5)])
             window = []
+        if checkpoint is not None and (step + 1) % _CHECKPOINT_EVERY == 0:
+            _save_checkpoint(checkpoint, step + 1, curve, window, model, extra, optimizer, scheduler)
     model.eval()
     return {"loss": curve, "seconds": round(time.perf_counter() - started, 1)}
+
+
+_CHECKPOINT_EVERY = 100
+"""Steps between two checkpoints."""
+
+
+def _save_checkpoint(
+    path: Path,
+    step: int,
+    curve: list[list[float]],
+    window: list[float],
+    model: torch.nn.Module,
+    extra: list[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+) -> None:
+    """Write the training state after ``step`` steps atomically."""
+    state = {
+        "step": step,
+        "curve": curve,
+        "window": window,
+        "model": model.state_dict(),
+        "extra": [parameter.detach() for parameter in extra],
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def _load_checkpoint(
+    path: Path,
+    model: torch.nn.Module,
+    extra: list[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+) -> tuple[int, list[list[float]], list[float]]:
+    """Restore the training state; return the number of finished steps, the loss curve and the last losses."""
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    with torch.no_grad():
+        for parameter, saved in zip(extra, state["extra"], strict=True):
+            parameter.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    return int(state["step"]), state["curve"], state["window"]
 
 
 def mentions_text(world: World, mentions: Mentions, rng: np.random.Generator) -> str:
@@ -218,7 +280,7 @@ def _train_scorer(
         return torch.nn.functional.binary_cross_entropy_with_logits(logits, truth, weight)
 
     batches = corpus_batches(world, plan, 0, plan.scorer_batch, plan.scorer_steps)
-    return _train_loop(
+    return train_loop(
         "scorer", model, batches, loss_of, [bias], plan.scorer_steps, plan.scorer_lr, plan.warmup, progress
     )
 
@@ -250,6 +312,27 @@ def dialogue_ids(processor: Any, turns: list[Turn], picture: str) -> tuple[list[
         ids += prompt_ids + answer_ids
         labels += [-100] * len(prompt_ids) + answer_ids
     return ids, labels
+
+
+def collate(
+    rows: list[tuple[list[int], list[int]]], pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pad dialogues on the right and return ids, labels and mask, each of shape (n, longest).
+
+    Example:
+        >>> ids, labels, mask = collate([([1, 7, 8], [-100, 7, 8]), ([1], [-100])], 0)
+        >>> ids.tolist(), labels.tolist(), mask.tolist()
+        ([[1, 7, 8], [1, 0, 0]], [[-100, 7, 8], [-100, -100, -100]], [[1, 1, 1], [1, 0, 0]])
+    """
+    width = max(len(ids) for ids, _ in rows)
+    input_ids = torch.full((len(rows), width), pad_token_id)
+    labels = torch.full((len(rows), width), -100)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for row, (ids, targets) in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        labels[row, : len(ids)] = torch.tensor(targets)
+        mask[row, : len(ids)] = 1
+    return input_ids, labels, mask
 
 
 def train_policy(
@@ -301,18 +384,11 @@ def _train_phase(
 
     def loss_of(scenes: list[Scene], step: int) -> torch.Tensor:
         rows = [encode(dialogue(world, scene, phase.style, epoch=step)) for scene in scenes]
-        width = max(len(ids) for ids, _ in rows)
-        input_ids = torch.full((len(rows), width), processor.tokenizer.pad_token_id)
-        labels = torch.full((len(rows), width), -100)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for row, (ids, targets) in enumerate(rows):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            labels[row, : len(ids)] = torch.tensor(targets)
-            mask[row, : len(ids)] = 1
+        input_ids, labels, mask = collate(rows, processor.tokenizer.pad_token_id)
         images = pixel_values(scenes)
         loss = model(input_ids=input_ids, attention_mask=mask, pixel_values=images, labels=labels).loss
         assert loss is not None
         return loss
 
     batches = corpus_batches(world, plan, 1 + number, plan.policy_batch, phase.steps)
-    return _train_loop("policy", model, batches, loss_of, [], phase.steps, phase.lr, plan.warmup, progress)
+    return train_loop("policy", model, batches, loss_of, [], phase.steps, phase.lr, plan.warmup, progress)

@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.pope import SETTINGS
 from csr_vlm.evaluation.pope_build import Scenery, build_questions, rows
 from csr_vlm.store.files import write_json, write_text
 from csr_vlm.world.dataset import write_prompts
-from csr_vlm.world.scenes import CELL, GRID, Scene, Split, World, make_scenes
+from csr_vlm.world.scenes import Scene, Split, World, check_for_evaluation, make_scenes
 
 _PER_IMAGE = 2
 """Number of POPE questions with each answer per image; every scene has at least two objects."""
@@ -31,10 +30,9 @@ def write_coco(world: World, split: Split, seed: int, num_scenes: int, directory
     """Write scenes, their annotations, questions and images below a directory.
 
     Raises:
-        CsrError: The split is used for training.
+        CsrError: The split is used for training, or the seed belongs to the other split.
     """
-    if split not in (Split.DEVELOPMENT, Split.TEST):
-        raise CsrError(f"scenes of the split {split.value!r} are not for evaluation", "use development or test")
+    check_for_evaluation(split, seed)
     scenes = list(make_scenes(world, split, seed, num_scenes))
     write_prompts(world, split, seed, num_scenes, directory)
     write_json(directory / "annotations" / f"instances_{split.value}.json", instances(world, scenes))
@@ -49,13 +47,10 @@ def write_coco(world: World, split: Split, seed: int, num_scenes: int, directory
 def instances(world: World, scenes: Sequence[Scene]) -> dict[str, Any]:
     """Return the scenes as a COCO instance file: boxes are [left, top, width, height] in pixels."""
     category = {kind: index for index, kind in enumerate(world.kinds, start=1)}
-    side = GRID * CELL
     annotations: list[dict[str, Any]] = []
     for image_id, scene in enumerate(scenes, start=1):
         for item in scene.objects:
-            margin = (CELL - item.size) // 2
-            left = (item.cell % GRID) * CELL + margin + item.offset[0]
-            top = (item.cell // GRID) * CELL + margin + item.offset[1]
+            left, top = item.corner
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -70,7 +65,7 @@ def instances(world: World, scenes: Sequence[Scene]) -> dict[str, Any]:
     return {
         "info": {"description": f"scenes of the world {world.name}"},
         "images": [
-            {"id": image_id, "file_name": _file_name(scene), "width": side, "height": side}
+            {"id": image_id, "file_name": _file_name(scene), "width": world.side, "height": world.side}
             for image_id, scene in enumerate(scenes, start=1)
         ],
         "categories": [{"id": index, "name": kind} for kind, index in category.items()],
@@ -79,8 +74,9 @@ def instances(world: World, scenes: Sequence[Scene]) -> dict[str, Any]:
 
 
 def synonyms(world: World) -> str:
-    """Return the world's kinds as a synonym file; each kind has its name as its only synonym."""
-    return "".join(f"{kind}\n" for kind in world.kinds)
+    """Return the world's synonym file; a world without synonyms has one line per kind with its name only."""
+    lines = world.synonyms or tuple((kind,) for kind in world.kinds)
+    return "".join(", ".join(line) + "\n" for line in lines)
 
 
 def _file_name(scene: Scene) -> str:

@@ -6,12 +6,13 @@ import json
 import shutil
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from csr_vlm.config.load import resolve
 from csr_vlm.config.schema import EvaluationConfig, RunConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.store.files import sha256_of
-from csr_vlm.world.dataset import write_prompts
+from csr_vlm.world.dataset import PromptKind, write_prompts
 from csr_vlm.world.scenes import HARBOUR, Split, World
 
 
@@ -20,15 +21,21 @@ def assets() -> Path:
     return Path(str(resources.files("csr_vlm.world"))) / "assets"
 
 
-def verify_assets() -> None:
-    """Compare the shipped weights with the hashes in their training log.
+def assets_of(world: World) -> Path:
+    """Return the directory of the shipped checkpoints of a world."""
+    return assets() / world.name if world.name == "prose" else assets()
+
+
+def verify_assets(world: World = HARBOUR) -> None:
+    """Compare a world's shipped weights with the hashes in their training log.
 
     Raises:
         CsrError: A file is missing or its hash differs.
     """
-    hashes: dict[str, str] = json.loads((assets() / "build.json").read_text(encoding="utf-8"))["sha256"]
+    directory = assets_of(world)
+    hashes: dict[str, str] = json.loads((directory / "build.json").read_text(encoding="utf-8"))["sha256"]
     for name, expected in hashes.items():
-        path = assets() / name
+        path = directory / name
         if not path.is_file() or sha256_of(path) != expected:
             raise CsrError(f"the shipped weights {name} are damaged", "reinstall the package")
 
@@ -45,6 +52,11 @@ def policy_in(models: Path) -> Path:
     raise CsrError(f"no base model in {models}", f"csr world build --out {models}")
 
 
+def demo_size(world: World) -> tuple[int, int]:
+    """Return the numbers of training images and of test scenes at which a world's demonstration takes minutes."""
+    return (96, 300) if world.name == "prose" else (256, 1000)
+
+
 def demo_config(
     out: Path, seed: int, num_prompts: int, num_scenes: int, world: World = HARBOUR, models: Path | None = None
 ) -> RunConfig:
@@ -53,29 +65,41 @@ def demo_config(
     Args:
         models: Directory with ``clip/`` and ``llava/``; the shipped ones by default.
     """
+    return resolve(demo_settings(out, seed, num_prompts, num_scenes, world, models))
+
+
+def demo_settings(
+    out: Path, seed: int, num_prompts: int, num_scenes: int, world: World = HARBOUR, models: Path | None = None
+) -> dict[str, Any]:
+    """Write the demonstration's images below ``out`` and return its settings, as a recipe would give them.
+
+    Of several judges, the reward uses the first; ``scorer.use=clip_b`` and ``scorer.use=clip+clip_b`` select others.
+    """
     if models is None:
-        verify_assets()
-        models = assets()
+        verify_assets(world)
+        models = assets_of(world)
     directory = out / f"{world.name}-{seed}-{num_prompts}"
     prompts = directory / "prompts.jsonl"
     if not prompts.exists():
         # The held-out prompts are drawn in addition to ``num_prompts``.
         heldout = min(EvaluationConfig().heldout, num_prompts // 7)
         write_prompts(world, Split.PROMPTS, seed, num_prompts + heldout, directory)
-    return resolve(
-        {
-            "seed": seed,
-            "model": {"path": str(policy_in(models))},
-            "scorer": {"path": str(models / "clip")},
-            "data": {"prompts": str(prompts)},
-            "evaluation": {"world": {"name": world.name, "num_scenes": num_scenes}},
-        }
-    )
+    scorer: dict[str, Any] = {"path": str(models / "clip")}
+    if (models / "clip_b").is_dir():
+        scorer["extra"] = [{"name": "clip_b", "path": str(models / "clip_b")}]
+    return {
+        "seed": seed,
+        "model": {"path": str(policy_in(models))},
+        "scorer": scorer,
+        "data": {"prompts": str(prompts)},
+        "evaluation": {"world": {"name": world.name, "num_scenes": num_scenes}},
+    }
 
 
-def export_world(out: Path, seed: int, num_prompts: int) -> Path:
-    """Copy the shipped models to ``out``, draw images there, and return the path of the prompt file."""
-    verify_assets()
-    for name in ("clip", "llava"):
-        shutil.copytree(assets() / name, out / name, dirs_exist_ok=True)
-    return write_prompts(HARBOUR, Split.PROMPTS, seed, num_prompts, out)
+def export_world(out: Path, seed: int, num_prompts: int, world: World = HARBOUR, kind: PromptKind = "describe") -> Path:
+    """Copy a world's shipped models to ``out``, draw images there, and return the path of the prompt file."""
+    verify_assets(world)
+    for path in sorted(assets_of(world).iterdir()):
+        if (path / "config.json").is_file():
+            shutil.copytree(path, out / path.name, dirs_exist_ok=True)
+    return write_prompts(world, Split.PROMPTS, seed, num_prompts, out, kind)

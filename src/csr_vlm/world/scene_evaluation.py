@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from csr_vlm.core.batching import batched
-from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Finish, Prompt
 from csr_vlm.evaluation import chair
 from csr_vlm.evaluation.pope import parse_strict
@@ -25,11 +24,9 @@ from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.scoring.scorer import ScorerGroup
 from csr_vlm.world.corpus import absent_companions, sentence, yes_no_question
 from csr_vlm.world.dataset import write_images
-from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream
+from csr_vlm.world.scenes import Scene, Split, World, check_for_evaluation, make_scenes, random_stream
 from csr_vlm.world.truth import Judgement, judge
 
-MAX_NEW_TOKENS = 96
-_ALLOWED = (Split.DEVELOPMENT, Split.TEST)
 _BATCH = 256
 
 
@@ -72,10 +69,9 @@ def evaluate(
         ``metrics`` (name to value, interval and n), ``protocol`` and ``rows`` (one per scene).
 
     Raises:
-        CsrError: The split is used for training.
+        CsrError: The split is used for training, or the seed belongs to the other split.
     """
-    if split not in _ALLOWED:
-        raise CsrError(f"scenes of the split {split.value!r} are not for evaluation", "use development or test")
+    check_for_evaluation(split, seed)
     described: list[Described] = []
     answers: list[dict[str, bool]] = []
     for scenes in batched(make_scenes(world, split, seed, num_scenes), _BATCH):
@@ -95,8 +91,8 @@ def evaluate(
             "seed": seed,
             "num_scenes": num_scenes,
             "decoding": "greedy" if temperature == 0 else f"sampled at temperature {temperature}",
-            "max_new_tokens": MAX_NEW_TOKENS,
-            "interval": "95 % percentile bootstrap over scenes",
+            "max_new_tokens": world.max_new_tokens,
+            "interval": "95 % over scenes",
         },
         "rows": [
             {
@@ -120,7 +116,7 @@ def _describe(
     prompts: Sequence[Prompt],
     temperature: float,
 ) -> list[Described]:
-    responses = engine.respond(prompts, MAX_NEW_TOKENS, temperature)
+    responses = engine.respond(prompts, world.max_new_tokens, temperature)
     scored: list[list[tuple[str, float]]] = [[] for _ in prompts]
     if scorer is not None:
         scored = sentence_relevance(scorer, prompts, [response.text for response in responses])
@@ -199,10 +195,9 @@ def evaluate_scorer(world: World, scorer: ScorerGroup, *, split: Split, seed: in
         scene scores higher than a false one about any scene.
 
     Raises:
-        CsrError: The split is used for training.
+        CsrError: The split is used for training, or the seed belongs to the other split.
     """
-    if split not in _ALLOWED:
-        raise CsrError(f"scenes of the split {split.value!r} are not for evaluation", "use development or test")
+    check_for_evaluation(split, seed)
     true: list[float] = []
     absent: list[float] = []
     recolored: list[float] = []

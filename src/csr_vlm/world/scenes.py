@@ -10,7 +10,7 @@ on, and the scenes for tuning and testing can thus not be mixed up.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.seeds import EVALUATION_SEEDS, seed_problem
 from csr_vlm.world.shapes import sprite
 
 GRID = 3
@@ -36,6 +37,19 @@ class Split(StrEnum):
     """Scenes on which settings are chosen."""
     TEST = "test"
     """Scenes on which results are reported."""
+
+
+def check_for_evaluation(split: Split, seed: int) -> None:
+    """Check that a split is for evaluation and that the seed is one of its own.
+
+    Raises:
+        CsrError: The split is used for training, or the seed belongs to the other split.
+    """
+    if split.value not in EVALUATION_SEEDS:
+        raise CsrError(f"scenes of the split {split.value!r} are not for evaluation", "use development or test")
+    problem = seed_problem(split.value, seed)
+    if problem is not None:
+        raise CsrError(problem, "settings are chosen on development seeds, and test seeds only report")
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,16 @@ class World:
     """Template of a caption sentence; the braces are replaced by the objects that it names."""
     joint: float = 0.0
     """Probability that a sentence of a caption names the next object as well."""
+    synonyms: tuple[tuple[str, ...], ...] = ()
+    """Synonym table in CHAIR's form, one line per kind; empty if each kind has only its name."""
+    describe: tuple[str, ...] = ()
+    """Prompts for descriptions; empty for those of :mod:`csr_vlm.world.corpus`."""
+    side: int = GRID * CELL
+    """Side of the images in pixels."""
+    max_new_tokens: int = 96
+    """Largest number of tokens of a description."""
+    draw: Callable[[Split, int, int], Scene] | None = None
+    """Function of (split, seed, index) that generates a scene; None for :func:`make_scene`'s own."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -126,6 +150,14 @@ MARKET = World(
 two objects, and a bias in which triggers share a companion or form chains."""
 
 WORLDS = {world.name: world for world in (HARBOUR, MARKET)}
+"""Worlds of this module."""
+
+
+def all_worlds() -> dict[str, World]:
+    """Return all worlds by name, including those of other modules."""
+    from csr_vlm.world.prose_scenes import PROSE  # which builds on this module
+
+    return {**WORLDS, PROSE.name: PROSE}
 
 
 def world_named(name: str) -> World:
@@ -134,9 +166,10 @@ def world_named(name: str) -> World:
     Raises:
         CsrError: No world has this name.
     """
-    if name not in WORLDS:
-        raise CsrError(f"{name!r} is not a valid world", f"expected one of: {', '.join(WORLDS)}")
-    return WORLDS[name]
+    worlds = all_worlds()
+    if name not in worlds:
+        raise CsrError(f"{name!r} is not a valid world", f"expected one of: {', '.join(worlds)}")
+    return worlds[name]
 
 
 @dataclass(frozen=True)
@@ -149,6 +182,15 @@ class SceneObject:
     """Displacement in pixels at scale 1, (right, down)."""
     size: int
     """Side in pixels at scale 1."""
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """Return the left and top edge in pixels at scale 1."""
+        margin = (CELL - self.size) // 2
+        return (
+            (self.cell % GRID) * CELL + margin + self.offset[0],
+            (self.cell // GRID) * CELL + margin + self.offset[1],
+        )
 
 
 @dataclass(frozen=True)
@@ -168,6 +210,15 @@ class Scene:
         """Return the color of the object of this kind; None if the scene has none."""
         return next((item.color for item in self.objects if item.kind == kind), None)
 
+    @property
+    def side(self) -> int:
+        """Return the side of the image in pixels at scale 1."""
+        return GRID * CELL
+
+    def backdrop(self, scale: int = 1) -> Image.Image:
+        """Draw the background."""
+        return Image.new("RGB", (self.side * scale,) * 2, self.background)
+
 
 def random_stream(*key: object) -> np.random.Generator:
     """Return a random generator that depends only on the key."""
@@ -177,6 +228,8 @@ def random_stream(*key: object) -> np.random.Generator:
 
 def make_scene(world: World, split: Split, seed: int, index: int) -> Scene:
     """Generate the scene with the given split, seed and index."""
+    if world.draw is not None:
+        return world.draw(split, seed, index)
     rng = random_stream(world.name, split.value, seed, index)
     theme = world.themes[rng.integers(len(world.themes))]
     low, high = world.num_objects
@@ -220,13 +273,10 @@ def parse_scene_id(world: World, scene_id: str) -> Scene:
 
 
 def render(scene: Scene, scale: int = 1) -> Image.Image:
-    """Draw a scene as an RGB image of side GRID * CELL * scale."""
-    side = GRID * CELL * scale
-    image = Image.new("RGB", (side, side), scene.background)
+    """Draw a scene as an RGB image of side ``scene.side * scale``."""
+    image = scene.backdrop(scale)
     for item in scene.objects:
         image_of_item = sprite(item.kind, item.color, item.size * scale)
-        margin = (CELL - item.size) // 2
-        left = (item.cell % GRID) * CELL + margin + item.offset[0]
-        top = (item.cell // GRID) * CELL + margin + item.offset[1]
+        left, top = item.corner
         image.paste(image_of_item, (left * scale, top * scale), image_of_item)
     return image

@@ -26,7 +26,7 @@ def sprite(kind: str, color: str, side: int) -> Image.Image:
     """Draw a kind of object in a color: RGBA, ``side`` x ``side`` pixels, transparent background."""
     canvas = Image.new("RGBA", (side * _SUPERSAMPLE,) * 2, (*RGB[color], 0))
     pen = _Pen(ImageDraw.Draw(canvas), side * _SUPERSAMPLE / 100, RGB[color])
-    SHAPES[kind](pen)
+    (SHAPES.get(kind) or MORE_SHAPES[kind])(pen)
     return canvas.resize((side, side), Image.Resampling.BOX)
 
 
@@ -264,6 +264,54 @@ def _ladder(pen: _Pen) -> None:
         pen.box(16, y - 4, 84, y + 4)
 
 
+def _person(pen: _Pen) -> None:
+    pen.oval(36, 0, 64, 28)
+    pen.polygon((28, 32), (72, 32), (66, 66), (34, 66))
+    pen.line(9, (32, 36), (14, 62))
+    pen.line(9, (68, 36), (86, 62))
+    pen.box(34, 64, 46, 100)
+    pen.box(54, 64, 66, 100)
+
+
+def _dog(pen: _Pen) -> None:
+    pen.box(16, 44, 70, 72)
+    pen.oval(60, 22, 98, 56)
+    pen.polygon((62, 28), (56, 6), (76, 22))
+    pen.line(8, (18, 48), (4, 22))
+    for x in (18, 32, 52, 62):
+        pen.box(x, 70, x + 8, 98)
+
+
+def _cat(pen: _Pen) -> None:
+    pen.oval(26, 42, 76, 100)
+    pen.oval(28, 14, 72, 52)
+    pen.polygon((30, 28), (28, 0), (48, 18))
+    pen.polygon((70, 28), (72, 0), (52, 18))
+    pen.line(8, (72, 90), (96, 80), (92, 52))
+    pen.oval(38, 28, 44, 36, erase=True)
+    pen.oval(56, 28, 62, 36, erase=True)
+
+
+def _bench(pen: _Pen) -> None:
+    pen.box(4, 26, 96, 38)
+    pen.box(4, 44, 96, 50)
+    pen.box(0, 58, 100, 70)
+    pen.box(10, 26, 18, 98)
+    pen.box(82, 26, 90, 98)
+
+
+def _table(pen: _Pen) -> None:
+    pen.polygon((16, 20), (84, 20), (100, 42), (0, 42))
+    pen.box(8, 42, 18, 98)
+    pen.box(82, 42, 92, 98)
+
+
+def _clock(pen: _Pen) -> None:
+    pen.oval(4, 4, 96, 96)
+    pen.oval(18, 18, 82, 82, erase=True)
+    pen.line(9, (50, 26), (50, 52), (70, 60))
+
+
 SHAPES = {
     "boat": _boat,
     "fish": _fish,
@@ -298,3 +346,12 @@ SHAPES = {
     "chair": _chair,
     "ladder": _ladder,
 }
+MORE_SHAPES = {
+    "person": _person,
+    "dog": _dog,
+    "cat": _cat,
+    "bench": _bench,
+    "table": _table,
+    "clock": _clock,
+}
+"""Shapes that only the world prose has."""

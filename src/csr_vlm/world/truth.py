@@ -71,13 +71,18 @@ def known_scene(prompt_id: str) -> KnownScene | None:
 
 
 def reader_of(world: World) -> chair.ObjectReader:
-    """Return CHAIR's object reader for a world, in which the name of a kind is its only synonym."""
-    return _reader(world.kinds)
+    """Return CHAIR's object reader for a world.
+
+    Without synonyms, the name of a kind is its only word. With synonyms, the words of the table and
+    their plurals count, by the word rule ``pattern``.
+    """
+    return _reader(world.kinds, world.synonyms)
 
 
 @lru_cache(maxsize=8)
-def _reader(kinds: tuple[str, ...]) -> chair.ObjectReader:
-    return chair.ObjectReader(word_rule("plain"), ObjectTable.of([[kind] for kind in kinds], of_coco=False))
+def _reader(kinds: tuple[str, ...], synonyms: tuple[tuple[str, ...], ...]) -> chair.ObjectReader:
+    table = ObjectTable.of(synonyms or [[kind] for kind in kinds], of_coco=False)
+    return chair.ObjectReader(word_rule("pattern" if synonyms else "plain"), table)
 
 
 def judge(world: World, scene: Scene, text: str) -> Judgement:
