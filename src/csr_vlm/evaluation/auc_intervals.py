@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from csr_vlm.evaluation.statistics import auc_score_interval, share_below
+
 _Array = npt.NDArray[np.float64]
-_Z = 1.959963984540054
-_GRID = 20_001
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def clustered_auc(scores: Sequence[float], is_true: Sequence[bool], pictures: Se
         half = parts.quantile * deviation / (parts.value * (1 - parts.value))
         low, high = (float(1 / (1 + np.exp(-end))) for end in (odds - half, odds + half))
     else:
-        low, high = _score_interval(parts.value, *parts.units)
+        low, high = auc_score_interval(parts.value, *parts.units)
     return Auc(parts.value, low, high, *parts.counts)
 
 
@@ -119,8 +119,8 @@ def _components(scores: Sequence[float], is_true: Sequence[bool], pictures: Sequ
         return None
     _, unit = np.unique(np.asarray(pictures), return_inverse=True)
     positive, negative = values[truth], values[~truth]
-    above = _mean_comparison(positive, negative)
-    below = 1.0 - _mean_comparison(negative, positive)
+    above = share_below(negative, positive)
+    below = 1.0 - share_below(positive, negative)
     value = float(above.mean())
     number = int(unit.max()) + 1
     influence = np.bincount(unit[truth], above - value, number) / len(positive)
@@ -129,26 +129,6 @@ def _components(scores: Sequence[float], is_true: Sequence[bool], pictures: Sequ
     return _Components(value, influence, units, (len(positive), len(negative)))
 
 
-def _mean_comparison(values: _Array, others: _Array) -> _Array:
-    """Return for each value the share of others below it; ties count one half."""
-    ordered = np.sort(others)
-    counts = np.searchsorted(ordered, values, side="left") + np.searchsorted(ordered, values, side="right")
-    shares: _Array = counts / 2 / len(ordered)
-    return shares
-
-
 def _standard_error(influence: _Array) -> float:
     number = len(influence)
     return float(np.sqrt(number / max(number - 1, 1) * (influence**2).sum()))
-
-
-def _score_interval(value: float, num_true: int, num_false: int) -> tuple[float, float]:
-    """Return the ends of {a : |value - a| <= z sd(a)}, with Hanley and McNeil's variance of the AUC a.
-
-    sd(a)^2 = a (1 - a) (1 + N (1 - a) / (2 - a) + N a / (1 + a)) / (m n),  N = (m + n) / 2 - 1
-    """
-    grid = np.linspace(0.0, 1.0, _GRID)
-    more = (num_true + num_false) / 2 - 1
-    variance = grid * (1 - grid) * (1 + more * (1 - grid) / (2 - grid) + more * grid / (1 + grid))
-    accepted = grid[np.abs(value - grid) <= _Z * np.sqrt(variance / (num_true * num_false))]
-    return float(accepted.min()), float(accepted.max())

@@ -151,7 +151,8 @@ def size_of(area: float | None) -> Size | None:
 def read_any_captions(path: Path) -> list[Caption]:
     """Read captions from JSON lines: an image and a caption under any of the usual names.
 
-    The image is ``image_id``, ``image`` or ``file_name``, the caption ``caption``, ``response``, ``answer`` or ``text``.
+    The image is ``image_id``, ``image`` or ``file_name``; the caption is ``caption``, ``response``,
+    ``answer`` or ``text``.
 
     Raises:
         CsrError: A row lacks an image or a caption, or the file has no rows.

@@ -187,7 +187,7 @@ def _policy(captions: LabeledCaptions) -> PolicyProfile:
         numbers = Counter(min(len(text.claims), 3) for text in details)
         content["num_claims"] = tuple(numbers[number] / len(details) for number in range(1, max(numbers) + 1))
         content["repeats"] = _share_of_repeats(by_caption)
-    return PolicyProfile(**content, **_false_claims(captions, num_sentences[1]))
+    return PolicyProfile.model_validate(content | _false_claims(captions, num_sentences[1]))
 
 
 def _share_of_repeats(by_caption: Mapping[tuple[int, int], Sequence[LabeledText]]) -> float:

@@ -157,8 +157,8 @@ def _questions(scored: ScoredCaptions, scorer: str) -> dict[str, int]:
     best: dict[int, float] = defaultdict(float)
     for text, value in zip(texts, contrasts, strict=True):
         best[text.picture] = max(best[text.picture], value)
-        for claim in text.claims:
-            strongest[text.picture, claim] = max(strongest.get((text.picture, claim), -2.0), value)
+        for name in text.claims:
+            strongest[text.picture, name] = max(strongest.get((text.picture, name), -2.0), value)
     counts = dict.fromkeys(("yes_right", "yes_wrong", "no_right", "no_wrong", "not_asked"), 0)
     for claim in scored.texts("claims"):
         tree, value = Claims({}, {}, best[claim.picture]), strongest[claim.picture, claim.claims[0]]

@@ -136,7 +136,7 @@ def _advice(
     sentence, claim = result.sentences[0].auc, result.claims[0].auc
     decided = [level for level in levels if level != "not decided"]
     if not decided:
-        yield "Label and caption more pictures: 200 usually suffice; describe them with the policy that will be trained."
+        yield "Label and caption more pictures, with the policy that will be trained: 200 usually suffice."
         return
     if all(level == "useless" for level in decided):
         yield "Do not train with this scorer: it would teach noise. Try another one, such as a larger SigLIP."
@@ -149,7 +149,8 @@ def _advice(
         )
     habit = next((one for one in result.claims if one.group == "against habit"), None)
     if _is_blind(habit):
-        assert habit is not None and habit.auc is not None
+        assert habit is not None
+        assert habit.auc is not None
         yield (
             f"The scorer errs in favor of habit: AUC {habit.auc.value:.2f} against false claims that the picture's "
             "objects suggest. Training would strengthen the habit; add a second scorer of another kind."

@@ -108,9 +108,9 @@ class _Axis:
 
 def _bandwidth(values: _Array) -> float:
     """Return Silverman's bandwidth, 0.9 min(sd, interquartile range / 1.34) n^(-1/5), of all rows together."""
-    quartiles = np.percentile(values, [25, 75])
-    spread = min(float(values.std()), float(quartiles[1] - quartiles[0]) / 1.34) or float(values.std()) or 1e-3
-    return 0.9 * spread * len(values) ** -0.2
+    quartiles = np.percentile(values, [25, 75]).tolist()
+    spread = min(float(values.std()), (quartiles[1] - quartiles[0]) / 1.34) or float(values.std()) or 1e-3
+    return float(0.9 * spread * len(values) ** -0.2)
 
 
 def _grid(axis: _Axis, ticks: Sequence[float], title: str) -> Markup:
