@@ -202,7 +202,7 @@ def _profiles(validation: Validation) -> Iterator[tuple[str, str]]:
     for file, names in wanted:
         paths = validation.protocol["scorers"]
         description = "Measured: " + " and ".join(f"{name} ({paths[name]})" for name in names)
-        profile = measured_profile(scored, Path(file).stem, description, names, shared)
+        profile = measured_profile(scored, f"measured-{'+'.join(names)}", description, names, shared)
         if profile is not None:
             yield file, profile_text(profile)
         elif file == "profile.yaml":

@@ -179,7 +179,7 @@ def measure(scored: ScoredCaptions, scorer: str) -> ScorerResult:
         (
             claims_on("claims", lambda _: True),
             *(claims_on(f"in {kind}", _of_kind(kind)) for kind in by_kind),
-            *(claims_on(f"size: {size}", _of_size(size)) for size in SIZES),
+            *(one for size in SIZES if (one := claims_on(f"size: {size}", _of_size(size))).true.n),
             *(claims_on(f"against {truth}", _against(truth)) for truth in habits),
         ),
         Contrasts.of([value for text, value in zip(sentences, values, strict=True) if text.kind == "mood"]),

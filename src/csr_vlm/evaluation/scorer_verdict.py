@@ -27,8 +27,8 @@ GOOD, WEAK = 0.75, 0.60
 MIN_PICTURES, MIN_FALSE = 50, 10
 _ORDER: dict[Level, int] = {"not decided": -1, "useless": 0, "weak": 1, "good enough": 2}
 _WANTED_HALF_WIDTH = 0.05
-_MANY = 0.25
-"""Share of the true details below the zero line above which training shortens responses."""
+_FEW_ENDS = 0.05
+"""Share of the true details to which ending may be preferred; pairs of that kind are then rare beside the others."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,14 @@ def _more_pictures(aucs: Sequence[Auc | None], num_pictures: int) -> Iterator[st
 
 def _placement_advice(placement: Placement, config: RunConfig) -> Iterator[str]:
     own, *tried = placement.margins
-    below = placement.true_below_zero
-    if config.method.reward.baseline == "half_best" and below is not None and below > _MANY and own.end_over_true:
+    if own.end_over_true > _FEW_ENDS * placement.num_true:
+        wider = [one for one in tried if one.min_margin > own.min_margin]
+        enough = next((one for one in wider if one.end_over_true <= _FEW_ENDS * placement.num_true), None)
         yield (
-            f"The zero line of the preset {config.preset} is too high for this scorer: {below:.0%} of the true details "
-            f"are below it, and ending the response is preferred to {own.end_over_true} of {placement.num_true}. "
-            "Set method.reward.baseline=none, or responses will get shorter."
+            f"Under the preset {config.preset}, ending the response is preferred to {own.end_over_true} of "
+            f"{placement.num_true} true details, so responses may get shorter."
+            + (f" method.pairs.min_margin={enough.min_margin:g} leaves {enough.end_over_true}." if enough else "")
+            + " Compare settings on the measured profile before training."
         )
     if _right_share(own) < GOOD:
         wider = [one for one in tried if one.min_margin > own.min_margin and _right_share(one) >= GOOD]
@@ -200,9 +202,9 @@ def _pair_advice(name: str, pairs: Sequence[ScorerPair]) -> Iterator[str]:
     for pair in pairs:
         if name not in (pair.first, pair.second):
             continue
-        other = pair.second if name == pair.first else pair.first
-        gains = [gain for gain in (pair.gain_by_sentence, pair.gain_by_claim) if gain is not None]
-        if any(gain.low > 0 for gain in gains):
-            yield f"Use it together with {other} (scorer.use={pair.first}+{pair.second}): the mean of both is better."
-        elif any(gain.high < 0 for gain in gains):
-            yield f"Do not add {other}: the mean of both is worse than the better one alone."
+        both = f"{pair.first}+{pair.second}"
+        for of, gain in (("sentence", pair.gain_by_sentence), ("claim", pair.gain_by_claim)):
+            if gain is not None and gain.low > 0:
+                yield f"By {of}, the mean of both is better than either: use both (scorer.use={both})."
+            elif gain is not None and gain.high < 0:
+                yield f"By {of}, the mean of both ({both}) is worse than the better one alone: use that one."

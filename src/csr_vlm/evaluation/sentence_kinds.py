@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Literal, get_args
 
 from csr_vlm.method.sentences import SentenceRule
@@ -13,7 +12,6 @@ KINDS: tuple[SentenceKind, ...] = get_args(SentenceKind)
 DETAILS: frozenset[SentenceKind] = frozenset({"detail", "relation", "background", "item"})
 """Kinds of sentences that count as details: all but leads and moods."""
 _ITEM = re.compile(r"\s*(?:[-*•]|\d+[.)])\s")
-_BEFORE_ITEM = re.compile(r"\n\s*(?=(?:[-*•]|\d+[.)])\s)")
 _BACKGROUND = re.compile(
     r"\bbackground\b|\b(?:in the distance|further (?:back|away)|far behind|behind all|in the back)\b"
 )
@@ -23,22 +21,17 @@ _PLACE = (
 )
 _RELATION = re.compile(rf"\b{_PLACE}\b")
 _REFERS_BACK = re.compile(rf"\b{_PLACE} (?:it|them|him|her|each other|one another)\b")
-_RULE = SentenceRule(".!?")
+_RULE = SentenceRule(".!?\n")
 
 
 def split_sentences(text: str) -> list[str]:
-    r"""Split a response at the ends of sentences, as the search does, and before list items.
+    r"""Split a response at the ends of sentences, by the rule of the search, and at line breaks.
 
     Example:
         >>> split_sentences("A dog runs. Dr. Low sits.\n- A red boat\n- Two trees")
         ['A dog runs.', 'Dr. Low sits.', '- A red boat', '- Two trees']
     """
-    return list(_sentences(text))
-
-
-def _sentences(text: str) -> Iterator[str]:
-    for block in _BEFORE_ITEM.split(text):
-        yield from (part for part in _RULE.cut(block) if any(char.isalpha() for char in part))
+    return [part for part in _RULE.cut(text) if any(char.isalpha() for char in part)]
 
 
 def kind_of(sentence: str, position: int, num_objects: int) -> SentenceKind:

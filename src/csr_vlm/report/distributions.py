@@ -39,6 +39,8 @@ class Row:
     false: Sequence[float]
     note: str = ""
     """Shown at the right, such as the AUC."""
+    counts: str = ""
+    """Shown below the note; by default the numbers of true and false texts."""
 
 
 def distribution_chart(
@@ -133,7 +135,7 @@ def _row(axis: _Axis, index: int, row: Row, width: float) -> Markup:
     for style, (side, curve) in enumerate(zip((row.true, row.false), curves, strict=True)):
         up = -1 if style == 0 else 1
         parts.append(_side(axis, y, side, grid, curve / highest, up, style))
-    note = f"{len(row.true)} true, {len(row.false)} false"
+    note = row.counts or f"{len(row.true)} true, {len(row.false)} false"
     parts.append(_text("tick", WIDTH - _RIGHT + 12, y + (16 if row.note else 4), note))
     if row.note:
         parts.append(_text("", WIDTH - _RIGHT + 12, y, row.note))

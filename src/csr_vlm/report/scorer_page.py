@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from csr_vlm.core.formatting import plural
 from csr_vlm.evaluation.auc_intervals import Auc
 from csr_vlm.evaluation.reward_placement import Placement
 from csr_vlm.evaluation.scorer_validation import Contrasts, ScoredCaptions, ScorerPair, ScorerResult, Separation
@@ -84,7 +85,7 @@ def scorer_picture(validation: Validation, result: ScorerResult, of: str, standa
     rows = [*whole, *(row({"item": "list item"}.get(kind, kind), [kind], kind) for kind in names)]
     mood = [v for t, v in zip(texts, values, strict=True) if t.kind == "mood"]
     if of == "sentences" and mood:
-        rows.append(Row("mood", mood, [], "names nothing"))
+        rows.append(Row("mood", mood, [], "names nothing", plural(len(mood), "sentence")))
     line = validation.placements[result.name].zero_line if of == "sentences" else None
     description = f"Contrasts of true and false {of} by kind, scorer {result.name}"
     title = "contrast: cosine minus mean cosine with other pictures"
