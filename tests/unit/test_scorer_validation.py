@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
 from benchmarks.profiles import BASE, run_profile
 from PIL import Image
+from pydantic import BaseModel
 from scipy.stats import norm
 
 from csr_vlm.cli import validate_scorer as verb
@@ -33,7 +35,7 @@ from csr_vlm.evaluation.labeled_captions import (
 from csr_vlm.evaluation.objects import ObjectTable
 from csr_vlm.evaluation.profile_measurement import measured_profile, profile_text
 from csr_vlm.evaluation.reward_placement import place
-from csr_vlm.evaluation.scorer_profile import read_profile
+from csr_vlm.evaluation.scorer_profile import Profile, read_profile
 from csr_vlm.evaluation.scorer_validation import ScoredCaptions, compare_scorers, measure, score_captions
 from csr_vlm.evaluation.scorer_verdict import decide
 from csr_vlm.evaluation.sentence_kinds import kind_of, split_sentences
@@ -378,3 +380,29 @@ def test_scorers_are_named_on_the_command_line():
     assert [(one.name, one.path) for one in (config, *config.extra)] == [("b", "x/clip"), ("scorer2", "y/siglip")]
     with pytest.raises(CsrError, match="distinct"):
         verb._scorers(["a=x", "a=y"], trust_import=False)
+
+
+# Documentation -----------------------------------------------------------------------------------------------------
+
+
+def fields(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Yield the dotted names of a profile's fields; ``second`` repeats ``judge``."""
+    for name, field in model.model_fields.items():
+        sections = [kind for kind in (field.annotation, *get_args(field.annotation)) if is_section(kind)]
+        if sections and prefix + name != "second":
+            yield from fields(sections[0], f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def is_section(kind: object) -> bool:
+    return isinstance(kind, type) and kind.__name__ in {
+        "PictureProfile", "PolicyProfile", "JudgeProfile", "AnswerProfile"
+    }  # fmt: skip
+
+
+def test_the_page_explains_every_field_of_a_profile():
+    page = (Path(__file__).parents[2] / "docs" / "validate-scorer.md").read_text(encoding="utf-8")
+    names = list(fields(Profile, ""))
+    assert {"policy.habit", "judge.spread", "second", "answers.with_picture"} <= set(names)
+    assert [name for name in names if f"`{name}`" not in page] == []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from csr_vlm.cli import console
+from csr_vlm.cli.arguments import Overrides
 from csr_vlm.config.load import load_config, scorer_config
 from csr_vlm.core.errors import CsrError
 from csr_vlm.store import files
@@ -32,9 +33,7 @@ def validate_scorer(
         typer.Option(help="Directory with COCO's instances_*.json, or JSON Lines with image and objects."),
     ],
     captions: Annotated[Path, typer.Option(help="JSON Lines with image (or image_id) and caption.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the method, as of csr run.")
-    ] = None,
+    settings: Overrides = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of the pictures (default: beside the annotations).")
     ] = None,
@@ -57,7 +56,7 @@ def validate_scorer(
 ) -> None:
     """Measure whether a scorer tells true from false captions.
 
-    Example: csr validate-scorer --annotations coco/annotations --captions a.jsonl --images val2014
+    Example: csr validate-scorer --annotations coco/annotations --captions a.jsonl
     """
     config = load_config(None, settings or (), base=_BASE)
     scorers = _scorers(scorer or [DEFAULT_SCORER], trust_import)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal, get_args
 
+from csr_vlm.config.schema import DEFAULT_DELIMITERS
 from csr_vlm.method.sentences import SentenceRule
 
 SentenceKind = Literal["lead", "detail", "relation", "background", "item", "mood"]
@@ -21,11 +22,11 @@ _PLACE = (
 )
 _RELATION = re.compile(rf"\b{_PLACE}\b")
 _REFERS_BACK = re.compile(rf"\b{_PLACE} (?:it|them|him|her|each other|one another)\b")
-_RULE = SentenceRule(".!?\n")
+_RULE = SentenceRule(DEFAULT_DELIMITERS)
 
 
 def split_sentences(text: str) -> list[str]:
-    r"""Split a response at the ends of sentences, by the rule of the search, and at line breaks.
+    r"""Split a response at the ends of sentences, by the rule of the search.
 
     Example:
         >>> split_sentences("A dog runs. Dr. Low sits.\n- A red boat\n- Two trees")
