@@ -375,6 +375,21 @@ def test_errors_say_what_to_do(tmp_path, labels, captions, message):
     assert raised.value.hint
 
 
+def test_a_synonym_file_of_coco_has_the_special_cases_of_chair(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    labels = write_rows(tmp_path / "labels.jsonl", [{"image": "a.png", "objects": ["train"]}])
+    captions = write_rows(tmp_path / "c.jsonl", [{"image": "a.png", "caption": "A dog is near the train tracks."}])
+    lines = "\n".join(", ".join(names) for names in [("train",), ("dog",)])
+    own, coco = tmp_path / "own.txt", tmp_path / "coco.txt"
+    own.write_text(lines)
+    coco.write_text("\n".join(sorted(set(ObjectTable.coco().objects.values()))))
+    claims = [
+        [claim.claims for claim in verb._read(labels, captions, tmp_path, "pattern", path, None).claims]
+        for path in (own, coco)
+    ]
+    assert claims == [[("dog",), ("train",)], [("dog",)]]
+
+
 def test_scorers_are_named_on_the_command_line():
     config = verb._scorers(["b=x/clip", "y/siglip"], trust_import=False)
     assert [(one.name, one.path) for one in (config, *config.extra)] == [("b", "x/clip"), ("scorer2", "y/siglip")]

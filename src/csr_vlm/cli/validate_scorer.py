@@ -114,7 +114,11 @@ def _read(
     if not annotations.exists():
         raise CsrError(f"{annotations} does not exist", "pass a directory with instances_*.json, or JSON Lines")
     read = read_labels(annotations)
-    table = ObjectTable.read(synonyms, of_coco=False) if synonyms else ObjectTable.coco()
+    table = coco = ObjectTable.coco()
+    if synonyms:
+        table = ObjectTable.read(synonyms, of_coco=False)
+        if set(coco.objects.values()) <= set(table.objects.values()):  # COCO's kinds: CHAIR's special cases apply
+            table = ObjectTable.read(synonyms, of_coco=True)
     reader = ObjectReader(word_rule(words, nltk_data), table)
     folder = annotations if annotations.is_dir() else annotations.parent
     roots = [images] if images else [folder, folder / "images", folder.parent, folder.parent / "images"]
