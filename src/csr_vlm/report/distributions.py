@@ -72,6 +72,12 @@ def distribution_chart(
         x = axis.x(zero_line)
         parts.append(_line("guide", x, _TOP - 6, x, axis.bottom))
         parts.append(_text("tick middle", x, _TOP - 10, "zero line"))
+    if standalone:  # a page has its own legend
+        for index, name in enumerate(("true, above", "false, below")):
+            x, y = 12.0, axis.bottom + 16 + 19 * index
+            mark = Markup('<circle class="mark" cx="{:.1f}" cy="{:.1f}" r="4"/>').format(x + 4, y - 4)
+            parts.append(Markup('<g class="s{}">{}</g>').format(index, mark))
+            parts.append(_text("tick", x + 14, y, name))
     style = Markup("<style>{}</style>").format(Markup(STANDALONE_STYLE)) if standalone else Markup("")  # noqa: S704
     page = (
         Markup('<rect class="page" width="{}" height="{}"/>').format(WIDTH, axis.height) if standalone else Markup("")
