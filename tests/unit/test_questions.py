@@ -133,3 +133,29 @@ def test_a_configuration_with_questions_requires_negative_images() -> None:
     with pytest.raises(CsrError, match=r"scorer.others=0, but method.pairs.questions requires"):
         config(scorer=scorer, method=cosine)
     config(scorer=scorer, method=cosine | {"pairs": {"questions": {"pattern": ""}}})
+
+
+def test_the_lexicon_asks_about_things_only_and_takes_plurals_and_synonyms_for_one_claim() -> None:
+    settings = QuestionsConfig(pattern="lexicon")
+    trees = [
+        scored("0", "Two umbrellas stand on a bench.", 0.4),
+        scored("1", "There is an umbrella in a moment of calm.", 0.1),
+        scored("2", "In a way, it is a sitting area.", 0.3),
+    ]
+    actual = find_claims(trees, settings, "clip")
+    assert actual.strongest == {asked("umbrella"): 0.4, asked("bench"): 0.4}
+    assert actual.sentences[asked("umbrella")] == [
+        "Two umbrellas stand on a bench.",
+        "There is an umbrella in a moment of calm.",
+    ]
+
+
+def test_a_claim_in_the_plural_is_not_denied_in_the_singular() -> None:
+    claims = find_claims([scored("0", "Two umbrellas stand here.", 0.4)], QuestionsConfig(pattern="lexicon"), "clip")
+    assert negative_questions(claims, [asked("umbrella"), asked("dog")], 2, "key") == [asked("dog")]
+
+
+def test_another_language_has_its_own_lexicon_and_question() -> None:
+    settings = QuestionsConfig(pattern="lexicon", question="图中有{0}吗？", yes="有。", no="没有。")
+    claims = find_claims([scored("0", "一只小狗在草地上。", 0.4)], settings, "clip", "zh")
+    assert next(iter(claims.strongest)) == "图中有狗吗？"
