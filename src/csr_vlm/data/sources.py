@@ -19,6 +19,7 @@ from typing import Any
 from csr_vlm.core.errors import CsrError
 from csr_vlm.data.formats import (
     folder,
+    hadpo,
     huggingface,
     imagefolder,
     jsonl,
@@ -26,6 +27,7 @@ from csr_vlm.data.formats import (
     llava,
     parquet,
     rlaifv,
+    sentinel,
     swift,
     trl,
     webdataset,
@@ -50,7 +52,9 @@ PAIR_FORMATS: dict[str, ModuleType] = {
     "swift": swift,
     "rlaifv": rlaifv,
 }
-"""Module by name of ``data.pairs_format`` and of ``csr export --format``."""
+"""Module by name of ``csr export --format``."""
+PAIR_READERS: dict[str, ModuleType] = {**PAIR_FORMATS, "sentinel": sentinel, "hadpo": hadpo}
+"""Module by name of ``data.pairs_format``."""
 _FORMAT_HINT = (
     "expected one of: JSON Lines, LLaVA or CSR JSON, Parquet, tar shards (WebDataset), a folder of images, an "
     "ImageFolder, a folder written by save_to_disk, a hub id OWNER/NAME; or set data.format"
@@ -139,9 +143,19 @@ def detect_format(name: str) -> str:
     by_content = {b"[": "llava", b"{": "jsonl"}.get(first_character)
     # Any value may be a line of JSON Lines, and a file named .json may hold JSON Lines.
     detected = "jsonl" if by_suffix == "jsonl" else by_content or by_suffix
+    if by_suffix == "llava" and detected == "jsonl" and _is_one_object(head):
+        detected = "llava"
     if detected is None:
         raise CsrError(f"{path} has an unknown format: it starts with {head[:16]!r}", _FORMAT_HINT)
     return detected
+
+
+def _is_one_object(head: bytes) -> bool:
+    """Return whether a file that starts with a brace is one object of objects, and not an object a line."""
+    first, newline, _ = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    if newline:
+        return first.strip() == b"{"
+    return re.match(rb'\{\s*"[^"]*"\s*:\s*\{', first) is not None
 
 
 def _image_root(source: Path, image_root: str | None) -> Path | None:
