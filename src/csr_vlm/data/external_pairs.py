@@ -9,11 +9,11 @@ from pathlib import Path
 from csr_vlm.config.schema import DataConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Pair, Prompt
+from csr_vlm.data.formats import hadpo
 from csr_vlm.data.images import BadImage, suffix_of
 from csr_vlm.data.preference import ExportedPair, Responses, image_bytes, num_user_turns
 from csr_vlm.data.prompts import InputReport, check_image
 from csr_vlm.data.rows import MAX_TEXT_CHARS, BadRow, Row, parse_row, unpacked
-from csr_vlm.data.formats import hadpo
 from csr_vlm.data.sources import PAIR_FORMATS, PAIR_READERS, open_source
 from csr_vlm.store.files import store_content
 
@@ -25,6 +25,8 @@ class TextPair:
     prompt: Prompt
     chosen: str
     rejected: str
+    complete: bool = True
+    """Whether the responses end here; a pair of sentences after the same context (SENTINEL) does not end them."""
 
 
 def read_text_pairs(
@@ -117,7 +119,7 @@ def _text_pair(row: Row | BadRow, root: Path | None, config: DataConfig, images:
     except UnicodeEncodeError:
         raise BadRow("text or path that cannot be encoded or resolved") from None
     prompt = Prompt(parsed.row_id, check_image(parsed.image, config, images), parsed.text)
-    return TextPair(prompt, chosen, rejected)
+    return TextPair(prompt, chosen, rejected, complete="y_win" not in row)
 
 
 def _responses(row: Row, format_name: str) -> Responses:

@@ -15,7 +15,7 @@ from csr_vlm.config.schema import DataConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.images import BadImage, load_image, suffix_of
-from csr_vlm.data.rows import BadRow, ParsedRow, parse_row, strip_placeholders
+from csr_vlm.data.rows import BadRow, ParsedRow, Row, parse_row, strip_placeholders
 from csr_vlm.data.sources import Source, open_source
 from csr_vlm.store.files import store_content
 
@@ -107,6 +107,19 @@ def read_prompts(
     Raises:
         CsrError: A source cannot be read, or a row is bad and ``on_bad_input`` is refuse.
     """
+    rows = read_prompt_rows(config, report, seed=seed, images=images, tick=tick)
+    return (prompt for prompt, _ in rows)
+
+
+def read_prompt_rows(
+    config: DataConfig,
+    report: InputReport,
+    *,
+    seed: int = 0,
+    images: Path | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Prompt, Row]]:
+    """Yield the valid prompts as :func:`read_prompts` does, each with the row that it comes from."""
     sample = _Sample(config, seed)
     names = _Names()
     for source in sources(config):
@@ -115,7 +128,8 @@ def read_prompts(
                 parsed = parse_row(row, source.root, follow_links=config.follow_links)
                 for prompt in _prompts(parsed, config, sample, names, images):
                     report.accepted += 1
-                    yield prompt
+                    assert not isinstance(row, BadRow)
+                    yield prompt, row
                     if config.limit is not None and report.accepted >= config.limit:
                         tick()
                         return
@@ -170,8 +184,10 @@ def _prompts(
         if not text:
             raise BadRow("empty prompt")
         unique_id = names.unique(prompt_id, text, parsed.image)
-        if unique_id not in sample:
+        if (unique_id or prompt_id) not in sample:
             continue
+        if unique_id is None:
+            raise BadRow("duplicate id")
         image = image or check_image(parsed.image, config, images)
         yield Prompt(unique_id, image, text)
 
@@ -186,31 +202,31 @@ def _questions(parsed: ParsedRow, questions: tuple[str, ...]) -> list[tuple[str,
 class _Names:
     """Make ids unique: a second row with the id A becomes A#2, a repetition of the same question is refused.
 
-    LLaVA's mixture, for example, repeats an id for every dialogue about an image. Memory holds two hashes per row.
+    LLaVA's mixture, for example, repeats an id for every dialogue about an image.
     """
 
     def __init__(self) -> None:
-        self._ids: set[bytes] = set()
-        self._rows: set[bytes] = set()
+        self._rows: dict[bytes, int] = {}
+        """Hash of an id to the hash of the row that has it."""
+        self._repeated: set[int] = set()
+        """Hashes of the rows whose ids were numbered."""
         self._counts: dict[bytes, int] = {}
 
-    def unique(self, prompt_id: str, text: str, image: Path | bytes) -> str:
-        """Return an id that no earlier row has.
-
-        Raises:
-            BadRow: An earlier row has the same id, question and image.
-        """
+    def unique(self, prompt_id: str, text: str, image: Path | bytes) -> str | None:
+        """Return an id that no earlier row has; None if an earlier row has the same id, question and image."""
         key = _hash(prompt_id)
         content = image if isinstance(image, bytes) else os.fsencode(image)
-        row = hashlib.blake2b(content + b"\0" + text.encode(), key=key, digest_size=16).digest()
-        if row in self._rows:
-            raise BadRow("duplicate id")
-        self._rows.add(row)
+        digest = hashlib.blake2b(content + b"\0" + text.encode(), key=key, digest_size=7).digest()
+        row = int.from_bytes(digest, "big")
+        if self._rows.get(key) == row or row in self._repeated:
+            return None
         unique_id = prompt_id
-        while _hash(unique_id) in self._ids:
+        if key in self._rows:
+            self._repeated.add(row)
+        while _hash(unique_id) in self._rows:
             self._counts[key] = self._counts.get(key, 1) + 1
             unique_id = f"{prompt_id}#{self._counts[key]}"
-        self._ids.add(_hash(unique_id))
+        self._rows[_hash(unique_id)] = row
         return unique_id
 
 
@@ -251,8 +267,9 @@ class _Sample:
                 try:
                     parsed = parse_row(row, source.root, follow_links=config.follow_links)
                     for prompt_id, text in _questions(parsed, config.questions):
-                        if text:
-                            yield self._value(names.unique(prompt_id, text, parsed.image))
+                        unique_id = names.unique(prompt_id, text, parsed.image) if text else None
+                        if unique_id is not None:
+                            yield self._value(unique_id)
                 except BadRow:
                     continue
 

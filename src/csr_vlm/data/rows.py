@@ -46,7 +46,7 @@ IMAGE_PLACEHOLDER = "<image>"
 _PLACEHOLDERS = re.compile("<image>|<video>")
 """Marks with which data sets say where the picture of a question is; a model's own are taken out later."""
 _URL = re.compile(r"^(?:https?|ftp|s3|gs|hf|az)://", re.IGNORECASE)
-_BASE64 = re.compile(r"^[A-Za-z0-9+/\s]{16,}={0,2}\s*$")
+_BASE64 = re.compile(r"^[A-Za-z0-9+/\s]{8,}={0,2}\s*$")
 MAX_TEXT_CHARS = 50_000
 """Limit for a prompt or a response; no supported model reads more."""
 MAX_ID_CHARS = 500

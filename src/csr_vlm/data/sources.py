@@ -131,8 +131,11 @@ def detect_format(name: str) -> str:
     if path.is_dir():
         return _folder_format(path)
     by_suffix = "webdataset" if webdataset.is_shard(path) else _FORMAT_BY_SUFFIX.get(path.suffix.lower())
-    if not path.exists() and by_suffix is None and _HUB_ID.match(name):
-        return "huggingface"
+    if not path.exists() and by_suffix is None:
+        if _HUB_ID.match(name) and not path.parent.is_dir():
+            return "huggingface"
+        if not path.suffix and "\0" not in name and len(name) < 1000:
+            raise CsrError(f"there is no file or folder {name} here", "set data.prompts; a hub id is OWNER/NAME")
     with open_source_file(path) as handle:
         head = handle.read(512)
     if head.startswith(b"PAR1"):
