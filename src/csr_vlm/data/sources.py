@@ -101,7 +101,7 @@ def open_source(path: str, format_name: str, split: str, image_root: str | None)
         module, local = PROMPT_FORMATS[detected], Path(name)
         if detected in ("images", "imagefolder") and not local.is_dir():
             raise CsrError(
-                f"{name} is not a folder, which format {detected} requires", "set data.prompts or data.format"
+                f"{name[:300]} is not a folder, which format {detected} requires", "set data.prompts or data.format"
             )
         yield Source(
             path=name,
