@@ -583,7 +583,7 @@ def test_a_hub_id_is_recognized_unless_it_is_a_path(tmp_path: Path, monkeypatch:
     (source,) = open_source("openbmb/RLAIF-V-Dataset", "auto", "train", None)
     assert source.root is None
     for missing in ("data/prompts.jsonl", "./data", "data", "a/b/c"):
-        with pytest.raises(CsrError, match="cannot be opened|there is no file or folder"):
+        with pytest.raises(CsrError, match=r"cannot be opened|there is no file or folder"):
             detect_format(missing)
     (tmp_path / "my" / "photos").mkdir(parents=True)
     (tmp_path / "my" / "photos" / "a.png").write_bytes(png("red"))
