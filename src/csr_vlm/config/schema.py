@@ -271,6 +271,10 @@ class DataConfig(_Section):
         description="Folder that image paths are relative to; by default, and always for a folder of images, the "
         "folder of each source.",
     )
+    follow_links: bool = Field(
+        default=True,
+        description="Follow symbolic links out of the folder of the images, such as a link to a shared data set.",
+    )
     questions: tuple[str, ...] = Field(
         default=(), description="Questions to ask about every image, in place of those of the rows."
     )
@@ -285,7 +289,7 @@ class DataConfig(_Section):
         default=None,
         description="File with external preference pairs; iteration 1 trains on them instead of searching.",
     )
-    pairs_format: Literal["auto", "trl", "llava", "llamafactory", "swift", "rlaifv"] = Field(
+    pairs_format: Literal["auto", "trl", "llava", "llamafactory", "swift", "rlaifv", "sentinel", "hadpo"] = Field(
         default="auto", description="Format of data.pairs; auto detects it for each row."
     )
     on_bad_input: Literal["skip", "refuse"] = Field(

@@ -112,7 +112,7 @@ def _expect_coco_format(path: Path) -> Iterator[None]:
 def _read_object(path: Path) -> Any:
     """Read the JSON object in a file."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise CsrError(f"{path} cannot be read as JSON: {error}", "download the annotations again") from None
     if not isinstance(content, dict):
