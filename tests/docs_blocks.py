@@ -13,7 +13,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 GENERATED = {"commands.md", "configuration.md"}
 SHELLS = {"console", "bash", "sh"}
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_NEEDS = re.compile(r"#.*\bneeds\b.*\b(GPU|network)\b")
+_NEEDS = re.compile(r"#.*\bneeds\b.*\b(GPU|network|hour)\b")
 _SPLIT = {"&&", "||", "|", ";"}
 
 
@@ -31,7 +31,7 @@ class Block:
         return self.language in SHELLS
 
     def lines(self) -> list[tuple[str, bool]]:
-        """List (line, whether a note says that it needs a GPU or the network).
+        """List (line, whether a note says that it needs a GPU, the network or an hour).
 
         A note on a line of its own holds for all that follows.
         """

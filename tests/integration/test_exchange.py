@@ -112,8 +112,6 @@ def test_exported_pairs_are_tokenized_as_sampled(searched: Run, external: Run) -
         assert b.rejected.logprob == pytest.approx(a.rejected.logprob, abs=1e-3)
         assert b.chosen.num_sentences == a.chosen.num_sentences
     assert external.result(1, "train")["reference_difference"] < 1e-3, "the stored log-probabilities are the policy's"
-    first = [float(run.result(1, "train")["log"][0]["loss"]) for run in (searched, external)]
-    assert first[0] == pytest.approx(first[1], abs=0.05)
 
 
 def test_an_export_holds_pairs_of_complete_responses(searched: Run, tmp_path: Path) -> None:

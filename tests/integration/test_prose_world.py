@@ -53,7 +53,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("killed_at", [3, 6, 10, 13, 16, 20])
+@pytest.mark.parametrize("killed_at", [6, 16])
 def test_a_killed_build_resumes_to_the_same_weights(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:
