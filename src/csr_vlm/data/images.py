@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import IO
@@ -11,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
-from csr_vlm.store.files import open_regular
+from csr_vlm.store.files import open_regular, sha256_of
 
 
 class BadImage(ValueError):
@@ -77,13 +78,37 @@ def load_prompt_image(prompt: Prompt, max_pixels: int) -> Image.Image:
         CsrError: The image was deleted or changed since.
     """
     try:
-        return load_image(prompt.image, max_pixels)
+        loaded = load_image(prompt.image, max_pixels)
     except BadImage as error:
-        raise CsrError(
-            f"the image {prompt.image} of prompt {prompt.prompt_id} was usable when the inputs were checked but is "
-            f"not now: {error}",
-            "restore the file and run the same command again",
-        ) from None
+        raise _unusable(prompt, str(error)) from None
+    require_same_image(prompt)
+    return loaded
+
+
+def with_hash(prompt: Prompt) -> Prompt:
+    """Return a prompt with the SHA-256 of its image, by which :func:`require_same_image` notices a change."""
+    return replace(prompt, image_sha256=sha256_of(Path(prompt.image)))
+
+
+def require_same_image(prompt: Prompt) -> None:
+    """Verify that the image of a prompt is the one that was checked, as far as its hash was recorded.
+
+    Raises:
+        CsrError: The image was deleted or changed since.
+    """
+    path = Path(prompt.image)
+    if not path.is_file():
+        raise _unusable(prompt, "missing")
+    if prompt.image_sha256 and sha256_of(path) != prompt.image_sha256:
+        raise _unusable(prompt, "it was changed")
+
+
+def _unusable(prompt: Prompt, reason: str) -> CsrError:
+    return CsrError(
+        f"the image {prompt.image} of prompt {prompt.prompt_id} was usable when the inputs were checked but is "
+        f"not now: {reason}",
+        "restore the file and run the same command again",
+    )
 
 
 def suffix_of(content: bytes) -> str:

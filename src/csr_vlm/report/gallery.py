@@ -128,7 +128,7 @@ def _pairs(run: Run, iteration: int, prompt_ids: Collection[str]) -> dict[str, l
     """Read the pairs of some prompts, by prompt."""
     pairs: dict[str, list[Pair]] = defaultdict(list)
     wanted = set(prompt_ids)
-    for pair in tables.read_pairs(run.pairs_path(iteration)):
+    for pair in run.pairs(iteration):
         if pair.prompt.prompt_id in wanted:
             pairs[pair.prompt.prompt_id].append(pair)
     return pairs

@@ -34,9 +34,9 @@ from csr_vlm.store.run import Run
 from csr_vlm.store.stage_names import LABELS, TIMED_STAGES
 
 
-def write_report(run: Run, truth_of: TruthOf = no_truth) -> Path:
-    """Write ``RUN/report.html`` from the finished stages and return its path."""
-    path = run.root / "report.html"
+def write_report(run: Run, truth_of: TruthOf = no_truth, out: Path | None = None) -> Path:
+    """Write the report from the finished stages to ``out`` (default: ``RUN/report.html``) and return its path."""
+    path = out or run.root / "report.html"
     files.write_text(path, render(run, truth_of))
     return path
 
