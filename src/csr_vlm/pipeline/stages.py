@@ -11,7 +11,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -331,7 +330,15 @@ def export(run: Run, reporter: Reporter) -> None:
         reporter.log(f"no iteration of {run.root} passed its gate; the base model is the result")
         shutil.rmtree(final, ignore_errors=True)
         return
-    files.replace_directory(final, partial(shutil.copytree, run.trained_adapter()))
+    trained = run.trained_adapter()
+
+    def copy(temporary: Path) -> None:
+        shutil.copytree(trained, temporary)
+        for path in trained.iterdir():
+            if path.is_file() and files.sha256_of(path) != files.sha256_of(temporary / path.name):
+                raise CsrError(f"{path} was copied wrongly", "check the disk, and run the same command again")
+
+    files.replace_directory(final, copy)
     if run.config.training.merge and not (run.root / "model").exists():
         from csr_vlm.training.dpo import merge
 

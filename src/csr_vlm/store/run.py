@@ -115,6 +115,11 @@ class Run:
             files.remove_temporaries(self.root)
             yield
 
+    def is_elsewhere(self, *outputs: Path) -> bool:
+        """Return whether no output lies in the run directory."""
+        root = self.root.resolve()
+        return not any(path.resolve().is_relative_to(root) for path in outputs)
+
     @contextmanager
     def locked_to_write(self, *outputs: Path) -> Iterator[None]:
         """Lock the run for a command that reads it and writes outputs; a read-only run is only read.
@@ -122,8 +127,7 @@ class Run:
         Raises:
             CsrError: Another process uses the directory, or an output lies in a run that cannot be written.
         """
-        inside = any(path.resolve().is_relative_to(self.root.resolve()) for path in outputs)
-        if inside or os.access(self.root, os.W_OK):
+        if not self.is_elsewhere(*outputs) or os.access(self.root, os.W_OK):
             with self.locked():
                 yield
         else:

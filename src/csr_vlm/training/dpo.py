@@ -430,5 +430,7 @@ def merge(model_config: ModelConfig, adapter: Path, directory: Path) -> None:
         ):
             rename_as_published(temporary)
         processor.save_pretrained(str(temporary))
+        if not (any(temporary.glob("*.safetensors")) and (temporary / "config.json").is_file()):
+            raise CsrError(f"the merged model in {temporary} is incomplete", "run the same command again")
 
     files.replace_directory(directory, write)
