@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -133,10 +134,13 @@ def test_packing_records_the_new_parts(run: Run) -> None:
 
 
 def test_a_kill_while_parts_are_replaced_leaves_no_wrong_checksum(run: Run) -> None:
-    with pytest.raises(ZeroDivisionError), ledger.rewriting(run, 1):
-        part = run.ledger_parts(1)[0]
-        tables.write_nodes(part, list(tables.read_nodes(part)) * 1)
+    def rescore(part: Path) -> None:
+        nodes = [replace(node, cosines={**node.cosines, "other": 0.5}) for node in tables.read_nodes(part)]
+        tables.write_nodes(part, nodes)
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), ledger.rewriting(run, 1):
+        rescore(run.ledger_parts(1)[0])
     assert run.unverified_stages() == ["generate of iteration 1"]
     assert len(list(ledger.trees(run, 1))) == PROMPTS - 1
 
@@ -161,13 +165,13 @@ def test_a_flipped_bit_in_a_page_is_noticed_before_a_marker_exists(run: Run) -> 
 
 
 def image_prompt(folder: Path) -> Prompt:
-    Image.new("RGB", (4, 4), "red").save(folder / "a.png")
-    return with_hash(Prompt("a", str(folder / "a.png"), "What?"))
+    Image.new("RGB", (4, 4), "red").save(folder / "a.bmp")
+    return with_hash(Prompt("a", str(folder / "a.bmp"), "What?"))
 
 
 def test_an_exchanged_image_stops_the_run_even_with_its_old_size_and_time(tmp_path: Path) -> None:
     prompt = image_prompt(tmp_path)
-    path, before = tmp_path / "a.png", (tmp_path / "a.png").stat()
+    path, before = tmp_path / "a.bmp", (tmp_path / "a.bmp").stat()
     load_prompt_image(prompt, 100)
     Image.new("RGB", (4, 4), "lime").save(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -178,7 +182,7 @@ def test_an_exchanged_image_stops_the_run_even_with_its_old_size_and_time(tmp_pa
 
 def test_a_touched_image_is_the_same(tmp_path: Path) -> None:
     prompt = image_prompt(tmp_path)
-    os.utime(tmp_path / "a.png", (1, 1))
+    os.utime(tmp_path / "a.bmp", (1, 1))
     load_prompt_image(prompt, 100)
 
 

@@ -57,7 +57,8 @@ def test_a_verb_that_writes_is_refused_while_another_holds_the_run(run, verb, tm
     monkeypatch.chdir(tmp_path)
     with run.locked(), pytest.raises(CsrError, match="in use by another process"):
         csr(verb.split()[0], run.root, *WRITING[verb])
-    assert not (run.root / "model").exists() and not (tmp_path / "exported").exists()
+    assert not (run.root / "model").exists()
+    assert not (tmp_path / "exported").exists()
 
 
 READING = {
@@ -83,8 +84,9 @@ def test_reading_a_finished_run_writes_nothing_in_it(run, verb, tmp_path, monkey
 
 
 def test_export_from_a_run_on_a_read_only_disk(run, tmp_path, monkeypatch):
-    writable = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run.root and writable(path, mode))
+    allows = os.access
+    denied = (run.root, os.W_OK)
+    monkeypatch.setattr(os, "access", lambda path, mode: (Path(path), mode) != denied and allows(path, mode))
     before = snapshot(run.root)
     csr("export", run.root, "--format", "trl", "--out", tmp_path / "exported")
     assert snapshot(run.root) == before
@@ -205,7 +207,7 @@ def test_cards_reports_manifests_and_progress_show_no_secret(tmp_path, monkeypat
     settings = original.config.dump()
     settings["model"]["path"] = f"org/{TOKEN}"
     settings["generation"]["server"] = "http://me:pass@host:8000"
-    settings["generation"]["engine"] = "vllm"
+    settings["generation"]["engine"] = "server"
     settings["training"]["trl"]["run_name"] = "a secret of mine"
     run = Run(original.root, resolve(settings))
     run.mark_done(1, "audit", stopped=False, note=secrets)
@@ -215,9 +217,12 @@ def test_cards_reports_manifests_and_progress_show_no_secret(tmp_path, monkeypat
     write_report(run, out=csr_report)
     from csr_vlm.store.progress_file import progress_path, record_progress
 
-    with pytest.raises(ValueError, match="pass"), record_progress(run.root, _Said()) as reporter:
+    def fail(reporter):
         reporter.log(f"loading {secrets}")
         raise ValueError(f"{secrets}")
+
+    with pytest.raises(ValueError, match="pass"), record_progress(run.root, _Said()) as recorder:
+        fail(recorder)
     shown = {
         "card": render_card(run),
         "report": csr_report.read_text(),
@@ -237,7 +242,9 @@ class _Said:
 def test_error_messages_show_no_secret(capsys):
     error_messages.print_error(CsrError(f"http://me:pass@host refused: {TOKEN}", f"check {TOKEN}"))
     shown = capsys.readouterr().err
-    assert "refused" in shown and "pass@" not in shown and TOKEN not in shown
+    assert "refused" in shown
+    assert "pass@" not in shown
+    assert TOKEN not in shown
     error_messages.print_error(RuntimeError(TOKEN))
     shown = capsys.readouterr().err
     traceback = Path(shown.rpartition(" in ")[2].strip())
