@@ -97,10 +97,15 @@ def _ablation(name: str, overrides: str) -> list[Job]:
     return [Job(name, "ablations", overrides, seed, scenes=500, split="development") for seed in SEEDS]
 
 
+BASELINE_SIZE = {"prompts": 48, "scenes": 200}
+"""Small, so that all presets and seeds take less than an hour on two cores."""
+
+
 def baseline_jobs(world: str) -> list[Job]:
     """Define the jobs of every preset as it is, on development scenes of a world."""
+    more: dict[str, Any] = {"split": "development", "world": world, **BASELINE_SIZE}
     return [
-        Job(name, f"baseline-{world}", overrides, seed, measured=(0, 3), scenes=500, split="development", world=world)
+        Job(name, f"baseline-{world}", overrides, seed, measured=(0, 3), **more)
         for name, overrides in baseline.PRESETS.items()
         for seed in SEEDS
     ]

@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import profile_world
-from profile_world import Picture, ProfileWorld, kind_of_wording, nouns_in
+from profile_world import SETTINGS, Picture, ProfileWorld, kind_of_wording, nouns_in
 
 from csr_vlm.config.load import load_config
 from csr_vlm.config.schema import RunConfig
@@ -189,10 +189,14 @@ def _is_right(pair: Pair, world: ProfileWorld, yes: str) -> bool | None:
     subject = (
         pair.prompt.text.lower().removeprefix("is there a").removeprefix("n").removesuffix("in the image?").strip()
     )
-    kind = kind_of_wording().get(subject)
-    if kind is None:
+    kind, picture = kind_of_wording().get(subject), world.picture_of(pair.prompt)
+    if kind is not None:
+        is_there = picture.truth(kind) == "grounded"
+    elif any(setting.endswith(f" {subject}") for setting in SETTINGS):
+        is_there = picture.setting.endswith(f" {subject}")
+    else:
         return None
-    return (world.picture_of(pair.prompt).truth(kind) == "grounded") == (pair.chosen.text == yes)
+    return is_there == (pair.chosen.text == yes)
 
 
 def main() -> int:

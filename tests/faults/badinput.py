@@ -16,7 +16,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +283,11 @@ def no_ordinary_file(folder: Path, rng: random.Random) -> WrittenCase:
             "itself": ".",
         }
         path.symlink_to(target[kind])
-    return one_row(folder, {"id": "a", "image": "a.jpg", "text": "What?"}, "rejected")
+    written = one_row(folder, {"id": "a", "image": "a.jpg", "text": "What?"}, "rejected")
+    if kind != "outside":
+        return written
+    follow = rng.random() < 0.5
+    return replace(written, expected="accepted" if follow else "rejected", settings={"follow_links": follow})
 
 
 # Rows -------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_bad_prompts_are_counted_named_and_survived(config: RunConfig, tmp_path:
     (source.parent / "images" / "broken.png").write_bytes(b"\x89PNG not really")
     rows[1]["image"] = "images/broken.png"
     rows[2]["image"] = "images/missing.png"
-    rows[3]["prompt_id"] = rows[0]["prompt_id"]
+    rows[3] = rows[0]
     broken = source.parent / "broken.jsonl"
     broken.write_text("\n".join(json.dumps(row) for row in rows) + "\nnot json\n")
     data = config.data.model_copy(update={"prompts": str(broken)})

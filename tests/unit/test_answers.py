@@ -15,6 +15,7 @@ from csr_vlm.core.records import Finish, Prompt
 from csr_vlm.evaluation import answers
 from csr_vlm.evaluation.answers import AnswerSettings, EvaluationPrompt, complete_sentences, image_id_of
 from csr_vlm.evaluation.compare import EvaluatedPolicy, compare, read_documents
+from csr_vlm.evaluation.pope import read_answers, read_questions
 from csr_vlm.evaluation.reproduction import collect_results
 from csr_vlm.store.run import Run
 from tests.unit.test_chair import write_annotations
@@ -236,3 +237,33 @@ def test_pope_is_stored_by_setting_and_as_the_mean(tmp_path):
     assert (values["mean_accuracy"], values["precision_popular"], values["mean_precision"]) == (0.5, None, None)
     assert stored["rows"][0]["tallies"]["f1_random"] == [2, 2]
     assert collect_results(run_).by_iteration[0]["pope"].metric.value == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "image_id"),
+    [
+        ({"image": "b.png"}, "b.png"),
+        ({"images": ["b.png"]}, "b.png"),
+        ({"file_name": "b.png"}, "b.png"),
+        ({"image_path": ".\\b.png"}, "b.png"),
+        ({"image": {"path": "b.png"}}, "b.png"),
+        ({"image": "COCO_val2014_000000000042.png"}, 42),
+        ({"image": "b.png", "image_id": 7}, 7),
+    ],
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_evaluation_prompts_name_their_image_as_prompts_may(tmp_path, image, image_id, mark):
+    for name in ("b.png", "COCO_val2014_000000000042.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    (tmp_path / "p.jsonl").write_bytes(mark + json.dumps({"id": 1, "text": "What is it?", **image}).encode())
+    (read,) = answers.read_evaluation_prompts(tmp_path / "p.jsonl")
+    assert (read.prompt.prompt_id, read.image_id) == ("1", image_id)
+
+
+def test_a_byte_order_mark_in_questions_and_answers_is_ignored(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    question = {"question_id": 1, "image": "a.png", "text": "Is there a boat?", "label": "yes"}
+    (tmp_path / "q.json").write_bytes(mark + json.dumps(question).encode())
+    (tmp_path / "a.jsonl").write_bytes(mark + json.dumps({"question_id": 1, "answer": "Yes"}).encode())
+    assert [question.question_id for question in read_questions(tmp_path / "q.json").questions] == ["1"]
+    assert read_answers(tmp_path / "a.jsonl") == {"1": "Yes"}

@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -20,7 +21,7 @@ from csr_vlm.core.records import Pair, Prompt, Response
 from csr_vlm.data.external_pairs import TextPair, count_pairs, read_text_pairs, write_pairs
 from csr_vlm.data.images import load_image
 from csr_vlm.data.prompts import InputReport, read_prompts
-from csr_vlm.data.sources import PAIR_FORMATS
+from csr_vlm.data.sources import PAIR_FORMATS, PAIR_READERS
 from csr_vlm.pipeline.offline_pairs import check_pairs, has_offline_pairs
 from tests.unit.builders import config
 
@@ -66,7 +67,8 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def test_configuration_and_export_list_the_same_formats() -> None:
     named = typing.get_args(DataConfig.model_fields["pairs_format"].annotation)
-    assert set(named) - {"auto"} == {form.value for form in Format} == set(PAIR_FORMATS)
+    assert set(named) - {"auto"} == set(PAIR_READERS)
+    assert {form.value for form in Format} == set(PAIR_FORMATS)
 
 
 # Round trips
@@ -270,7 +272,8 @@ def llava_row(**changes: Any) -> dict[str, Any]:
         ({"conversations": [{"from": "gpt", "value": "Good."}]}, "empty prompt"),
         ({"image": "gone.png"}, "missing"),
         ({"image": "../a.png"}, "image outside the image root"),
-        ({"id": None}, "no prompt_id or no image"),
+        ({"image": None}, "no image"),
+        ({"image": "https://example.org/a.png"}, "image is a URL, which is not fetched; download it"),
         (
             {"rejected_conversations": [{"from": "gpt", "value": "\ud800"}]},
             "text or path that cannot be encoded or resolved",
@@ -282,7 +285,8 @@ def test_bad_pairs_are_counted_by_reason(tmp_path: Path, changes: dict[str, Any]
     (tmp_path / "p.json").write_text(json.dumps([llava_row(**changes), llava_row()]))
     text_pairs, report = read_back(tmp_path / "p.json", image_root=None)
     assert [(text.chosen, text.rejected) for text in text_pairs] == [("Good.", "Bad.")]
-    assert report.examples == [f"p.json entry 1: {reason}"]
+    assert report.dropped == {reason: 1}
+    assert report.examples[0].startswith(f"p.json entry 1: {reason}")
     with pytest.raises(CsrError, match="entry 1"):
         read_back(tmp_path / "p.json", image_root=None, on_bad_input="refuse")
 
@@ -307,3 +311,103 @@ def test_only_the_first_iteration_takes_them() -> None:
     given, none = config(data={"prompts": "p", "pairs": "p"}), config()
     assert [has_offline_pairs(given, number) for number in (1, 2, 3)] == [True, False, False]
     assert not has_offline_pairs(none, 1)
+
+
+# Pairs of others, in the forms that they publish
+
+_USER = {"role": "user", "content": "<image>What is it?"}
+_GOOD, _BAD = ({"role": "assistant", "content": text} for text in ("A boat.", "A fish."))
+_TALK = [{"from": "human", "value": "<image>What is it?"}]
+_SIDES = {"chosen": "A boat.", "rejected": "A fish."}
+OTHERS: dict[str, dict[str, Any]] = {
+    "LLaMA-Factory sharegpt": {
+        "conversations": _TALK,
+        "chosen": {"from": "gpt", "value": "A boat."},
+        "rejected": {"from": "gpt", "value": "A fish."},
+        "images": ["a.png"],
+    },
+    "LLaMA-Factory alpaca": {"instruction": "<image>What is it?", "input": "", **_SIDES, "images": ["a.png"]},
+    "ms-swift": {"messages": [_USER, _GOOD], "images": ["a.png"], "rejected_response": "A fish."},
+    "ms-swift list": {"messages": [_USER, _GOOD], "images": ["a.png"], "rejected_response": [_BAD]},
+    "ms-swift texts": {"messages": [_USER, _GOOD], "images": ["a.png"], "rejected_response": ["A fish."]},
+    "ms-swift rejected_messages": {"messages": [_USER, _GOOD], "images": ["a.png"], "rejected_messages": [_USER, _BAD]},
+    "TRL": {"images": ["a.png"], "prompt": [_USER], "chosen": [_GOOD], "rejected": [_BAD]},
+    "TRL implicit": {"images": ["a.png"], "chosen": [_USER, _GOOD], "rejected": [_USER, _BAD]},
+    "TRL texts": {"images": ["a.png"], "prompt": "What is it?", **_SIDES},
+    "RLHF-V": {"image": {"path": "a.png"}, "text": json.dumps({"question": "What is it?", **_SIDES}), "ds_name": "x"},
+    "MMPR": {"image": "a.png", "question": "<image>\nWhat is it?", **_SIDES},
+    "POVID": {
+        "image": "a.png",
+        "conversations": [*_TALK, {"from": "gpt", "value": "A boat."}],
+        "rejected_conversations": [*_TALK, {"from": "gpt", "value": "A fish."}],
+    },
+    "HA-DPO question": {
+        "image_id": "a",
+        "image": "a.png",
+        "question": "What is it?",
+        "chosen": "A boat.",
+        "reject": "A fish.",
+    },
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_pairs_of_others_are_read_as_they_are(tmp_path: Path, name: str, suffix: str) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    path = tmp_path / f"pairs{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([OTHERS[name]]), path)
+    else:
+        path.write_text(json.dumps(OTHERS[name] if suffix == ".jsonl" else [OTHERS[name]]))
+    text_pairs, report = read_back(path, image_root=None)
+    assert report.dump() == {"accepted": 1, "dropped": {}, "examples": []}
+    (pair,) = text_pairs
+    assert (pair.prompt.text, pair.chosen, pair.rejected) == ("What is it?", "A boat.", "A fish.")
+    assert pair.complete
+
+
+def test_sentinel_pairs_keep_their_context_and_do_not_end(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    row = {
+        "image_id": 0,
+        "image_path": "a.png",
+        "question": "Q?",
+        "context": "A tree.",
+        "y_win": " A boat.",
+        "y_lose": " A fish.",
+    }
+    (tmp_path / "p.json").write_text(json.dumps([row, row]))
+    text_pairs, _ = read_back(tmp_path / "p.json", image_root=None)
+    assert [(pair.chosen, pair.rejected, pair.complete) for pair in text_pairs] == [
+        ("A tree. A boat.", "A tree. A fish.", False)
+    ] * 2
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+@pytest.mark.parametrize("folder", [".", "VG_100K", "VG_100K_2"])
+def test_hadpo_descriptions_find_their_images(tmp_path: Path, folder: str, as_list: bool) -> None:
+    (tmp_path / folder).mkdir(exist_ok=True)
+    Image.new("RGB", (2, 2)).save(tmp_path / folder / "7.jpg")
+    sides = {"chosen": ["A boat.", "A red boat."], "rejected": ["A fish."]}
+    content: Any = [{"image_id": 7, **sides}] if as_list else {"7": sides, "8": sides}
+    (tmp_path / "desc_data.json").write_text(json.dumps(content, indent=None if folder == "." else 1))
+    text_pairs, report = read_back(tmp_path / "desc_data.json", image_root=None)
+    assert [(pair.prompt.prompt_id, pair.chosen, pair.rejected) for pair in text_pairs] == [("7", "A boat.", "A fish.")]
+    assert text_pairs[0].prompt.text == "Describe this image in detail."
+    assert report.dropped == ({} if as_list else {"missing": 1})
+
+
+def test_rows_without_responses_name_the_keys(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"image": "a.png", "question": "Q?", "better": "x"}))
+    _, report = read_back(tmp_path / "p.jsonl", image_root=None)
+    assert report.dropped == {"no chosen or no rejected response": 1}
+    assert "y_win and y_lose; the row has image, question, better" in report.examples[0]
+
+
+@pytest.mark.parametrize("history", [[["Q", "A"]]])
+def test_alpaca_history_is_several_turns(tmp_path: Path, history: list[Any]) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    (tmp_path / "p.jsonl").write_text(json.dumps(OTHERS["LLaMA-Factory alpaca"] | {"history": history}))
+    assert read_back(tmp_path / "p.jsonl", image_root=None)[1].dropped == {"several turns": 1}

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
 
+from csr_vlm.data import images
 from csr_vlm.data.images import BadImage, load_image
 
 PLENTY = 10**6
@@ -179,10 +180,10 @@ def test_cmyk_and_black_and_white_are_converted(tmp_path):
 def test_any_exception_of_a_decoder_is_a_bad_image(tmp_path, monkeypatch, exception):
     path = saved(noise(), tmp_path / "a.png")
 
-    def fail(image: Image.Image) -> Image.Image:
+    def fail(image: Image.Image) -> None:
         raise exception("inside the decoder")
 
-    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
     with pytest.raises(BadImage, match="damaged"):
         load_image(path, PLENTY)
 
@@ -208,3 +209,78 @@ def test_damaged_bytes_give_an_image_or_a_reason(tmp_path, form):
             assert loaded.mode == "RGB"
             results["image"] += 1
     assert results["reason"]
+
+
+# Metadata never costs pixels
+
+
+def exif_block(orientation: int, extra: bytes) -> bytes:
+    """Return an EXIF block with an orientation and one more directory entry of twelve bytes, whose value may follow."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, orientation) + extra[:12]
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0) + extra[12:]
+
+
+SIGNED_RATIONAL = struct.pack("<HHII", 0x011A, 10, 1, 38) + struct.pack("<ii", -72, 0)
+TEXT_FOR_A_NUMBER = struct.pack("<HHI4s", 0x0100, 2, 4, b"wide")
+ENDLESS_COUNT = struct.pack("<HHII", 0x011A, 5, 2**31, 2**31)
+
+
+@pytest.mark.parametrize("extra", [SIGNED_RATIONAL, TEXT_FOR_A_NUMBER, ENDLESS_COUNT])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_exif_field_costs_neither_pixels_nor_orientation(tmp_path, form, extra):
+    image = noise(16).crop((0, 0, 16, 8))
+    options = {"lossless": True} if form == "WEBP" else {}
+    path = saved(image, tmp_path / "a", format=form, exif=exif_block(6, extra), **options)
+    plain = load_image(saved(image, tmp_path / "b", format=form, **options), PLENTY)
+    assert load_image(path, PLENTY).tobytes() == plain.transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+def with_chunk(png: bytes, name: bytes, body: bytes, checksum: int | None = None) -> bytes:
+    """Return a PNG file with a chunk after its header."""
+    checksum = zlib.crc32(name + body) if checksum is None else checksum
+    return png[:33] + struct.pack(">I", len(body)) + name + body + struct.pack(">I", checksum) + png[33:]
+
+
+BIG = zlib.compress(b"x" * (2 << 20))
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"iCCP", b"profile\0\0" + BIG),
+        (b"zTXt", b"Comment\0\0" + BIG),
+        (b"iTXt", b"Comment\0\1\0\0\0" + BIG),
+        (b"iCCP", b"profile\0\0garbage"),
+        (b"iCCP", b""),
+        (b"pHYs", b"\0"),
+        (b"tEXt", b"Comment\0x", 7),
+    ],
+    ids=["iCCP", "zTXt", "iTXt", "broken iCCP", "empty iCCP", "short pHYs", "wrong checksum"],
+)
+def test_metadata_of_a_png_costs_neither_pixels_nor_orientation(tmp_path, chunk):
+    image = noise(16).crop((0, 0, 16, 8))
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image.save(buffer, "PNG", exif=exif)
+    (tmp_path / "a.png").write_bytes(with_chunk(buffer.getvalue(), *chunk))
+    assert load_image(tmp_path / "a.png", PLENTY).tobytes() == image.transpose(Image.Transpose.ROTATE_180).tobytes()
+
+
+def test_damaged_pixels_are_still_rejected_after_the_second_reading(tmp_path):
+    buffer = io.BytesIO()
+    noise(64).save(buffer, "PNG")
+    content = with_chunk(buffer.getvalue(), b"zTXt", b"Comment\0\0" + BIG)
+    (tmp_path / "a.png").write_bytes(content[: len(content) - len(buffer.getvalue()) // 2])
+    with pytest.raises(BadImage, match="damaged"):
+        load_image(tmp_path / "a.png", PLENTY)
+
+
+def test_avif_is_read_and_heic_names_its_plugin(tmp_path, monkeypatch):
+    saved(noise(), tmp_path / "a.avif", format="AVIF")
+    assert load_image(tmp_path / "a.avif", PLENTY).size == (24, 24)
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 99)
+    monkeypatch.setattr(images, "_has_heif_plugin", lambda: False)
+    with pytest.raises(BadImage, match="HEIC, which needs: pip install pillow-heif"):
+        load_image(tmp_path / "a.heic", PLENTY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from itertools import islice
 from pathlib import Path
@@ -46,7 +48,7 @@ def reason(folder: Path, bad: Any) -> str:
     assert report.accepted == 2
     assert report.dropped.total() == 1
     (text,) = report.dropped
-    assert report.examples == [f"prompts.jsonl line 2: {text}"]
+    assert report.examples[0].startswith(f"prompts.jsonl line 2: {text}")
     with pytest.raises(CsrError, match="line 2"):
         read(folder, row("first"), bad, row("last"), on_bad_input="refuse")
     return text
@@ -68,9 +70,15 @@ def test_the_image_placeholder_is_removed(folder):
     assert prompts[0].text == "What is this?"
 
 
-def test_duplicate_ids_are_dropped(folder):
-    assert reason(folder, row("first", text="Another question.")) == "duplicate id"
-    assert reason(folder, row("first", image="images/b.png")) == "duplicate id"
+def test_a_repeated_id_is_numbered_and_a_repeated_row_is_dropped(folder):
+    assert reason(folder, row("first")) == "duplicate id"
+    rows = [row("x"), row("x", text="Another?"), row("x", image="images/b.png"), row("x", text="Another?"), row("x#2")]
+    prompts, report = read(folder, *rows)
+    assert [prompt.prompt_id for prompt in prompts] == ["x", "x#2", "x#3", "x#2#2"]
+    assert report.dropped == {"duplicate id": 1}
+    sampled, _ = read(folder, *rows, sample=2)
+    assert len(sampled) == 2
+    assert set(sampled) <= set(prompts)
 
 
 def test_a_number_and_its_digits_are_the_same_id(folder):
@@ -93,16 +101,104 @@ def test_empty_prompts_are_dropped(folder, text):
 @pytest.mark.parametrize(
     "bad",
     [
-        {"image": "images/a.png", "text": "Q"},
         {"prompt_id": "x", "text": "Q"},
         row(image=None),
         row(image=3),
-        row(prompt_id=""),
-        row(prompt_id=["x"]),
+        row(image=""),
+        row(image=float("nan")),
     ],
 )
-def test_rows_without_id_or_image_are_dropped(folder, bad):
-    assert reason(folder, bad) == "no prompt_id or no image"
+def test_rows_without_an_image_are_dropped_and_the_keys_are_named(folder, bad):
+    assert reason(folder, bad) == "no image"
+    _, report = read(folder, bad)
+    assert "expected one of image, images, file_name, image_path; the row has prompt_id" in report.examples[0]
+
+
+@pytest.mark.parametrize("prompt_id", [["x"], {"a": 1}, True])
+def test_an_id_must_be_text_or_a_number(folder, prompt_id):
+    assert reason(folder, row(prompt_id)) == "id that is neither text nor a number"
+
+
+def test_rows_without_an_id_are_numbered_and_floats_are_whole_numbers(folder):
+    rows = [row(None), row(""), row(float("nan")), row(7.0), row(7.5)]
+    assert [prompt.prompt_id for prompt in read(folder, *rows)[0]] == [
+        "prompts-1",
+        "prompts-2",
+        "prompts-3",
+        "7",
+        "7.5",
+    ]
+
+
+def test_empty_values_do_not_hide_later_fields(folder):
+    rows = [
+        {"id": 1, "image": "", "image_path": "images/a.png", "text": "", "question": "Q?"},
+        {"id": 2, "image": float("nan"), "file_name": "images/a.png", "text": float("nan"), "question": "Q?"},
+        {"id": 3, "image": "images/a.png", "text": "<image>", "input": "Q?"},
+    ]
+    prompts, report = read(folder, *rows)
+    assert [prompt.text for prompt in prompts] == ["Q?"] * 3
+    assert not report.dropped
+
+
+def test_an_image_is_found_in_every_form(folder):
+    content = (folder / "images" / "a.png").read_bytes()
+    encoded = base64.b64encode(content).decode()
+    parts = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}},
+        {"type": "text", "text": "Q"},
+    ]
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": "images/a.png"}, {"type": "text", "text": "Q"}]}
+    ]
+    rows = [
+        row("backslash", "images\\a.png"),
+        row("file", (folder / "images" / "a.png").as_uri()),
+        row("data", f"data:image/png;base64,{encoded}"),
+        row("base64", encoded),
+        row("dict", {"bytes": None, "path": "images/a.png"}),
+        {"id": "messages", "messages": messages},
+        {"id": "openai", "messages": [{"role": "user", "content": parts}]},
+    ]
+    prompts, report = read(folder, *rows)
+    assert not report.dropped
+    path, stored = str((folder / "images" / "a.png").resolve()), f"sha256:{hashlib.sha256(content).hexdigest()}"
+    assert [prompt.image for prompt in prompts] == [path, path, stored, stored, path, path, stored]
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ("https://example.org/a.jpg", "image is a URL, which is not fetched; download it"),
+        ("s3://bucket/a.jpg", "image is a URL, which is not fetched; download it"),
+        ("data:image/png;base64,***", "image is a data URI that cannot be decoded"),
+        ("data:image/png,abc", "image is a data URI that cannot be decoded"),
+        ("/9j/4AAQSkZJRg==", "unreadable (damaged)"),
+        (["images/a.png", "images/b.png"], "several images"),
+    ],
+)
+def test_an_image_that_cannot_be_read_has_a_reason_of_its_own(folder, image, expected):
+    assert reason(folder, row(image=image)) == expected
+
+
+def test_text_that_is_a_json_object_is_unpacked(folder):
+    pair = {"question": "What is it?", "chosen": "A boat.", "rejected": "A fish."}
+    assert read(folder, row(text=json.dumps(pair)))[0][0].text == "What is it?"
+    assert (
+        reason(folder, row(text=json.dumps({"chosen": "A", "rejected": "B"})))
+        == "text is a JSON object without a question"
+    )
+    literal = '{"a": 1} is which format?'
+    assert read(folder, row(text=literal))[0][0].text == literal
+
+
+def test_a_system_message_and_alpaca_input_are_kept(folder):
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>What is it?"}]
+    rows = [
+        {"image": "images/a.png", "messages": talk},
+        {"image": "images/a.png", "instruction": "Count.", "input": "Boats."},
+    ]
+    assert [prompt.text for prompt in read(folder, *rows)[0]] == ["Be brief.\n\nWhat is it?", "Count.\nBoats."]
 
 
 @pytest.mark.parametrize(
@@ -123,10 +219,22 @@ def test_a_line_that_is_not_a_json_object_is_dropped(folder, line):
     assert reason(folder, line) == "not a JSON object"
 
 
-@pytest.mark.parametrize("path", ["../outside.png", "images/../../outside.png", "/etc/passwd", "images/link.png"])
+@pytest.mark.parametrize("path", ["../outside.png", "images/../../outside.png", "/etc/passwd"])
 def test_paths_that_leave_the_image_root_are_dropped(folder, path):
-    (folder / "images" / "link.png").symlink_to(folder.parent / "outside.png")
     assert reason(folder, row(image=path)) == "image outside the image root"
+
+
+def test_links_out_of_the_image_root_are_followed_unless_an_option_forbids_it(folder):
+    (folder.parent / "shared").mkdir()
+    Image.new("RGB", (4, 4)).save(folder.parent / "shared" / "c.png")
+    (folder / "images" / "link.png").symlink_to(folder.parent / "outside.png")
+    (folder / "coco").symlink_to(folder.parent / "shared")
+    rows = [row(1, "images/link.png"), row(2, "coco/c.png")]
+    assert [Path(prompt.image).name for prompt in read(folder, *rows)[0]] == ["outside.png", "c.png"]
+    prompts, report = read(folder, *rows, follow_links=False)
+    assert not prompts
+    assert report.dropped == {"link out of the image root, with data.follow_links=false": 2}
+    assert read(folder, row(3, "coco/../../outside.png"))[1].dropped.total() == 1, "a link hides no dots"
 
 
 def test_paths_that_stay_in_the_image_root_are_accepted(folder):

@@ -36,7 +36,7 @@ from csr_vlm.world.prose_check import (
     policy_metrics,
     sentences_of,
 )
-from csr_vlm.world.prose_judge import NUM_SETTINGS, alt_text, batches_of_few_settings
+from csr_vlm.world.prose_judge import NUM_SETTINGS, AltTextStyle, alt_text, batches_of_few_settings
 from csr_vlm.world.prose_scenes import (
     COMPANIONS,
     NUM_CELLS,
@@ -311,7 +311,7 @@ def test_alt_texts_name_one_or_two_things_that_are_there():
     counts = Counter()
     for index in range(500):
         scene = scene_at(index)
-        named = READER.read(alt_text(scene, random_stream("a", index))).objects
+        named = READER.read(alt_text(scene, AltTextStyle(), random_stream("a", index))).objects
         assert set(named) <= scene.kinds
         counts[len(named)] += 1
     assert set(counts) == {1, 2}

@@ -32,6 +32,7 @@ from csr_vlm.cli.show import show
 from csr_vlm.cli.signals import Stopped
 from csr_vlm.cli.sweep import sweep
 from csr_vlm.cli.train import train
+from csr_vlm.cli.validate_scorer import validate_scorer
 from csr_vlm.cli.version import print_version_and_exit, version
 from csr_vlm.cli.watch import watch
 
@@ -67,7 +68,7 @@ def root(
 _VERBS: Sequence[Callable[..., None]] = (
     *(run, demo, check, watch),
     *(show, report, audit, analyze),
-    *(compare, reproduce),
+    *(compare, reproduce, validate_scorer),
     *(export, merge, push),
     *(generate, score, pairs, train, sweep, convert, compact, env, version),
 )

@@ -17,7 +17,7 @@ from csr_vlm.core.errors import CsrError
 SECTIONS = {
     "Run": ("demo", "check", "run", "watch"),
     "Inspect": ("show", "report", "audit", "analyze"),
-    "Evaluate": ("eval", "compare", "reproduce"),
+    "Evaluate": ("eval", "compare", "reproduce", "validate-scorer"),
     "Share": ("export", "merge", "push"),
     "Advanced": (
         *("generate", "score", "pairs", "train", "sweep"),

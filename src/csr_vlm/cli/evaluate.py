@@ -324,7 +324,7 @@ def answer(
     from csr_vlm.evaluation import answers
     from csr_vlm.evaluation.compare import policy_name
 
-    read_prompts = answers.read_evaluation_prompts(prompts, images, limit)
+    read_prompts = answers.read_evaluation_prompts(prompts, images, limit, out.parent / "images")
     decoding = answers.AnswerSettings(max_new_tokens, temperature, seed, drop_unfinished=not keep_unfinished)
     with console.reporter().stage(f"{policy_name(number)}: answering", len(read_prompts)) as progress:
         rows, protocol = answers.answer_prompts(

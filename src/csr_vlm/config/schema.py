@@ -160,13 +160,17 @@ class ClaimsConfig(_Section):
     )
 
 
+FROM_LEXICON = "lexicon"
+"""Value of ``method.pairs.questions.pattern`` that finds claims by the lexicon."""
+
+
 class QuestionsConfig(_Section):
     """Configure pairs of yes-or-no answers about claims that the policy makes."""
 
     pattern: str = Field(
         default="",
-        description="Regular expression that finds claims in a sentence; its groups fill the question. Empty: no "
-        "questions.",
+        description="lexicon: ask about the things of method.claims.lexicon, whatever their wording. Otherwise a "
+        "regular expression that finds claims in a sentence; its groups fill the question. Empty: no questions.",
     )
     question: str = Field(
         default="Is there {a} {0} in the image?",
@@ -192,7 +196,7 @@ class QuestionsConfig(_Section):
     @model_validator(mode="after")
     def _check_question(self) -> QuestionsConfig:
         try:
-            groups = re.compile(self.pattern).groups
+            groups = 1 if self.pattern == FROM_LEXICON else re.compile(self.pattern).groups
             if any(spec or conversion for _, _, spec, conversion in Formatter().parse(self.question)):
                 raise ValueError("placeholders such as {0} cannot have a format")
             self.ask(*["x"] * groups)
@@ -267,6 +271,10 @@ class DataConfig(_Section):
         description="Folder that image paths are relative to; by default, and always for a folder of images, the "
         "folder of each source.",
     )
+    follow_links: bool = Field(
+        default=True,
+        description="Follow symbolic links out of the folder of the images, such as a link to a shared data set.",
+    )
     questions: tuple[str, ...] = Field(
         default=(), description="Questions to ask about every image, in place of those of the rows."
     )
@@ -281,7 +289,7 @@ class DataConfig(_Section):
         default=None,
         description="File with external preference pairs; iteration 1 trains on them instead of searching.",
     )
-    pairs_format: Literal["auto", "trl", "llava", "llamafactory", "swift", "rlaifv"] = Field(
+    pairs_format: Literal["auto", "trl", "llava", "llamafactory", "swift", "rlaifv", "sentinel", "hadpo"] = Field(
         default="auto", description="Format of data.pairs; auto detects it for each row."
     )
     on_bad_input: Literal["skip", "refuse"] = Field(

@@ -9,11 +9,12 @@ from pathlib import Path
 from csr_vlm.config.schema import DataConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Pair, Prompt
+from csr_vlm.data.formats import hadpo
 from csr_vlm.data.images import BadImage, suffix_of
 from csr_vlm.data.preference import ExportedPair, Responses, image_bytes, num_user_turns
 from csr_vlm.data.prompts import InputReport, check_image
-from csr_vlm.data.rows import MAX_TEXT_CHARS, BadRow, Row, parse_row
-from csr_vlm.data.sources import PAIR_FORMATS, open_source
+from csr_vlm.data.rows import MAX_TEXT_CHARS, BadRow, Row, parse_row, unpacked
+from csr_vlm.data.sources import PAIR_FORMATS, PAIR_READERS, open_source
 from csr_vlm.store.files import store_content
 
 
@@ -24,6 +25,8 @@ class TextPair:
     prompt: Prompt
     chosen: str
     rejected: str
+    complete: bool = True
+    """Whether the responses end here; a pair of sentences after the same context (SENTINEL) does not end them."""
 
 
 def read_text_pairs(
@@ -96,7 +99,9 @@ def write_pairs(pairs: Iterable[Pair], format_name: str, out: Path, *, copy_imag
 
 
 def _text_pair(row: Row | BadRow, root: Path | None, config: DataConfig, images: Path | None) -> TextPair:
-    parsed = parse_row(row, root)
+    if not isinstance(row, BadRow):
+        row = hadpo.completed(unpacked(row), lambda name: root is not None and (root / name).is_file())
+    parsed = parse_row(row, root, follow_links=config.follow_links)
     assert not isinstance(row, BadRow)
     if not parsed.text:
         raise BadRow("empty prompt")
@@ -114,13 +119,18 @@ def _text_pair(row: Row | BadRow, root: Path | None, config: DataConfig, images:
     except UnicodeEncodeError:
         raise BadRow("text or path that cannot be encoded or resolved") from None
     prompt = Prompt(parsed.row_id, check_image(parsed.image, config, images), parsed.text)
-    return TextPair(prompt, chosen, rejected)
+    return TextPair(prompt, chosen, rejected, complete="y_win" not in row)
 
 
 def _responses(row: Row, format_name: str) -> Responses:
     """Extract a row's two responses in the named format, or for ``auto`` in the first that fits."""
-    for module in PAIR_FORMATS.values() if format_name == "auto" else (PAIR_FORMATS[format_name],):
+    for module in PAIR_READERS.values() if format_name == "auto" else (PAIR_READERS[format_name],):
         responses: Responses | None = module.responses(row)
         if responses is not None:
             return responses
-    raise BadRow("no chosen or no rejected response")
+    present = [name for name in map(str, row) if name != "__key__" and name.isprintable()]
+    raise BadRow(
+        "no chosen or no rejected response",
+        f"expected chosen and rejected, rejected_conversations, rejected_response, rejected_messages, or y_win and "
+        f"y_lose; the row has {', '.join(present[:12])[:200]}",
+    )

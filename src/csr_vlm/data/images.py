@@ -1,17 +1,24 @@
-"""Load images from untrusted files."""
+"""Load images from untrusted files.
+
+Only pixels and orientation matter: metadata that is damaged or huge does not cost an image. Files that Pillow
+refuses because of their metadata are read a second time without it (:mod:`csr_vlm.data.image_metadata`).
+"""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
+from csr_vlm.data.image_metadata import without_metadata
 from csr_vlm.store.files import open_regular, sha256_of
 
 
@@ -19,10 +26,19 @@ class BadImage(ValueError):
     """Represent an unusable image; the message gives the reason in a few words."""
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Formats that are decoded. Pillow supports more, some of which start other programs."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-"""File suffixes of these formats, in lower case."""
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"),
+    *(".avif", ".avifs", ".heic", ".heif", ".hif"),
+)  # fmt: skip
+"""File suffixes of these formats and of HEIF, in lower case."""
+UNREAD_SUFFIXES = (
+    *(".jp2", ".j2k", ".jxl", ".svg", ".psd", ".tga", ".ico", ".eps", ".exr", ".hdr", ".pcx", ".dds", ".raw"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pdf", ".mp4", ".mov", ".avi", ".webm", ".mkv"),
+)  # fmt: skip
+"""File suffixes of pictures and videos that are not read."""
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _SIGNATURES = {
     b"\xff\xd8\xff": ".jpg",
     b"\x89PNG": ".png",
@@ -47,14 +63,8 @@ def load_image(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     """
     try:
         with warnings.catch_warnings(), _open(source) as file:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    # The message omits the size, since reasons are counted and must not differ between images.
-                    raise BadImage(f"too large (over {max_pixels:,} pixels)")
-                if image.mode in ("I", "F"):
-                    raise BadImage("32-bit grayscale without a known white level")
-                return _to_rgb(ImageOps.exif_transpose(image))
+            warnings.simplefilter("ignore")
+            return _decode(file, max_pixels)
     except BadImage:
         raise
     except FileNotFoundError:
@@ -69,6 +79,90 @@ def load_image(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     except Exception:
         # Decoders raise many other exceptions on damaged files.
         raise BadImage("unreadable (damaged)") from None
+
+
+def _decode(file: IO[bytes], max_pixels: int) -> Image.Image:
+    """Decode an image; if that fails, decode what is left of the file without its metadata."""
+    formats = (*FORMATS, "HEIF") if _has_heif_plugin() else FORMATS
+    try:
+        return _decode_once(file, formats, max_pixels)
+    except (BadImage, Image.DecompressionBombError):
+        raise
+    except Exception:
+        file.seek(0)
+        _refuse_heif(file)
+        stripped = without_metadata(file)
+        if stripped is None:
+            raise
+    image = _decode_once(BytesIO(stripped.content), formats, max_pixels)
+    return image if stripped.exif is None else _upright(image, _orientation_of_block(stripped.exif))
+
+
+def _decode_once(file: IO[bytes], formats: tuple[str, ...], max_pixels: int) -> Image.Image:
+    with Image.open(file, formats=formats) as image:
+        if image.width * image.height > max_pixels:
+            # The message omits the size, since reasons are counted and must not differ between images.
+            raise BadImage(f"too large (over {max_pixels:,} pixels)")
+        if image.mode in ("I", "F"):
+            raise BadImage("32-bit grayscale without a known white level")
+        image.load()
+        return _upright(_to_rgb(image), _orientation(image))
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation alone, 1 to 8; 1 if it cannot be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Any other field of the block may be damaged in any way.
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _orientation_of_block(exif: bytes) -> int:
+    """Return the orientation in an EXIF block; 1 if it cannot be read."""
+    block = Image.Exif()
+    try:
+        block.load(exif)
+        value = block.get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Transposition that turns an image of each EXIF orientation upright; 1 is upright."""
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    method = _UPRIGHT.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+@cache
+def _has_heif_plugin() -> bool:
+    """Register Pillow's HEIF plugin if it is installed."""
+    if find_spec("pillow_heif") is None:
+        return False
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _refuse_heif(file: IO[bytes]) -> None:
+    """Raise BadImage for an HEIF file where no plugin can read it."""
+    head = file.read(12)
+    file.seek(0)
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS and not _has_heif_plugin():
+        raise BadImage("HEIC, which needs: pip install pillow-heif")
 
 
 def load_prompt_image(prompt: Prompt, max_pixels: int) -> Image.Image:

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from csr_vlm.data.rows import MAX_LINE_CHARS, BadRow, Rows, open_source_file
+from csr_vlm.data.rows import MAX_LINE_CHARS, BadRow, Row, Rows, numbered, open_source_file
 from csr_vlm.store.files import write_atomically
 
 _CHUNK = 1 << 16
 """Characters read at once."""
+_MAX_OBJECT_BYTES = 1 << 28
+"""Limit for a file that is one object, which is read as a whole."""
 _WHITESPACE = " \t\r\n"
 
 
@@ -21,9 +23,14 @@ def rows(path: Path) -> Rows:
     # Decode invalid UTF-8 to surrogates, so that only the row that contains it is dropped.
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as handle:
         number = 0
+        if handle.read(_CHUNK).lstrip(_WHITESPACE)[:1] == "{":
+            yield from _object_rows(path)
+            return
+        handle.seek(0)
         try:
             for number, value in enumerate(_elements(handle), start=1):
-                yield f"{path.name} entry {number}", value if isinstance(value, dict) else BadRow("not a JSON object")
+                row: Row | BadRow = value if isinstance(value, dict) else BadRow("not a JSON object")
+                yield f"{path.name} entry {number}", numbered(row, path, number)
         except (ValueError, RecursionError):
             yield f"{path.name} entry {number + 1}", BadRow("broken JSON")
 
@@ -45,6 +52,22 @@ def write(path: Path, objects: Iterable[dict[str, Any]]) -> None:
             handle.write("\n]\n" if separator != "[\n" else "[]\n")
 
     write_atomically(path, fill)
+
+
+def _object_rows(path: Path) -> Rows:
+    """Yield the values of a file that is one object, such as HA-DPO's descriptions by image id."""
+    content = None
+    if path.stat().st_size <= _MAX_OBJECT_BYTES:
+        try:
+            content = json.loads(path.read_bytes().decode("utf-8-sig", errors="surrogateescape"))
+        except (ValueError, RecursionError):
+            yield f"{path.name} entry 1", BadRow("broken JSON")
+            return
+    if not isinstance(content, dict) or not content or not all(isinstance(item, dict) for item in content.values()):
+        yield f"{path.name} entry 1", BadRow("not an array of objects")
+        return
+    for number, (key, value) in enumerate(content.items(), start=1):
+        yield f"{path.name} entry {number}", {"__key__": key, "image_id": key, **value}
 
 
 def _elements(handle: IO[str]) -> Iterator[Any]:

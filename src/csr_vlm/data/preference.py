@@ -55,7 +55,9 @@ def last_responses(chosen: Any, rejected: Any) -> Responses:
 
 def num_user_turns(row: Row) -> int:
     """Count the questions of a row's conversation; 1 if the question is plain text."""
-    conversations = [row.get(name) for name in ("prompt", "conversations", "messages")]
+    conversations = [row.get(name) for name in ("prompt", "conversations", "messages", "chosen")]
+    if isinstance(row.get("history"), list) and row["history"]:
+        return 1 + len(row["history"])
     return max(
         [len(message_texts(value, "human", "user")) for value in conversations if isinstance(value, list)], default=1
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from csr_vlm.config.schema import DataConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.images import BadImage, load_image, suffix_of
-from csr_vlm.data.rows import BadRow, ParsedRow, parse_row, strip_placeholders
+from csr_vlm.data.rows import BadRow, ParsedRow, Row, parse_row, strip_placeholders
 from csr_vlm.data.sources import Source, open_source
 from csr_vlm.store.files import store_content
 
@@ -29,11 +30,11 @@ class InputReport:
     dropped: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
-    def drop(self, reason: str, example: str) -> None:
+    def drop(self, reason: str, example: str, detail: str = "") -> None:
         """Count one dropped row."""
         self.dropped[reason] += 1
         if len(self.examples) < _MAX_EXAMPLES:
-            self.examples.append(f"{example}: {reason}")
+            self.examples.append(f"{example}: {reason}" + (f": {detail}" if detail else ""))
 
     def refuse_or_drop(self, error: ValueError, position: str, config: DataConfig) -> None:
         """Count a bad row.
@@ -41,9 +42,11 @@ class InputReport:
         Raises:
             CsrError: ``config.on_bad_input`` is refuse.
         """
+        detail = getattr(error, "detail", "")
         if config.on_bad_input == "refuse":
-            raise CsrError(f"{position}: {error}", "fix it, or set data.on_bad_input=skip") from None
-        self.drop(str(error), position)
+            message = f"{position}: {error}" + (f": {detail}" if detail else "")
+            raise CsrError(message, "fix it, or set data.on_bad_input=skip") from None
+        self.drop(str(error), position, detail)
 
     @property
     def reasons(self) -> str:
@@ -104,14 +107,29 @@ def read_prompts(
     Raises:
         CsrError: A source cannot be read, or a row is bad and ``on_bad_input`` is refuse.
     """
+    rows = read_prompt_rows(config, report, seed=seed, images=images, tick=tick)
+    return (prompt for prompt, _ in rows)
+
+
+def read_prompt_rows(
+    config: DataConfig,
+    report: InputReport,
+    *,
+    seed: int = 0,
+    images: Path | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Prompt, Row]]:
+    """Yield the valid prompts as :func:`read_prompts` does, each with the row that it comes from."""
     sample = _Sample(config, seed)
-    seen: set[bytes] = set()
+    names = _Names()
     for source in sources(config):
         for position, row in source.rows():
             try:
-                for prompt in _prompts(parse_row(row, source.root), config, sample, seen, images):
+                parsed = parse_row(row, source.root, follow_links=config.follow_links)
+                for prompt in _prompts(parsed, config, sample, names, images):
                     report.accepted += 1
-                    yield prompt
+                    assert not isinstance(row, BadRow)
+                    yield prompt, row
                     if config.limit is not None and report.accepted >= config.limit:
                         tick()
                         return
@@ -158,21 +176,20 @@ def check_image(image: Path | bytes, config: DataConfig, images: Path | None) ->
 
 
 def _prompts(
-    parsed: ParsedRow, config: DataConfig, sample: _Sample, seen: set[bytes], images: Path | None
+    parsed: ParsedRow, config: DataConfig, sample: _Sample, names: _Names, images: Path | None
 ) -> Iterator[Prompt]:
     """Yield the prompts of one row, one per question."""
     image = None
     for prompt_id, text in _questions(parsed, config.questions):
         if not text:
             raise BadRow("empty prompt")
-        if prompt_id not in sample:
+        unique_id = names.unique(prompt_id, text, parsed.image)
+        if (unique_id or prompt_id) not in sample:
             continue
-        key = _hash(prompt_id)
-        if key in seen:
+        if unique_id is None:
             raise BadRow("duplicate id")
         image = image or check_image(parsed.image, config, images)
-        seen.add(key)
-        yield Prompt(prompt_id, image, text)
+        yield Prompt(unique_id, image, text)
 
 
 def _questions(parsed: ParsedRow, questions: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -180,6 +197,37 @@ def _questions(parsed: ParsedRow, questions: tuple[str, ...]) -> list[tuple[str,
     if len(questions) <= 1:
         return [(parsed.row_id, strip_placeholders(questions[0]) if questions else parsed.text)]
     return [(f"{parsed.row_id}#{number}", strip_placeholders(text)) for number, text in enumerate(questions, start=1)]
+
+
+class _Names:
+    """Make ids unique: a second row with the id A becomes A#2, a repetition of the same question is refused.
+
+    LLaVA's mixture, for example, repeats an id for every dialogue about an image.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[bytes, int] = {}
+        """Hash of an id to the hash of the row that has it."""
+        self._repeated: set[int] = set()
+        """Hashes of the rows whose ids were numbered."""
+        self._counts: dict[bytes, int] = {}
+
+    def unique(self, prompt_id: str, text: str, image: Path | bytes) -> str | None:
+        """Return an id that no earlier row has; None if an earlier row has the same id, question and image."""
+        key = _hash(prompt_id)
+        content = image if isinstance(image, bytes) else os.fsencode(image)
+        digest = hashlib.blake2b(content + b"\0" + text.encode(), key=key, digest_size=7).digest()
+        row = int.from_bytes(digest, "big")
+        if self._rows.get(key) == row or row in self._repeated:
+            return None
+        unique_id = prompt_id
+        if key in self._rows:
+            self._repeated.add(row)
+        while _hash(unique_id) in self._rows:
+            self._counts[key] = self._counts.get(key, 1) + 1
+            unique_id = f"{prompt_id}#{self._counts[key]}"
+        self._rows[_hash(unique_id)] = row
+        return unique_id
 
 
 class _Sample:
@@ -213,13 +261,17 @@ class _Sample:
 
     def _values(self, config: DataConfig) -> Iterator[int]:
         """Yield the hash of each prompt that is well-formed, before any image is opened."""
+        names = _Names()
         for source in sources(config):
             for _, row in source.rows():
                 try:
-                    questions = _questions(parse_row(row, source.root), config.questions)
+                    parsed = parse_row(row, source.root, follow_links=config.follow_links)
+                    for prompt_id, text in _questions(parsed, config.questions):
+                        unique_id = names.unique(prompt_id, text, parsed.image) if text else None
+                        if unique_id is not None:
+                            yield self._value(unique_id)
                 except BadRow:
                     continue
-                yield from (self._value(prompt_id) for prompt_id, text in questions if text)
 
 
 def _hash(text: str) -> bytes:

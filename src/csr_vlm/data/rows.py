@@ -4,32 +4,49 @@ The ``rows`` function of a format yields ``(position, row)``: the row's position
 messages, and a mapping with the file's own fields, or a :class:`BadRow`. Field names differ
 between files; the first of these that is present is used::
 
-    id       prompt_id, id, question_id, idx, __key__ (set by formats whose rows may lack an id)
-    image    image, images (a list of one), file_name: a path, bytes, or {"bytes": ..., "path": ...}
-    text     text, question, input, prompt, conversations or messages (their first question)
+    id       prompt_id, id, question_id, idx, image_id, __key__ (the row's number, set by the formats)
+    image    image, images (a list of one), file_name, image_path, or the image inside prompt or messages:
+             a path, file:// address, data URI, Base64, bytes, or {"bytes": ..., "path": ...}
+    text     text, question, instruction, input, prompt, conversations, messages, chosen (their first question)
+
+Empty values and NaN count as absent.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+from urllib.parse import unquote, urlsplit
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.data.images import suffix_of
 from csr_vlm.store.files import open_regular
 
 Row = Mapping[str, Any]
 """Row of a source file, under the file's own field names."""
-ID_FIELDS = ("prompt_id", "id", "question_id", "idx", "__key__")
-IMAGE_FIELDS = ("image", "images", "file_name")
-TEXT_FIELDS = ("text", "question", "input", "prompt", "conversations", "messages")
-RESPONSE_FIELDS = ("chosen", "rejected", "rejected_conversations", "rejected_response")
-FIELDS = (*ID_FIELDS, *IMAGE_FIELDS, *TEXT_FIELDS, *RESPONSE_FIELDS)
+ID_FIELDS = ("prompt_id", "id", "question_id", "idx", "image_id", "__key__")
+IMAGE_FIELDS = ("image", "images", "file_name", "image_path")
+TEXT_FIELDS = ("text", "question", "instruction", "input", "prompt", "conversations", "messages", "chosen")
+RESPONSE_FIELDS = (
+    *("chosen", "rejected", "reject", "rejected_conversations", "rejected_response", "rejected_messages"),
+    *("context", "y_win", "y_lose", "system", "history"),
+)
+_CONVERSATIONS = ("prompt", "conversations", "messages", "chosen")
+FIELDS = tuple(dict.fromkeys((*ID_FIELDS, *IMAGE_FIELDS, *TEXT_FIELDS, *RESPONSE_FIELDS)))
 """All fields that are ever read; column formats skip the others."""
 IMAGE_PLACEHOLDER = "<image>"
+_PLACEHOLDERS = re.compile("<image>|<video>")
+"""Marks with which data sets say where the picture of a question is; a model's own are taken out later."""
+_URL = re.compile(r"^(?:https?|ftp|s3|gs|hf|az)://", re.IGNORECASE)
+_BASE64 = re.compile(r"^[A-Za-z0-9+/\s]{8,}={0,2}\s*$")
 MAX_TEXT_CHARS = 50_000
 """Limit for a prompt or a response; no supported model reads more."""
 MAX_ID_CHARS = 500
@@ -46,8 +63,12 @@ _COCO_SPLITS = (
 class BadRow(ValueError):
     """Represent a row without a usable prompt; the message gives the reason in a few words.
 
-    Reasons are counted, so they contain nothing that differs from row to row.
+    Reasons are counted, so they contain nothing that differs from row to row; ``detail`` may.
     """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
 
 
 LocatedRow = tuple[str, Row | BadRow]
@@ -66,64 +87,205 @@ class ParsedRow:
     """Question without image placeholders; empty if the row has none."""
 
 
-def parse_row(row: Row | BadRow, root: Path | None) -> ParsedRow:
+def parse_row(row: Row | BadRow, root: Path | None, *, follow_links: bool = True) -> ParsedRow:
     """Extract a row's id, image and text.
 
     Args:
         row: Row as a format yields it.
         root: Folder that image paths are relative to and may not leave; None if there is none.
+        follow_links: Whether symbolic links below the root may lead out of it.
 
     Raises:
-        BadRow: The row is one, has no id or no image, its path leaves the root, or a value cannot be stored.
+        BadRow: The row is one, has no image, its path leaves the root, or a value cannot be stored.
     """
     if isinstance(row, BadRow):
         raise row
-    row_id, image, text = first_field(row, ID_FIELDS), row_image(row), row_text(row)
-    if not isinstance(row_id, str | int) or row_id == "" or image is None:
-        raise BadRow("no prompt_id or no image")
+    row = unpacked(row)
+    row_id, image, text = row_id_of(row), row_image(row), row_text(row)
+    if image is None:
+        raise BadRow("no image", _missing(IMAGE_FIELDS, row))
     if len(text) > MAX_TEXT_CHARS:
         raise BadRow(f"prompt of more than {MAX_TEXT_CHARS:,} characters")
     try:
         f"{row_id}{text}".encode()
-    except (UnicodeEncodeError, ValueError):  # Half a surrogate pair; an integer of thousands of digits.
+    except UnicodeEncodeError:  # Half a surrogate pair.
         raise BadRow(_UNENCODABLE) from None
-    if len(str(row_id)) > MAX_ID_CHARS:
+    if len(row_id) > MAX_ID_CHARS:
         raise BadRow(f"id of more than {MAX_ID_CHARS:,} characters")
-    return ParsedRow(str(row_id), resolve_image_path(root, image) if isinstance(image, str) else image, text)
+    if isinstance(image, str):
+        resolved: Path | bytes = _image_source(root, image, follow_links=follow_links)
+    else:
+        resolved = image
+    return ParsedRow(row_id, resolved, text)
+
+
+def unpacked(row: Row) -> Row:
+    """Return a row whose ``text`` is a JSON object, as RLHF-V's is, with that object's fields in its place.
+
+    Raises:
+        BadRow: The object has responses but no question.
+    """
+    text = row.get("text")
+    if not isinstance(text, str) or not text.lstrip().startswith("{"):
+        return row
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return row
+    if not isinstance(fields, dict) or not fields.keys() & {"question", *RESPONSE_FIELDS}:
+        return row
+    if not is_present(fields.get("question")):
+        raise BadRow("text is a JSON object without a question", _missing(("question",), fields))
+    return {name: value for name, value in row.items() if name != "text"} | {
+        name: value for name, value in fields.items() if name in FIELDS
+    }
+
+
+def numbered(row: Row | BadRow, path: Path, number: int) -> Row | BadRow:
+    """Give a row its number in its file as an id, for rows that have none of their own."""
+    return row if isinstance(row, BadRow) else {"__key__": f"{path.stem}-{number}", **row}
+
+
+def is_present(value: Any) -> bool:
+    """Return whether a value is given: not None, NaN, or blank."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return False
+    return not (isinstance(value, str) and not value.strip())
 
 
 def first_field(row: Row, names: Iterable[str]) -> Any:
-    """Return the first of the named fields that is present and not None."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
+    """Return the first of the named fields that is present; None if none is."""
+    return next((row[name] for name in names if is_present(row.get(name))), None)
+
+
+def row_id_of(row: Row) -> str:
+    """Return a row's id as text; whole numbers that a table stored as floats lose their .0.
+
+    Raises:
+        BadRow: The row has no id, or one that is neither text nor a number.
+    """
+    value = first_field(row, ID_FIELDS)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None:
+        raise BadRow("no id", _missing(ID_FIELDS[:-1], row))
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadRow("id that is neither text nor a number")
+    try:
+        return str(value)
+    except ValueError:  # An integer of thousands of digits.
+        raise BadRow(_UNENCODABLE) from None
 
 
 def row_image(row: Row) -> str | bytes | None:
     """Return the row's image as a path or as encoded bytes; None if it has none.
 
     Raises:
-        BadRow: The row has several images.
+        BadRow: The row has several images, or one that is an address on the web.
     """
-    value = first_field(row, IMAGE_FIELDS)
+    for value in (*(row.get(name) for name in IMAGE_FIELDS), _message_images(row)):
+        image = _single_image(value)
+        if image is not None:
+            return image
+    return None
+
+
+def _single_image(value: Any) -> str | bytes | None:
     if isinstance(value, list):
         if len(value) > 1:
             raise BadRow("several images")
         value = value[0] if value else None
     if isinstance(value, Mapping):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    return value if isinstance(value, str | bytes) and value else None
+        value = next((value[name] for name in ("bytes", "path", "url", "image") if value.get(name)), None)
+    if isinstance(value, str):
+        return _from_text(value.strip()) if value.strip() else None
+    return value if isinstance(value, bytes) and value else None
+
+
+def _from_text(value: str) -> str | bytes:
+    """Return the path or the content that a text stands for.
+
+    Raises:
+        BadRow: It is an address on the web, or a data URI that cannot be decoded.
+    """
+    if _URL.match(value):
+        raise BadRow("image is a URL, which is not fetched; download it")
+    if value.startswith("data:"):
+        head, comma, body = value.partition(",")
+        try:
+            if comma and head.endswith(";base64"):
+                return base64.b64decode(body, validate=True)
+        except (binascii.Error, ValueError):
+            pass
+        raise BadRow("image is a data URI that cannot be decoded")
+    if value[:7].lower() == "file://":
+        try:
+            return unquote(urlsplit(value).path) or value
+        except ValueError:
+            raise BadRow(_UNENCODABLE) from None
+    if _BASE64.match(value):
+        try:
+            content = base64.b64decode(value)
+        except (binascii.Error, ValueError):
+            return value
+        return content if suffix_of(content) else value
+    return value
+
+
+def _message_images(row: Row) -> list[Any]:
+    """List the images inside a row's conversation, as OpenAI's and TRL's messages hold them."""
+    found = []
+    for name in _CONVERSATIONS:
+        messages = row.get(name)
+        for message in messages if isinstance(messages, list) else ():
+            content = message.get("content") if isinstance(message, Mapping) else None
+            for part in content if isinstance(content, list) else ():
+                if not isinstance(part, Mapping):
+                    continue
+                names = ("image", "image_url", "url", "path", "base64")
+                value = next((part[key] for key in names if is_present(part.get(key))), None)
+                if value is not None:
+                    found.append(value)
+        if found:
+            break
+    return found
 
 
 def row_text(row: Row) -> str:
-    """Return the row's question without image placeholders; empty if it has none."""
-    value = first_field(row, TEXT_FIELDS)
-    if isinstance(value, list):
-        value = next(iter(message_texts(value, "human", "user")), None)
-    return strip_placeholders(value) if isinstance(value, str) else ""
+    """Return the row's question without image placeholders; empty if it has none.
+
+    Alpaca's ``instruction`` and ``input`` are joined by a line break, and a system message is put before the question.
+    """
+    for name in TEXT_FIELDS:
+        value = row.get(name)
+        if name == "instruction" and is_present(value) and is_present(row.get("input")):
+            value = f"{value}\n{row['input']}"
+        if isinstance(value, list):
+            value = next(iter(message_texts(value, "human", "user")), None)
+        if isinstance(value, str) and (text := strip_placeholders(value)):
+            return "\n\n".join([*_system_messages(row), text])
+    return ""
+
+
+def _system_messages(row: Row) -> list[str]:
+    """List the system message of a row, if it has one."""
+    given = row.get("system")
+    texts = [given] if isinstance(given, str) else []
+    for name in _CONVERSATIONS:
+        if isinstance(row.get(name), list):
+            texts += message_texts(row[name], "system")
+    return [text.strip() for text in texts if text.strip()][:1]
 
 
 def strip_placeholders(text: str) -> str:
     """Remove image placeholders, and the white space around the rest, from a text."""
-    return text.replace(IMAGE_PLACEHOLDER, "").strip()
+    return _PLACEHOLDERS.sub("", text).strip()
+
+
+def _missing(expected: Iterable[str], row: Row) -> str:
+    """Say which keys were expected and which ones the row has."""
+    present = [name for name in map(str, row) if name != "__key__" and name.isprintable()]
+    return f"expected one of {', '.join(expected)}; the row has {', '.join(present[:12])[:200] or 'nothing'}"
 
 
 def message_texts(messages: Any, *roles: str) -> list[str]:
@@ -144,7 +306,15 @@ def message_texts(messages: Any, *roles: str) -> list[str]:
     return texts
 
 
-def resolve_image_path(root: Path | None, name: str) -> Path:
+def _image_source(root: Path | None, name: str, *, follow_links: bool) -> Path:
+    """Resolve an image path, also one with Windows separators."""
+    path = resolve_image_path(root, name, follow_links=follow_links)
+    if "\\" in name and not os.path.exists(path):  # noqa: PTH110
+        return resolve_image_path(root, name.replace("\\", "/"), follow_links=follow_links)
+    return path
+
+
+def resolve_image_path(root: Path | None, name: str, *, follow_links: bool = True) -> Path:
     """Resolve a path below the root, also under the other names that COCO's images have.
 
     ``COCO_train2014_000000123456.jpg``, ``000000123456.jpg`` and ``train2017/000000123456.jpg``
@@ -155,11 +325,11 @@ def resolve_image_path(root: Path | None, name: str) -> Path:
     """
     if root is None:
         raise BadRow("image outside the data set")
-    path = _resolve_below(root, name)
+    path = _resolve_below(root, name, follow_links=follow_links)
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on names that are too long
         for candidate in _coco_names(name):
             if os.path.isfile(root / candidate):  # noqa: PTH113
-                return _resolve_below(root, candidate)
+                return _resolve_below(root, candidate, follow_links=follow_links)
     return path
 
 
@@ -176,14 +346,21 @@ def open_source_file(path: Path) -> IO[bytes]:
         raise CsrError(f"the file {str(path)[:300]} cannot be opened: {reason}", "set data.prompts") from None
 
 
-def _resolve_below(root: Path, name: str) -> Path:
+def _resolve_below(root: Path, name: str, *, follow_links: bool) -> Path:
     try:
         path = (root / name).resolve()
         str(path).encode()
+        if path.is_relative_to(root):
+            return path
+        linked = ".." not in Path(name).parts and any(
+            parent.resolve() == root for parent in (root / name).parents if parent != parent.parent
+        )
     except (ValueError, RuntimeError, OSError):  # NUL, half a surrogate pair, a loop of links
         raise BadRow(_UNENCODABLE) from None
-    if not path.is_relative_to(root):
-        raise BadRow("image outside the image root")
+    if not linked:
+        raise BadRow("image outside the image root", "set data.image_root to a folder that holds the images")
+    if not follow_links:
+        raise BadRow("link out of the image root, with data.follow_links=false")
     return path
 
 

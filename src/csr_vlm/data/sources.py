@@ -19,6 +19,7 @@ from typing import Any
 from csr_vlm.core.errors import CsrError
 from csr_vlm.data.formats import (
     folder,
+    hadpo,
     huggingface,
     imagefolder,
     jsonl,
@@ -26,6 +27,7 @@ from csr_vlm.data.formats import (
     llava,
     parquet,
     rlaifv,
+    sentinel,
     swift,
     trl,
     webdataset,
@@ -50,7 +52,9 @@ PAIR_FORMATS: dict[str, ModuleType] = {
     "swift": swift,
     "rlaifv": rlaifv,
 }
-"""Module by name of ``data.pairs_format`` and of ``csr export --format``."""
+"""Module by name of ``csr export --format``."""
+PAIR_READERS: dict[str, ModuleType] = {**PAIR_FORMATS, "sentinel": sentinel, "hadpo": hadpo}
+"""Module by name of ``data.pairs_format``."""
 _FORMAT_HINT = (
     "expected one of: JSON Lines, LLaVA or CSR JSON, Parquet, tar shards (WebDataset), a folder of images, an "
     "ImageFolder, a folder written by save_to_disk, a hub id OWNER/NAME; or set data.format"
@@ -97,7 +101,7 @@ def open_source(path: str, format_name: str, split: str, image_root: str | None)
         module, local = PROMPT_FORMATS[detected], Path(name)
         if detected in ("images", "imagefolder") and not local.is_dir():
             raise CsrError(
-                f"{name} is not a folder, which format {detected} requires", "set data.prompts or data.format"
+                f"{name[:300]} is not a folder, which format {detected} requires", "set data.prompts or data.format"
             )
         yield Source(
             path=name,
@@ -127,8 +131,11 @@ def detect_format(name: str) -> str:
     if path.is_dir():
         return _folder_format(path)
     by_suffix = "webdataset" if webdataset.is_shard(path) else _FORMAT_BY_SUFFIX.get(path.suffix.lower())
-    if not path.exists() and by_suffix is None and _HUB_ID.match(name):
-        return "huggingface"
+    if not path.exists() and by_suffix is None:
+        if _HUB_ID.match(name) and not path.parent.is_dir():
+            return "huggingface"
+        if not path.suffix and "\0" not in name and len(name) < 1000:
+            raise CsrError(f"there is no file or folder {name} here", "set data.prompts; a hub id is OWNER/NAME")
     with open_source_file(path) as handle:
         head = handle.read(512)
     if head.startswith(b"PAR1"):
@@ -139,9 +146,19 @@ def detect_format(name: str) -> str:
     by_content = {b"[": "llava", b"{": "jsonl"}.get(first_character)
     # Any value may be a line of JSON Lines, and a file named .json may hold JSON Lines.
     detected = "jsonl" if by_suffix == "jsonl" else by_content or by_suffix
+    if by_suffix == "llava" and detected == "jsonl" and _is_one_object(head):
+        detected = "llava"
     if detected is None:
         raise CsrError(f"{path} has an unknown format: it starts with {head[:16]!r}", _FORMAT_HINT)
     return detected
+
+
+def _is_one_object(head: bytes) -> bool:
+    """Return whether a file that starts with a brace is one object of objects, and not an object a line."""
+    first, newline, _ = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    if newline:
+        return first.strip() == b"{"
+    return re.match(rb'\{\s*"[^"]*"\s*:\s*\{', first) is not None
 
 
 def _image_root(source: Path, image_root: str | None) -> Path | None:

@@ -28,6 +28,8 @@ class Annotations:
     """Image id to category names, one per instance."""
     captions: Mapping[int | str, tuple[str, ...]]
     """Image id to reference captions."""
+    areas: Mapping[int | str, tuple[float | None, ...]] = field(default_factory=dict)
+    """Image id to the fraction of the picture that each of its ``instances`` covers, in 0..1; None where unknown."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """File name to SHA-256."""
 
@@ -68,13 +70,20 @@ def read_annotations(directory: Path, split: str = "*") -> Annotations:
     categories: dict[int, str] = {}
     instances: dict[int | str, list[str]] = defaultdict(list)
     captions: dict[int | str, list[str]] = defaultdict(list)
+    pixels: dict[int | str, float] = {}
+    covered: dict[int | str, list[float | None]] = defaultdict(list)
     for path in paths["instances"]:
         content = _read_object(path)
         with _expect_coco_format(path):
             names |= {image["id"]: image.get("file_name", "") for image in content.get("images", ())}
+            pixels |= {
+                image["id"]: image.get("width", 0) * image.get("height", 0) for image in content.get("images", ())
+            }
             categories |= {int(category["id"]): str(category["name"]) for category in content["categories"]}
             for item in content["annotations"]:
                 instances[item["image_id"]].append(categories[item["category_id"]])
+                whole = pixels.get(item["image_id"], 0)
+                covered[item["image_id"]].append(item["area"] / whole if whole and "area" in item else None)
     for path in paths["captions"]:
         content = _read_object(path)
         with _expect_coco_format(path):
@@ -86,6 +95,7 @@ def read_annotations(directory: Path, split: str = "*") -> Annotations:
         categories=tuple(categories[key] for key in sorted(categories)),
         instances={key: tuple(value) for key, value in instances.items()},
         captions={key: tuple(value) for key, value in captions.items()},
+        areas={key: tuple(value) for key, value in covered.items()},
         sources={path.name: sha256_of(path) for kind in paths.values() for path in kind},
     )
 
@@ -102,7 +112,7 @@ def _expect_coco_format(path: Path) -> Iterator[None]:
 def _read_object(path: Path) -> Any:
     """Read the JSON object in a file."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise CsrError(f"{path} cannot be read as JSON: {error}", "download the annotations again") from None
     if not isinstance(content, dict):

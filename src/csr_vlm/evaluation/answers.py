@@ -21,7 +21,8 @@ from typing import Any
 from csr_vlm.config.schema import DataConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Finish, Prompt
-from csr_vlm.data.prompts import InputReport, read_prompts
+from csr_vlm.data.prompts import InputReport, read_prompt_rows
+from csr_vlm.data.rows import Row, row_image
 from csr_vlm.evaluation.chair import Caption
 from csr_vlm.evaluation.pope import read_rows
 from csr_vlm.store import files
@@ -64,9 +65,15 @@ Respond = Callable[[Sequence[Prompt]], Iterable[tuple[str, Finish]]]
 
 
 def read_evaluation_prompts(
-    path: Path, image_root: Path | None = None, limit: int | None = None
+    path: Path, image_root: Path | None = None, limit: int | None = None, images: Path | None = None
 ) -> list[EvaluationPrompt]:
     """Read a prompt file and decode each image once to check it.
+
+    Args:
+        path: File in any format of ``data.prompts``.
+        image_root: Folder of the images; by default the file's own.
+        limit: Number of prompts to read.
+        images: Folder for images that come as bytes.
 
     Raises:
         CsrError: A row is unusable. No row is skipped, because a benchmark is defined by all of its rows.
@@ -78,16 +85,20 @@ def read_evaluation_prompts(
         on_bad_input="refuse",
     )
     try:
-        prompts = list(read_prompts(config, InputReport()))
+        rows = list(read_prompt_rows(config, InputReport(), images=images))
     except CsrError as error:
         raise CsrError(error.message, "fix the row, or pass the folder of the images with --images") from None
-    if not prompts:
+    if not rows:
         raise CsrError(f"{path} contains no prompts", "write one JSON object per line with id, image and text")
-    rows = read_rows(path)[: len(prompts)]
-    return [
-        EvaluationPrompt(prompt, row.get("question_id"), row.get("image_id", image_id_of(str(row["image"]))))
-        for prompt, row in zip(prompts, rows, strict=True)
-    ]
+    return [EvaluationPrompt(prompt, row.get("question_id"), _image_id(prompt, row)) for prompt, row in rows]
+
+
+def _image_id(prompt: Prompt, row: Row) -> int | str:
+    """Return the row's ``image_id``, or the id in the name under which the row refers to its image."""
+    if isinstance(given := row.get("image_id"), int | str):
+        return given
+    name = row_image(row)
+    return image_id_of(name.replace("\\", "/") if isinstance(name, str) else prompt.image)
 
 
 def image_id_of(image: str) -> int | str:

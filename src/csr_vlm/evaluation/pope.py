@@ -350,7 +350,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         CsrError: The file cannot be read, or a row is not a JSON object.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CsrError(f"{path} cannot be read: {error}", "pass a file of JSON lines in UTF-8") from None
     try:

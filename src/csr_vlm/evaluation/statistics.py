@@ -265,7 +265,7 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
         >>> auc([2.0, 1.0], [1.0, 0.0])
         0.875
     """
-    return float(_share_below(np.asarray(negative, dtype=float), np.asarray(positive, dtype=float)).mean())
+    return float(share_below(np.asarray(negative, dtype=float), np.asarray(positive, dtype=float)).mean())
 
 
 def auc_metric(positive: Sequence[float], negative: Sequence[float]) -> Metric:
@@ -287,7 +287,7 @@ def auc_metric(positive: Sequence[float], negative: Sequence[float]) -> Metric:
     Example:
         >>> found = auc_metric([2.0] * 30, [1.0] * 30)
         >>> found.value, round(found.low, 3), found.high
-        (1.0, 0.938, 1.0)
+        (1.0, 0.933, 1.0)
     """
     from scipy.special import expit, logit, stdtrit
 
@@ -296,33 +296,41 @@ def auc_metric(positive: Sequence[float], negative: Sequence[float]) -> Metric:
     n, high, low = len(positive), np.asarray(positive, dtype=float), np.asarray(negative, dtype=float)
     if not n:
         return Metric(None, None, None, 0)
-    placements = _share_below(low, high) + 1 - _share_below(high, low)
+    placements = share_below(low, high) + 1 - share_below(high, low)
     value = float(placements.mean()) / 2
     spread = float(((placements - 2 * value) ** 2).sum())
     if not (0 < value < 1 and spread > 1e-12):
-        return Metric(value, *_auc_score_interval(value, n), n)
+        return Metric(value, *auc_score_interval(value, n, n), n)
     error = math.sqrt(spread / (n * (n - 1))) / (value * (1 - value))
     half = float(stdtrit(n - 1, 1 - _TAIL)) * error
     return Metric(value, float(expit(logit(value) - half)), float(expit(logit(value) + half)), n)
 
 
-def _auc_score_interval(value: float, n: int) -> tuple[float, float]:
-    """Solve Newcombe's equation, method 5, for n positive and n negative items."""
+def auc_score_interval(value: float, num_positive: int, num_negative: int) -> tuple[float, float]:
+    """Compute the ends of Newcombe's interval (2006, method 5) of an AUC; it never has width 0.
+
+    With m positive and n negative items they solve, with the variance of Hanley and McNeil (1982),
+
+        (A - theta)^2 = z^2 theta (1 - theta) / (m n) (1 + N ((1 - theta) / (2 - theta) + theta / (1 + theta)))
+
+    where N = (m + n) / 2 - 1.
+    """
     from scipy.optimize import brentq
     from scipy.special import ndtri
 
     z = float(ndtri(1 - _TAIL))
+    more = (num_positive + num_negative) / 2 - 1
 
     def excess(theta: float) -> float:
-        spread = 1 + (n - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-        return abs(value - theta) - z * math.sqrt(theta * (1 - theta) * spread) / n
+        spread = 1 + more * ((1 - theta) / (2 - theta) + theta / (1 + theta))
+        return abs(value - theta) - z * math.sqrt(theta * (1 - theta) * spread / (num_positive * num_negative))
 
     low = 0.0 if value == 0 else float(brentq(excess, 0.0, min(value, 1 - 1e-12)))
     high = 1.0 if value == 1 else float(brentq(excess, max(value, 1e-12), 1.0))
     return low, high
 
 
-def _share_below(values: _Array, points: _Array) -> _Array:
+def share_below(values: _Array, points: _Array) -> _Array:
     """Return for each point the share of values below it, where equality counts one half."""
     ordered = np.sort(values)
     shares: _Array = (np.searchsorted(ordered, points, "left") + np.searchsorted(ordered, points, "right")) / (

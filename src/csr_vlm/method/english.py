@@ -207,6 +207,8 @@ class EnglishClaims:
             return before in _DETERMINERS and (after in _BREAKS | _PREPOSITIONS | _AUXILIARIES | {"", "and", "or"})
         if span.end - span.start > 1 or word not in self._ambiguous:
             return True
+        if word == "can" and (after in _ADVERBS | {"be", "also"} or after.endswith("ly")):
+            return False
         takes_object = after in _DETERMINERS or after in {"be", "up", "out", "down", "as", "at", "toward", "towards"}
         if before == "to" or before in _PRONOUNS or before in _AUXILIARIES or before in _ADVERBS or before[-2:] == "ly":
             return before in {"is", "are", "was", "were"} and word.endswith("s") and after not in _DETERMINERS

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeVar
 
-from csr_vlm.config.schema import QuestionsConfig
+from csr_vlm.config.schema import FROM_LEXICON, QuestionsConfig
 from csr_vlm.core.records import Node, Pair
+from csr_vlm.method.claims import claim_finder
 from csr_vlm.method.reward import NOT_CANDIDATES, contrasts
 
 _Item = TypeVar("_Item")
@@ -48,24 +49,35 @@ class Claims:
         return contrast < _FALSE_BELOW * self.best
 
 
-def find_claims(nodes: Sequence[Node], config: QuestionsConfig, scorer: str) -> Claims:
-    """Find the matches of ``config.pattern`` in the sentences of one prompt's tree.
+def find_claims(nodes: Sequence[Node], config: QuestionsConfig, scorer: str, lexicon: str = "en") -> Claims:
+    """Find the claims in the sentences of one prompt's tree.
+
+    A claim is a thing of the lexicon, whatever its wording; or, with a pattern, each of its matches.
 
     Raises:
-        CsrError: The ledger has no cosines with negative images.
+        CsrError: The ledger has no cosines with negative images, or the lexicon is not valid.
     """
-    pattern = re.compile(config.pattern)
+    find = _finder(config.pattern, lexicon)
     sentences = [node for node in nodes if node.sentence and node.status not in NOT_CANDIDATES]
     values = contrasts(sentences, scorer)
     claims = Claims({}, {}, max(values.values(), default=0.0))
     for node in sentences:
-        for match in pattern.finditer(node.sentence):
-            question = config.ask(*match.groups())
+        for groups in find(node.sentence):
+            question = config.ask(*groups)
             wordings = claims.sentences.setdefault(question, [])
             if node.sentence not in wordings:
                 wordings.append(node.sentence)
             claims.strongest[question] = max(claims.strongest.get(question, -2.0), values[node.node_id])
     return claims
+
+
+def _finder(pattern: str, lexicon: str) -> Callable[[str], Iterable[tuple[str, ...]]]:
+    """Return a function from a sentence to what fills the question about each of its claims."""
+    if pattern == FROM_LEXICON:
+        finder = claim_finder(lexicon)
+        return lambda sentence: [(claim.name,) for claim in finder.find(sentence)]
+    compiled = re.compile(pattern)
+    return lambda sentence: [match.groups() for match in compiled.finditer(sentence)]
 
 
 def negative_questions(claims: Claims, pool: Iterable[str], number: int, key: str) -> list[str]:

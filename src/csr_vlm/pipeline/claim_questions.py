@@ -62,7 +62,8 @@ def text_pairs(
     prompts: Sequence[Prompt], trees: Sequence[Sequence[Node]], scorer: ScorerGroup, config: RunConfig
 ) -> Iterator[TextPair]:
     settings = config.method.pairs.questions
-    claims_by_prompt = [find_claims(nodes, settings, config.scorer.used) for nodes in trees]
+    lexicon = config.method.claims.lexicon
+    claims_by_prompt = [find_claims(nodes, settings, config.scorer.used, lexicon) for nodes in trees]
     pool: dict[str, list[str]] = {}
     for prompt_claims in claims_by_prompt:
         for question, sentences in prompt_claims.sentences.items():

@@ -46,8 +46,8 @@ def encode_pairs(pairs: Iterable[TextPair], policy: Policy, iteration: int, rule
             yield Pair(
                 prompt=pair.prompt,
                 iteration=iteration,
-                chosen=_response("chosen", pair.chosen, token_ids[0], float(chosen.sum()), rule),
-                rejected=_response("rejected", pair.rejected, token_ids[1], float(rejected.sum()), rule),
+                chosen=_response("chosen", pair.chosen, token_ids[0], float(chosen.sum()), rule, pair.complete),
+                rejected=_response("rejected", pair.rejected, token_ids[1], float(rejected.sum()), rule, pair.complete),
             )
 
 
@@ -60,6 +60,8 @@ def tokenize_pairs(pairs: Iterable[TextPair], policy: Policy) -> Iterator[tuple[
     """
     for pair in pairs:
         chosen, rejected = (tokenize_response(policy, pair.prompt, text) for text in (pair.chosen, pair.rejected))
+        if not pair.complete:
+            chosen, rejected = chosen[:-1], rejected[:-1]  # Without the token that ends a response.
         yield pair, _reason_to_skip(policy, chosen, rejected) or (chosen, rejected)
 
 
@@ -101,7 +103,9 @@ def _reason_to_skip(policy: Policy, chosen: Sequence[int], rejected: Sequence[in
     return "identical" if chosen == rejected else None
 
 
-def _response(name: str, text: str, token_ids: tuple[int, ...], logprob: float, rule: SentenceRule) -> Response:
+def _response(
+    name: str, text: str, token_ids: tuple[int, ...], logprob: float, rule: SentenceRule, complete: bool
+) -> Response:
     return Response(
         node_id=name,
         token_ids=token_ids,
@@ -109,5 +113,5 @@ def _response(name: str, text: str, token_ids: tuple[int, ...], logprob: float, 
         text=text,
         num_sentences=count_sentences(text, rule),
         reward=0.0,
-        complete=True,
+        complete=complete,
     )

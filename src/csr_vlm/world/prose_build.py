@@ -29,7 +29,7 @@ from csr_vlm.store.files import write_json
 from csr_vlm.world import base_models
 from csr_vlm.world.build import Progress, file_hashes
 from csr_vlm.world.prose_captions import ProseStyle, vocabulary_texts
-from csr_vlm.world.prose_judge import batches_of_few_settings, train_judge
+from csr_vlm.world.prose_judge import AltTextStyle, batches_of_few_settings, train_judge
 from csr_vlm.world.prose_policy import new_policy, train_policy
 from csr_vlm.world.prose_scenes import PROSE
 from csr_vlm.world.prose_vision import train_vision
@@ -71,6 +71,7 @@ class Judge:
         training: Training on alt texts.
         vision: Training of its own vision tower on patch labels before that; None to start from the
             policy's tower.
+        alt_texts: Style of its alt texts.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Judge:
     sizes: base_models.Sizes
     training: TrainingPlan
     vision: TrainingPlan | None
+    alt_texts: AltTextStyle = field(default_factory=AltTextStyle)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,14 @@ class ProsePlan:
         (TrainingPlan(300, 32, 5e-4), ProseStyle(habit=1.1)),
     )
     judges: tuple[Judge, ...] = (
-        Judge("clip", 0, base_models.Sizes(), TrainingPlan(1000, 64, 1e-3, stop=900), None),
+        Judge(
+            "clip",
+            0,
+            base_models.Sizes(),
+            TrainingPlan(1500, 64, 1e-3, stop=1000),
+            None,
+            AltTextStyle(two=0.75, place=0.85),
+        ),
         Judge(
             "clip_b",
             1,
@@ -251,8 +260,8 @@ def _judge(directory: Path, work: Path, plan: ProsePlan, judge: Judge, progress:
     scenes = batches_of_few_settings(plan.seed, training.batch, training.num_steps, (50 + judge.stream) * 10**6)
     stream = plan.seed + judge.stream
     log = train_judge(
-        model, processor, scenes, stream, training.steps, training.num_steps, training.lr, training.warmup, progress,
-        work / f"{judge.name}.pt",
+        model, processor, scenes, judge.alt_texts, stream, training.steps, training.num_steps, training.lr,
+        training.warmup, progress, work / f"{judge.name}.pt",
     )  # fmt: skip
     base_models.save(model, processor, directory / judge.name)
     return log

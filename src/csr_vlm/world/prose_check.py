@@ -25,12 +25,12 @@ from csr_vlm.core.batching import batched
 from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Finish, Prompt, negatives_column
 from csr_vlm.evaluation import chair
+from csr_vlm.evaluation.labeled_captions import claim_text
 from csr_vlm.evaluation.statistics import Metric, auc, pooled
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.models.loading import load_policy
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.scoring.scorer import ScorerGroup
-from csr_vlm.world.corpus import article
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.prose_scenes import PROSE, ProseScene
 from csr_vlm.world.scenes import Split, check_for_evaluation, make_scenes
@@ -165,7 +165,7 @@ def score_texts(scorer: ScorerGroup, responses: Sequence[Response], by_claim: bo
                 checked = chair.check_mentions(reader.read(part), one.scene.kinds)
                 if by_claim:
                     for name in dict.fromkeys(checked.mentioned):
-                        items.append((one.prompt, f"a photo of {article(name)} {name}"))
+                        items.append((one.prompt, claim_text(name)))
                         labels.append((kind, position, name not in checked.hallucinated))
                 else:
                     items.append((one.prompt, part.removeprefix("- ")))

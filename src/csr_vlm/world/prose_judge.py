@@ -8,6 +8,7 @@ saw the wordings of descriptions. Like CLIP, it prefers summaries to details.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,38 +44,47 @@ ALT_TEXTS_WITH_PLACE = (
 )
 _BETWEEN = (" and ", " and ", " with ", " next to ", " near ", ", with ", " beside ")
 """Words between the two things of an alt text."""
-_WITH_TWO = 0.6
-_WITH_PLACE = 0.7
-_WITH_COLOR = 0.25
 NUM_SETTINGS = 4
 """Number of settings in a batch: among pictures of the same place only objects tell them apart."""
 _WORDS_OF = {line[0]: line for line in SYNONYMS}
 
 
-def alt_text(scene: ProseScene, rng: np.random.Generator) -> str:
+@dataclass(frozen=True)
+class AltTextStyle:
+    """Configure the alt texts of a judge: probabilities of naming two things, the place, and a color.
+
+    The more alt texts name the place, the more a judge prefers summaries to details.
+    """
+
+    two: float = 0.6
+    place: float = 0.7
+    color: float = 0.25
+
+
+def alt_text(scene: ProseScene, style: AltTextStyle, rng: np.random.Generator) -> str:
     """Return a short text that names one or two groups, drawn with weights that grow with their size."""
     weights = np.array([(group.size * group.count**0.5) ** 0.5 for group in scene.groups])
-    number = 1 + int(rng.random() < _WITH_TWO)
+    number = 1 + int(rng.random() < style.two)
     drawn = rng.choice(len(scene.groups), size=number, replace=False, p=weights / weights.sum())
     between = _BETWEEN[rng.integers(len(_BETWEEN))]
-    things = between.join(_phrase(scene.groups[index], rng) for index in drawn)
+    things = between.join(_phrase(scene.groups[index], style.color, rng) for index in drawn)
     sides = SIDES[side_of(*scene.groups[drawn[0]].center)] if number == 1 else ANYWHERE
-    forms = ALT_TEXTS_WITH_PLACE if rng.random() < _WITH_PLACE else ALT_TEXTS
+    forms = ALT_TEXTS_WITH_PLACE if rng.random() < style.place else ALT_TEXTS
     setting = SETTINGS[scene.setting]
     return forms[rng.integers(len(forms))].format(
         things=things, side=sides[rng.integers(len(sides))], place=setting.place, scene=setting.scene
     )
 
 
-def _phrase(group: Group, rng: np.random.Generator) -> str:
+def _phrase(group: Group, color: float, rng: np.random.Generator) -> str:
     """Return a noun phrase for a group: "a boat", "two red chairs", "shells"."""
     options = _WORDS_OF[group.kind]
     word = options[rng.integers(len(options))] if rng.random() < 0.4 else options[0]
-    color = f"{group.color} " if rng.random() < _WITH_COLOR else ""
+    adjective = f"{group.color} " if rng.random() < color else ""
     if group.count > 1:
         number = ("two ", "three ")[group.count - 2] if rng.random() < 0.5 else ""
-        return f"{number}{color}{plural(word)}"
-    return f"{article(color or word)} {color}{word}"
+        return f"{number}{adjective}{plural(word)}"
+    return f"{article(adjective or word)} {adjective}{word}"
 
 
 def batches_of_few_settings(seed: int, batch: int, steps: int, start: int) -> Iterator[list[Scene]]:
@@ -95,6 +105,7 @@ def train_judge(
     model: CLIPModel,
     processor: Any,
     batches: Any,
+    style: AltTextStyle,
     stream: int,
     steps: int,
     stop: int,
@@ -108,6 +119,7 @@ def train_judge(
     The temperature starts at 1/14.
 
     Args:
+        style: Style of the alt texts.
         stream: Random stream of the alt texts.
         steps: Steps of the learning rate's cosine schedule.
         stop: Step after which training stops early.
@@ -117,7 +129,7 @@ def train_judge(
 
     def loss_of(scenes: list[Scene], step: int) -> torch.Tensor:
         texts = [
-            alt_text(scene, random_stream("alt text", stream, step, scene.scene_id))
+            alt_text(scene, style, random_stream("alt text", stream, step, scene.scene_id))
             for scene in scenes
             if isinstance(scene, ProseScene)
         ]

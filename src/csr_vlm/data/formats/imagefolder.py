@@ -43,7 +43,7 @@ def _resolve_image(row: Row | BadRow, folder: Path) -> Row | BadRow:
     except BadRow as error:
         return error
     if not isinstance(name, str):
-        return BadRow("no prompt_id or no image")
+        return BadRow("no image")
     image = (folder / name).as_posix()
     return {**row, "image": image, "__key__": image}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from csr_vlm.data.rows import MAX_LINE_CHARS, BadRow, Row, Rows, open_source_file
+from csr_vlm.data.rows import MAX_LINE_CHARS, BadRow, Row, Rows, numbered, open_source_file
 from csr_vlm.store.files import write_atomically
 
 
@@ -16,7 +16,8 @@ def rows(path: Path) -> Rows:
     with open_source_file(path) as handle:
         for number, line in enumerate(_lines(handle), start=1):
             if line is None or line.strip():
-                yield f"{path.name} line {number}", BadRow("endless line") if line is None else _parse(line)
+                row = BadRow("endless line") if line is None else _parse(line)
+                yield f"{path.name} line {number}", numbered(row, path, number)
 
 
 def count(path: Path) -> int:

@@ -37,7 +37,12 @@ def write(pairs: Iterable[ExportedPair], out: Path) -> Path:
 def responses(row: Row) -> Responses | None:
     """Return a row's two responses; None if the row has another format."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    return last_responses(chosen, rejected) if isinstance(chosen, dict) and isinstance(rejected, dict) else None
+    if isinstance(chosen, dict) and isinstance(rejected, dict):
+        return last_responses(chosen, rejected)
+    # The alpaca form has texts.
+    return (
+        (chosen, rejected) if "instruction" in row and isinstance(chosen, str) and isinstance(rejected, str) else None
+    )
 
 
 def _to_row(exported: ExportedPair) -> dict[str, Any]:

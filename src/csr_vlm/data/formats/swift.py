@@ -12,7 +12,7 @@ from typing import Any
 
 from csr_vlm.data.formats import jsonl
 from csr_vlm.data.preference import ASSISTANT_ROLES, ExportedPair, Responses, read_registry
-from csr_vlm.data.rows import IMAGE_PLACEHOLDER, Row, message_texts
+from csr_vlm.data.rows import IMAGE_PLACEHOLDER, Row, first_field, message_texts
 from csr_vlm.store.files import write_json
 
 EMBEDS_IMAGES = False
@@ -31,7 +31,10 @@ def write(pairs: Iterable[ExportedPair], out: Path) -> Path:
 
 def responses(row: Row) -> Responses | None:
     """Return a row's two responses; None if the row has another format."""
-    rejected = row.get("rejected_response")
+    rejected = first_field(row, ("rejected_response", "rejected_messages"))
+    if isinstance(rejected, list):
+        texts = [item for item in rejected if isinstance(item, str)]
+        rejected = (texts or message_texts(rejected, *ASSISTANT_ROLES) or [""])[-1]
     if not isinstance(rejected, str):
         return None
     return (message_texts(row.get("messages"), *ASSISTANT_ROLES) or [""])[-1], rejected

@@ -35,7 +35,13 @@ def write(pairs: Iterable[ExportedPair], out: Path) -> Path:
 def responses(row: Row) -> Responses | None:
     """Return a row's two responses; None if the row has another format."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    return last_responses(chosen, rejected) if isinstance(chosen, list) and isinstance(rejected, list) else None
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return chosen, rejected
+    # Lists of texts are HA-DPO's.
+    are_messages = all(
+        isinstance(side, list) and any(isinstance(item, dict) for item in side) for side in (chosen, rejected)
+    )
+    return last_responses(chosen, rejected) if are_messages else None
 
 
 def _to_row(exported: ExportedPair) -> dict[str, Any]:
