@@ -20,7 +20,7 @@ from typing import Any
 
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
-from csr_vlm.data.rows import BadRow, first_field, resolve_image_path, row_image
+from csr_vlm.data.rows import BadRow, resolve_image_path, row_image
 from csr_vlm.evaluation.annotations import Annotations, ground_truth, read_annotations
 from csr_vlm.evaluation.answers import image_id_of
 from csr_vlm.evaluation.chair import Caption, ObjectReader
@@ -152,19 +152,19 @@ def read_any_captions(path: Path) -> list[Caption]:
     """Read captions from JSON lines: an image and a caption under any of the usual names.
 
     The image is ``image_id``, ``image`` or ``file_name``; the caption is ``caption``, ``response``,
-    ``answer`` or ``text``.
+    ``answer`` or ``text``; an empty one is a response that says nothing.
 
     Raises:
         CsrError: A row lacks an image or a caption, or the file has no rows.
     """
     captions = []
     for number, row in enumerate(read_rows(path), start=1):
-        image, text = _image_of(row), first_field(row, _CAPTION_FIELDS)
-        if image is None or not isinstance(text, str):
+        image, texts = _image_of(row), [row[name] for name in _CAPTION_FIELDS if isinstance(row.get(name), str)]
+        if image is None or not texts:
             raise CsrError(
                 f"{path}, row {number}: image or caption is missing", f"write one row per caption: {_CAPTION_EXAMPLE}"
             )
-        captions.append(Caption(row.get("id", number), image, text))
+        captions.append(Caption(row.get("id", number), image, texts[0]))
     if not captions:
         raise CsrError(f"{path} contains no captions", f"write one row per caption: {_CAPTION_EXAMPLE}")
     return captions
