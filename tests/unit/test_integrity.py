@@ -19,6 +19,8 @@ from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.images import load_prompt_image, with_hash
 from csr_vlm.pipeline import stages
+from csr_vlm.report.html import render
+from csr_vlm.report.pictures import embed_picture
 from csr_vlm.report.provenance import provenance
 from csr_vlm.store import files, ledger, tables
 from csr_vlm.store.run import Run
@@ -56,6 +58,8 @@ USES: dict[str, tuple[Callable[[Run], Path], Callable[[Run], object]]] = {
     "ledger part": (lambda run: run.ledger_parts(1)[1], lambda run: list(ledger.trees(run, 1))),
     "ledger table": (lambda run: run.ledger_parts(1)[0], lambda run: run.ledger_table(1)),
     "pairs": (lambda run: run.pairs_path(1), lambda run: run.training_paths(1)),
+    "ledger part in the report": (lambda run: run.ledger_parts(1)[1], render),
+    "pairs in the report": (lambda run: run.pairs_path(1), render),
     "pairs to show": (lambda run: run.pairs_path(1), lambda run: list(run.pairs(1))),
     "questions": (lambda run: run.questions_path(1), lambda run: run.training_paths(1)),
     "adapter": (
@@ -76,7 +80,7 @@ def test_every_flipped_bit_is_noticed_at_the_next_use(run: Run, name: str) -> No
     path_of, use = USES[name]
     path = path_of(run)
     use(run)
-    for _ in flipped_bits(path, 40):
+    for _ in flipped_bits(path, 10 if use is render else 30):
         with pytest.raises(CsrError, match="was changed after") as error:
             use(run)
         assert str(path) in error.value.message
@@ -176,8 +180,16 @@ def test_an_exchanged_image_stops_the_run_even_with_its_old_size_and_time(tmp_pa
     Image.new("RGB", (4, 4), "lime").save(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size
-    with pytest.raises(CsrError, match="usable when the inputs were checked but is not now: it was changed"):
+    with pytest.raises(CsrError, match="usable when the inputs were checked but is not now: changed"):
         load_prompt_image(prompt, 100)
+
+
+def test_a_report_shows_no_exchanged_picture(tmp_path: Path) -> None:
+    prompt = image_prompt(tmp_path)
+    assert embed_picture("a", prompt, 100).uri is not None
+    Image.new("RGB", (4, 4), "lime").save(tmp_path / "a.bmp")
+    assert embed_picture("a", prompt, 100).uri is None
+    assert embed_picture("a", prompt, 100).missing == "image changed"
 
 
 def test_a_touched_image_is_the_same(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_an_export_names_no_image_that_is_absent_or_exchanged(run, tmp_path):
     image = Path(next(run.pairs(1)).prompt.image)
     content = image.read_bytes()
     image.write_bytes(content + b"\0")
-    with pytest.raises(CsrError, match="it was changed"):
+    with pytest.raises(CsrError, match="not now: changed"):
         csr("export", run.root, "--format", "llava", "--out", tmp_path / "exported")
     image.unlink()
     with pytest.raises(CsrError, match="missing"):
@@ -178,6 +178,7 @@ def test_a_link_that_appears_after_the_check_is_not_followed(tmp_path, monkeypat
         ("Authorization: Bearer abc.def-123456", "Authorization: Bearer (redacted)"),
         ("sk-" + "x" * 20, "(redacted)"),
         ("AKIA" + "A" * 16, "(redacted)"),
+        ("pad_token: <|endoftext|>\nimage_token: 151655\neos_token: null", None),
         ("max_tokens=100000, num_tokens: 1234567, user@example.org", None),
     ],
 )
@@ -189,6 +190,8 @@ def test_values_of_secret_environment_variables_are_redacted(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "plain words")
     monkeypatch.setenv("HF_TOKEN", "short")
     assert redact("it said plain words, in short") == "it said (redacted), in short"
+    monkeypatch.setenv("VLLM_API_KEY", "one&two<three")
+    assert redact("a page says one&amp;two&lt;three") == "a page says (redacted)"
 
 
 @pytest.mark.parametrize("override", ["training.trl.hub_token=abc", f"training.trl.push_to_hub_token={TOKEN}"])
@@ -210,7 +213,7 @@ def test_cards_reports_manifests_and_progress_show_no_secret(tmp_path, monkeypat
     settings["generation"]["engine"] = "server"
     settings["training"]["trl"]["run_name"] = "a secret of mine"
     run = Run(original.root, resolve(settings))
-    run.mark_done(1, "audit", stopped=False, note=secrets)
+    run.mark_done(1, "note", note=secrets)
     csr_report = tmp_path / "report.html"
     from csr_vlm.report.html import write_report
 

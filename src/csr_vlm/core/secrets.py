@@ -5,6 +5,7 @@ Model cards, reports, manifests, log lines, error messages and tracebacks all pa
 
 from __future__ import annotations
 
+import html
 import os
 import re
 from typing import Any
@@ -22,9 +23,11 @@ _TOKEN = re.compile(
 _USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@'\"]+@", re.IGNORECASE)
 """User and password in a URL."""
 _ASSIGNED = re.compile(
-    r"((?:\b|_)(?:token|api[_-]?key|access[_-]?key|password|passwd|secret)['\"]?\s*[=:]\s*['\"]?)([^\s'\"&,;)]{6,})",
+    r"((?:\b|_)(?:token(?!['\"]?\s*[=:]\s*['\"]?(?:<|&lt;|\d+\b))|api[_-]?key|access[_-]?key|password|passwd|secret)"
+    r"['\"]?\s*[=:]\s*['\"]?)([^\s'\"&,;)]{6,})",
     re.IGNORECASE,
 )
+"""What is assigned to a secret name; special tokens of a vocabulary, such as ``<pad>``, and their ids are none."""
 _BEARER = re.compile(r"(\bBearer\s+)[\w.~+/-]{8,}=*", re.IGNORECASE)
 _MIN_CHARS = 8
 """Shorter values of environment variables are not looked for: they may occur in any text."""
@@ -49,7 +52,7 @@ def redact(text: str) -> str:
     """
     for name, value in os.environ.items():
         if len(value) >= _MIN_CHARS and is_secret_name(name):
-            text = text.replace(value, REDACTED)
+            text = text.replace(value, REDACTED).replace(html.escape(value), REDACTED)
     text = _USER.sub(rf"\1{REDACTED}@", _TOKEN.sub(REDACTED, text))
     return _ASSIGNED.sub(rf"\1{REDACTED}", _BEARER.sub(rf"\1{REDACTED}", text))
 

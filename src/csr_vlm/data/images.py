@@ -172,10 +172,19 @@ def load_prompt_image(prompt: Prompt, max_pixels: int) -> Image.Image:
         CsrError: The image was deleted or changed since.
     """
     try:
-        loaded = load_image(prompt.image, max_pixels)
+        return load_unchanged_image(prompt, max_pixels)
     except BadImage as error:
         raise _unusable(prompt, str(error)) from None
-    require_same_image(prompt)
+
+
+def load_unchanged_image(prompt: Prompt, max_pixels: int) -> Image.Image:
+    """Load the image of a prompt that passed the check of the inputs, for a page that can do without it.
+
+    Raises:
+        BadImage: The image was deleted or changed since.
+    """
+    loaded = load_image(prompt.image, max_pixels)
+    _require_recorded_hash(prompt)
     return loaded
 
 
@@ -190,11 +199,17 @@ def require_same_image(prompt: Prompt) -> None:
     Raises:
         CsrError: The image was deleted or changed since.
     """
-    path = Path(prompt.image)
-    if not path.is_file():
-        raise _unusable(prompt, "missing")
-    if prompt.image_sha256 and sha256_of(path) != prompt.image_sha256:
-        raise _unusable(prompt, "it was changed")
+    try:
+        if not Path(prompt.image).is_file():
+            raise BadImage("missing")
+        _require_recorded_hash(prompt)
+    except BadImage as error:
+        raise _unusable(prompt, str(error)) from None
+
+
+def _require_recorded_hash(prompt: Prompt) -> None:
+    if prompt.image_sha256 and sha256_of(Path(prompt.image)) != prompt.image_sha256:
+        raise BadImage("changed")
 
 
 def _unusable(prompt: Prompt, reason: str) -> CsrError:

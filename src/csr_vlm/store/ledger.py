@@ -71,6 +71,21 @@ def _mismatch(part: Path) -> CsrError:
     return CsrError(f"{part} does not hold the trees of its prompts", "restore it, or generate again")
 
 
+def nodes_of(run: Run, iteration: int, prompt_ids: Sequence[str]) -> dict[str, list[Node]]:
+    """Return the nodes of some prompts without decoding the other rows, of which a ledger has millions.
+
+    Raises:
+        CsrError: A part of the finished ledger is missing or was changed.
+    """
+    if run.is_done(iteration, "generate"):
+        run.verify(iteration, "generate")
+    nodes: dict[str, list[Node]] = {}
+    for part in run.ledger_parts(iteration):
+        for node in tables.read_nodes_of(part, prompt_ids):
+            nodes.setdefault(node.prompt_id, []).append(node)
+    return nodes
+
+
 def pack(run: Run, iteration: int, max_bytes: int, progress: Progress) -> None:
     """Join adjacent parts of a complete ledger into files of at most ``max_bytes`` bytes.
 

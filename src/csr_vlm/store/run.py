@@ -273,7 +273,8 @@ class Run:
         from csr_vlm.store import contents
 
         result = self.result(iteration, stage)
-        hint = f"restore it; or delete it, {self._marker(iteration, stage)} and the markers of all later stages, and run again"
+        marker = self._marker(iteration, stage)
+        hint = f"restore it; or delete it, {marker} and the markers of all later stages, and run again"
         if stage == "pairs" and "files" not in result:  # version 0.1
             counts = {self.pairs_path(iteration): 1, self.questions_path(iteration): result.get("questions", 0)}
             for path, num_pairs in counts.items():
