@@ -207,13 +207,14 @@ def test_cards_reports_manifests_and_progress_show_no_secret(tmp_path, monkeypat
     monkeypatch.setenv("HF_TOKEN", "a secret of mine")
     original = write_run(tmp_path / "run")
     secrets = [TOKEN, "me:pass", "a secret of mine"]
+    said = [TOKEN, "http://me:pass@host", "a secret of mine"]
     settings = original.config.dump()
     settings["model"]["path"] = f"org/{TOKEN}"
     settings["generation"]["server"] = "http://me:pass@host:8000"
     settings["generation"]["engine"] = "server"
     settings["training"]["trl"]["run_name"] = "a secret of mine"
     run = Run(original.root, resolve(settings))
-    run.mark_done(1, "note", note=secrets)
+    run.mark_done(1, "note", note=said)
     csr_report = tmp_path / "report.html"
     from csr_vlm.report.html import write_report
 
@@ -221,8 +222,8 @@ def test_cards_reports_manifests_and_progress_show_no_secret(tmp_path, monkeypat
     from csr_vlm.store.progress_file import progress_path, record_progress
 
     def fail(reporter):
-        reporter.log(f"loading {secrets}")
-        raise ValueError(f"{secrets}")
+        reporter.log(f"loading {said}")
+        raise ValueError(f"{said}")
 
     with pytest.raises(ValueError, match="pass"), record_progress(run.root, _Said()) as recorder:
         fail(recorder)

@@ -22,7 +22,7 @@ from csr_vlm.method.pairs import make_pairs
 from csr_vlm.report.audit_panel import LABELS
 from csr_vlm.report.charts import Axes, Point, Series, chart
 from csr_vlm.report.panels import Figure
-from csr_vlm.store import ledger
+from csr_vlm.store import files, ledger
 from csr_vlm.store.run import Run
 
 _LAMBDAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
