@@ -36,14 +36,17 @@ def write_run(root: Path) -> Run:
     for index, prompts in enumerate(tables.prompt_groups(run.prompts_path)):
         nodes = [node for prompt in prompts for node in tree(prompt.prompt_id)]
         tables.write_nodes(run.iteration(1) / "ledger" / f"part-{index:06d}-0123456789abcdef.parquet", nodes)
-    run.mark_done(1, "generate", nodes=8 * PROMPTS, statuses={"finished": 8 * PROMPTS}, seconds=1.0)
+    run.mark_done(
+        1, "generate", run.ledger_parts(1), nodes=8 * PROMPTS, statuses={"finished": 8 * PROMPTS}, seconds=1.0
+    )
     stages.make_pairs(run, 1, Silent())
     log = [{"step": 1, "loss": 0.69, "rewards/chosen": 0.0, "rewards/margins": 0.0, "rewards/accuracies": 0.5}]
     adapter = run.iteration(1) / "adapter"
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"\0" * 64)
     files.write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "r": 16, "lora_alpha": 32})
-    run.mark_done(1, "train", seconds=1.0, reference="ledger", reference_difference=0.0, num_pairs=12, log=log)
+    trained = {"reference": "ledger", "reference_difference": 0.0, "num_pairs": 12, "log": log}
+    run.mark_done(1, "train", sorted(adapter.iterdir()), seconds=1.0, **trained)
     for number in (0, 1):
         metric = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 1}
         row = {"id": "x", "text": "Three words here.", "words": 3}

@@ -17,6 +17,7 @@ from PIL import Image
 from csr_vlm.config.load import resolve
 from csr_vlm.core.formatting import compact, duration, fixed, indexed, relative_change, signed
 from csr_vlm.core.records import Finish, Node, NodeStatus, Pair, Prompt, Response
+from csr_vlm.core.secrets import without_secrets
 from csr_vlm.evaluation.statistics import tango
 from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS
 from csr_vlm.pipeline.stages import report as write_report
@@ -35,7 +36,6 @@ from csr_vlm.report.conclusion import Conclusion, conclude
 from csr_vlm.report.evaluations import headline_difference, read_evaluation
 from csr_vlm.report.gallery import pair_gallery
 from csr_vlm.report.limits import Sample
-from csr_vlm.report.provenance import without_secrets
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
 from csr_vlm.world.truth import known_scene

@@ -1,5 +1,34 @@
 """Provide the command line ``csr VERB``. Data goes to stdout, everything else to stderr."""
 
-from csr_vlm.cli.app import main
+from __future__ import annotations
 
-__all__ = ["main"]
+import os
+import signal
+import sys
+from types import FrameType
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a command that Ctrl-C ended."""
+
+
+def main() -> None:
+    """Run the command line. A signal ends every verb in one line, also while the libraries are imported."""
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != process:  # a worker that inherited this handler ends as it would have without it
+            os.kill(os.getpid(), number)
+            return
+        print(f"stopped by {signal.Signals(number).name}; rerun the same command", file=sys.stderr)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        from csr_vlm.cli.app import main as run_app
+
+        run_app()
+    except KeyboardInterrupt:
+        print("interrupted; rerun the same command to resume", file=sys.stderr)
+        sys.exit(INTERRUPTED)

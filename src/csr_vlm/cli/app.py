@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from csr_vlm.cli import error_messages, evaluate, world
+from csr_vlm.cli import INTERRUPTED, error_messages, evaluate, world
 from csr_vlm.cli.analyze import analyze
 from csr_vlm.cli.audit import audit
 from csr_vlm.cli.check import check
@@ -35,9 +35,6 @@ from csr_vlm.cli.train import train
 from csr_vlm.cli.validate_scorer import validate_scorer
 from csr_vlm.cli.version import print_version_and_exit, version
 from csr_vlm.cli.watch import watch
-
-INTERRUPTED = 130
-"""Exit code of typer for Ctrl-C: 128 + SIGINT."""
 
 app = typer.Typer(
     cls=Verbs,
@@ -91,6 +88,6 @@ def main() -> None:
     except Exception as error:
         error_messages.print_error(error)
         sys.exit(error_messages.exit_code(error))
-    if code == INTERRUPTED:
-        print("interrupted; rerun the same command to resume", file=sys.stderr)
+    if code == INTERRUPTED:  # typer returns it for Ctrl-C
+        raise KeyboardInterrupt
     sys.exit(code or 0)

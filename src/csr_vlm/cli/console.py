@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from csr_vlm.cli.sanitize import printable
 from csr_vlm.core.formatting import duration
 from csr_vlm.core.progress import Progress, Reporter, Silent
+from csr_vlm.core.secrets import redact
 from csr_vlm.evaluation.metrics import metric_spec, sort_metrics
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class Terminal:
 
     def log(self, text: str) -> None:
         """Print one line to stderr."""
-        print(printable(text), file=sys.stderr)
+        print(printable(redact(text)), file=sys.stderr)
 
 
 def reporter() -> Reporter:
@@ -179,7 +180,7 @@ def print_json(value: Any) -> None:
 def log(text: str) -> None:
     """Print one line to stderr, unless --quiet is given."""
     if not mode.quiet:
-        print(text, file=sys.stderr)
+        print(redact(text), file=sys.stderr)
 
 
 def done(*written: Path | str, then: str = "", **facts: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from csr_vlm.cli import console
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.secrets import redact
 
 EXTRAS = {
     "open_clip": "openclip",
@@ -73,7 +74,7 @@ def explain(error: BaseException) -> Explanation:
 def print_error(error: BaseException) -> None:
     """Print an error to stderr; the traceback of an internal error goes to a file."""
     if console.mode.debug:
-        traceback.print_exception(error)
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     if type(error).__name__ == "NoArgsIsHelpError":  # a group without a verb
         print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
         return
@@ -84,7 +85,7 @@ def print_error(error: BaseException) -> None:
         hint = f"please report it with the traceback {where}"
     for name, text in (("error", explanation.what), ("why", explanation.why), ("hint", hint)):
         if text:
-            print(f"{name}: {text}", file=sys.stderr)
+            print(f"{name}: {redact(text)}", file=sys.stderr)
 
 
 def _explain_csr_error(error: CsrError) -> Explanation:
@@ -118,5 +119,5 @@ def _write_traceback(error: BaseException) -> Path:
     with tempfile.NamedTemporaryFile(
         "w", prefix="csr-error-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
     ) as file:
-        file.write("".join(traceback.format_exception(error)))
+        file.write(redact("".join(traceback.format_exception(error))))
     return Path(file.name)

@@ -58,9 +58,11 @@ def evaluate_run(
     from csr_vlm.evaluation.compare import evaluated_iterations, read_documents
     from csr_vlm.pipeline import stages
 
-    with run.locked():
-        for number in range(run.last_trained + 1):
-            stages.evaluate(run, number, console.reporter(), again)
+    numbers = range(run.last_trained + 1)
+    if again or not all(run.is_done(number, "evaluate") for number in numbers):
+        with run.locked():
+            for number in numbers:
+                stages.evaluate(run, number, console.reporter(), again)
     documents = {number: read_documents(run, number) for number in evaluated_iterations(run)}
     if not documents:
         raise CsrError(f"{target} has no evaluation", "set evaluation in its recipe, or see csr eval --help")

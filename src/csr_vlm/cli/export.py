@@ -41,14 +41,17 @@ def export(
     Example: csr export runs/d0 --format trl --out pairs-trl --copy-images
     """
     from csr_vlm.data.external_pairs import write_pairs
+    from csr_vlm.data.images import require_same_image
     from csr_vlm.pipeline import stages
 
     run = Run.open(target)
     number = iteration or max(run.iterations_done("pairs"), default=0)
     if not run.is_done(number, "pairs"):
         raise CsrError(f"iteration {number or 1} of {target} has no pairs", f"csr pairs {target}")
-    with console.reporter().stage("writing pairs", 0):
+    with run.locked_to_write(out), console.reporter().stage("writing pairs", 0):
         pairs = stages.whole_response_pairs(run, number)
+        for prompt in {pair.prompt.image: pair.prompt for pair in pairs}.values():
+            require_same_image(prompt)
         written = write_pairs(pairs, form.value, out, copy_images=copy_images, origin=run.config.model.path)
     console.log(f"exported {len(pairs)} pairs of iteration {number}")
     then = "see docs/data.md for loading them in the other trainer"

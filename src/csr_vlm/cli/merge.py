@@ -22,13 +22,13 @@ def merge(
     Example: csr merge runs/d0
     """
     run = Run.open(target)
-    adapter = run.trained_adapter()
+    run.trained_adapter()  # says what is missing before anything is loaded
     console.quiet_libraries()
     from csr_vlm.training.dpo import merge as merge_adapter
 
     directory = out or target / "model"
     if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CsrError(f"{out} already exists", "give a new directory with --out; without --out, RUN/model is replaced")
-    with console.reporter().stage("merging", 0):
-        merge_adapter(run.config.model, adapter, directory)
+    with run.locked_to_write(directory), console.reporter().stage("merging", 0):
+        merge_adapter(run.config.model, run.trained_adapter(), directory)
     console.done(directory, then=f'AutoModelForImageTextToText.from_pretrained("{directory}") loads it')

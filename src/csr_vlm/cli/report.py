@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +19,13 @@ def report(
     figure: Annotated[
         Path | None, typer.Option("--figure", help="Also write one SVG with the metrics and examples.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="HTML file or folder for the report (default: RUN/report.html).")
+    ] = None,
 ) -> None:
     """Write the HTML report of a run.
+
+    With --out elsewhere, the run is only read, so it may be read-only or in use.
 
     Example: csr report runs/d0 --figure result.svg
     """
@@ -28,8 +34,14 @@ def report(
     run = Run.open(target)
     if figure is not None and figure.suffix.lower() != ".svg":
         raise CsrError(f"{figure} is not an SVG file", "name a file that ends in .svg")
-    with console.reporter().stage("writing the report", 0):
-        written = [write_report(run)]
+    path = out or target / "report.html"
+    if path.suffix.lower() not in (".html", ".htm"):
+        path /= "report.html"
+    with (
+        contextlib.nullcontext() if run.is_elsewhere(path) else run.locked(),
+        console.reporter().stage("writing the report", 0),
+    ):
+        written = [write_report(run, path)]
         if figure is not None:
             from csr_vlm.report.figure import write_figure
             from csr_vlm.world.truth import known_scene

@@ -31,7 +31,8 @@ def sweep(
     from csr_vlm.pipeline.sweep import sweep as run_sweep
 
     folder = out or target / "sweeps"
-    rows = run_sweep(run, axes, iteration, folder, console.reporter())
+    with run.locked_to_write(folder):
+        rows = run_sweep(run, axes, iteration, folder, console.reporter())
     if console.mode.json:
         console.print_json({"run": str(target), "iteration": iteration, "points": rows})
         return

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from csr_vlm.config.schema import RunConfig, ScorerConfig, presets
 from csr_vlm.config.yaml import MAX_DEPTH, load_yaml, read_yaml
 from csr_vlm.core.errors import CsrError, suggestion
+from csr_vlm.core.secrets import is_secret_name
 
 
 def load_config(recipe: Path | None, overrides: Iterable[str] = (), base: Mapping[str, Any] | None = None) -> RunConfig:
@@ -41,13 +42,27 @@ def resolve(layer: Mapping[str, Any]) -> RunConfig:
     """Overlay plain data on the preset it names and validate the result.
 
     Raises:
-        CsrError: An option is unknown or out of bounds.
+        CsrError: An option is unknown, out of bounds, or a secret.
     """
+    _refuse_secrets(layer)
     block = presets().get(str(layer.get("preset", "calibrated")), {})
     try:
         return RunConfig.model_validate(merged(block, layer))
     except ValidationError as error:
         raise CsrError(*_explain(error)) from None
+
+
+def _refuse_secrets(layer: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse settings that hold a secret: recipes are stored in runs, and shared."""
+    for name, value in layer.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            _refuse_secrets(value, f"{key}.")
+        elif value not in (None, False, "") and is_secret_name(str(name)):
+            raise CsrError(
+                f"{key} is a secret, and recipes are stored and shared",
+                "remove it; for the hub use hf auth login or HF_TOKEN, for a vLLM server VLLM_API_KEY",
+            )
 
 
 def scorer_config(**settings: Any) -> ScorerConfig:

@@ -22,6 +22,8 @@ class Prompt:
     image: str
     """Resolved path of the image file."""
     text: str
+    image_sha256: str = field(default="", compare=False)
+    """SHA-256 of the image file when the inputs were checked; empty if that was not recorded."""
 
 
 def negatives_column(scorer: str) -> str:

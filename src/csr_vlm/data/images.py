@@ -7,6 +7,7 @@ refuses because of their metadata are read a second time without it (:mod:`csr_v
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from io import BytesIO
@@ -18,7 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.image_metadata import without_metadata
-from csr_vlm.store.files import open_regular
+from csr_vlm.store.files import open_regular, sha256_of
 
 
 class BadImage(ValueError):
@@ -171,13 +172,52 @@ def load_prompt_image(prompt: Prompt, max_pixels: int) -> Image.Image:
         CsrError: The image was deleted or changed since.
     """
     try:
-        return load_image(prompt.image, max_pixels)
+        return load_unchanged_image(prompt, max_pixels)
     except BadImage as error:
-        raise CsrError(
-            f"the image {prompt.image} of prompt {prompt.prompt_id} was usable when the inputs were checked but is "
-            f"not now: {error}",
-            "restore the file and run the same command again",
-        ) from None
+        raise _unusable(prompt, str(error)) from None
+
+
+def load_unchanged_image(prompt: Prompt, max_pixels: int) -> Image.Image:
+    """Load the image of a prompt that passed the check of the inputs, for a page that can do without it.
+
+    Raises:
+        BadImage: The image was deleted or changed since.
+    """
+    loaded = load_image(prompt.image, max_pixels)
+    _require_recorded_hash(prompt)
+    return loaded
+
+
+def with_hash(prompt: Prompt) -> Prompt:
+    """Return a prompt with the SHA-256 of its image, by which :func:`require_same_image` notices a change."""
+    return replace(prompt, image_sha256=sha256_of(Path(prompt.image)))
+
+
+def require_same_image(prompt: Prompt) -> None:
+    """Verify that the image of a prompt is the one that was checked, as far as its hash was recorded.
+
+    Raises:
+        CsrError: The image was deleted or changed since.
+    """
+    try:
+        if not Path(prompt.image).is_file():
+            raise BadImage("missing")
+        _require_recorded_hash(prompt)
+    except BadImage as error:
+        raise _unusable(prompt, str(error)) from None
+
+
+def _require_recorded_hash(prompt: Prompt) -> None:
+    if prompt.image_sha256 and sha256_of(Path(prompt.image)) != prompt.image_sha256:
+        raise BadImage("changed")
+
+
+def _unusable(prompt: Prompt, reason: str) -> CsrError:
+    return CsrError(
+        f"the image {prompt.image} of prompt {prompt.prompt_id} was usable when the inputs were checked but is "
+        f"not now: {reason}",
+        "restore the file and run the same command again",
+    )
 
 
 def suffix_of(content: bytes) -> str:

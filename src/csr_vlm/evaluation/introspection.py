@@ -21,7 +21,7 @@ from csr_vlm.data.external_pairs import read_text_pairs
 from csr_vlm.data.prompts import InputReport
 from csr_vlm.evaluation.compare import read_documents
 from csr_vlm.evaluation.reproduction import collect_results
-from csr_vlm.store import files, tables
+from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
 NUM_BINS = 24
@@ -74,8 +74,7 @@ def _with_models(
 
     measured_pairs = evenly_spaced(_one_pair_per_prompt(run, 1), num_responses)
     run_pairs = {
-        t: [_token_pair(pair) for pair in evenly_spaced(list(tables.read_pairs(run.pairs_path(t))), num_pairs)]
-        for t in range(1, run.final + 1)
+        t: [_token_pair(pair) for pair in evenly_spaced(list(run.pairs(t)), num_pairs)] for t in range(1, run.final + 1)
     }
     external_pairs: list[TokenPair] = []
     attentions: dict[int, list[ResponseAttention]] = {}
@@ -144,7 +143,7 @@ def relevance(run: Run) -> dict[str, Any] | None:
 
 
 def _one_pair_per_prompt(run: Run, iteration: int) -> list[Pair]:
-    return list({pair.prompt.prompt_id: pair for pair in tables.read_pairs(run.pairs_path(iteration))}.values())
+    return list({pair.prompt.prompt_id: pair for pair in run.pairs(iteration)}.values())
 
 
 def _token_pair(pair: Pair) -> Any:

@@ -42,6 +42,9 @@ def align(run: Run, reporter: Reporter, executor: Executor = LOCAL) -> None:
             stops the run before the first training.
     """
     with run.locked(), record_progress(run.root, reporter) as recorder:
+        run.restore_manifest()
+        if unverified := run.unverified_stages():
+            recorder.log(f"no checksums were recorded for {', '.join(unverified)}: changes of their files go unnoticed")
         for step in schedule(run):
             stops = _stops_after(step, run, recorder, executor)
             free_memory()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from csr_vlm.config.schema import DataConfig, RunConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Pair
-from csr_vlm.data.external_pairs import count_pairs, read_text_pairs
+from csr_vlm.data.external_pairs import TextPair, count_pairs, read_text_pairs
+from csr_vlm.data.images import with_hash
 from csr_vlm.data.prompts import InputReport
 from csr_vlm.store.run import Run
 
@@ -19,21 +23,44 @@ def has_offline_pairs(config: RunConfig, iteration: int) -> bool:
     return config.data.pairs is not None and iteration == 1
 
 
-def check_pairs(config: DataConfig, reporter: Reporter, images: Path | None = None) -> InputReport:
+class PairsDigest:
+    """Hash the texts and images of external pairs, so that a change between two readings is noticed."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, pair: TextPair) -> TextPair:
+        """Add a pair and return it with the hash of its image."""
+        prompt = with_hash(pair.prompt)
+        fields = [prompt.prompt_id, prompt.text, prompt.image_sha256, pair.chosen, pair.rejected]
+        self._hash.update(json.dumps(fields).encode())
+        return replace(pair, prompt=prompt)
+
+    @property
+    def value(self) -> str:
+        """Return the SHA-256 of all pairs so far."""
+        return self._hash.hexdigest()
+
+
+def check_pairs(
+    config: DataConfig, reporter: Reporter, images: Path | None = None, content: PairsDigest | None = None
+) -> InputReport:
     """Read all external pairs and decode every image, before any model is loaded.
 
     Args:
         config: Names the file of pairs.
         reporter: Receives progress.
         images: Folder for images that come as bytes; None checks them without keeping them.
+        content: Receives every pair.
 
     Raises:
         CsrError: No pair can be used.
     """
     report = InputReport()
     with reporter.stage("checking pairs", count_pairs(config)) as progress:
-        for _ in read_text_pairs(config, report, images=images, tick=lambda: progress.advance(1)):
-            pass
+        for pair in read_text_pairs(config, report, images=images, tick=lambda: progress.advance(1)):
+            if content is not None:
+                content.add(pair)
     if not report.accepted:
         raise CsrError(f"no usable pair in {config.pairs}", "; ".join(report.examples[:3]) or "the file is empty")
     if report.dropped:
@@ -48,7 +75,7 @@ def encode_pairs(run: Run, reporter: Reporter) -> tuple[list[Pair], Counter[str]
         The pairs, and the number of refused pairs by reason.
 
     Raises:
-        CsrError: The inputs have not been checked.
+        CsrError: The inputs have not been checked, or were changed since.
     """
     from csr_vlm.method.sentences import SentenceRule
     from csr_vlm.models.loading import load_policy
@@ -61,12 +88,18 @@ def encode_pairs(run: Run, reporter: Reporter) -> tuple[list[Pair], Counter[str]
     rule = SentenceRule(config.method.search.delimiters)
     pairs: list[Pair] = []
     reasons: Counter[str] = Counter()
-    with reporter.stage("iteration 1: encoding pairs", run.result(0, "prompts")["pairs"]["accepted"]) as progress:
-        texts = read_text_pairs(config.data, InputReport(), images=run.images_path)
+    checked, content = run.result(0, "prompts")["pairs"], PairsDigest()
+    with reporter.stage("iteration 1: encoding pairs", checked["accepted"]) as progress:
+        texts = map(content.add, read_text_pairs(config.data, InputReport(), images=run.images_path))
         for pair_or_reason in encode_pairs(texts, policy, 1, rule):
             if isinstance(pair_or_reason, str):
                 reasons[pair_or_reason] += 1
             else:
                 pairs.append(pair_or_reason)
             progress.advance(1)
+    if checked.get("digest", content.value) != content.value:
+        raise CsrError(
+            f"{config.data.pairs} or an image of its pairs was changed after the inputs were checked",
+            f"restore it; or delete {run.iteration(0) / 'done'} and all iterations, and run again",
+        )
     return pairs, reasons

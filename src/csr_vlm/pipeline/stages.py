@@ -11,7 +11,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from csr_vlm.config.schema import RunConfig, ScorerConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter, Silent
 from csr_vlm.core.records import Pair, Prompt
+from csr_vlm.data.images import with_hash
 from csr_vlm.data.prompts import InputReport, count_rows, hold_out, no_usable_prompt, read_prompts
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs as make_prompt_pairs
@@ -59,17 +59,19 @@ def check_inputs(run: Run, reporter: Reporter) -> None:
         prompts = read_prompts(
             config.data, report, seed=config.seed, images=run.images_path, tick=lambda: progress.advance(1)
         )
-        training = hold_out(prompts, config.evaluation.heldout, heldout)
-        tables.write_prompts(run.prompts_path, training, config.generation.prompts_per_part)
-        tables.write_prompts(run.heldout_path, heldout, config.generation.prompts_per_part)
+        training = hold_out(map(with_hash, prompts), config.evaluation.heldout, heldout)
+        tables.write_prompts(run.prompts_path, training, config.generation.prompts_per_part, run.root)
+        tables.write_prompts(run.heldout_path, heldout, config.generation.prompts_per_part, run.root)
     if not report.accepted:
         raise no_usable_prompt(config.data, report)
     if report.dropped:
         reporter.log(f"dropped {report.dropped.total()} prompts: {report.reasons}; see manifest.json for examples")
     result = {"sha256": files.sha256_of(run.prompts_path), "heldout": len(heldout), **report.dump()}
     if config.data.pairs is not None:
-        result["pairs"] = offline_pairs.check_pairs(config.data, reporter, run.images_path).dump()
-    run.mark_done(0, "prompts", **result)
+        content = offline_pairs.PairsDigest()
+        checked = offline_pairs.check_pairs(config.data, reporter, run.images_path, content)
+        result["pairs"] = {**checked.dump(), "digest": content.value}
+    run.mark_done(0, "prompts", [run.heldout_path], **result)
 
 
 def _require_same_prompts(run: Run) -> None:
@@ -83,6 +85,7 @@ def _require_same_prompts(run: Run) -> None:
             f"{run.prompts_path} was changed after the inputs were checked",
             f"restore it; or delete {run.iteration(0) / 'done'} and all iterations, and run again",
         )
+    run.verify(0, "prompts")
 
 
 def generate(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOCAL) -> None:
@@ -96,6 +99,7 @@ def generate(run: Run, iteration: int, reporter: Reporter, executor: Executor = 
     run.mark_done(
         iteration,
         "generate",
+        run.ledger_parts(iteration),
         nodes=tally["statuses"].total(),
         statuses=dict(tally["statuses"]),
         sentences_over_length=dict(tally["sentences_over_length"]),
@@ -114,7 +118,10 @@ def score(
     require_done(run, iteration, "generate")
     settings = {"iteration": iteration, "scorer": scorer_config.model_dump(mode="json")}
     task = Task(RescoreWorker, run.root, settings, len(run.ledger_parts(iteration)))
-    with reporter.stage(f"iteration {iteration}: scoring", task.num_items) as progress:
+    with (
+        reporter.stage(f"iteration {iteration}: scoring", task.num_items) as progress,
+        ledger.rewriting(run, iteration),
+    ):
         executor.map(task, progress, reporter.log)
 
 
@@ -144,13 +151,14 @@ def make_pairs(run: Run, iteration: int, reporter: Reporter, executor: Executor 
     else:
         reasons = Counter()
         pairs = _iterate_pairs(run, iteration, run.config, reasons, reporter)
-    num_pairs = tables.write_pairs(run.pairs_path(iteration), pairs)
+    num_pairs = tables.write_pairs(run.pairs_path(iteration), pairs, run.root)
     if not num_pairs and iteration == 1:
         raise CsrError(f"iteration {iteration} has no pairs: {dict(reasons)}", "loosen method.pairs or add prompts")
     num_questions = 0 if offline else _write_question_pairs(run, iteration, reporter, executor)
     run.mark_done(
         iteration,
         "pairs",
+        [path for path in (run.pairs_path(iteration), run.questions_path(iteration)) if path.exists()],
         pairs=num_pairs,
         questions=num_questions,
         prompts_without=dict(reasons),
@@ -168,7 +176,7 @@ def _write_question_pairs(run: Run, iteration: int, reporter: Reporter, executor
     with reporter.stage(f"iteration {iteration}: answering claim questions", run.num_prompts) as progress:
         executor.map(task, progress, reporter.log)
     parts = sorted(folder.glob("part-*.parquet"))
-    num_pairs = tables.write_pairs(path, (pair for part in parts for pair in tables.read_pairs(part)))
+    num_pairs = tables.write_pairs(path, (pair for part in parts for pair in tables.read_pairs(part)), run.root)
     shutil.rmtree(folder)
     return num_pairs
 
@@ -221,7 +229,7 @@ def whole_response_pairs(run: Run, iteration: int) -> list[Pair]:
     Raises:
         CsrError: The ledger yields none.
     """
-    pairs = list(tables.read_pairs(run.pairs_path(iteration)))
+    pairs = list(run.pairs(iteration))
     if all(pair.chosen.complete and pair.rejected.complete for pair in pairs):
         return pairs
     changes = {"method": {"pairs": {"between": "responses", "per_prompt": _WHOLE_PAIRS_PER_PROMPT}}}
@@ -286,7 +294,8 @@ def train(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOC
         )
     if result["packing_obstacle"] is not None:
         reporter.log(f"iteration {iteration}: responses do not share rows in training: {result['packing_obstacle']}")
-    run.mark_done(iteration, "train", seconds=_since(started), **result)
+    adapter = [path for path in sorted((run.iteration(iteration) / "adapter").rglob("*")) if path.is_file()]
+    run.mark_done(iteration, "train", adapter, seconds=_since(started), **result)
     shutil.rmtree(run.trainer_path(iteration), ignore_errors=True)
 
 
@@ -303,12 +312,15 @@ def evaluate(run: Run, iteration: int, reporter: Reporter, again: bool = False) 
     run.mark_done(iteration, "evaluate", **metrics, seconds=_since(started))
 
 
-def report(run: Run) -> Path:
-    """Write ``RUN/report.html``; scenes of the embedded worlds are annotated with their ground truth."""
+def report(run: Run, out: Path | None = None) -> Path:
+    """Write the report to ``out`` (default: ``RUN/report.html``).
+
+    Scenes of the embedded worlds are annotated with their ground truth.
+    """
     from csr_vlm.report.html import write_report
     from csr_vlm.world.truth import known_scene
 
-    return write_report(run, known_scene)
+    return write_report(run, known_scene, out)
 
 
 def export(run: Run, reporter: Reporter) -> None:
@@ -318,7 +330,15 @@ def export(run: Run, reporter: Reporter) -> None:
         reporter.log(f"no iteration of {run.root} passed its gate; the base model is the result")
         shutil.rmtree(final, ignore_errors=True)
         return
-    files.replace_directory(final, partial(shutil.copytree, run.trained_adapter()))
+    trained = run.trained_adapter()
+
+    def copy(temporary: Path) -> None:
+        shutil.copytree(trained, temporary)
+        for path in trained.iterdir():
+            if path.is_file() and files.sha256_of(path) != files.sha256_of(temporary / path.name):
+                raise CsrError(f"{path} was copied wrongly", "check the disk, and run the same command again")
+
+    files.replace_directory(final, copy)
     if run.config.training.merge and not (run.root / "model").exists():
         from csr_vlm.training.dpo import merge
 

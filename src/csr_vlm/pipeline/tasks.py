@@ -109,14 +109,17 @@ class QuestionWorker:
         engine, scorer = load_engine_and_scorer(run.config, run.adapter_path(iteration - 1), log)
         self._groups = tables.PromptGroups(run.prompts_path)
         self._questioner = ClaimQuestioner(run.config, engine.policy, scorer, iteration, self._groups[0])
-        self._ledger_part = {item: part for part in run.ledger_parts(iteration) for item in parts.items_of(part)}
-        self._folder = run.question_parts(iteration)
+        self._ledger_part = {
+            item: part for part in ledger.complete_parts(run, iteration) for item in parts.items_of(part)
+        }
+        self._folder, self._root = run.question_parts(iteration), run.root
 
     def run_item(self, item: int) -> ItemResult:
         """Write the question pairs of a group unless they exist."""
         prompts, path = self._groups[item], self._folder / f"part-{item:06d}.parquet"
         if not path.exists():
-            tables.write_pairs(path, self._questioner.pairs(prompts, ledger.trees_of(self._ledger_part[item], prompts)))
+            trees = ledger.trees_of(self._ledger_part[item], prompts)
+            tables.write_pairs(path, self._questioner.pairs(prompts, trees), self._root)
         return ItemResult(len(prompts), {})
 
     def close(self) -> None:

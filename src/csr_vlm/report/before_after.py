@@ -101,8 +101,7 @@ def before_after(run: Run, evaluation: Evaluation, sample: Sample, truth_of: Tru
         for before, after in evenly_spaced(by_change[change], num_shown):
             prompt_id = str(before["id"])
             prompt = prompts.get(prompt_id)
-            image = prompt.image if prompt else None
-            picture = embed_picture(prompt_id, image, run.config.data.max_image_pixels, truth_of)
+            picture = embed_picture(prompt_id, prompt, run.config.data.max_image_pixels, truth_of)
             responses = (_response(row, truth_of) for row in (before, after))
             cards.append(ComparisonCard(prompt_id, prompt.text if prompt else "", picture, change, *responses))
     scale = ColorScale.of(s for card in cards for response in (card.before, card.after) for s in response.sentences)

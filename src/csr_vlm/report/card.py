@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from csr_vlm.core.formatting import plural
+from csr_vlm.core.secrets import redact, without_secrets
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.evaluation.metrics import METRICS, MetricSpec
 from csr_vlm.evaluation.statistics import Metric
@@ -60,9 +61,9 @@ def render_card(run: Run) -> str:
         "## Training",
         _training(run),
         "## Recipe",
-        f"```yaml\n{yaml.safe_dump(run.config.dump(), sort_keys=False, allow_unicode=True)}```",
+        f"```yaml\n{yaml.safe_dump(without_secrets(run.config.dump()), sort_keys=False, allow_unicode=True)}```",
     ]
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+    return redact("\n\n".join(part.rstrip("\n") for part in parts) + "\n")
 
 
 def _header(run: Run) -> dict[str, Any]:

@@ -155,8 +155,7 @@ def _examples(run: Run, evaluation: Evaluation, truth_of: TruthOf) -> Iterator[_
         if evaluation.truth_known and not (before["hallucinated"] and not after["hallucinated"]):
             continue
         prompt_id = str(before["id"])
-        image = prompts[prompt_id].image if prompt_id in prompts else None
-        picture = embed_picture(prompt_id, image, run.config.data.max_image_pixels, truth_of)
+        picture = embed_picture(prompt_id, prompts.get(prompt_id), run.config.data.max_image_pixels, truth_of)
         if picture.uri is not None:
             yield _Example(picture, before, after)
 

@@ -17,7 +17,7 @@ from csr_vlm.report.annotate import AnnotatedSentence, ColorScale, annotate
 from csr_vlm.report.limits import Sample, shorten
 from csr_vlm.report.pictures import Picture, embed_picture
 from csr_vlm.report.search_tree import SearchTree, search_tree
-from csr_vlm.store import tables
+from csr_vlm.store import ledger
 from csr_vlm.store.run import Run
 
 
@@ -85,7 +85,7 @@ class PairGallery:
 
 def pair_gallery(run: Run, sample: Sample, truth_of: TruthOf = no_truth) -> PairGallery | None:
     """Gather the pairs of a sample of prompts, the same prompts in every iteration; None without pairs."""
-    done = [n for n in run.iterations_done("pairs") if n and run.pairs_path(n).is_file()]
+    done = [n for n in run.iterations_done("pairs") if n]
     prompt_ids = list(dict.fromkeys(prompt_id for number in done for prompt_id in _prompt_ids(run, number)))
     if not prompt_ids:
         return None
@@ -95,7 +95,7 @@ def pair_gallery(run: Run, sample: Sample, truth_of: TruthOf = no_truth) -> Pair
     by_prompt: dict[str, list[IterationPairs]] = {prompt_id: [] for prompt_id in shown_ids}
     prompts: dict[str, Prompt] = {}
     for number in iterations:
-        trees = _trees(run, number, shown_ids)
+        trees = ledger.nodes_of(run, number, shown_ids)
         for prompt_id, pairs in _pairs(run, number, shown_ids).items():
             prompts[prompt_id] = pairs[0].prompt
             by_prompt[prompt_id].append(_iteration_pairs(run, number, pairs, trees.get(prompt_id, []), truth_of))
@@ -104,7 +104,7 @@ def pair_gallery(run: Run, sample: Sample, truth_of: TruthOf = no_truth) -> Pair
         PairCard(
             prompt_id,
             shorten(prompts[prompt_id].text),
-            embed_picture(prompt_id, prompts[prompt_id].image, max_pixels, truth_of),
+            embed_picture(prompt_id, prompts[prompt_id], max_pixels, truth_of),
             by_prompt[prompt_id],
         )
         for prompt_id in shown_ids
@@ -119,6 +119,7 @@ def pair_gallery(run: Run, sample: Sample, truth_of: TruthOf = no_truth) -> Pair
 
 
 def _prompt_ids(run: Run, iteration: int) -> list[str]:
+    run.verify(iteration, "pairs")
     column = pq.read_table(run.pairs_path(iteration), columns=["prompt_id"]).column("prompt_id")
     prompt_ids: list[str] = column.to_pylist()
     return prompt_ids
@@ -128,19 +129,10 @@ def _pairs(run: Run, iteration: int, prompt_ids: Collection[str]) -> dict[str, l
     """Read the pairs of some prompts, by prompt."""
     pairs: dict[str, list[Pair]] = defaultdict(list)
     wanted = set(prompt_ids)
-    for pair in tables.read_pairs(run.pairs_path(iteration)):
+    for pair in run.pairs(iteration):
         if pair.prompt.prompt_id in wanted:
             pairs[pair.prompt.prompt_id].append(pair)
     return pairs
-
-
-def _trees(run: Run, iteration: int, prompt_ids: Sequence[str]) -> dict[str, list[Node]]:
-    """Read the trees of some prompts without decoding the other rows, of which a ledger has millions."""
-    trees: dict[str, list[Node]] = defaultdict(list)
-    for part in run.ledger_parts(iteration):
-        for node in tables.read_nodes_of(part, prompt_ids):
-            trees[node.prompt_id].append(node)
-    return trees
 
 
 def _iteration_pairs(

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from csr_vlm.core import formatting
+from csr_vlm.core.secrets import redact
 from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
 from csr_vlm.report import panels, search_tree
 from csr_vlm.report.annotate import NUM_COLORS
@@ -34,9 +35,9 @@ from csr_vlm.store.run import Run
 from csr_vlm.store.stage_names import LABELS, TIMED_STAGES
 
 
-def write_report(run: Run, truth_of: TruthOf = no_truth) -> Path:
-    """Write ``RUN/report.html`` from the finished stages and return its path."""
-    path = run.root / "report.html"
+def write_report(run: Run, truth_of: TruthOf = no_truth, out: Path | None = None) -> Path:
+    """Write the report from the finished stages to ``out`` (default: ``RUN/report.html``) and return its path."""
+    path = out or run.root / "report.html"
     files.write_text(path, render(run, truth_of))
     return path
 
@@ -52,7 +53,7 @@ def render(run: Run, truth_of: TruthOf = no_truth, max_bytes: int = MAX_BYTES) -
     evaluation = read_evaluation(run)
     content, sample = _content(run, evaluation, truth_of), Sample()
     while True:
-        text = render_page("report.html.j2", **content, **_sampled_content(run, evaluation, sample, truth_of))
+        text = redact(render_page("report.html.j2", **content, **_sampled_content(run, evaluation, sample, truth_of)))
         if len(text.encode()) <= max_bytes or sample == sample.halved():
             return text
         sample = sample.halved()

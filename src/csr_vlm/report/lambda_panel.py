@@ -6,7 +6,6 @@ its results are shown beside the pairs.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from csr_vlm.method.pairs import make_pairs
 from csr_vlm.report.audit_panel import LABELS
 from csr_vlm.report.charts import Axes, Point, Series, chart
 from csr_vlm.report.panels import Figure
-from csr_vlm.store import files, tables
+from csr_vlm.store import files, ledger
 from csr_vlm.store.run import Run
 
 _LAMBDAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -87,11 +86,8 @@ def lambda_panel(run: Run, truth_of: TruthOf = no_truth) -> LambdaPanel | None:
 def _trees(run: Run, iteration: int) -> list[tuple[Prompt, list[Node]]]:
     """Read the trees of a sample of prompts."""
     prompts = evenly_spaced(list(run.prompts()), _MAX_PROMPTS)
-    nodes: dict[str, list[Node]] = defaultdict(list)
-    for part in run.ledger_parts(iteration):
-        for node in tables.read_nodes_of(part, [prompt.prompt_id for prompt in prompts]):
-            nodes[node.prompt_id].append(node)
-    return [(prompt, nodes[prompt.prompt_id]) for prompt in prompts if nodes[prompt.prompt_id]]
+    nodes = ledger.nodes_of(run, iteration, [prompt.prompt_id for prompt in prompts])
+    return [(prompt, nodes[prompt.prompt_id]) for prompt in prompts if prompt.prompt_id in nodes]
 
 
 def _outcome(run: Run, trees: Sequence[tuple[Prompt, list[Node]]], lambda_: float) -> _Outcome:

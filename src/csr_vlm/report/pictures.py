@@ -9,7 +9,8 @@ from typing import Literal
 
 from PIL import Image
 
-from csr_vlm.data.images import BadImage, load_image
+from csr_vlm.core.records import Prompt
+from csr_vlm.data.images import BadImage, load_unchanged_image
 from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
 from csr_vlm.report.limits import shorten
 
@@ -30,15 +31,15 @@ class Picture:
     missing: str = ""
 
 
-def embed_picture(prompt_id: str, image: str | None, max_pixels: int, truth_of: TruthOf = no_truth) -> Picture:
+def embed_picture(prompt_id: str, prompt: Prompt | None, max_pixels: int, truth_of: TruthOf = no_truth) -> Picture:
     """Draw the known picture of a prompt, or load and shrink its image file."""
     known = truth_of(prompt_id)
     if known is not None:
         return _encoded(known.draw(_SCENE_SCALE), "PNG", known.description)
-    if image is None:
+    if prompt is None:
         return Picture(alt="", missing="no image")
     try:
-        loaded = load_image(image, max_pixels)
+        loaded = load_unchanged_image(prompt, max_pixels)
     except BadImage as error:
         return Picture(alt="", missing=f"image {error}")
     except OSError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +9,13 @@ from typing import Any
 
 import yaml
 
+from csr_vlm.core.errors import CsrError
 from csr_vlm.core.formatting import duration
+from csr_vlm.core.secrets import without_secrets
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.store import files
 from csr_vlm.store.run import Run, versions
 from csr_vlm.store.stage_names import TIMED_STAGES
-
-_SECRET = re.compile(r"(hub|auth|access|api)_?(token|key)|secret|password", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,11 @@ class Provenance:
 
 def provenance(run: Run) -> Provenance:
     """Gather provenance from the run; versions come from the manifest, written when the results were made."""
-    path = run.root / "manifest.json"
-    manifest = files.read_json(path) if path.is_file() else {}
+    path = run.manifest_path
+    try:
+        manifest = files.read_document(path)
+    except CsrError:  # missing or damaged: the next csr run writes it again from the markers
+        manifest = files.Document(path, {})
     seconds = _stage_seconds(run)
     return Provenance(
         config=yaml.safe_dump(without_secrets(run.config.dump()), sort_keys=False, allow_unicode=True),
@@ -69,12 +71,3 @@ def _stage_seconds(run: Run) -> dict[int, dict[str, float]]:
         if timed:
             seconds[number] = timed
     return seconds
-
-
-def without_secrets(value: Any, key: str = "") -> Any:
-    """Replace settings that look like credentials, because reports are shared."""
-    if isinstance(value, dict):
-        return {name: without_secrets(inner, str(name)) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [without_secrets(inner, key) for inner in value]
-    return "(redacted)" if isinstance(value, str) and _SECRET.search(key) else value

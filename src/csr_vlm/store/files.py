@@ -8,9 +8,11 @@ power failure.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import stat
@@ -20,9 +22,12 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from csr_vlm.core.errors import CsrError
 
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())
 _ERROR_NUMBER = re.compile(r"(?:errno |os error )(\d+)", re.IGNORECASE)
 """Matches the system's error number in messages of Arrow and safetensors."""
 
@@ -33,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         CsrError: The disk is full or fails; see :func:`disk_errors`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with disk_errors(path, temporary):
             _make_directory(path.parent)
@@ -43,6 +48,30 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Return where this process writes a file or folder first; two processes, on whatever machine, never share it."""
+    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
+
+
+def _remove_stale(path: Path) -> None:
+    """Delete what processes of this machine that no longer live left of a folder."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{_HOST}.*.tmp"):
+        number = left.name.split(".")[-2]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _open_permissions(directory: Path) -> None:
+    """Give files the permissions that the umask grants; some libraries write weights for their owner alone."""
+    probe = directory / ".permissions.tmp"
+    probe.touch(0o666)
+    allowed = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | allowed)
 
 
 def remove_temporaries(root: Path) -> None:
@@ -60,12 +89,14 @@ def replace_directory(directory: Path, fill: Callable[[Path], object]) -> None:
     Raises:
         CsrError: The disk is full or fails; see :func:`disk_errors`.
     """
-    temporary = directory.with_name(f".{directory.name}.tmp")
+    temporary = _temporary(directory)
     shutil.rmtree(temporary, ignore_errors=True)
+    _remove_stale(directory)
     try:
         with disk_errors(directory, temporary):
             _make_directory(directory.parent)
             fill(temporary)
+            _open_permissions(temporary)
             flush_directory(temporary)
             shutil.rmtree(directory, ignore_errors=True)
             temporary.replace(directory)

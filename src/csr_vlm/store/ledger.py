@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def complete_parts(run: Run, iteration: int) -> list[Path]:
         CsrError: The iteration was not generated completely, or parts are missing.
     """
     run.require_generated(iteration)
+    run.verify(iteration, "generate")
     paths, num_items = run.ledger_parts(iteration), tables.count_groups(run.prompts_path)
     num_parts = sum(len(parts.items_of(path)) for path in paths)
     if num_parts != num_items:
@@ -69,6 +71,21 @@ def _mismatch(part: Path) -> CsrError:
     return CsrError(f"{part} does not hold the trees of its prompts", "restore it, or generate again")
 
 
+def nodes_of(run: Run, iteration: int, prompt_ids: Sequence[str]) -> dict[str, list[Node]]:
+    """Return the nodes of some prompts without decoding the other rows, of which a ledger has millions.
+
+    Raises:
+        CsrError: A part of the finished ledger is missing or was changed.
+    """
+    if run.is_done(iteration, "generate"):
+        run.verify(iteration, "generate")
+    nodes: dict[str, list[Node]] = {}
+    for part in run.ledger_parts(iteration):
+        for node in tables.read_nodes_of(part, prompt_ids):
+            nodes.setdefault(node.prompt_id, []).append(node)
+    return nodes
+
+
 def pack(run: Run, iteration: int, max_bytes: int, progress: Progress) -> None:
     """Join adjacent parts of a complete ledger into files of at most ``max_bytes`` bytes.
 
@@ -79,14 +96,31 @@ def pack(run: Run, iteration: int, max_bytes: int, progress: Progress) -> None:
     Raises:
         CsrError: The ledger is incomplete, or a part is damaged.
     """
-    for adjacent in _groups_by_size(complete_parts(run, iteration), max_bytes):
-        if len(adjacent) > 1:
-            items = range(parts.items_of(adjacent[0]).start, parts.items_of(adjacent[-1]).stop)
-            tables.join_nodes(adjacent[0].with_name(parts.packed_name(items)), adjacent)
-        progress.advance(len(adjacent))
-    _, obsolete = parts.list_parts(run.iteration(iteration) / "ledger")
-    for part in obsolete:
-        part.unlink()
+    with rewriting(run, iteration):
+        for adjacent in _groups_by_size(complete_parts(run, iteration), max_bytes):
+            if len(adjacent) > 1:
+                items = range(parts.items_of(adjacent[0]).start, parts.items_of(adjacent[-1]).stop)
+                tables.join_nodes(adjacent[0].with_name(parts.packed_name(items)), adjacent)
+            progress.advance(len(adjacent))
+        _, obsolete = parts.list_parts(run.iteration(iteration) / "ledger")
+        for part in obsolete:
+            part.unlink()
+
+
+@contextmanager
+def rewriting(run: Run, iteration: int) -> Iterator[None]:
+    """Let the parts of a finished ledger be replaced, and record their new checksums.
+
+    In between, the marker holds none, so a kill leaves no checksum that is wrong.
+
+    Raises:
+        CsrError: A part is missing or was changed before.
+    """
+    run.verify(iteration, "generate")
+    result = {key: value for key, value in run.result(iteration, "generate").items() if key != "files"}
+    run.mark_done(iteration, "generate", **result)
+    yield
+    run.mark_done(iteration, "generate", run.ledger_parts(iteration), **result)
 
 
 def _groups_by_size(paths: Sequence[Path], max_bytes: int) -> Iterator[list[Path]]:

@@ -21,6 +21,7 @@ import psutil
 
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Progress, Reporter
+from csr_vlm.core.secrets import without_secrets
 from csr_vlm.store import files
 
 ProcessState = Literal["working", "done", "failed", "interrupted"]
@@ -135,7 +136,7 @@ class ProgressRecorder:
         self._progress.updated = time.time()
         # No result depends on it: a full disk or a lost mount is reported by the work itself.
         with contextlib.suppress(CsrError, OSError):
-            files.write_json(self._path, asdict(self._progress))
+            files.write_json(self._path, without_secrets(asdict(self._progress)))
         self._written = time.monotonic()
 
     def end(self, state: ProcessState, error: str = "") -> None:

@@ -19,10 +19,11 @@ resumes from its finished stages. The manifest is derived from the markers.
 from __future__ import annotations
 
 import difflib
+import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -35,7 +36,8 @@ from csr_vlm.config.load import resolve
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.config.yaml import read_yaml
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import SCHEMA_VERSION, Prompt
+from csr_vlm.core.records import SCHEMA_VERSION, Pair, Prompt
+from csr_vlm.core.secrets import without_secrets
 from csr_vlm.store import files, parts
 from csr_vlm.store.lock import is_locked, lock_directory
 from csr_vlm.store.stage_names import GATES
@@ -113,11 +115,29 @@ class Run:
             files.remove_temporaries(self.root)
             yield
 
+    def is_elsewhere(self, *outputs: Path) -> bool:
+        """Return whether no output lies in the run directory."""
+        root = self.root.resolve()
+        return not any(path.resolve().is_relative_to(root) for path in outputs)
+
+    @contextmanager
+    def locked_to_write(self, *outputs: Path) -> Iterator[None]:
+        """Lock the run for a command that reads it and writes outputs; a read-only run is only read.
+
+        Raises:
+            CsrError: Another process uses the directory, or an output lies in a run that cannot be written.
+        """
+        if not self.is_elsewhere(*outputs) or os.access(self.root, os.W_OK):
+            with self.locked():
+                yield
+        else:
+            yield
+
     def in_use(self) -> bool:
         """Return whether a process uses the directory now; the lock is taken for an instant at most."""
         try:
             return is_locked(self.root)
-        except PermissionError:  # another user's run: its lock cannot be checked without write access
+        except OSError:  # another user's run, or a read-only disk: the lock cannot be checked without write access
             from csr_vlm.store.progress_file import read_progress
 
             progress = read_progress(self.root)
@@ -186,6 +206,7 @@ class Run:
         from csr_vlm.store import tables
 
         self.require_generated(iteration)
+        self.verify(iteration, "generate")
         return tables.read_whole(self.ledger_parts(iteration))
 
     def pairs_table(self, iteration: int) -> pa.Table:
@@ -200,6 +221,7 @@ class Run:
 
         if not self.is_done(iteration, "pairs"):
             raise CsrError(f"iteration {iteration} of {self.root} has no pairs", f"csr pairs {self.root}")
+        self.verify(iteration, "pairs")
         return tables.read_whole([self.pairs_path(iteration)])
 
     def iteration(self, iteration: int) -> Path:
@@ -223,16 +245,65 @@ class Run:
         return self.iteration(iteration) / "questions"
 
     def training_paths(self, iteration: int) -> list[Path]:
-        """Return the existing files of pairs that an iteration trains on."""
+        """Return the files of pairs that an iteration trains on, as its stage wrote them.
+
+        Raises:
+            CsrError: The iteration has no pairs yet, or a file is missing or was changed.
+        """
+        self.verify(iteration, "pairs")
         return [path for path in (self.pairs_path(iteration), self.questions_path(iteration)) if path.exists()]
+
+    def pairs(self, iteration: int) -> Iterator[Pair]:
+        """Yield the pairs of an iteration, without its question pairs, as its stage wrote them.
+
+        Raises:
+            CsrError: The iteration has no pairs yet, or a file is missing or was changed.
+        """
+        from csr_vlm.store import tables
+
+        self.verify(iteration, "pairs")
+        return tables.read_pairs(self.pairs_path(iteration))
+
+    def verify(self, iteration: int, stage: str) -> None:
+        """Verify that the files of a finished stage are those that it wrote, as far as its marker recorded them.
+
+        Raises:
+            CsrError: A file is missing or was changed.
+        """
+        from csr_vlm.store import contents
+
+        result = self.result(iteration, stage)
+        marker = self._marker(iteration, stage)
+        hint = f"restore it; or delete it, {marker} and the markers of all later stages, and run again"
+        if stage == "pairs" and "files" not in result:  # version 0.1
+            counts = {self.pairs_path(iteration): 1, self.questions_path(iteration): result.get("questions", 0)}
+            for path, num_pairs in counts.items():
+                if num_pairs and not path.is_file():
+                    raise CsrError(f"{path} is missing", hint)
+        contents.verify(self.root, result.get("files", {}), hint)
+
+    def unverified_stages(self) -> list[str]:
+        """Return the finished stages whose files cannot be verified, because version 0.1 recorded no checksums."""
+        return [
+            f"{stage} of iteration {iteration}"
+            for stage in ("generate", "pairs", "train")
+            for iteration in self.iterations_done(stage)
+            if "files" not in self.result(iteration, stage)
+        ]
 
     def trainer_path(self, iteration: int) -> Path:
         """Return the folder of an iteration's checkpoints, which exists until the training is done."""
         return self.iteration(iteration) / "trainer"
 
     def adapter_path(self, iteration: int) -> Path | None:
-        """Return the adapter after an iteration; for the base model, the user's own adapter or None."""
+        """Return the adapter after an iteration; for the base model, the user's own adapter or None.
+
+        Raises:
+            CsrError: The adapter was changed since its training ended.
+        """
         if iteration:
+            if self.is_done(iteration, "train"):
+                self.verify(iteration, "train")
             return self.iteration(iteration) / "adapter"
         initial_adapter = self.config.model.adapter
         return Path(initial_adapter) if initial_adapter is not None else None
@@ -258,8 +329,19 @@ class Run:
         marker = self._marker(iteration, stage)
         return files.Document(marker, _with_current_keys(files.read_checksummed(marker)))
 
-    def mark_done(self, iteration: int, stage: str, **result: Any) -> None:
-        """Write the marker of a finished stage with its result, and update the manifest."""
+    def mark_done(self, iteration: int, stage: str, written: Iterable[Path] = (), **result: Any) -> None:
+        """Write the marker of a finished stage with its result, and update the manifest.
+
+        Args:
+            iteration: Iteration of the stage.
+            stage: Name of the stage.
+            written: Files of the run whose contents the marker records, for :meth:`verify`.
+            result: What the stage measured, as JSON values.
+        """
+        if paths := list(written):
+            from csr_vlm.store import contents
+
+            result = {**result, "files": contents.record(self.root, paths)}
         files.write_checksummed(self._marker(iteration, stage), result)
         self.write_manifest()
 
@@ -306,7 +388,25 @@ class Run:
                 f"csr run {self.root}" if self.stopped_at is None else "no iteration passed the checks; see csr audit"
             )
             raise CsrError(f"{self.root} has no trained adapter", hint)
-        return self.iteration(self.final) / "adapter"
+        adapter = self.adapter_path(self.final)
+        assert adapter is not None
+        return adapter
+
+    @property
+    def manifest_path(self) -> Path:
+        """Return the path of the manifest."""
+        return self.root / "manifest.json"
+
+    def restore_manifest(self) -> None:
+        """Write the manifest again from the markers if it is missing or damaged.
+
+        Raises:
+            CsrError: A marker is damaged, or the disk is full or fails.
+        """
+        try:
+            files.read_document(self.manifest_path)
+        except CsrError:
+            self.write_manifest()
 
     def write_manifest(self) -> None:
         """Write provenance and the results of all finished stages to ``manifest.json``.
@@ -316,7 +416,7 @@ class Run:
         """
         stages = {
             f"iteration-{iteration}": {
-                path.stem: files.read_checksummed(path)
+                path.stem: {key: value for key, value in files.read_checksummed(path).items() if key != "files"}
                 for path in sorted((self.iteration(iteration) / "done").glob("*.json"))
             }
             for iteration in self._iterations()
@@ -331,7 +431,7 @@ class Run:
             "final_iteration": self.final,
             "stages": stages,
         }
-        files.write_json(self.root / "manifest.json", manifest)
+        files.write_json(self.manifest_path, without_secrets(manifest))
 
 
 _RENAMED_KEYS = {"fates": "statuses", "signs": "metrics", "findings": "checks", "sign": "metric"}

@@ -24,7 +24,8 @@ _STATUS = "fate"
 """Column of a node's status; version 0.1 chose the name, and its ledgers remain readable."""
 _METADATA = {b"csr_vlm_schema": str(SCHEMA_VERSION).encode()}
 
-PROMPTS = pa.schema([("prompt_id", pa.string()), ("image", pa.string()), ("text", pa.string())], metadata=_METADATA)
+_PROMPT = [("prompt_id", pa.string()), ("image", pa.string()), ("text", pa.string()), ("image_sha256", pa.string())]
+PROMPTS = pa.schema(_PROMPT, metadata=_METADATA)
 NODES = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -54,9 +55,7 @@ _RESPONSE = pa.struct(
 )
 PAIRS = pa.schema(
     [
-        ("prompt_id", pa.string()),
-        ("image", pa.string()),
-        ("text", pa.string()),
+        *_PROMPT,
         ("iteration", pa.int32()),
         ("chosen", _RESPONSE),
         ("rejected", _RESPONSE),
@@ -70,6 +69,8 @@ _ROW_GROUP_SIZE = 1 << 14
 _PAIRS_GROUP_SIZE = 1 << 8
 """The same for pairs, which training reads in any order."""
 _COMPRESSION = "zstd"
+_BESIDE = "./"
+"""Begins an image path that is relative to the folder of its table, because the image lies in the run."""
 
 
 def write_row_groups(path: Path, groups: Iterable[Sequence[dict[str, Any]]], schema: pa.Schema) -> None:
@@ -82,11 +83,26 @@ def write_row_groups(path: Path, groups: Iterable[Sequence[dict[str, Any]]], sch
     """
 
     def write(temporary: Path) -> None:
-        with pq.ParquetWriter(temporary, schema, compression=_COMPRESSION) as writer:
+        with _writer(temporary, schema) as writer:
             for rows in groups:
                 writer.write_table(pa.Table.from_pylist(list(rows), schema=schema), row_group_size=len(rows))
 
     write_atomically(path, write)
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, schema, compression=_COMPRESSION, write_page_checksum=True)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    """Open a regular file; a page whose checksum is wrong raises an error when it is read."""
+    return pq.ParquetFile(_regular(path), page_checksum_verification=True)
+
+
+def _has_schema(file: pq.ParquetFile, schema: pa.Schema) -> bool:
+    """Return whether a file has the schema, or the one without hashes of images that version 0.1 wrote."""
+    older = pa.schema([field for field in schema if field.name != "image_sha256"])
+    return any(file.schema_arrow.equals(accepted) for accepted in (schema, older))
 
 
 def _row_groups(path: Path, schema: pa.Schema) -> Iterator[list[dict[str, Any]]]:
@@ -97,8 +113,8 @@ def _row_groups(path: Path, schema: pa.Schema) -> Iterator[list[dict[str, Any]]]
 
 
 def _tables(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
-    with _read_errors(path), pq.ParquetFile(_regular(path)) as file:
-        if not file.schema_arrow.equals(schema):
+    with _read_errors(path), _open(path) as file:
+        if not _has_schema(file, schema):
             raise pa.ArrowInvalid("it holds another type of table")
         for index in range(file.num_row_groups):
             yield file.read_row_group(index)
@@ -106,7 +122,16 @@ def _tables(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
 
 def read_whole(paths: Sequence[Path]) -> pa.Table:
     """Read files of one schema into one table in memory."""
-    return pa.concat_tables([pq.read_table(path) for path in paths])
+    return pa.concat_tables([_read_whole(path) for path in paths])
+
+
+def _read_whole(path: Path) -> pa.Table:
+    with _read_errors(path):
+        table = pq.read_table(_regular(path), page_checksum_verification=True)
+    if "image" not in table.column_names:
+        return table
+    images = [absolute_image(image, path) for image in table["image"].to_pylist()]
+    return table.set_column(table.column_names.index("image"), "image", pa.array(images, pa.string()))
 
 
 @contextmanager
@@ -131,15 +156,40 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def write_prompts(path: Path, prompts: Iterable[Prompt], group_size: int) -> None:
-    """Write prompts in groups of ``group_size``; each row group is one work item."""
-    rows = (asdict(prompt) for prompt in prompts)
+def stored_image(image: str, path: Path, root: Path | None) -> str:
+    """Return the image path to store in a table: relative to the table's folder if the image lies below ``root``."""
+    if root is None or not Path(image).is_relative_to(root):
+        return image
+    return _BESIDE + Path(os.path.relpath(image, path.parent.resolve())).as_posix()
+
+
+def absolute_image(image: str, path: Path) -> str:
+    """Return the absolute form of an image path that a table stores."""
+    return os.path.normpath(path.parent.resolve() / image) if image.startswith(_BESIDE) else image
+
+
+def _prompt_row(prompt: Prompt, path: Path, root: Path | None) -> dict[str, Any]:
+    return asdict(prompt) | {"image": stored_image(prompt.image, path, root)}
+
+
+def _prompt(row: dict[str, Any], path: Path) -> Prompt:
+    image = absolute_image(row["image"], path)
+    return Prompt(row["prompt_id"], image, row["text"], row.get("image_sha256") or "")
+
+
+def write_prompts(path: Path, prompts: Iterable[Prompt], group_size: int, root: Path | None = None) -> None:
+    """Write prompts in groups of ``group_size``; each row group is one work item.
+
+    Images below ``root`` are stored with relative paths, so that the run can be moved.
+    """
+    root = None if root is None else root.resolve()
+    rows = (_prompt_row(prompt, path, root) for prompt in prompts)
     write_row_groups(path, batched(rows, group_size), PROMPTS)
 
 
 def prompt_groups(path: Path) -> Iterator[list[Prompt]]:
     """Yield the prompts of each work item."""
-    return ([Prompt(**row) for row in rows] for rows in _row_groups(path, PROMPTS))
+    return ([_prompt(row, path) for row in rows] for rows in _row_groups(path, PROMPTS))
 
 
 class PromptGroups:
@@ -148,11 +198,11 @@ class PromptGroups:
     def __init__(self, path: Path) -> None:
         self._path = path
         with _read_errors(path):
-            self._file = pq.ParquetFile(_regular(path))
+            self._file = _open(path)
 
     def __getitem__(self, item: int) -> list[Prompt]:
         with _read_errors(self._path):
-            return [Prompt(**row) for row in self._file.read_row_group(item).to_pylist()]
+            return [_prompt(row, self._path) for row in self._file.read_row_group(item).to_pylist()]
 
 
 def write_nodes(path: Path, nodes: Iterable[Node]) -> None:
@@ -168,7 +218,7 @@ def join_nodes(path: Path, parts: Sequence[Path]) -> None:
     """Write the rows of several ledger parts as one file, row group by row group."""
 
     def write(temporary: Path) -> None:
-        with pq.ParquetWriter(temporary, NODES, compression=_COMPRESSION) as writer:
+        with _writer(temporary, NODES) as writer:
             for part in parts:
                 for table in _tables(part, NODES):
                     writer.write_table(table)
@@ -187,7 +237,8 @@ def read_nodes(path: Path) -> Iterator[Node]:
 def read_nodes_of(path: Path, prompt_ids: Iterable[str]) -> list[Node]:
     """Return the nodes of some prompts from one ledger part; other rows are not decoded."""
     with _read_errors(path):
-        table = pq.read_table(_regular(path), filters=[("prompt_id", "in", list(prompt_ids))])
+        wanted = [("prompt_id", "in", list(prompt_ids))]
+        table = pq.read_table(_regular(path), filters=wanted, page_checksum_verification=True)
         return _nodes(table)
 
 
@@ -224,10 +275,11 @@ def read_trees(path: Path) -> Iterator[tuple[str, list[Node]]]:
         yield prompt_id, list(nodes)
 
 
-def write_pairs(path: Path, pairs: Iterable[Pair]) -> int:
-    """Write pairs, holding one row group in memory, and return their number."""
+def write_pairs(path: Path, pairs: Iterable[Pair], root: Path | None = None) -> int:
+    """Write pairs, holding one row group in memory, and return their number; see :func:`write_prompts` for ``root``."""
+    root = None if root is None else root.resolve()
     rows = (
-        asdict(pair.prompt)
+        _prompt_row(pair.prompt, path, root)
         | {"iteration": pair.iteration, "chosen": vars(pair.chosen), "rejected": vars(pair.rejected)}
         for pair in pairs
     )
@@ -250,7 +302,7 @@ def count_groups(path: Path) -> int:
 def read_pairs(path: Path) -> Iterator[Pair]:
     """Yield the pairs of a file, holding one row group in memory."""
     for rows in _row_groups(path, PAIRS):
-        yield from map(_pair, rows)
+        yield from (_pair(row, path) for row in rows)
 
 
 class PairFiles:
@@ -268,8 +320,8 @@ class PairFiles:
         self._open: tuple[int, list[pq.ParquetFile]] | None = None
         sizes, images = [], []
         for path in self._paths:
-            with _read_errors(path), pq.ParquetFile(_regular(path)) as file:
-                if not file.schema_arrow.equals(PAIRS):
+            with _read_errors(path), _open(path) as file:
+                if not _has_schema(file, PAIRS):
                     raise pa.ArrowInvalid("it holds another type of table")
                 groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
                 sizes += groups
@@ -291,25 +343,26 @@ class PairFiles:
         pairs: dict[int, Pair] = {}
         for group in np.unique(groups).tolist():
             wanted = np.unique(rows[groups == group])
-            table = self._row_group(group).take(wanted - self._group_starts[group])
-            pairs |= zip(wanted.tolist(), map(_pair, table.to_pylist()), strict=True)
+            path, table = self._row_group(group)
+            found = table.take(wanted - self._group_starts[group]).to_pylist()
+            pairs |= zip(wanted.tolist(), (_pair(row, path) for row in found), strict=True)
         return [pairs[row] for row in rows.tolist()]
 
-    def _row_group(self, number: int) -> pa.Table:
-        """Read a row group, by its number in all files. A forked process opens the files itself."""
+    def _row_group(self, number: int) -> tuple[Path, pa.Table]:
+        """Read a row group, by its number in all files, and name its file. A forked process opens the files itself."""
         if self._open is None or self._open[0] != os.getpid():
-            self._open = (os.getpid(), [pq.ParquetFile(path) for path in self._paths])
+            self._open = (os.getpid(), [_open(path) for path in self._paths])
         for path, file in zip(self._paths, self._open[1], strict=True):
             if number < file.num_row_groups:
                 with _read_errors(path):
-                    return file.read_row_group(number, use_threads=False)
+                    return path, file.read_row_group(number, use_threads=False)
             number -= file.num_row_groups
         raise IndexError(number)
 
 
-def _pair(row: dict[str, Any]) -> Pair:
+def _pair(row: dict[str, Any], path: Path) -> Pair:
     return Pair(
-        prompt=Prompt(row["prompt_id"], row["image"], row["text"]),
+        prompt=_prompt(row, path),
         iteration=row["iteration"],
         chosen=_response(row["chosen"]),
         rejected=_response(row["rejected"]),

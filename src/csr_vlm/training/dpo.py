@@ -413,8 +413,29 @@ def save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], director
         model.save_pretrained(str(temporary), selected_adapters=["default"], state_dict=dict(weights))
         # PEFT's model card is an empty template.
         (temporary / "README.md").unlink(missing_ok=True)
+        _require_complete(temporary, "adapter_config.json")
 
     files.replace_directory(directory, write)
+
+
+def _require_complete(directory: Path, config: str) -> None:
+    """Verify that a folder has its configuration and weights, and that every tensor is in a file of the right size.
+
+    Raises:
+        CsrError: Something is missing.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        weights = sorted(directory.glob("*.safetensors"))
+        num_tensors = 0
+        for path in weights:
+            with safe_open(path, framework="pt") as tensors:  # refuses a file that its header does not describe exactly
+                num_tensors += len(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise CsrError(f"{path} was not written completely: {error}", "check the disk; run the command again") from None
+    if not num_tensors or not (directory / config).is_file():
+        raise CsrError(f"{directory} was not written completely", "check the disk; run the command again")
 
 
 def merge(model_config: ModelConfig, adapter: Path, directory: Path) -> None:
@@ -430,5 +451,6 @@ def merge(model_config: ModelConfig, adapter: Path, directory: Path) -> None:
         ):
             rename_as_published(temporary)
         processor.save_pretrained(str(temporary))
+        _require_complete(temporary, "config.json")
 
     files.replace_directory(directory, write)
