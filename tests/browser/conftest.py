@@ -75,6 +75,10 @@ def _insert_markup(run: Run) -> None:
     clean = next(row for row in document["rows"] if not row["hallucinated"])
     hallucinating["hallucinated"], clean["hallucinated"] = [], ["fish"]
     files.write_json(path, document)
+    for stage in ("generate", "pairs"):  # the files were changed on purpose: no checksums, as in version 0.1
+        marker = run.iteration(1) / "done" / f"{stage}.json"
+        result = files.read_json(marker)
+        files.write_json(marker, {key: value for key, value in result.items() if key not in ("files", "digest")})
 
 
 @pytest.fixture(scope="session")
