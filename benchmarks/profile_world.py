@@ -183,6 +183,9 @@ def weighted(weights: Sequence[float], *key: object) -> int:
     return len(weights) - 1
 
 
+NUM_NEIGHBORS = 8
+
+
 @dataclass(frozen=True)
 class Picture:
     """Hold what is in a picture, what habits expect in it, and the sizes of its objects."""
@@ -226,6 +229,8 @@ class ProfileWorld:
     num_pictures: int
     pictures: dict[str, Picture] = field(init=False)
     prompts: list[Prompt] = field(init=False)
+    neighbors: list[Prompt] = field(init=False)
+    """Prompts about pictures of similar scenes, ``NUM_NEIGHBORS`` for each picture."""
     sentences: dict[str, Sentence] = field(init=False, default_factory=dict)
     """Every sentence that was written, by its text."""
     owners: dict[str, set[str]] = field(init=False, default_factory=lambda: defaultdict(set))
@@ -236,7 +241,24 @@ class ProfileWorld:
     def __post_init__(self) -> None:
         names = [f"picture-{number:05d}" for number in range(self.num_pictures)]
         self.pictures = {name: self._picture(name) for name in names}
-        self.prompts = [Prompt(name, f"{name}.png", "Describe this image in detail.") for name in names]
+        similar = {
+            f"{name}~{number}": self._neighbor(f"{name}~{number}", self.pictures[name])
+            for name in names
+            for number in range(NUM_NEIGHBORS)
+        }
+        self.pictures |= similar
+        self.prompts, self.neighbors = (
+            [Prompt(name, f"{name}.png", "Describe this image in detail.") for name in group]
+            for group in (names, similar)
+        )
+
+    def _neighbor(self, name: str, picture: Picture) -> Picture:
+        """Draw a picture of a similar scene: what one shows or habits expect there is in the other half the time."""
+        expected = [*picture.objects, *picture.habits]
+        there = [kind for kind in expected if uniform(self.seed, name, kind) < 0.5]
+        absent = tuple(kind for kind in expected if kind not in there)
+        sizes = {kind: pick(_SIZES, self.seed, name, kind, "size") for kind in there}
+        return Picture(name, picture.setting, tuple(there), absent, sizes)
 
     def picture_of(self, prompt: Prompt) -> Picture:
         """Return the picture that a prompt asks about."""
@@ -430,6 +452,10 @@ class ProfileScorer:
     def score(self, items: Sequence[tuple[Prompt, str]]) -> list[dict[str, float]]:
         """Return ``{name: cosine}`` for each (prompt, text)."""
         return [{self.name: self._cosine(self.world.picture_of(prompt), text)} for prompt, text in items]
+
+    def similarities(self, prompt: Prompt, others: Sequence[Prompt]) -> list[float]:
+        """Return which pictures are neighbors of a prompt's: 1 or 0."""
+        return [float(other.image.startswith(f"{prompt.image.removesuffix('.png')}~")) for other in others]
 
     def forget(self) -> None:
         """Keep nothing."""

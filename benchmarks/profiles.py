@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import profile_world
-from profile_world import SETTINGS, Picture, ProfileWorld, kind_of_wording, nouns_in
+from profile_world import SETTINGS, Picture, ProfileWorld, nouns_in
 
 from csr_vlm.config.load import load_config
 from csr_vlm.config.schema import RunConfig
@@ -35,10 +35,11 @@ from csr_vlm.core.records import Node, Pair, Response
 from csr_vlm.evaluation.scorer_profile import Profile, read_profile
 from csr_vlm.method import audit as quality
 from csr_vlm.method.pairs import make_pairs
-from csr_vlm.method.questions import drop_if_sure
+from csr_vlm.method.questions import select_informative
 from csr_vlm.method.reward import path_ids
 from csr_vlm.method.search import search
 from csr_vlm.pipeline.claim_questions import text_pairs
+from csr_vlm.scoring.claim_scorer import ClaimScorer
 from csr_vlm.scoring.scorer import ScorerGroup
 
 __all__ = ["Outcome", "profile_world", "run_profile"]
@@ -86,9 +87,17 @@ def run_profile(profile: Profile, config: RunConfig, num_prompts: int, seed: int
     """Run search, pairs, claim questions and audit on a profile, and judge them by its truth."""
     world = ProfileWorld(profile, seed, num_prompts)
     group = _scorers(world, config)
-    group.set_negative_images(world.prompts, config.scorer.others)
+    group.set_negative_images(world.prompts, config.scorer.others, similar=world.neighbors)
+    claims = ClaimScorer(group, config.method.claims)
     trees = search(
-        world.prompts, world.propose, group.score, config.method, iteration=1, seed=seed, scorer=config.scorer.used
+        world.prompts,
+        world.propose,
+        group.score,
+        config.method,
+        iteration=1,
+        seed=seed,
+        scorer=config.scorer.used,
+        score_claims=claims if config.method.uses_claims else None,
     )
     pairs: list[Pair] = []
     metrics, decisions, with_pairs = [], Counter[tuple[str, str]](), 0
@@ -101,7 +110,7 @@ def run_profile(profile: Profile, config: RunConfig, num_prompts: int, seed: int
         nodes = {node.node_id: node for node in tree.nodes}
         decisions.update(decision(pair, nodes, world) for pair in own)
     checks = quality.pair_checks(quality.pair_metrics(metrics), {})
-    questions = list(_questions(world, trees, group, config))
+    questions = list(_questions(world, trees, claims, config))
     return Outcome(
         profile=profile.name,
         right=sum(number for kinds, number in decisions.items() if kinds in RIGHT),
@@ -162,14 +171,14 @@ def _claims(path: Sequence[Node], picture: Picture, world: ProfileWorld) -> Coun
 
 
 def _questions(
-    world: ProfileWorld, trees: Sequence[Any], group: ScorerGroup, config: RunConfig
+    world: ProfileWorld, trees: Sequence[Any], claims: ClaimScorer, config: RunConfig
 ) -> Iterable[bool | None]:
     """Yield for each question whether its answer is right; None where it asks about no depictable thing."""
-    if not config.method.pairs.questions.pattern:
+    if not config.method.pairs.questions.per_prompt:
         return
     settings = config.method.pairs.questions
     asked: dict[str, list[Pair]] = {}
-    for pair in text_pairs(world.prompts, [tree.nodes for tree in trees], group, config):
+    for pair in text_pairs(world.prompts, [tree.nodes for tree in trees], claims, config):
         name = pair.prompt.prompt_id.rpartition("?")[0]
         kinds = nouns_in(pair.prompt.text)
         margin = 0.0
@@ -181,21 +190,17 @@ def _questions(
         ]
         asked.setdefault(name, []).append(Pair(pair.prompt, 1, *sides))
     for name, about_one in asked.items():
-        for pair in drop_if_sure(about_one, settings, f"{config.seed}:1:{name}"):
+        for pair in select_informative(about_one, settings, f"{config.seed}:1:{name}"):
             yield _is_right(pair, world, settings.yes)
 
 
 def _is_right(pair: Pair, world: ProfileWorld, yes: str) -> bool | None:
-    subject = (
-        pair.prompt.text.lower().removeprefix("is there a").removeprefix("n").removesuffix("in the image?").strip()
-    )
-    kind, picture = kind_of_wording().get(subject), world.picture_of(pair.prompt)
-    if kind is not None:
-        is_there = picture.truth(kind) == "grounded"
-    elif any(setting.endswith(f" {subject}") for setting in SETTINGS):
-        is_there = picture.setting.endswith(f" {subject}")
-    else:
+    picture, subject = world.picture_of(pair.prompt), pair.prompt.text.lower().rstrip("?") + " "
+    kinds = nouns_in(subject)
+    places = [setting.split()[-1] for setting in SETTINGS if f" {setting.split()[-1]} " in subject]
+    if not kinds and not places:
         return None
+    is_there = picture.truth(kinds[0]) == "grounded" if kinds else picture.setting.endswith(places[0])
     return is_there == (pair.chosen.text == yes)
 
 

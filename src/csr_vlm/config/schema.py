@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from csr_vlm.core.errors import suggestion
+from csr_vlm.core.formatting import article
 from csr_vlm.core.seeds import EVALUATION_SEEDS, seed_problem
 
 STOP_RULE = (
@@ -111,6 +112,26 @@ class SearchConfig(_Section):
 class RewardConfig(_Section):
     """Configure how R(s) and R(y) are computed from the measurements of each sentence."""
 
+    unit: Literal["sentence", "claim"] = Field(
+        default="sentence",
+        description="What R_I rates: the sentence as a whole (image_score), or each of its claims alone, in nats of "
+        "evidence; docs/method.md has the formulas.",
+    )
+    false_cost: float = Field(
+        default=2.0,
+        ge=0,
+        description="Cost of a claim with evidence against it, relative to the worth of one with as much evidence for "
+        "it (unit: claim).",
+    )
+    max_evidence: float = Field(
+        default=8.0, gt=0, description="Largest evidence for or against one claim that counts, in nats (unit: claim)."
+    )
+    consistency: float = Field(
+        default=1.0,
+        ge=0,
+        description="Nats for a claim that the policy makes e times as often as its average claim about the image "
+        "(unit: claim).",
+    )
     text_score: Literal["product", "geometric_mean", "mean_logprob"] = Field(
         default="geometric_mean",
         description="R_T: product of the token probabilities (eq. 2), their geometric mean, or the mean "
@@ -139,14 +160,26 @@ class RewardConfig(_Section):
         default=0.0,
         ge=0,
         description="Penalty for a sentence that repeats an earlier one of the response, in units of the spread of "
-        "the prompt's sentence rewards.",
+        "the prompt's sentence rewards; with unit: claim, for one whose claims were all made before, in nats.",
     )
 
     @model_validator(mode="after")
     def _check_baseline(self) -> RewardConfig:
         if self.baseline == "half_best" and (self.fusion, self.image_score) != ("weighted", "contrast"):
             raise ValueError("baseline half_best requires fusion weighted and image_score contrast")
+        if self.unit == "claim" and (self.fusion, self.baseline) != ("weighted", "none"):
+            raise ValueError("unit claim has a zero line of its own; it requires fusion weighted and baseline none")
         return self
+
+
+def _check_template(text: str) -> None:
+    """Raise ValueError unless a text has a place {0} for a claim and at most {a} beside it."""
+    try:
+        fields = [(name, spec, conversion) for _, name, spec, conversion in Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not valid: {error}") from None
+    if ("0", "", None) not in fields or set(fields) - {("0", "", None), ("a", "", None)}:
+        raise ValueError(f"{text!r} is not valid: write {{0}} for the claim, and {{a}} for its article")
 
 
 class ClaimsConfig(_Section):
@@ -158,27 +191,56 @@ class ClaimsConfig(_Section):
         description="Lexicon of the things that a sentence can claim: en, zh, or the path of a file of your own; "
         "docs/method.md describes its format.",
     )
+    caption: str = Field(
+        default="a photo of {a} {0}",
+        description="Text that the scorer compares with images for a claim; {0} is the claim, {a} its article (a or "
+        "an).",
+    )
 
+    @field_validator("caption")
+    @classmethod
+    def _check_caption(cls, caption: str) -> str:
+        try:
+            fields = [name for _, name, spec, conversion in Formatter().parse(caption) if name or spec or conversion]
+        except ValueError as error:
+            raise ValueError(f"{caption!r} is not a valid caption: {error}") from None
+        if "0" not in fields or set(fields) - {"0", "a"}:
+            raise ValueError(
+                f"{caption!r} is not a valid caption: write {{0}} for the claim, and {{a}} for its article"
+            )
+        return caption
 
-FROM_LEXICON = "lexicon"
-"""Value of ``method.pairs.questions.pattern`` that finds claims by the lexicon."""
+    def caption_of(self, words: str) -> str:
+        """Return the caption of a claim, such as "red boat"."""
+        return self.caption.format(words, a=article(words))
 
 
 class QuestionsConfig(_Section):
     """Configure pairs of yes-or-no answers about claims that the policy makes."""
 
-    pattern: str = Field(
-        default="",
-        description="lexicon: ask about the things of method.claims.lexicon, whatever their wording. Otherwise a "
-        "regular expression that finds claims in a sentence; its groups fill the question. Empty: no questions.",
+    per_prompt: int = Field(default=0, ge=0, description="Maximum number of questions per prompt; 0 for none.")
+    wordings: tuple[str, ...] = Field(
+        default=(
+            "Is {a} {0} visible in this picture?",
+            "Can you see {a} {0} here?",
+            "Does this picture show {a} {0}?",
+            "Is {a} {0} part of this scene?",
+        ),
+        min_length=1,
+        description="Questions about a claim, of which each claim gets one; {0} is the claim, {a} its article (a or "
+        "an).",
     )
-    question: str = Field(
-        default="Is there {a} {0} in the image?",
-        description="Question about a claim; {0} is the first group of the pattern, {a} its article (a or an).",
+    min_log_odds: float = Field(
+        default=3.5, ge=0, description="Log odds, in nats, from which an answer is clear and the question is asked."
+    )
+    min_probability: float = Field(
+        default=0.02,
+        gt=0,
+        lt=1,
+        description="Probability that the policy must give one of the two answers, or the question is dropped.",
     )
     yes: str = Field(default="Yes.", min_length=1, description="Answer if the image supports the claim.")
     no: str = Field(default="No.", min_length=1, description="Answer if the image contradicts the claim.")
-    per_prompt: int = Field(default=4, ge=1, description="Maximum number of questions per prompt.")
     sure: float = Field(
         default=3.0,
         description="Minimum log P(right answer) - log P(wrong answer), in nats, if the policy is sure of an answer. "
@@ -188,27 +250,16 @@ class QuestionsConfig(_Section):
         default=0.25, ge=0.0, le=1.0, description="Fraction of those images whose questions are kept anyway."
     )
 
-    @field_validator("pattern", mode="before")
+    @field_validator("wordings")
     @classmethod
-    def _null_is_empty(cls, pattern: object) -> object:
-        return "" if pattern is None else pattern
+    def _check_wordings(cls, wordings: tuple[str, ...]) -> tuple[str, ...]:
+        for wording in wordings:
+            _check_template(wording)
+        return wordings
 
-    @model_validator(mode="after")
-    def _check_question(self) -> QuestionsConfig:
-        try:
-            groups = 1 if self.pattern == FROM_LEXICON else re.compile(self.pattern).groups
-            if any(spec or conversion for _, _, spec, conversion in Formatter().parse(self.question)):
-                raise ValueError("placeholders such as {0} cannot have a format")
-            self.ask(*["x"] * groups)
-        except (re.error, IndexError, KeyError, ValueError) as error:
-            if self.pattern:
-                raise ValueError(f"pattern and question do not match: {error}") from None
-        return self
-
-    def ask(self, *groups: str) -> str:
-        """Fill the question with the groups of a match of the pattern."""
-        article = "an" if groups and groups[0][:1].lower() in tuple("aeiou") else "a"
-        return self.question.format(*groups, a=article)
+    def ask(self, thing: str, number: int) -> str:
+        """Return the question about a thing in one of the wordings."""
+        return self.wordings[number].format(thing, a=article(thing))
 
 
 class PairsConfig(_Section):
@@ -238,7 +289,7 @@ class PairsConfig(_Section):
         default=0.0,
         ge=0,
         description="Reward difference that a pair must exceed, in units of the spread of the prompt's sentence "
-        "rewards.",
+        "rewards; with reward.unit: claim, in nats.",
     )
     require_complete: bool = Field(
         default=True, description="Use only responses, or sentences, that were not cut off by a limit."
@@ -254,6 +305,11 @@ class MethodConfig(_Section):
     claims: ClaimsConfig = ClaimsConfig()
     reward: RewardConfig = RewardConfig()
     pairs: PairsConfig = PairsConfig()
+
+    @property
+    def uses_claims(self) -> bool:
+        """Return whether claims are found and scored: for the reward, or to ask about them."""
+        return self.reward.unit == "claim" or self.pairs.questions.per_prompt > 0
 
 
 class DataConfig(_Section):
@@ -617,7 +673,8 @@ class RunConfig(_Section):
     def _check_negative_images(self) -> RunConfig:
         requirements = {
             "method.reward.image_score=contrast": self.method.reward.image_score == "contrast",
-            "method.pairs.questions": bool(self.method.pairs.questions.pattern),
+            "method.reward.unit=claim": self.method.reward.unit == "claim",
+            "method.pairs.questions": self.method.pairs.questions.per_prompt > 0,
         }
         unmet = [setting for setting, is_used in requirements.items() if is_used and not self.scorer.others]
         if unmet:

@@ -93,3 +93,13 @@ def indexed(text: str) -> Markup:
         Markup('R<sub>I</sub> &lt; 40')
     """
     return Markup(_INDEXED.sub(r"\1<sub>\2</sub>", str(escape(text))))  # noqa: S704 - escaped on this line
+
+
+def article(word: str) -> str:
+    """Return the indefinite article of an English word, by its first letter.
+
+    Example:
+        >>> article("umbrella"), article("boat")
+        ('an', 'a')
+    """
+    return "an" if word[:1].lower() in tuple("aeiou") else "a"

@@ -34,6 +34,16 @@ def negatives_column(scorer: str) -> str:
     return f"{scorer}:others"
 
 
+def spread_column(scorer: str) -> str:
+    """Return the name of the ledger column with the standard deviation of a claim's cosines over negative images."""
+    return f"{scorer}:spread"
+
+
+def nearest_column(scorer: str) -> str:
+    """Return the name of the ledger column with a claim's mean cosine over the most similar of the other images."""
+    return f"{scorer}:nearest"
+
+
 class Finish(StrEnum):
     """Enumerate the reasons why a candidate sentence ends."""
 
@@ -132,6 +142,9 @@ class Node(_Sentence):
     cosines: Mapping[str, float] = field(default_factory=dict)
     """Maps a scorer's name to cos(F_I(image), F_T(text)), in -1..1, and :func:`negatives_column`
     to the mean over negative images; empty if there is no sentence."""
+    claims: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Maps each claim of the sentence, such as ``boat`` and ``boat/red``, to its own cosines: those of a sentence,
+    :func:`spread_column` and :func:`nearest_column`; empty unless ``method.reward.unit`` is ``claim``."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +172,10 @@ class Pair:
     iteration: int
     chosen: Response
     rejected: Response
+    shared_tokens: int = 0
+    """Tokens that both responses begin with, on which nothing is trained."""
+    shared_logprob: float = 0.0
+    """Log-probability of these tokens, which is part of that of both responses, in nats."""
 
     @property
     def margin(self) -> float:

@@ -25,7 +25,6 @@ from csr_vlm.core.records import Finish, Node, NodeStatus
 from csr_vlm.evaluation.labeled_captions import LabeledText
 from csr_vlm.evaluation.scorer_validation import ScoredCaptions
 from csr_vlm.evaluation.sentence_kinds import DETAILS
-from csr_vlm.method.questions import Claims
 from csr_vlm.method.reward import reward_scale, sentence_rewards
 
 MARGINS = (0.0, 0.1, 0.25, 0.4, 0.6, 0.8)

@@ -10,14 +10,16 @@ bounds were derived from.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from itertools import combinations
 from statistics import correlation, fmean
 from typing import Any
 
 from csr_vlm.config.schema import MethodConfig
-from csr_vlm.core.records import Node, Pair, Response, negatives_column
+from csr_vlm.core.records import Node, Pair, Response, nearest_column, negatives_column
+from csr_vlm.method.evidence import Evidence
 from csr_vlm.method.pairs import responses
 from csr_vlm.method.reward import (
     NOT_CANDIDATES,
@@ -106,6 +108,34 @@ PAIR_BOUNDS = {
         higher_is_worse=True,
         reason="the rewards of a prompt's responses correlate with their length: r = {value:+.2f}",
     ),
+    "claim_agreement": Bound(
+        warn=0.65,
+        stop=0.57,
+        higher_is_worse=False,
+        reason="the scorer rates only {value:.2f} of the claims higher for their own image than for negative images "
+        "(0.5 is chance): the model does not describe its images, or another scorer is needed (docs/scorers.md)",
+    ),
+    "nearest_agreement": Bound(
+        warn=0.58,
+        stop=0.54,
+        higher_is_worse=False,
+        reason="the scorer rates only {value:.2f} of the claims higher for their own image than for the most similar "
+        "other images (0.5 is chance): it sees what kind of picture it is, not what is in it (docs/scorers.md)",
+    ),
+    "cue_agreement": Bound(
+        warn=0.53,
+        stop=0.50,
+        higher_is_worse=False,
+        reason="of two claims about an image, the scorer prefers the one that the model makes more often only "
+        "{value:.2f} of the time (0.5 is chance): scorer and model do not agree on what is there",
+    ),
+    "second_win": Bound(
+        warn=0.65,
+        stop=0.55,
+        higher_is_worse=False,
+        reason="a second scorer, which did not choose the pairs, prefers the chosen side in only {value:.2f} of them "
+        "(0.5 is chance)",
+    ),
     "prompts_with_pairs": Bound(
         warn=0.10, stop=0.03, higher_is_worse=False, reason="too few prompts yield pairs: {value:.2f} of them"
     ),
@@ -177,6 +207,22 @@ class TreeMetrics:
     """Pearson's r between R(y) and the number of sentences; None if undefined, or between siblings."""
     scorer_agreement: float | None
     """Fraction of distinct sentences whose cosine exceeds the mean over negative images; None without these."""
+    claims: ClaimSigns | None = None
+    """None unless ``reward.unit`` is ``claim``; then there is no relevance of sentences."""
+
+
+@dataclass(frozen=True)
+class ClaimSigns:
+    """Hold (successes, cases) of the signs that are computed from the claims of one tree; ties count 1/2."""
+
+    others: tuple[float, int]
+    """Things whose cosine exceeds the mean over negative images."""
+    nearest: tuple[float, int]
+    """Things whose cosine exceeds the mean over the most similar images."""
+    cues: tuple[float, int]
+    """Pairs of things of which the more frequent one has the higher evidence by the scorer."""
+    second: tuple[float, int]
+    """Pairs of sides of which the second scorer prefers the chosen one."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +242,8 @@ def tree_metrics(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodCon
     Raises:
         CsrError: A cosine is missing or not finite.
     """
+    if method.reward.unit == "claim":
+        return _claim_metrics(nodes, pairs, method, scorer)
     by_id = {node.node_id: node for node in nodes}
     sentences = [node for node in nodes if node.sentence and node.status not in NOT_CANDIDATES]
     relevant = _relevant_sentences(sentences, scorer)
@@ -231,6 +279,68 @@ def tree_metrics(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodCon
     )
 
 
+def _claim_metrics(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfig, scorer: str) -> TreeMetrics:
+    """Compute the metrics of one prompt's tree whose rewards are those of claims."""
+    rewards = sentence_rewards(nodes, method, scorer)
+
+    def counts(response: Response) -> tuple[int, int]:
+        path = [rewards[node_id] for node_id in path_ids(response.node_id) if node_id in rewards]
+        return len(path), sum(reward.repeated for reward in path)
+
+    sides = [(counts(pair.chosen), counts(pair.rejected)) for pair in pairs]
+    return TreeMetrics(
+        pairs=len(pairs),
+        wins=0,
+        losses=0,
+        margin=sum(pair.margin for pair in pairs),
+        length_gap=sum(chosen[0] - rejected[0] for chosen, rejected in sides),
+        omission_gap=0,
+        repeat_gap=sum(chosen[1] - rejected[1] for chosen, rejected in sides),
+        correlation=_length_correlation(nodes, method, scorer) if method.pairs.between == "responses" else None,
+        scorer_agreement=None,
+        claims=_claim_signs(nodes, pairs, method, scorer),
+    )
+
+
+def _claim_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfig, scorer: str) -> ClaimSigns:
+    evidence = Evidence.of(nodes, method.reward, scorer)
+    names = scorer.split("+")
+    things = {thing: evidence.scores[thing] for thing in evidence.mentions}
+
+    frequent = fmean(evidence.mentions.values()) if things else 0.0
+
+    def above(column: Callable[[str], str], least: float = 0.0) -> tuple[float, int]:
+        gaps = {
+            thing: sum(row[name] - row[column(name)] for name in names)
+            for thing, row in things.items()
+            if evidence.mentions[thing] >= least and all(column(name) in row for name in names)
+        }
+        return _successes(gap for thing, gap in gaps.items() for _ in range(evidence.mentions[thing]))
+
+    compared = [
+        (evidence.mentions[a] - evidence.mentions[b]) * (evidence.weigh(things[a]) - evidence.weigh(things[b]))
+        for a, b in combinations(sorted(things), 2)
+        if evidence.mentions[a] != evidence.mentions[b]
+    ]
+    columns = {column for row in things.values() for column in row if ":" not in column}
+    second = sorted(columns - set(names))
+    gaps: list[float] = []
+    if second and pairs:
+        judged = sentence_rewards(nodes, method, second[0])
+
+        def value(response: Response) -> float:
+            return judged[response.node_id].image if response.node_id in judged else 0.0
+
+        gaps = [value(pair.chosen) - value(pair.rejected) for pair in pairs]
+    return ClaimSigns(above(negatives_column), above(nearest_column, frequent), _successes(compared), _successes(gaps))
+
+
+def _successes(gaps: Iterable[float]) -> tuple[float, int]:
+    """Return the number of positive gaps, ties counting 1/2, and the number of all."""
+    values = list(gaps)
+    return sum((gap > 0) + (gap == 0) / 2 for gap in values), len(values)
+
+
 def pair_metrics(trees: Iterable[TreeMetrics]) -> dict[str, float]:
     """Pool the metrics of an iteration's trees; metrics that are undefined are left out.
 
@@ -244,6 +354,17 @@ def pair_metrics(trees: Iterable[TreeMetrics]) -> dict[str, float]:
       sentences, for pairs of whole responses
     - ``scorer_agreement``: mean over prompts of the fraction of sentences whose cosine exceeds
       the mean over negative images; 0.5 is chance
+
+    With ``reward.unit: claim`` there are these instead of the last three and ``omission_gap``, each
+    a fraction whose null, 0.5, is what a scorer gives that sees nothing of the image:
+
+    - ``claim_agreement``: things whose cosine exceeds the mean over negative images
+    - ``nearest_agreement``: things whose cosine exceeds the mean over the most similar images,
+      which did not choose the pairs
+    - ``cue_agreement``: pairs of things of which the one that the policy mentions more often has
+      the higher evidence by the scorer
+    - ``second_win``: pairs whose chosen side has the higher evidence by a second scorer, which did
+      not choose them; only where there is one
     """
     trees = list(trees)
     num_pairs = sum(tree.pairs for tree in trees)
@@ -255,9 +376,15 @@ def pair_metrics(trees: Iterable[TreeMetrics]) -> dict[str, float]:
         metrics |= {
             "margin": sum(tree.margin for tree in trees) / num_pairs,
             "length_gap": sum(tree.length_gap for tree in trees) / num_pairs,
-            "omission_gap": sum(tree.omission_gap for tree in trees) / num_pairs,
             "repeat_gap": sum(tree.repeat_gap for tree in trees) / num_pairs,
         }
+    signs = [tree.claims for tree in trees if tree.claims is not None]
+    if num_pairs and not signs:
+        metrics["omission_gap"] = sum(tree.omission_gap for tree in trees) / num_pairs
+    for metric, sign in _CLAIM_SIGNS.items():
+        cases = [getattr(of_tree, sign) for of_tree in signs]
+        if number := sum(total for _, total in cases):
+            metrics[metric] = sum(successes for successes, _ in cases) / number
     wins, losses = sum(tree.wins for tree in trees), sum(tree.losses for tree in trees)
     if wins + losses:
         metrics["relevance_win"] = wins / (wins + losses)
@@ -266,6 +393,18 @@ def pair_metrics(trees: Iterable[TreeMetrics]) -> dict[str, float]:
     if agreements := [tree.scorer_agreement for tree in trees if tree.scorer_agreement is not None]:
         metrics["scorer_agreement"] = fmean(agreements)
     return metrics
+
+
+_CLAIM_SIGNS = {
+    "claim_agreement": "others",
+    "nearest_agreement": "nearest",
+    "cue_agreement": "cues",
+    "second_win": "second",
+}
+"""Metric of pairs to the sign of a tree that it pools."""
+_OPTIONAL = ("length_correlation", "nearest_agreement", "cue_agreement", "second_win")
+"""Metrics of pairs that may become undefined: for responses of one length, without similar images or a second scorer,
+or where every claim is made once."""
 
 
 def response_metrics(
@@ -324,8 +463,8 @@ def response_checks(
 def pair_checks(metrics: Mapping[str, float], first: Mapping[str, float]) -> list[Check]:
     """Compare the metrics of pairs with their bounds; stop where one is undefined that pairs must have.
 
-    Where there are pairs, they must have ``relevance_win``, and whatever else the first iteration
-    had. Only ``length_correlation`` may become undefined: responses of one length have none.
+    Where there are pairs, they must have ``relevance_win`` or ``claim_agreement``, and whatever else
+    the first iteration had, except for what may be undefined (``_OPTIONAL``).
 
     Args:
         metrics: Metrics of :func:`pair_metrics`.
@@ -335,11 +474,11 @@ def pair_checks(metrics: Mapping[str, float], first: Mapping[str, float]) -> lis
     if not metrics.get("pairs"):
         return results
     for metric in PAIR_BOUNDS:
-        if metric in metrics or metric == "length_correlation":
+        if metric in metrics or metric in _OPTIONAL:
             continue
         if metric in first:
             reason = f"pairs: {metric} was {first[metric]:.4g} in iteration 1 and is undefined now"
-        elif metric == "relevance_win":
+        elif metric == "relevance_win" and "claim_agreement" not in metrics:
             reason = f"pairs: {metric} is undefined: in no pair does one side suit the image better than the other"
         else:
             continue

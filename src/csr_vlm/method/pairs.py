@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from csr_vlm.config.schema import MethodConfig, PairsConfig
+from csr_vlm.config.schema import MethodConfig
 from csr_vlm.core.batching import evenly_spaced
 from csr_vlm.core.records import Finish, Node, NodeStatus, Pair, Prompt, Response
 from csr_vlm.method.reward import (
@@ -32,6 +32,8 @@ class _Option:
     response: Response
     future_reward: float | None
     """Highest reward that the tree reaches after it; None if it was not expanded, or is not looked ahead of."""
+    worth: float = 0.0
+    """What the claims of its last sentence are worth (``reward.unit: claim``); 0 for ending."""
 
     @property
     def value(self) -> float:
@@ -72,6 +74,10 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
     so that omitting something that is never said later has a cost. Two siblings of which one
     was not expanded are compared by R(s) alone. Ending the response is worth 0.
 
+    With ``reward.unit: claim``, what a partial response says before must not contain a sentence that
+    is judged false (R_I < 0), and a pair must cross the zero line: claims without evidence against
+    them over claims without evidence for them. So ending is preferred to false claims alone.
+
     Pairs are sorted by decreasing margin if ``selection`` is ``extremes``.
 
     Args:
@@ -83,7 +89,8 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
 
     Returns:
         The pairs, or ``incomplete`` (fewer than two responses ended), ``identical`` (all of
-        them have the same text) or ``margin`` (no margin exceeds ``min_margin``).
+        them have the same text), ``no_evidence`` (the scorer says nothing about any claim) or ``margin`` (no
+        margin exceeds ``min_margin``).
 
     Raises:
         CsrError: A cosine is missing or not finite.
@@ -91,7 +98,7 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
     config = method.pairs
     rewards = sentence_rewards(nodes, method, scorer)
     if config.between == "siblings":
-        groups, limit = _sibling_options(nodes, rewards, config), config.per_node
+        groups, limit = _sibling_options(nodes, rewards, method), config.per_node
     else:
         groups, limit = [_response_options(nodes, method, scorer)], config.per_prompt
     groups = [group for group in groups if len(group) > 1]
@@ -105,16 +112,30 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
     preferences = [
         preference
         for group in groups
-        for preference in evenly_spaced(_preferences(group, config, key, min_margin), limit)
+        for preference in evenly_spaced(_preferences(group, method, key, min_margin), limit)
     ]
     if not preferences:
-        return "margin"
+        is_silent = method.reward.unit == "claim" and not any(reward.image for reward in rewards.values())
+        return "no_evidence" if is_silent else "margin"
     if config.selection == "extremes":  # at random, sorting by margin would introduce a preference
         preferences.sort(key=_negative_margin)
+    by_id = {node.node_id: node for node in nodes}
     return [
-        Pair(prompt=prompt, iteration=nodes[0].iteration, chosen=chosen, rejected=rejected)
+        Pair(prompt, nodes[0].iteration, chosen, rejected, *_shared(chosen, rejected, by_id))
         for chosen, rejected in evenly_spaced(preferences, config.per_prompt)
     ]
+
+
+def _shared(chosen: Response, rejected: Response, by_id: Mapping[str, Node]) -> tuple[int, float]:
+    """Return the number of tokens that both responses begin with, and the log-probability of these.
+
+    At least one token of each response is left.
+    """
+    both = list(zip(chosen.token_ids, rejected.token_ids, strict=False))
+    number = next((at for at, (left, right) in enumerate(both) if left != right), len(both))
+    number = min(number, len(chosen.token_ids) - 1, len(rejected.token_ids) - 1)
+    logprobs = [value for node_id in path_ids(chosen.node_id) for value in by_id[node_id].token_logprobs]
+    return number, sum(logprobs[:number])
 
 
 def _response_options(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> list[_Option]:
@@ -127,15 +148,27 @@ def _response_options(nodes: Sequence[Node], method: MethodConfig, scorer: str) 
 
 
 def _sibling_options(
-    nodes: Sequence[Node], rewards: Mapping[str, SentenceReward], config: PairsConfig
+    nodes: Sequence[Node], rewards: Mapping[str, SentenceReward], method: MethodConfig
 ) -> list[list[_Option]]:
-    """Return a group of options for each partial response: its continuations, each with the reward of its sentence."""
+    """Return a group of options for each partial response: its continuations, each with the reward of its sentence.
+
+    With ``reward.unit: claim``, partial responses that contain a sentence judged false are left out.
+    """
+    config = method.pairs
     by_id = {node.node_id: node for node in nodes}
     children: dict[str, list[Node]] = {}
     for node in nodes:
         is_whole = node.finish is not Finish.LENGTH
         if node.status not in NOT_CANDIDATES and (is_whole or not config.require_complete):
             children.setdefault(node.parent_id, []).append(node)
+
+    def is_clean(parent_id: str) -> bool:
+        return method.reward.unit == "sentence" or all(
+            rewards[node_id].image >= 0 for node_id in path_ids(parent_id) if node_id in rewards
+        )
+
+    def worth(node: Node) -> float:
+        return rewards[node.node_id].image if node.sentence else 0.0
 
     def reward(node: Node) -> float:
         return rewards[node.node_id].total if node.sentence else 0.0
@@ -149,10 +182,13 @@ def _sibling_options(
 
     return [
         [
-            _Option(_response(node, by_id, reward(node)), future_reward(node) if config.look_ahead else None)
+            _Option(
+                _response(node, by_id, reward(node)), future_reward(node) if config.look_ahead else None, worth(node)
+            )
             for node in siblings
         ]
-        for siblings in children.values()
+        for parent_id, siblings in children.items()
+        if is_clean(parent_id)
     ]
 
 
@@ -181,18 +217,21 @@ def _without_duplicates(options: Iterable[_Option]) -> list[_Option]:
 
 
 def _preferences(
-    options: Sequence[_Option], config: PairsConfig, key: str, min_margin: float
+    options: Sequence[_Option], method: MethodConfig, key: str, min_margin: float
 ) -> list[tuple[Response, Response]]:
     """Return (chosen, rejected) for one group: the best option against the others, by decreasing margin.
 
     With ``selection: random``, one option against the others, in random order.
     """
-    if config.selection == "random":
+    if method.pairs.selection == "random":
         chosen, *rejected = _shuffled([option.response for option in options], key)
         return [(chosen, other) for other in rejected]
     expanded = [option for option in options if option.future_reward is not None]
     best = max(expanded or options, key=lambda option: option.value)
-    preferences = [_with_values(best, other) for other in options if other is not best]
+    others = [other for other in options if other is not best]
+    if method.reward.unit == "claim":
+        others = [other for other in others if best.worth >= 0 >= other.worth]
+    preferences = [_with_values(best, other) for other in others]
     preferences = [(chosen, other) for chosen, other in preferences if chosen.reward - other.reward > min_margin]
     return sorted(preferences, key=_negative_margin)
 

@@ -1,132 +1,92 @@
-"""Turn the claims of a policy's responses into yes-or-no questions, answered by image-text relevance.
+"""Turn the claims of a policy's responses into yes-or-no questions, answered by the evidence for them.
 
 Training on descriptions improves descriptions, but not the answers to questions: on the
-embedded world it left these unchanged. A tree of candidate sentences contains many claims,
-and relevance already separates those that suit the image from those that do not. The policy is
-trained to answer questions about them accordingly, without any label; the false claims are the
-hallucinations of this very policy. Claims about other images serve as negatives, so that the
-policy does not learn to affirm what it would never have claimed itself.
+embedded world it left these unchanged. A tree of candidate sentences makes many claims, and the
+evidence (:mod:`csr_vlm.method.evidence`) separates those that suit the image from those that do
+not. The policy is trained to answer questions about them accordingly, without any label; the
+false claims are the hallucinations of this very policy. Claims about other images serve as
+negatives, so that the policy does not learn to affirm what it would never have claimed itself.
+
+A question is asked only where the odds of its answer, evidence and prior together, are clear:
+
+    log odds(c) = e(c) + log prior odds        prior odds 3:1 if the policy made the claim, else 1:9
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import TypeVar
 
-from csr_vlm.config.schema import FROM_LEXICON, QuestionsConfig
-from csr_vlm.core.records import Node, Pair
-from csr_vlm.method.claims import claim_finder
-from csr_vlm.method.reward import NOT_CANDIDATES, contrasts
+from csr_vlm.config.schema import QuestionsConfig
+from csr_vlm.core.records import Pair
 
 _Item = TypeVar("_Item")
-_FALSE_BELOW = 0.25
-"""Fraction of the best contrast below which the image contradicts a claim."""
-_TRUE_ABOVE = 0.5
-"""Fraction of the best contrast above which the image supports a claim."""
+_CLAIMED = math.log(3)
+"""Prior log odds of a claim that the policy makes about an image: three in four are true."""
+_UNCLAIMED = -math.log(9)
+"""The same of a claim that it makes about other images only."""
 
 
-@dataclass(frozen=True)
-class Claims:
-    """Hold the claims of one prompt's tree, by the question about each."""
-
-    sentences: dict[str, list[str]]
-    """Question to the distinct sentences that make the claim."""
-    strongest: dict[str, float]
-    """Question to the highest contrast of these sentences."""
-    best: float
-    """Highest contrast of the tree."""
-
-    def is_supported(self, contrast: float) -> bool:
-        """Return whether the image supports a claim with this contrast: more than half of the best."""
-        return contrast > _TRUE_ABOVE * self.best
-
-    def is_contradicted(self, contrast: float) -> bool:
-        """Return whether the image contradicts a claim with this contrast: less than a quarter of the best."""
-        return contrast < _FALSE_BELOW * self.best
-
-
-def find_claims(nodes: Sequence[Node], config: QuestionsConfig, scorer: str, lexicon: str = "en") -> Claims:
-    """Find the claims in the sentences of one prompt's tree.
-
-    A claim is a thing of the lexicon, whatever its wording; or, with a pattern, each of its matches.
-
-    Raises:
-        CsrError: The ledger has no cosines with negative images, or the lexicon is not valid.
-    """
-    find = _finder(config.pattern, lexicon)
-    sentences = [node for node in nodes if node.sentence and node.status not in NOT_CANDIDATES]
-    values = contrasts(sentences, scorer)
-    claims = Claims({}, {}, max(values.values(), default=0.0))
-    for node in sentences:
-        for groups in find(node.sentence):
-            question = config.ask(*groups)
-            wordings = claims.sentences.setdefault(question, [])
-            if node.sentence not in wordings:
-                wordings.append(node.sentence)
-            claims.strongest[question] = max(claims.strongest.get(question, -2.0), values[node.node_id])
-    return claims
-
-
-def _finder(pattern: str, lexicon: str) -> Callable[[str], Iterable[tuple[str, ...]]]:
-    """Return a function from a sentence to what fills the question about each of its claims."""
-    if pattern == FROM_LEXICON:
-        finder = claim_finder(lexicon)
-        return lambda sentence: [(claim.name,) for claim in finder.find(sentence)]
-    compiled = re.compile(pattern)
-    return lambda sentence: [match.groups() for match in compiled.finditer(sentence)]
-
-
-def negative_questions(claims: Claims, pool: Iterable[str], number: int, key: str) -> list[str]:
-    """Choose questions that only other images gave rise to, by a keyed hash.
+def choose_unclaimed(claimed: Iterable[str], pool: Iterable[str], number: int, key: str) -> list[str]:
+    """Choose things that the policy claims about other images only, by a keyed hash.
 
     Args:
-        claims: Claims of the prompt's own tree.
-        pool: Questions about the claims of all trees.
-        number: Maximum number of questions.
-        key: Key of the hash; the order of the pool has no influence.
+        claimed: Things that it claims about this image.
+        pool: Things that it claims about any image; their order has no influence.
+        number: Maximum number of things.
+        key: Key of the hash.
     """
-    candidates = [question for question in pool if question not in claims.sentences]
-    return sorted(candidates, key=lambda question: _hash(f"{key}:{question}"))[:number]
+    candidates = set(pool) - set(claimed)
+    return sorted(candidates, key=lambda thing: _hash(f"{key}:{thing}"))[:number]
 
 
-def choose_questions(claims: Claims, negatives: Mapping[str, float], config: QuestionsConfig) -> list[tuple[str, bool]]:
+def choose_questions(
+    claimed: Mapping[str, float], unclaimed: Mapping[str, float], config: QuestionsConfig, key: str
+) -> list[tuple[str, bool]]:
     """Return up to ``config.per_prompt`` (question, whether the answer is yes) about one prompt's image.
 
-    The answer is yes for claims of the tree that the image supports, and no for claims of the
-    tree, or of other trees, that it contradicts. Nothing is asked about the others. A claim of
-    another tree is never affirmed: where the policy did not make a claim but relevance is high,
-    the scorer is usually wrong. No and yes alternate, as do the two kinds of no; the rest of
-    the longer list comes last.
+    A claim of another image is never affirmed: where the policy did not make a claim but the
+    evidence is strong, the scorer is usually wrong. No and yes alternate, as do the two kinds of
+    no; the rest of the longer list comes last.
 
     Args:
-        claims: Claims of the prompt's tree.
-        negatives: Question about a claim that only other trees make, to its contrast here.
-        config: Number of questions.
+        claimed: Things that the policy claims about the image, with the evidence in nats.
+        unclaimed: Things that it claims about other images only, with the evidence on this one.
+        config: Settings of the questions.
+        key: Key of the hash that chooses each question's wording.
     """
-    true = [(question, True) for question, value in claims.strongest.items() if claims.is_supported(value)]
-    false = [
-        [(question, False) for question, value in contrast_by_question.items() if claims.is_contradicted(value)]
-        for contrast_by_question in (claims.strongest, negatives)
-    ]
-    return _alternate(_alternate(*false), true)[: config.per_prompt]
+    bound = config.min_log_odds
+    true = [(thing, True) for thing, nats in claimed.items() if nats + _CLAIMED >= bound]
+    false = [(thing, False) for thing, nats in claimed.items() if nats + _CLAIMED <= -bound]
+    absent = [(thing, False) for thing, nats in unclaimed.items() if nats + _UNCLAIMED <= -bound]
+    chosen = _alternate(_alternate(false, absent), true)[: config.per_prompt]
+    return [(_ask(thing, config, key), holds) for thing, holds in chosen]
 
 
-def drop_if_sure(pairs: Sequence[Pair], config: QuestionsConfig, key: str) -> list[Pair]:
-    """Return the questions about one image, or none of them if the policy is sure of every answer.
+def _ask(thing: str, config: QuestionsConfig, key: str) -> str:
+    number = int.from_bytes(_hash(f"{key}:{thing}")[:8])
+    return config.ask(thing, number % len(config.wordings))
 
-    It is sure of an answer if log P(right) - log P(wrong) >= ``config.sure`` nats. Training on
-    what it knows already would only amplify it, at the expense of the descriptions. But without
-    any questions the answers drift, so a fraction of ``config.rehearsed`` of such images is
-    kept, chosen by a keyed hash. Questions are kept or dropped together, because the sure yes
-    beside an unsure no prevents a bias toward no.
+
+def select_informative(pairs: Sequence[Pair], config: QuestionsConfig, key: str) -> list[Pair]:
+    """Return the questions about one image that are worth training on.
+
+    A question is dropped if the policy gives neither answer a probability of ``config.min_probability``:
+    it does not answer this question by yes or no. All are dropped if the policy is sure of every
+    answer, log P(right) - log P(wrong) >= ``config.sure`` nats: training on what it knows already
+    would only amplify it, at the expense of the descriptions. But without any questions the answers
+    drift, so a fraction of ``config.rehearsed`` of such images is kept, chosen by a keyed hash.
+    Questions are kept or dropped together, because the sure yes beside an unsure no prevents a bias
+    toward no.
     """
-    is_sure = all(pair.chosen.logprob - pair.rejected.logprob >= config.sure for pair in pairs)
+    least = math.log(config.min_probability)
+    answered = [pair for pair in pairs if max(pair.chosen.logprob, pair.rejected.logprob) >= least]
+    is_sure = all(pair.chosen.logprob - pair.rejected.logprob >= config.sure for pair in answered)
     uniform = int.from_bytes(_hash(key)[:8]) / 2**64
-    return [] if is_sure and uniform >= config.rehearsed else list(pairs)
+    return [] if is_sure and uniform >= config.rehearsed else answered
 
 
 def _hash(text: str) -> bytes:

@@ -7,8 +7,16 @@ The equations are those of the CSR paper (arXiv 2405.14622):
     R(s)   = lambda R_I(s) + (1 - lambda) R_T(s)      (4)
     R(y)   = sum_i R(s_i)
 
-``method.reward`` selects variants of each of them. Everything here is a pure function of the
-ledger, so rewards can be recomputed under other settings without generating again.
+``method.reward`` selects variants of each of them. With ``unit: claim``, R_I(s) is not a cosine but
+what the sentence's claims are worth, in nats (:mod:`csr_vlm.method.evidence`):
+
+    R_I(s) = sum over claims c of s not made before of w(e(c))
+    w(e)   = min(e, E) if e >= 0, else -F min(-e, E)      E max_evidence, F false_cost
+
+A thing that the sentence gives a color counts with the lower evidence of the two. A sentence without
+claims is worth 0, as ending is; one whose claims were all made before costs ``repeat_penalty``.
+
+Everything here is a pure function of the ledger, so rewards can be recomputed under other settings without generating again.
 """
 
 from __future__ import annotations
@@ -24,6 +32,7 @@ from statistics import fmean
 from csr_vlm.config.schema import MethodConfig, RewardConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Node, NodeStatus, negatives_column
+from csr_vlm.method.evidence import Evidence, thing_of
 
 NOT_CANDIDATES = (NodeStatus.DUPLICATE, NodeStatus.FILTERED)
 """Nodes that are recorded but get no reward and enter no pair."""
@@ -37,11 +46,11 @@ class SentenceReward:
     text: float
     """R_T, times ``text_scale``."""
     image: float
-    """R_I: in 0..100, or in -200..200 as a contrast."""
+    """R_I: in 0..100, in -200..200 as a contrast, or in nats."""
     total: float
     """R(s), after the baseline and the penalty for repeating."""
     repeated: bool = False
-    """Whether an earlier sentence of the response has the same words."""
+    """Whether an earlier sentence of the response has the same words, or earlier ones made all its claims."""
 
 
 def text_score(node: Node, config: RewardConfig) -> float:
@@ -129,8 +138,10 @@ def sentence_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -
     Raises:
         CsrError: A cosine is missing or not finite.
     """
-    sentences = [node for node in nodes if node.sentence and node.status not in NOT_CANDIDATES]
     config = method.reward
+    if config.unit == "claim":
+        return _claim_rewards(nodes, method, scorer)
+    sentences = [node for node in nodes if node.sentence and node.status not in NOT_CANDIDATES]
     text = [text_score(node, config) for node in sentences]
     image = [image_score(node, scorer, config) for node in sentences]
     baseline = _baseline(image, text, method)
@@ -144,6 +155,32 @@ def sentence_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -
         node.node_id: replace(reward, total=reward.total - penalty) if reward.repeated else reward
         for node, reward in zip(sentences, rewards, strict=True)
     }
+
+
+def _claim_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> dict[str, SentenceReward]:
+    """Compute R(s) from the evidence for the claims of each sentence; R_T counts relative to its mean."""
+    config, evidence = method.reward, Evidence.of(nodes, method.reward, scorer).nats
+    sentences = [node for node in nodes if node.sentence and node.status not in NOT_CANDIDATES]
+    by_id = {node.node_id: node for node in nodes}
+    text = [text_score(node, config) for node in sentences]
+    zero = (1 - method.lambda_) * fmean(text) if text else 0.0
+    rewards = {}
+    for node, r_t in zip(sentences, text, strict=True):
+        before = {thing_of(claim) for earlier in path_ids(node.node_id)[:-1] for claim in by_id[earlier].claims}
+        lowest: dict[str, float] = {}
+        for claim in node.claims:
+            lowest[thing_of(claim)] = min(lowest.get(thing_of(claim), math.inf), evidence[claim])
+        worth = sum(_worth(e, config) for thing, e in lowest.items() if thing not in before)
+        repeated = (bool(lowest) and before.issuperset(lowest)) or repeats_earlier(node, by_id)
+        total = method.lambda_ * worth + (1 - method.lambda_) * r_t - zero - config.repeat_penalty * repeated
+        rewards[node.node_id] = SentenceReward(text=r_t, image=worth, total=total, repeated=repeated)
+    return rewards
+
+
+def _worth(evidence: float, config: RewardConfig) -> float:
+    """Return w(e) of a claim."""
+    bounded = max(-config.max_evidence, min(evidence, config.max_evidence))
+    return bounded if bounded >= 0 else config.false_cost * bounded
 
 
 def _fuse(
@@ -187,12 +224,14 @@ def _baseline(image: Sequence[float], text: Sequence[float], method: MethodConfi
 
 
 def reward_scale(rewards: Iterable[SentenceReward], method: MethodConfig) -> float:
-    """Return max R(s) - min R(s) over a prompt's sentences, the unit of penalties and margins.
+    """Return max R(s) - min R(s) over a prompt's sentences, the unit of penalties and margins; 1 nat by claim.
 
     Repeated sentences are left out. With the baseline ``half_best`` the minimum includes the
     reward of a sentence unrelated to the image, -lambda max(R_I) / 2. Otherwise the scale
     would shrink, and small differences would count as large ones, where all sentences are good.
     """
+    if method.reward.unit == "claim":
+        return 1.0
     distinct = [reward for reward in rewards if not reward.repeated]
     if not distinct:
         return 0.0

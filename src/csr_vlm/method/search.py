@@ -19,7 +19,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Protocol
+from types import MappingProxyType
+from typing import Protocol, TypeVar
 
 from csr_vlm.config.schema import FilterConfig, MethodConfig, SearchConfig
 from csr_vlm.core.errors import CsrError
@@ -30,6 +31,14 @@ Propose = Callable[[Sequence[Expansion]], Sequence[Sequence[Candidate]]]
 """Continues each partial response by one sentence, several times."""
 Score = Callable[[Sequence[tuple[Prompt, str]]], Sequence[Mapping[str, float]]]
 """Returns the cosines of (prompt's image, sentence), by ledger column."""
+Claims = Mapping[str, Mapping[str, float]]
+"""Claims of a sentence, each with its own cosines by ledger column."""
+ScoreClaims = Callable[[Sequence[tuple[Prompt, str]]], Sequence[Claims]]
+"""Returns the claims of (prompt's image, sentence)."""
+
+
+_Scores = TypeVar("_Scores")
+NO_CLAIMS: Mapping[str, Claims] = MappingProxyType({})
 
 
 class Proposer(Protocol):
@@ -100,6 +109,7 @@ class Tree:
         cosines: Mapping[str, Mapping[str, float]],
         method: MethodConfig,
         scorer: str,
+        claims: Mapping[str, Claims] = NO_CLAIMS,
     ) -> None:
         """Add the candidates of one round and select the next frontier.
 
@@ -108,12 +118,16 @@ class Tree:
             cosines: Cosines by ledger column, by sentence.
             method: Settings of search and reward.
             scorer: Columns that the reward uses.
+            claims: Claims by sentence.
 
         Raises:
             CsrError: A log-probability or a cosine is not finite, or a cosine is missing.
         """
         new_nodes = [
-            self._node(parent_id, index, siblings, cosines, method.search)
+            replace(
+                self._node(parent_id, index, siblings, cosines, method.search),
+                claims=claims.get(siblings[index].sentence, {}),
+            )
             for parent_id, siblings in candidates.items()
             for index in range(len(siblings))
         ]
@@ -216,6 +230,7 @@ def search(
     iteration: int,
     seed: int,
     scorer: str,
+    score_claims: ScoreClaims | None = None,
 ) -> list[Tree]:
     """Grow a tree for each prompt, one sentence a round, until all responses have ended.
 
@@ -230,6 +245,7 @@ def search(
         iteration: Stored with every node, and part of the seed.
         seed: Random seed of the run.
         scorer: Columns that the reward uses.
+        score_claims: Finds and scores the claims of sentences; by default none are looked for.
 
     Returns:
         The trees, in the order of the prompts.
@@ -248,9 +264,10 @@ def search(
             candidates[request.prompt.prompt_id][request.node_id] = siblings
         answered = [trees[prompt_id] for prompt_id in candidates]
         cosines = _score_distinct(answered, candidates, score)
+        claims = _score_distinct(answered, candidates, score_claims) if score_claims else {}
         for tree in answered:
             prompt_id = tree.prompt.prompt_id
-            tree.grow(candidates[prompt_id], cosines[prompt_id], method, scorer)
+            tree.grow(candidates[prompt_id], cosines[prompt_id], method, scorer, claims.get(prompt_id, NO_CLAIMS))
             if not tree.frontier:
                 proposer.release(prompt_id)
                 live.remove(prompt_id)
@@ -259,16 +276,19 @@ def search(
 
 
 def _score_distinct(
-    trees: Sequence[Tree], candidates: Mapping[str, Mapping[str, Sequence[Candidate]]], score: Score
-) -> dict[str, dict[str, Mapping[str, float]]]:
-    """Score each distinct sentence of each prompt once: prompt id -> sentence -> cosines."""
-    scored: dict[str, dict[str, Mapping[str, float]]] = {}
+    trees: Sequence[Tree],
+    candidates: Mapping[str, Mapping[str, Sequence[Candidate]]],
+    score: Callable[[Sequence[tuple[Prompt, str]]], Sequence[_Scores]],
+) -> dict[str, dict[str, _Scores]]:
+    """Score each distinct sentence of each prompt once: prompt id -> sentence -> scores."""
+    items = []
     for tree in trees:
         groups = candidates[tree.prompt.prompt_id].values()
-        scored[tree.prompt.prompt_id] = {c.sentence: {} for siblings in groups for c in siblings if c.sentence}
-    items = [(tree.prompt, sentence) for tree in trees for sentence in scored[tree.prompt.prompt_id]]
-    for (prompt, sentence), cosines in zip(items, score(items), strict=True):
-        scored[prompt.prompt_id][sentence] = cosines
+        sentences = dict.fromkeys(c.sentence for siblings in groups for c in siblings if c.sentence)
+        items += [(tree.prompt, sentence) for sentence in sentences]
+    scored: dict[str, dict[str, _Scores]] = {tree.prompt.prompt_id: {} for tree in trees}
+    for (prompt, sentence), scores in zip(items, score(items), strict=True):
+        scored[prompt.prompt_id][sentence] = scores
     return scored
 
 

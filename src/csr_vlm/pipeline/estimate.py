@@ -202,7 +202,7 @@ def _hours(config: RunConfig, shape: Shape, num_prompts: int, nodes: int, flops:
     of training, where all pairs of a prompt share their tokens.
     """
     search, pairs = config.method.search, config.method.pairs
-    num_questions = num_prompts * pairs.questions.per_prompt if pairs.questions.pattern else 0
+    num_questions = num_prompts * pairs.questions.per_prompt
     response = search.max_sentences * _SENTENCE_TOKENS
     is_sibling = pairs.between == "siblings"
     tree = TreeShape(

@@ -170,7 +170,7 @@ def make_pairs(run: Run, iteration: int, reporter: Reporter, executor: Executor 
 def _write_question_pairs(run: Run, iteration: int, reporter: Reporter, executor: Executor) -> int:
     """Write the question pairs of a ledger, work item by work item; return their number."""
     path, folder = run.questions_path(iteration), run.question_parts(iteration)
-    if not run.config.method.pairs.questions.pattern:
+    if not run.config.method.pairs.questions.per_prompt:
         return tables.write_pairs(path, [])
     task = Task(QuestionWorker, run.root, {"iteration": iteration}, tables.count_groups(run.prompts_path))
     with reporter.stage(f"iteration {iteration}: answering claim questions", run.num_prompts) as progress:
@@ -183,7 +183,7 @@ def _write_question_pairs(run: Run, iteration: int, reporter: Reporter, executor
 
 def question_pairs(run: Run, iteration: int, config: RunConfig, reporter: Reporter) -> list[Pair]:
     """Make the question pairs of a ledger under any settings; none if ``method.pairs.questions`` is off."""
-    if not config.method.pairs.questions.pattern:
+    if not config.method.pairs.questions.per_prompt:
         return []
     engine, scorer = load_engine_and_scorer(config, run.adapter_path(iteration - 1), reporter.log)
     groups, trees = tables.PromptGroups(run.prompts_path), ledger.trees(run, iteration)

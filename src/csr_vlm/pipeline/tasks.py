@@ -27,6 +27,7 @@ from csr_vlm.store.run import Run
 if TYPE_CHECKING:
     from csr_vlm.generation.engines import Engine
     from csr_vlm.generation.transformers_engine import TransformersEngine
+    from csr_vlm.scoring.claim_scorer import ClaimScorer
     from csr_vlm.scoring.scorer import ScorerGroup
 
 
@@ -72,9 +73,8 @@ class RescoreWorker:
 
     def __init__(self, root: Path, iteration: int, scorer: Mapping[str, Any], log: Callable[[str], None]) -> None:
         run = Run.open(root)
-        self._config = scorer_config(**scorer)
-        config = run.config.model_copy(update={"scorer": self._config})
-        self._scorer = load_run_scorer(config, run.adapter_path(iteration - 1))
+        self._config = run.config.model_copy(update={"scorer": scorer_config(**scorer)})
+        self._scorer = load_run_scorer(self._config, run.adapter_path(iteration - 1))
         groups = list(tables.prompt_groups(run.prompts_path))
         self._prompts = {prompt.prompt_id: (number, prompt) for number, group in enumerate(groups) for prompt in group}
         self._filler_prompts = groups[0]
@@ -91,9 +91,16 @@ class RescoreWorker:
         """Score the nodes of one group of prompts, whose images are each other's negatives."""
         items = [(self._prompts[node.prompt_id][1], node.sentence) for node in nodes if node.sentence]
         prompts = [self._prompts[prompt_id][1] for prompt_id in dict.fromkeys(node.prompt_id for node in nodes)]
-        self._scorer.set_negative_images([*prompts, *self._filler_prompts], self._config.others)
+        self._scorer.set_negative_images([*prompts, *self._filler_prompts], self._config.scorer.others)
         scores = iter(self._scorer.score(items))
-        yield from (replace(n, cosines={**n.cosines, **next(scores)}) if n.sentence else n for n in nodes)
+        score_claims = claim_scorer(self._scorer, self._config)
+        claims = iter(score_claims(items) if score_claims else [{}] * len(items))
+        for node in nodes:
+            if node.sentence:
+                found = {claim: {**node.claims.get(claim, {}), **new} for claim, new in next(claims).items()}
+                yield replace(node, cosines={**node.cosines, **next(scores)}, claims={**node.claims, **found})
+            else:
+                yield node
         self._scorer.forget()
 
     def close(self) -> None:
@@ -156,10 +163,18 @@ def search_trees(
         iteration=iteration,
         seed=config.seed,
         scorer=config.scorer.used,
+        score_claims=claim_scorer(scorer, config),
     )
     engine.forget()
     scorer.forget()
     return trees
+
+
+def claim_scorer(scorer: ScorerGroup, config: RunConfig) -> ClaimScorer | None:
+    """Return what finds and scores the claims of sentences; None if the settings do not use claims."""
+    from csr_vlm.scoring.claim_scorer import ClaimScorer
+
+    return ClaimScorer(scorer, config.method.claims) if config.method.uses_claims else None
 
 
 def train_policy(root: Path, iteration: int, processes: int, progress: Progress) -> dict[str, Any]:

@@ -69,6 +69,13 @@ class EmbeddingScorer:
         cosines = (images * torch.stack([texts[sentence] for _, sentence in items])).sum(dim=-1)
         return [{self.name: value} for value in cosines.tolist()]
 
+    def similarities(self, prompt: Prompt, others: Sequence[Prompt]) -> list[float]:
+        """Return the cosines of the embedding of a prompt's image with those of other prompts' images."""
+        self._embed_new_images({each.image: each for each in (prompt, *others)})
+        images = torch.stack([self._images[other.image] for other in others])
+        similar: list[float] = (images @ self._images[prompt.image]).tolist()
+        return similar
+
     def forget(self) -> None:
         """Drop the image embeddings."""
         self._images.clear()

@@ -39,6 +39,7 @@ NODES = pa.schema(
         ("finish", pa.string()),
         (_STATUS, pa.string()),
         ("cosines", pa.map_(pa.string(), pa.float32())),
+        ("claims", pa.map_(pa.string(), pa.map_(pa.string(), pa.float32()))),
     ],
     metadata=_METADATA,
 )
@@ -59,6 +60,8 @@ PAIRS = pa.schema(
         ("iteration", pa.int32()),
         ("chosen", _RESPONSE),
         ("rejected", _RESPONSE),
+        ("shared_tokens", pa.int32()),
+        ("shared_logprob", pa.float64()),
     ],
     metadata=_METADATA,
 )
@@ -68,6 +71,8 @@ _ROW_GROUP_SIZE = 1 << 14
 """Rows of a row group, which readers hold in memory at once."""
 _PAIRS_GROUP_SIZE = 1 << 8
 """The same for pairs, which training reads in any order."""
+_NEW = ("image_sha256", "claims", "shared_tokens", "shared_logprob")
+"""Columns that version 0.1 did not write."""
 _COMPRESSION = "zstd"
 _BESIDE = "./"
 """Begins an image path that is relative to the folder of its table, because the image lies in the run."""
@@ -100,8 +105,8 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def _has_schema(file: pq.ParquetFile, schema: pa.Schema) -> bool:
-    """Return whether a file has the schema, or the one without hashes of images that version 0.1 wrote."""
-    older = pa.schema([field for field in schema if field.name != "image_sha256"])
+    """Return whether a file has the schema, or the one that version 0.1 wrote."""
+    older = pa.schema([field for field in schema if field.name not in _NEW])
     return any(file.schema_arrow.equals(accepted) for accepted in (schema, older))
 
 
@@ -208,7 +213,9 @@ class PromptGroups:
 def write_nodes(path: Path, nodes: Iterable[Node]) -> None:
     """Write one ledger part; the nodes of each prompt must be adjacent."""
     rows = (
-        vars(node) | {"finish": node.finish.value, _STATUS: node.status.value, "cosines": list(node.cosines.items())}
+        vars(node)
+        | {"finish": node.finish.value, _STATUS: node.status.value, "cosines": list(node.cosines.items())}
+        | {"claims": [(claim, list(columns.items())) for claim, columns in node.claims.items()]}
         for node in nodes
     )
     write_row_groups(path, batched(rows, _ROW_GROUP_SIZE), NODES)
@@ -221,7 +228,7 @@ def join_nodes(path: Path, parts: Sequence[Path]) -> None:
         with _writer(temporary, NODES) as writer:
             for part in parts:
                 for table in _tables(part, NODES):
-                    writer.write_table(table)
+                    writer.write_table(_with_claims(table))
 
     write_atomically(path, write)
 
@@ -246,10 +253,19 @@ def _nodes(table: pa.Table) -> list[Node]:
     """Convert a table to nodes column by column, three times as fast as Arrow converts lists and maps."""
     if any(column.null_count for column in table.columns):
         raise pa.ArrowInvalid("it has missing values")
+    table = _with_claims(table)
     columns = {field.name: _values(chunk) for field in NODES for chunk in [table.column(field.name).combine_chunks()]}
     columns["finish"] = map(_FINISHES.__getitem__, columns["finish"])
     columns[_STATUS] = map(_STATUSES.__getitem__, columns[_STATUS])
     return list(map(Node, *columns.values()))
+
+
+def _with_claims(table: pa.Table) -> pa.Table:
+    """Return a table of nodes with the column ``claims``, which version 0.1 did not write."""
+    if "claims" in table.column_names:
+        return table
+    none: list[list[Any]] = [[]] * len(table)
+    return table.append_column(NODES.field("claims"), pa.array(none, NODES.field("claims").type))
 
 
 _FINISHES = {finish.value: finish for finish in Finish}
@@ -259,12 +275,14 @@ _STATUSES = {status.value: status for status in NodeStatus}
 def _values(array: pa.Array) -> Iterable[Any]:
     """Return the values of a column: tuples for lists, dictionaries for maps."""
     if pa.types.is_map(array.type):
-        keys, items = array.keys.to_pylist(), array.items.to_numpy().tolist()
+        keys, items = array.keys.to_pylist(), list(_values(array.items))
         bounds = pairwise(array.offsets.to_numpy().tolist())
         return (dict(zip(keys[start:end], items[start:end], strict=True)) for start, end in bounds)
     if pa.types.is_list(array.type):
         values = array.values.to_numpy().tolist()
         return (tuple(values[start:end]) for start, end in pairwise(array.offsets.to_numpy().tolist()))
+    if pa.types.is_floating(array.type):
+        return array.to_numpy().tolist()  # type: ignore[no-any-return]
     scalars: list[Any] = array.to_pylist()
     return scalars
 
@@ -281,6 +299,7 @@ def write_pairs(path: Path, pairs: Iterable[Pair], root: Path | None = None) -> 
     rows = (
         _prompt_row(pair.prompt, path, root)
         | {"iteration": pair.iteration, "chosen": vars(pair.chosen), "rejected": vars(pair.rejected)}
+        | {"shared_tokens": pair.shared_tokens, "shared_logprob": pair.shared_logprob}
         for pair in pairs
     )
     write_row_groups(path, batched(rows, _PAIRS_GROUP_SIZE), PAIRS)
@@ -366,6 +385,8 @@ def _pair(row: dict[str, Any], path: Path) -> Pair:
         iteration=row["iteration"],
         chosen=_response(row["chosen"]),
         rejected=_response(row["rejected"]),
+        shared_tokens=row.get("shared_tokens") or 0,
+        shared_logprob=row.get("shared_logprob") or 0.0,
     )
 
 

@@ -64,7 +64,9 @@ class PairCollator:
     counts the tokens of ``attention_mask``, which are those that the model computes. ``rows`` is what
     the model computes (:mod:`csr_vlm.models.prefix_tree`); ``pixel_values`` stands for all tensors
     that the processor makes of an image, which is in the batch once. The reference log-probabilities
-    are sums over a response, in nats; ``prompt_ids`` serve error messages.
+    are sums over a response, in nats; ``prompt_ids`` serve error messages. Tokens that both responses of
+    a pair begin with are left out of ``completion_mask`` and of the log-probabilities if the pair says
+    so (``shared_tokens``): they cancel in DPO's loss, and the SFT term must not train on them.
 
     Args:
         policy: Policy that encodes the prompts.
@@ -98,6 +100,8 @@ class PairCollator:
         rows["target_index"] = target_index(block.rows, [*block.order(0), *block.order(1)])
         taken = [pairs[number] for number in block.units]
         is_token = torch.nn.functional.pad(rows["target_index"] >= 0, (1, 0))
+        shared = torch.tensor([pair.shared_tokens for pair in taken] * 2)
+        is_trained = is_token & (torch.arange(is_token.shape[1]) > shared[:, None])
         token_ids = rows["targets"].flatten()[rows["target_index"].clamp(min=0)]
         mask = rows.get("attention_mask")
         if mask is None:
@@ -105,11 +109,11 @@ class PairCollator:
             mask = (torch.arange(rows["input_ids"].shape[1]) < widths).long()
         return {
             "input_ids": torch.nn.functional.pad(token_ids, (1, 0)).masked_fill(~is_token, 0),
-            "completion_mask": is_token.long(),
+            "completion_mask": is_trained.long(),
             "attention_mask": mask,
             "prompt_ids": [pair.prompt.prompt_id for pair in taken],
-            "ref_chosen_logps": torch.tensor([pair.chosen.logprob for pair in taken]),
-            "ref_rejected_logps": torch.tensor([pair.rejected.logprob for pair in taken]),
+            "ref_chosen_logps": torch.tensor([pair.chosen.logprob - pair.shared_logprob for pair in taken]),
+            "ref_rejected_logps": torch.tensor([pair.rejected.logprob - pair.shared_logprob for pair in taken]),
             "rows": rows | image_tensors(block.images),
         }
 

@@ -73,7 +73,7 @@ def compute_reference(
     num_processes: int,
     ld_alpha: float | None = None,
 ) -> Any:
-    """Compute the reference log-probabilities of all pairs, unless ``path`` has them.
+    """Compute the reference log-probabilities of all pairs, after the tokens they share, unless ``path`` has them.
 
     Each process computes a share. All must call this. With ``ld_alpha``, tokens beyond the length of the
     shorter response of a pair have that weight, as TRL weights the policy's (LD-DPO, arXiv 2409.06411).
@@ -86,7 +86,8 @@ def compute_reference(
         share = np.array_split(np.arange(len(pairs)), num_processes)[process]
         for start in range(0, len(share), _NUM_TOGETHER):
             numbers = share[start : start + _NUM_TOGETHER]
-            values[numbers] = _logprobs(policy, pairs[numbers], max_tokens, ld_alpha)
+            read = pairs[numbers]
+            values[numbers] = _logprobs(policy, read, max_tokens, ld_alpha, [pair.shared_tokens for pair in read])
         values = sum_over_processes(values)
         if process == 0:
             files.write_array(path, values)
@@ -94,16 +95,21 @@ def compute_reference(
 
 
 def _logprobs(
-    policy: Policy, pairs: Sequence[Pair], max_tokens: int, ld_alpha: float | None = None
+    policy: Policy,
+    pairs: Sequence[Pair],
+    max_tokens: int,
+    ld_alpha: float | None = None,
+    skipped: Sequence[int] | None = None,
 ) -> list[tuple[float, float]]:
-    """Compute the log-probabilities of both responses of pairs."""
+    """Compute the log-probabilities of both responses of pairs, without the first ``skipped`` tokens of each pair."""
     policy.model.eval()
     prompts = [pair.prompt for pair in pairs for _ in range(2)]
     responses = [response.token_ids for pair in pairs for response in (pair.chosen, pair.rejected)]
     computed = policy.teacher_forced(prompts, responses, max_tokens)
     tail_weight = 1.0 if ld_alpha is None else ld_alpha
     sums = []
-    for chosen, rejected in zip(computed[::2], computed[1::2], strict=True):
+    for number, sides in enumerate(zip(computed[::2], computed[1::2], strict=True)):
+        chosen, rejected = (side[skipped[number] if skipped else 0 :] for side in sides)
         shared = min(len(chosen), len(rejected))
         weighted = (float(side[:shared].sum() + tail_weight * side[shared:].sum()) for side in (chosen, rejected))
         sums.append((next(weighted), next(weighted)))

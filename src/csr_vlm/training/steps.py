@@ -95,7 +95,7 @@ class StepDataset(Dataset[dict[str, Any]]):  # type: ignore[misc]
     process: int = 0
     num_processes: int = 1
     reference: Any = None
-    """Reference log-probabilities of shape (pairs, 2), in nats; None for those in the files."""
+    """Reference log-probabilities of what is trained on, of shape (pairs, 2), in nats; None for those in the files."""
 
     def __len__(self) -> int:
         return self.plan.num_steps
@@ -123,6 +123,7 @@ class StepDataset(Dataset[dict[str, Any]]):  # type: ignore[misc]
                 pair,
                 chosen=replace(pair.chosen, logprob=float(values[0])),
                 rejected=replace(pair.rejected, logprob=float(values[1])),
+                shared_logprob=0.0,
             )
             for pair, values in zip(pairs, self.reference[numbers], strict=True)
         ]
