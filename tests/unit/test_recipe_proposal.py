@@ -58,15 +58,21 @@ def test_an_unknown_gpu_is_refused_with_the_nearest() -> None:
         gpu_memory("h10O")
 
 
-def test_a_7b_model_gets_the_settings_of_its_recipes(images: str) -> None:
+def test_a_7b_model_gets_the_settings_of_its_recipes_and_of_its_size(images: str) -> None:
     for gpu, recipe in (("80gb", "llava-1.5-7b"), ("24gb", "llava-1.5-7b-24gb")):
         shipped = load_config(Path(__file__).parents[2] / "recipes" / f"{recipe}.yaml")
         config = proposed(images, gpu=gpu).config
         assert config.model.quantization == shipped.model.quantization
-        assert config.training.trl == shipped.training.trl
         assert config.training.lora == shipped.training.lora
         assert config.method == shipped.method
         assert config.generation.max_rows == shipped.generation.max_rows
+        trl = config.training.trl
+        assert trl["learning_rate"] == shipped.training.trl["learning_rate"]
+        assert trl["per_device_train_batch_size"] * trl["gradient_accumulation_steps"] == 32
+
+
+def test_a_model_between_small_and_large_gets_its_own_learning_rate(images: str) -> None:
+    assert proposed(images, "my/model-500m").config.training.trl["learning_rate"] == 2e-5
 
 
 def test_the_written_recipe_is_what_was_proposed(images: str, tmp_path: Path) -> None:

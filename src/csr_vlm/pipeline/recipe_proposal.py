@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from csr_vlm.config.load import merged, resolve
-from csr_vlm.config.schema import ModelConfig, RunConfig
+from csr_vlm.config.schema import ModelConfig, RunConfig, presets, size_class
 from csr_vlm.core.errors import CsrError, suggestion
 from csr_vlm.data.sources import detect_format
 from csr_vlm.models.devices import resolve_device
@@ -36,14 +36,12 @@ GPU_MEMORY = {
     "a6000": 48, "a100-40": 40, "a100": 80, "h100": 80, "h200": 141, "b200": 180,
 }  # fmt: skip
 """Memory of GPUs in GB, by name."""
-_LEARNING_RATES = (
-    (2e7, 3e-4, "the default preset's rate, measured on a model with two million parameters"),
-    (5e8, 5e-5, "between the rates for tiny and for large models; it has not been tuned at this size"),
-    (1.5e9, 1e-5, "between the rates for tiny and for large models; it has not been tuned at this size"),
-    (float("inf"), 5e-6, "the usual LoRA learning rate for DPO at this size; it has not been tuned on this model"),
-)
-"""Upper limit of the parameters, learning rate, and where it comes from."""
-_SMALL_MODEL = 2e7
+_RATE_REASONS = {
+    "small": "The preset's rate, measured on models of 2 to 5 million parameters.",
+    "medium": "Between the rates for small and for large models; it has not been measured.",
+    "large": "The usual LoRA learning rate for DPO at this size; it has not been tuned on this model.",
+}
+"""Where the learning rate of each class of ``sizes.yaml`` comes from."""
 _ROWS = (512, 320, 160, 80, 40, 20, 10, 5)
 _MAX_TOKENS = (8192, 4096, 2048, 1024)
 _USABLE = 0.85
@@ -94,6 +92,11 @@ class ModelFacts:
     """Empty if the configuration was not read."""
     vision: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of its vision encoder."""
+
+    @property
+    def size(self) -> str:
+        """Return the name of its class in ``sizes.yaml``."""
+        return str(size_class(self.shape.parameters)["name"])
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,7 @@ def _data(wishes: Wishes) -> Iterator[Setting]:
 
 
 def _method(wishes: Wishes, facts: ModelFacts) -> Iterator[Setting]:
-    if facts.shape.parameters >= _SMALL_MODEL:
+    if facts.size != "small":
         yield Setting("method.search.num_candidates", 5, "Candidate sentences per partial response, as in the paper.")
         yield Setting("method.search.max_sentences", 16)
     if wishes.language != "en":
@@ -255,23 +258,24 @@ def _method(wishes: Wishes, facts: ModelFacts) -> Iterator[Setting]:
 
 
 def _training(facts: ModelFacts, settings: Sequence[Setting], wishes: Wishes) -> Iterator[Setting]:
+    """Write out what ``sizes.yaml`` and the preset say for this size, and the rank that goes with it."""
     parameters = facts.shape.parameters
-    rate, source = next((rate, source) for limit, rate, source in _LEARNING_RATES if parameters < limit)
-    is_small = parameters < _SMALL_MODEL
+    trl = merged(presets()["calibrated"], size_class(parameters)["settings"])["training"]["trl"]
+    rate = Setting("training.trl.learning_rate", trl["learning_rate"], _RATE_REASONS[facts.size])
+    if facts.size == "small":
+        yield rate
+        return
     is_quantized = any(setting.key == "model.quantization" for setting in settings)
     rank = 16 if parameters < 1e9 else 64 if parameters < 6e9 or is_quantized else 128
-    if not is_small:
-        lora = {"r": rank, "alpha": 2 * rank, "dropout": 0.05}
-        yield Setting("training.lora", lora, "Rank by size; alpha is twice it.")
-    yield Setting("training.trl.learning_rate", rate, f"{source[0].upper()}{source[1:]}.")
-    if is_small:
-        return
+    lora = {"r": rank, "alpha": 2 * rank, "dropout": 0.05}
+    yield Setting("training.lora", lora, "Rank by size; alpha is twice it.")
+    yield rate
+    total = trl["per_device_train_batch_size"]
     batch = 2 if (wishes.gpu_gb or 0) >= 40 and parameters < 1e10 else 1
-    yield Setting(
-        "training.trl.per_device_train_batch_size", batch, f"{batch} x {16 // batch} = 16 prompts in one training step."
-    )
-    yield Setting("training.trl.gradient_accumulation_steps", 16 // batch)
-    yield Setting("training.trl.num_train_epochs", 1)
+    steps = f"{batch} x {total // batch} = {total} prompts in one training step, {batch} at once."
+    yield Setting("training.trl.per_device_train_batch_size", batch, steps)
+    yield Setting("training.trl.gradient_accumulation_steps", total // batch)
+    yield Setting("training.trl.num_train_epochs", trl["num_train_epochs"])
 
 
 def _generation(wishes: Wishes, facts: ModelFacts, settings: Sequence[Setting], notes: list[str]) -> Iterator[Setting]:
@@ -285,7 +289,7 @@ def _generation(wishes: Wishes, facts: ModelFacts, settings: Sequence[Setting], 
         yield Setting("generation.prompts_per_part", 512, "vLLM does its own batching; give it much at once.")
         if not has_vllm:
             notes.append("vLLM is not installed here: pip install 'csr-vlm[vllm]'")
-    elif facts.shape.parameters >= _SMALL_MODEL:
+    elif facts.size != "small":
         yield Setting("generation.prompts_per_part", 16, "Prompts in a work item, the unit that a resumed run keeps.")
 
 
