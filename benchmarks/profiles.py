@@ -178,7 +178,7 @@ def _questions(
         return
     settings = config.method.pairs.questions
     asked: dict[str, list[Pair]] = {}
-    for pair in text_pairs(world.prompts, [tree.nodes for tree in trees], claims, config):
+    for pair in text_pairs(world.prompts, [tree.nodes for tree in trees], claims, config, settings):
         name = pair.prompt.prompt_id.rpartition("?")[0]
         kinds = nouns_in(pair.prompt.text)
         margin = 0.0

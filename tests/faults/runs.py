@@ -29,7 +29,8 @@ def write_run(root: Path) -> Run:
         "data": {"prompts": str(data)},
         "generation": {"prompts_per_part": 4},
         "evaluation": {"heldout": 1},
-        "method": {"pairs": {"questions": {"pattern": ""}}},  # claim questions would need a model
+        "preset": "sentences",
+        "method": {"pairs": {"questions": {"per_prompt": 0}}},  # claim questions would need a model
     }
     run = Run.create(root, resolve(layer))
     stages.check_inputs(run, Silent())

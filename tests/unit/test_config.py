@@ -179,12 +179,13 @@ def test_preset_official_is_the_released_code():
     ],
 )
 def test_an_ablation_differs_in_one_setting(name, key, value):
-    actual = differing(config(preset="calibrated"), config(preset=name))
-    assert actual.pop("preset") == ("calibrated", name)
+    whole = "sentences" if name == "only_rt" else "calibrated"
+    actual = differing(config(preset=whole), config(preset=name))
+    assert actual.pop("preset") == (whole, name)
     # What is meant to fail is let run.
     assert actual.pop("evaluation.audit", None) == (None if name == "only_ri" else ("stop", "warn"))
     # Questions are answered by relevance, which two of them are to do without.
-    assert actual.pop("method.pairs.questions.pattern", ("", ""))[1] == ""
+    assert actual.pop("method.pairs.questions.per_prompt", (0, 0))[1] == 0
     assert list(actual) == [key]
     assert actual[key][1] == value
 
@@ -340,9 +341,12 @@ def test_off_is_a_string_and_yes_is_true_for_boolean_options():
     assert yaml.safe_load("off") is False, "other readers are left alone"
 
 
-def test_an_empty_pattern_disables_questions():
-    assert overridden().method.pairs.questions.pattern
-    assert overridden("method.pairs.questions.pattern=").method.pairs.questions.pattern == ""
+def test_questions_can_be_disabled_and_the_pattern_is_gone():
+    assert overridden().method.pairs.questions.per_prompt == 4
+    assert overridden("method.pairs.questions.per_prompt=0").method.pairs.questions.per_prompt == 0
+    with pytest.raises(CsrError, match="is an option of version 0.1") as error:
+        overridden("method.pairs.questions.pattern=")
+    assert "per_prompt" in error.value.hint
 
 
 def test_preset_then_recipe_then_overrides(tmp_path):

@@ -97,9 +97,11 @@ def new_run(root: Path, **evaluation: Any) -> Run:
     method = {
         "lambda": 0.0,
         "reward": {"image_score": "cosine", "baseline": "none"},
-        "pairs": {"questions": {"pattern": ""}},
+        "pairs": {"questions": {"per_prompt": 0}},
     }
-    run = Run.create(root, resolve(REQUIRED | {"iterations": 2, "method": method, "evaluation": evaluation}))
+    run = Run.create(
+        root, resolve(REQUIRED | {"preset": "sentences", "iterations": 2, "method": method, "evaluation": evaluation})
+    )
     tables.write_prompts(run.prompts_path, [prompt(name) for name in NAMES], 64)
     tables.write_prompts(run.heldout_path, [prompt("held out")], 4)
     run.mark_done(

@@ -59,13 +59,29 @@ def test_a_perfect_judge_prefers_what_is_true():
 
 
 def test_a_judge_of_noise_is_right_about_as_often_as_wrong():
-    found = outcome(NOISE)
+    found = outcome(NOISE, "preset=sentences")
     assert 0.5 < found.right / found.wrong < 2.0
 
 
 def test_flipping_the_truth_flips_the_ratio():
-    found = outcome(flipped(PERFECT))
+    found = outcome(flipped(PERFECT), "preset=sentences")
     assert found.wrong > 10 * max(found.right, 1)
+
+
+@pytest.mark.parametrize("content", [NOISE, flipped(PERFECT)], ids=["noise", "flipped"])
+def test_claims_get_no_evidence_from_a_useless_judge_and_the_audit_stops(content):
+    found = outcome(content)
+    assert found.prompts_with_pairs <= 0.05
+    assert found.audit == "stop"
+
+
+def test_claims_are_judged_right_by_a_judge_like_clip():
+    found = run_profile(read_profile(PROFILES / "clip-coco.yaml"), load_config(None, base=BASE), 60, seed=5)
+    assert found.right > 6 * found.wrong
+    assert found.prompts_with_pairs > 0.3
+    assert found.end_over_true <= 0.03 * found.pairs
+    assert found.questions_nonsense == 0
+    assert found.questions_right >= 0.95 * found.questions
 
 
 def test_the_same_seed_gives_the_same_counts():

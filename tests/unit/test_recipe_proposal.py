@@ -91,7 +91,7 @@ def test_another_language_changes_scorer_questions_and_lexicon(images: str) -> N
     config = proposed(images, language="zh").config
     assert "siglip2" in config.scorer.path
     assert config.method.claims.lexicon == "zh"
-    assert config.method.pairs.questions.ask("猫") == "图片中有猫吗？"
+    assert config.method.pairs.questions.ask("猫", 0) == "图片中有猫吗？"
     assert config.data.questions == ("请详细描述这张图片。",)
 
 

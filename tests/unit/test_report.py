@@ -186,7 +186,7 @@ def prompts(tmp_path: Path) -> list[Prompt]:
 
 
 def complete_run(tmp_path: Path, prompts: list[Prompt]) -> Run:
-    run = new_run(tmp_path / "run")
+    run = new_run(tmp_path / "run", preset="sentences")
     tables.write_prompts(run.prompts_path, prompts, 64)
     run.mark_done(0, "prompts", accepted=3, dropped={"missing": 2}, examples=["line 4: missing"], sha256="ab" * 32)
     add_evaluation(run, 0, metrics(0.48), [row(0, "fish", "fish"), row(1), row(2, "cup"), row(3)])

@@ -73,7 +73,9 @@ def test_hallucination_over_lambda_on_known_scenes(tmp_path: Path) -> None:
     assert "λ = 0, chosen: 0.50; λ = 0.1, chosen: 1.00" in str(panel.figures[2].svg)
 
 
-@pytest.mark.parametrize("changes", [{"preset": "random_pairs"}, {"scorer": {"path": "a", "name": "lost"}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"preset": "random_pairs"}, {"preset": "sentences", "scorer": {"path": "a", "name": "lost"}}]
+)
 def test_no_lambda_panel_without_a_ledger_scores_or_an_effect(tmp_path: Path, changes: dict[str, Any]) -> None:
     run = new_run(tmp_path / "run", world=False, **changes)
     assert lambda_panel(run, known_scene) is None, "without a ledger"

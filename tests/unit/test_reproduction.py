@@ -96,7 +96,7 @@ def test_departures_are_limited_to_settings_of_the_method(tmp_path):
     paper = new_run(tmp_path / "paper", {}, preset="paper", seed=7)
     assert departures(paper) == []
     ours = {key: (theirs, own) for key, theirs, own in departures(new_run(tmp_path / "ours", {}))}
-    assert ours["method.reward.text_score"] == ("product", "geometric_mean")
+    assert ours["method.reward.text_score"] == ("product", "mean_logprob")
     assert ours["training.trl.learning_rate"] == (1e-7, 5e-6)
     assert not any(key.startswith(("model", "data", "seed")) for key in ours)
 

@@ -275,8 +275,9 @@ def _print_placement(validation: Validation, name: str) -> None:
     if placed.zero_line is None or placed.true_below_zero is None or placed.false_above_zero is None:
         return
     own = placed.margins[0]
+    margin = "" if placed.margin is None else f", margin {placed.margin:.3f}"
     print(
-        f"preset {validation.preset}: zero line at contrast {placed.zero_line:.3f}, margin {placed.margin:.3f}; "
+        f"preset {validation.preset}: zero line at contrast {placed.zero_line:.3f}{margin}; "
         f"{placed.true_below_zero:.0%} of the true details are below the line, {placed.false_above_zero:.0%} of the "
         f"false ones above it; {own.right} right : {own.wrong} wrong decisions, {own.undecided} within the margin"
     )

@@ -120,6 +120,12 @@ def _parse_override(text: str) -> dict[str, Any]:
     return result
 
 
+_REMOVED = {
+    "method.pairs.questions.pattern": "questions are about the things of method.claims.lexicon now; remove it, and set "
+    "method.pairs.questions.per_prompt (0 for none)",
+    "method.pairs.questions.question": "write method.pairs.questions.wordings, a list",
+}
+"""Options that this version has no longer, and what to do about each."""
 _MESSAGES = {
     "tuple_type": "should be a list, such as [a, b]",
     "list_type": "should be a list, such as [a, b]",
@@ -138,6 +144,8 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     # Pydantic also names the branch of a union, such as str, which is not part of the key.
     parts = [str(part) for part in first["loc"] if not re.match(r"(str|int|float|tuple|list)\b", str(part))]
     key = ".".join(parts) or "configuration"
+    if first["type"] == "extra_forbidden" and key in _REMOVED:
+        return f"{key} is an option of version 0.1", _REMOVED[key]
     if first["type"] == "extra_forbidden":
         return f"unknown option {key}", _hint_for_key(key, _option_names(RunConfig, first["loc"][:-1]))
     if first["type"] == "missing":

@@ -221,23 +221,23 @@ class QuestionsConfig(_Section):
     per_prompt: int = Field(default=0, ge=0, description="Maximum number of questions per prompt; 0 for none.")
     wordings: tuple[str, ...] = Field(
         default=(
-            "Is {a} {0} visible in this picture?",
-            "Can you see {a} {0} here?",
+            "Is there {a} {0} in this picture?",
+            "Can you see {a} {0} in this picture?",
             "Does this picture show {a} {0}?",
-            "Is {a} {0} part of this scene?",
+            "Is there {a} {0} here?",
         ),
         min_length=1,
         description="Questions about a claim, of which each claim gets one; {0} is the claim, {a} its article (a or "
-        "an).",
+        "an). Those that the policy does not answer by yes or no are left out.",
     )
     min_log_odds: float = Field(
-        default=3.5, ge=0, description="Log odds, in nats, from which an answer is clear and the question is asked."
+        default=4.0, ge=0, description="Log odds, in nats, from which an answer is clear and the question is asked."
     )
     min_probability: float = Field(
         default=0.02,
         gt=0,
         lt=1,
-        description="Probability that the policy must give one of the two answers, or the question is dropped.",
+        description="Probability that the policy must give one of the two answers, or the question is left out.",
     )
     yes: str = Field(default="Yes.", min_length=1, description="Answer if the image supports the claim.")
     no: str = Field(default="No.", min_length=1, description="Answer if the image contradicts the claim.")

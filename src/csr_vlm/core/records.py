@@ -35,7 +35,7 @@ def negatives_column(scorer: str) -> str:
 
 
 def spread_column(scorer: str) -> str:
-    """Return the name of the ledger column with the standard deviation of a claim's cosines over negative images."""
+    """Return the name of the ledger column with the spread of a claim's cosines over negative images."""
     return f"{scorer}:spread"
 
 

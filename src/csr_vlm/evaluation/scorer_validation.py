@@ -74,7 +74,8 @@ def score_captions(
             for rows, texts in ((sentences, captions.sentences), (claims, captions.claims)):
                 chosen = [index for index, text in enumerate(texts) if text.picture in members]
                 items = [(captions.pictures[texts[index].picture].prompt, texts[index].text) for index in chosen]
-                for index, row in zip(chosen, group.score(items), strict=True):
+                score = group.score if rows is sentences else group.score_claims
+                for index, row in zip(chosen, score(items), strict=True):
                     rows[index] = row
             for name, values in _unrelated_cosines(captions, group, sorted(members), num_negatives):
                 unrelated[name].append(values)

@@ -142,10 +142,16 @@ def _advice(
         yield "Do not train with this scorer: it would teach noise. Try another one, such as a larger SigLIP."
         return
     yield from _more_pictures((sentence, claim), num_pictures)
-    if sentence and claim and claim.low > sentence.value and claim.value - sentence.value >= 0.05:
+    if (
+        config.method.reward.unit == "sentence"
+        and sentence
+        and claim
+        and claim.low > sentence.value
+        and claim.value - sentence.value >= 0.05
+    ):
         yield (
             f"Judge claims, not whole sentences: the scorer tells {claim.value:.0%} of pairs of claims apart, but "
-            f"{sentence.value:.0%} of pairs of sentences. Let questions about claims teach (method.pairs.questions)."
+            f"{sentence.value:.0%} of pairs of sentences. Use method.reward.unit=claim."
         )
     habit = next((one for one in result.claims if one.group == "against habit"), None)
     if _is_blind(habit):

@@ -73,7 +73,7 @@ class Bound:
 
 
 _NEVER = math.inf
-SCORER_BOUND = Bound(
+_SCORER_BOUND = Bound(
     warn=0.75,
     stop=0.55,
     higher_is_worse=False,
@@ -83,7 +83,7 @@ SCORER_BOUND = Bound(
 """Bound of ``scorer_agreement``, derived from scorers of graded quality (docs/evidence): one with an AUC of 0.63 had
 0.73 and reduced recall, those with an AUC of at least 0.82 had at least 0.84."""
 PAIR_BOUNDS = {
-    "scorer_agreement": SCORER_BOUND,
+    "scorer_agreement": _SCORER_BOUND,
     "relevance_win": Bound(
         warn=0.90,
         stop=0.80,
@@ -109,15 +109,15 @@ PAIR_BOUNDS = {
         reason="the rewards of a prompt's responses correlate with their length: r = {value:+.2f}",
     ),
     "claim_agreement": Bound(
-        warn=0.65,
-        stop=0.57,
+        warn=0.62,
+        stop=0.55,
         higher_is_worse=False,
         reason="the scorer rates only {value:.2f} of the claims higher for their own image than for negative images "
         "(0.5 is chance): the model does not describe its images, or another scorer is needed (docs/scorers.md)",
     ),
     "nearest_agreement": Bound(
-        warn=0.58,
-        stop=0.54,
+        warn=0.515,
+        stop=0.495,
         higher_is_worse=False,
         reason="the scorer rates only {value:.2f} of the claims higher for their own image than for the most similar "
         "other images (0.5 is chance): it sees what kind of picture it is, not what is in it (docs/scorers.md)",

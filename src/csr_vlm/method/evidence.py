@@ -6,8 +6,9 @@ words get on images that are not about them:
 
     z(c) = (cos(image, c) - mean cos(negative images, c)) / sigma
 
-sigma is the median over the tree's claims of the standard deviation over negative images. Absent
-things have a z of mean 0 and standard deviation 1; the mean over the n distinct things that the
+sigma is the median over the tree's claims of the spread over negative images, below their median,
+since some of them may show the claim too. Absent things have a z of about mean 0 and standard
+deviation 1; the mean over the n distinct things that the
 policy sees in the image is the effect of the scorer, as its posterior mean under a prior N(0, 1):
 
     delta = max(0, sum of z / (n + 1))
@@ -96,6 +97,12 @@ class Evidence:
             claim: self.weigh(columns) + self._consistency * math.log(self.mentions[thing_of(claim)] / mean_mentions)
             for claim, columns in self.scores.items()
         }
+
+    @property
+    def zero_line(self) -> float | None:
+        """Return the contrast at which the scorers have no evidence, delta sigma / 2; None if they see nothing."""
+        lines = [effect * self._sigmas[name] / 2 for name, effect in self.effects.items() if effect > 0]
+        return fmean(lines) if lines else None
 
     def weigh(self, columns: Mapping[str, float]) -> float:
         """Return the evidence that the scorers give for a claim, in nats.

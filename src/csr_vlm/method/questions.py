@@ -58,12 +58,17 @@ def choose_questions(
         config: Settings of the questions.
         key: Key of the hash that chooses each question's wording.
     """
-    bound = config.min_log_odds
-    true = [(thing, True) for thing, nats in claimed.items() if nats + _CLAIMED >= bound]
-    false = [(thing, False) for thing, nats in claimed.items() if nats + _CLAIMED <= -bound]
-    absent = [(thing, False) for thing, nats in unclaimed.items() if nats + _UNCLAIMED <= -bound]
+    true = [(thing, True) for thing, nats in claimed.items() if clear_answer(nats, config) is True]
+    false = [(thing, False) for thing, nats in claimed.items() if clear_answer(nats, config) is False]
+    absent = [(thing, False) for thing, nats in unclaimed.items() if nats + _UNCLAIMED <= -config.min_log_odds]
     chosen = _alternate(_alternate(false, absent), true)[: config.per_prompt]
     return [(_ask(thing, config, key), holds) for thing, holds in chosen]
+
+
+def clear_answer(nats: float, config: QuestionsConfig) -> bool | None:
+    """Return whether a thing that the policy claims is in the image, given the evidence; None if that is not clear."""
+    log_odds = nats + _CLAIMED
+    return log_odds > 0 if abs(log_odds) >= config.min_log_odds else None
 
 
 def _ask(thing: str, config: QuestionsConfig, key: str) -> str:
@@ -82,11 +87,15 @@ def select_informative(pairs: Sequence[Pair], config: QuestionsConfig, key: str)
     Questions are kept or dropped together, because the sure yes beside an unsure no prevents a bias
     toward no.
     """
-    least = math.log(config.min_probability)
-    answered = [pair for pair in pairs if max(pair.chosen.logprob, pair.rejected.logprob) >= least]
+    answered = [pair for pair in pairs if is_answered(pair, config)]
     is_sure = all(pair.chosen.logprob - pair.rejected.logprob >= config.sure for pair in answered)
     uniform = int.from_bytes(_hash(key)[:8]) / 2**64
     return [] if is_sure and uniform >= config.rehearsed else answered
+
+
+def is_answered(pair: Pair, config: QuestionsConfig) -> bool:
+    """Return whether the policy gives yes or no a probability of ``config.min_probability``."""
+    return max(pair.chosen.logprob, pair.rejected.logprob) >= math.log(config.min_probability)
 
 
 def _hash(text: str) -> bytes:

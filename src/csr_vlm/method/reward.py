@@ -16,7 +16,8 @@ what the sentence's claims are worth, in nats (:mod:`csr_vlm.method.evidence`):
 A thing that the sentence gives a color counts with the lower evidence of the two. A sentence without
 claims is worth 0, as ending is; one whose claims were all made before costs ``repeat_penalty``.
 
-Everything here is a pure function of the ledger, so rewards can be recomputed under other settings without generating again.
+Everything here is a pure function of the ledger, so rewards can be recomputed under other settings
+without generating again.
 """
 
 from __future__ import annotations

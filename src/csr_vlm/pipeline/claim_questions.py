@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from csr_vlm.config.schema import RunConfig
+from csr_vlm.config.schema import QuestionsConfig, RunConfig
 from csr_vlm.core.records import Node, Pair, Prompt
 from csr_vlm.data.external_pairs import TextPair
 from csr_vlm.method.evidence import Evidence, thing_of
-from csr_vlm.method.questions import choose_questions, choose_unclaimed, select_informative
+from csr_vlm.method.questions import choose_questions, choose_unclaimed, is_answered, select_informative
 from csr_vlm.method.sentences import SentenceRule
 
 if TYPE_CHECKING:
@@ -46,8 +46,12 @@ class ClaimQuestioner:
         from csr_vlm.training.pair_encoding import encode_pairs
 
         config, selected = self._config, []
+        settings = self._with_answered_wordings(prompts, trees)
+        if settings is None:
+            return []
         self._scorer.set_negative_images([*prompts, *self._filler_prompts], config.scorer.others)
-        texts = text_pairs(prompts, trees, ClaimScorer(self._scorer, config.method.claims), config)
+        claim_scorer = ClaimScorer(self._scorer, config.method.claims)
+        texts = text_pairs(prompts, trees, claim_scorer, config, settings)
         scored = encode_pairs(texts, self._policy, self._iteration, self._rule)
         pairs = (pair for pair in scored if isinstance(pair, Pair))
         for prompt_id, of_prompt in groupby(pairs, key=lambda pair: pair.prompt.prompt_id.rpartition("?")[0]):
@@ -56,9 +60,44 @@ class ClaimQuestioner:
         self._scorer.forget()
         return selected
 
+    def _with_answered_wordings(
+        self, prompts: Sequence[Prompt], trees: Sequence[Sequence[Node]]
+    ) -> QuestionsConfig | None:
+        """Return the settings with the wordings that the policy answers by yes or no; None if it answers none of them.
+
+        They are tried on the first claim of the group.
+        """
+        from csr_vlm.training.pair_encoding import encode_pairs
+
+        settings = self._config.method.pairs.questions
+        claims = (
+            (prompt, claim) for prompt, nodes in zip(prompts, trees, strict=True) for n in nodes for claim in n.claims
+        )
+        first = next(claims, None)
+        if first is None:
+            return None
+        prompt, claim = first
+        texts = [
+            TextPair(
+                Prompt(prompt.prompt_id, prompt.image, settings.ask(thing_of(claim), n)), settings.yes, settings.no
+            )
+            for n in range(len(settings.wordings))
+        ]
+        tried = encode_pairs(texts, self._policy, self._iteration, self._rule)
+        answered = tuple(
+            wording
+            for wording, pair in zip(settings.wordings, tried, strict=True)
+            if isinstance(pair, Pair) and is_answered(pair, settings)
+        )
+        return settings.model_copy(update={"wordings": answered}) if answered else None
+
 
 def text_pairs(
-    prompts: Sequence[Prompt], trees: Sequence[Sequence[Node]], claim_scorer: ClaimScorer, config: RunConfig
+    prompts: Sequence[Prompt],
+    trees: Sequence[Sequence[Node]],
+    claim_scorer: ClaimScorer,
+    config: RunConfig,
+    settings: QuestionsConfig,
 ) -> Iterator[TextPair]:
     """Yield the questions about each prompt's claims with the right and the wrong answer.
 
@@ -66,10 +105,10 @@ def text_pairs(
         prompts: A group of prompts.
         trees: Their trees, with scored claims.
         claim_scorer: Scores the claims of other trees on a prompt's image.
-        config: Settings of rewards and questions, and the seed.
+        config: Settings of the rewards, and the seed.
+        settings: Settings of the questions.
     """
-    settings, used = config.method.pairs.questions, config.scorer.used
-    evidence = [Evidence.of(nodes, config.method.reward, used) for nodes in trees]
+    evidence = [Evidence.of(nodes, config.method.reward, config.scorer.used) for nodes in trees]
     pool = sorted({thing for of_tree in evidence for thing in of_tree.mentions})
     for prompt, of_tree in zip(prompts, evidence, strict=True):
         key = f"{config.seed}:{prompt.prompt_id}"

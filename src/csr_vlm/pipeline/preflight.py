@@ -14,7 +14,7 @@ from csr_vlm.config.schema import ModelConfig, RunConfig
 from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.prompts import InputReport, read_prompts
-from csr_vlm.method.audit import SCORER_BOUND, Verdict, pair_metrics, tree_metrics
+from csr_vlm.method.audit import PAIR_BOUNDS, Verdict, pair_metrics, tree_metrics
 
 if TYPE_CHECKING:
     from csr_vlm.models.policy import Policy
@@ -31,17 +31,19 @@ class Preflight:
     log_prob_difference_nats: float | None = None
     """Mean |generated - teacher-forced| log-probability of a token."""
     scorer_agreement: float | None = None
-    """Share of sentences that the scorer finds closer to their own image than to the average other one."""
+    """Share of sentences, or of claims, that the scorer finds closer to their own image than to the average other one."""
+    sign: str = "scorer_agreement"
+    """Metric of the pairs that ``scorer_agreement`` is: that of sentences, or ``claim_agreement``."""
     scorer_images: int | None = None
     """Number of images behind ``scorer_agreement``."""
 
     @property
     def warnings(self) -> Sequence[str]:
         """List what the scorer's agreement warns about."""
-        agreement = self.scorer_agreement
-        if agreement is None or SCORER_BOUND.judge(agreement) is Verdict.GO:
+        agreement, bound = self.scorer_agreement, PAIR_BOUNDS[self.sign]
+        if agreement is None or bound.judge(agreement) is Verdict.GO:
             return []
-        return [SCORER_BOUND.reason.format(value=agreement)]
+        return [bound.reason.format(value=agreement)]
 
     def dump(self) -> dict[str, Any]:
         """Return the measured values as JSON data."""
@@ -69,7 +71,7 @@ def run_preflight(config: RunConfig, reporter: Reporter) -> Preflight:
             progress.advance(1)
     if agreement is None:
         return Preflight(difference)
-    return Preflight(difference, round(agreement, 3), len(prompts))
+    return Preflight(difference, round(agreement, 3), _sign_of(config), len(prompts))
 
 
 def _has_local_weights(model: ModelConfig) -> bool:
@@ -107,4 +109,8 @@ def _scorer_agreement(config: RunConfig, policy: Policy, prompts: list[Prompt]) 
     engine = TransformersEngine(policy, short.generation.max_rows, short.generation.attention)
     trees = search_trees(prompts, prompts, engine, scorer, short, 1)
     metrics = pair_metrics(tree_metrics(tree.nodes, [], short.method, short.scorer.used) for tree in trees)
-    return metrics.get("scorer_agreement")
+    return metrics.get(_sign_of(config))
+
+
+def _sign_of(config: RunConfig) -> str:
+    return "claim_agreement" if config.method.reward.unit == "claim" else "scorer_agreement"

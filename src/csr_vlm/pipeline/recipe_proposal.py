@@ -28,7 +28,7 @@ _CLIP_TOWERS = {(1024, 14, 336): CLIP, (1024, 14, 224): "openai/clip-vit-large-p
 """Checkpoint with text encoder by width, patch size and image size of a CLIP vision encoder."""
 _MULTILINGUAL = "google/siglip2-so400m-patch14-384"
 _DEFAULT_QUESTIONS = {"en": "Describe this image in detail.", "zh": "请详细描述这张图片。"}
-_CLAIM_QUESTIONS = {"zh": {"question": "图片中有{0}吗？", "yes": "有。", "no": "没有。"}}
+_CLAIM_QUESTIONS = {"zh": {"wordings": ["图片中有{0}吗？", "能看到{0}吗？"], "yes": "有。", "no": "没有。"}}
 """Wording of ``method.pairs.questions`` in languages other than English, whose wording is the default."""
 
 GPU_MEMORY = {

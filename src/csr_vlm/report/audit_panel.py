@@ -13,6 +13,10 @@ from csr_vlm.store.stage_names import GATES
 LABELS: Mapping[str, tuple[str, str]] = {
     "scorer_agreement": ("Scorer agreement", "sentences that score higher on their own image; chance: 0.5"),
     "relevance_win": ("Chosen more relevant", "pairs whose chosen response fits the image better; chance: 0.5"),
+    "claim_agreement": ("Claims on their own image", "claims that score higher than on other images; chance: 0.5"),
+    "nearest_agreement": ("Claims on similar images", "claims that score higher than on similar images; chance: 0.5"),
+    "cue_agreement": ("Scorer and model agree", "of two claims, the more frequent one scores higher; chance: 0.5"),
+    "second_win": ("Second scorer agrees", "pairs whose chosen side a second scorer prefers; chance: 0.5"),
     "omission_gap": ("Omission gap", "relevant sentences left out per pair, chosen minus rejected"),
     "repeat_gap": ("Repeat gap", "repeated sentences per pair, chosen minus rejected"),
     "length_correlation": ("Length correlation", "correlation of reward and length within a prompt"),
@@ -24,7 +28,10 @@ LABELS: Mapping[str, tuple[str, str]] = {
     "chosen_drop": ("Drop of chosen log-probability", "nats per response, during training"),
 }
 """Metric of the audit to its label and meaning."""
-_UNSIGNED = {"scorer_agreement", "relevance_win", "prompts_with_pairs", "sentences_ratio"}
+_UNSIGNED = {
+    "scorer_agreement", "relevance_win", "claim_agreement", "nearest_agreement", "cue_agreement", "second_win",
+    "prompts_with_pairs", "sentences_ratio",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

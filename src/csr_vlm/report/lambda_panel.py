@@ -64,10 +64,14 @@ def lambda_panel(run: Run, truth_of: TruthOf = no_truth) -> LambdaPanel | None:
     """Derive the pairs of the first ledger with several lambdas.
 
     Returns:
-        The charts; None without a ledger, or if pairs are drawn at random so that lambda has no effect.
+        The charts; None without a ledger, or if lambda has no effect: pairs are drawn at random, or rewards are
+        the evidence for claims.
     """
     done = [number for number in run.iterations_done("generate") if number]
-    if not done or not run.prompts_path.is_file() or run.config.method.pairs.selection == "random":
+    method = run.config.method
+    if method.pairs.selection == "random" or method.reward.unit == "claim":
+        return None
+    if not done or not run.prompts_path.is_file():
         return None
     run_lambda, trees = run.config.method.lambda_, _trees(run, done[0])
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, pstdev
+from statistics import fmean, median
 from typing import Protocol, runtime_checkable
 
 from csr_vlm.core.errors import CsrError
@@ -118,7 +118,8 @@ class ScorerGroup:
     def score_claims(self, items: Sequence[tuple[Prompt, str]]) -> list[dict[str, float]]:
         """Compute the columns of each (prompt, caption of a claim), in their order.
 
-        Beside those of :meth:`score`, these are the standard deviation over the negative images, and
+        Beside those of :meth:`score`, these are the spread over the negative images (the standard
+        deviation below their median, since some of them may show the claim as well), and
         the mean over the most similar images, by the first scorer that can compare images.
 
         Raises:
@@ -128,7 +129,7 @@ class ScorerGroup:
         nearest = self._compare(items, [self._nearest_of(p) for p, _ in items], own=False)
         return [
             _means(row)
-            | {spread_column(name): pstdev(others) for name, (_, others) in row.items() if others}
+            | {spread_column(name): _spread(others) for name, (_, others) in row.items() if others}
             | {nearest_column(name): fmean(similar) for name, (_, similar) in near.items() if similar}
             for row, near in zip(rows, nearest, strict=True)
         ]
@@ -168,6 +169,12 @@ class ScorerGroup:
     def num_over_length(self, sentences: Sequence[str]) -> dict[str, int]:
         """Count the sentences that exceed each scorer's length limit, by name of the scorers that have one."""
         return {s.name: s.num_over_length(sentences) for s in self.scorers if isinstance(s, LengthLimited)}
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Return the standard deviation below the median, which the images that do show a claim do not widen."""
+    middle = median(values)
+    return math.sqrt(fmean((value - middle) ** 2 for value in values if value <= middle))
 
 
 def _means(row: Mapping[str, tuple[float, list[float]]]) -> dict[str, float]:

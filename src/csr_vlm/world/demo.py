@@ -92,6 +92,8 @@ def demo_settings(
         "model": {"path": str(policy_in(models))},
         "scorer": scorer,
         "data": {"prompts": str(prompts)},
+        # The scorers of the first two worlds know no other sentences.
+        **({} if world.name == "prose" else {"method": {"claims": {"caption": world.template.format("{a} {0}")}}}),
         "evaluation": {"world": {"name": world.name, "num_scenes": num_scenes}},
     }
 
