@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from csr_vlm.config.load import merged, resolve
-from csr_vlm.config.schema import RunConfig, ScorerConfig
+from csr_vlm.config.schema import RunConfig, ScorerConfig, preset_date
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter, Silent
 from csr_vlm.core.records import Pair, Prompt
@@ -97,7 +97,12 @@ def store_inputs(run: Run, reporter: Reporter, model: ModelCheck | None) -> None
     first = next(images, None)
     if config.scorer.others and all(image == first for image in images):
         reporter.log("all prompts are about one image, so its sentences are contrasted with a gray image alone")
-    result = {"sha256": files.sha256_of(run.prompts_path), "heldout": len(heldout), **report.dump()}
+    result = {
+        "preset": {"name": config.preset, "date": preset_date(config.preset)},
+        "sha256": files.sha256_of(run.prompts_path),
+        "heldout": len(heldout),
+        **report.dump(),
+    }
     if config.data.pairs is not None:
         content = offline_pairs.PairsDigest()
         checked = offline_pairs.check_pairs(config.data, reporter, run.images_path, content, model)
