@@ -344,7 +344,7 @@ def test_off_is_a_string_and_yes_is_true_for_boolean_options():
 def test_questions_can_be_disabled_and_the_pattern_is_gone():
     assert overridden().method.pairs.questions.per_prompt == 4
     assert overridden("method.pairs.questions.per_prompt=0").method.pairs.questions.per_prompt == 0
-    with pytest.raises(CsrError, match="is an option of version 0.1") as error:
+    with pytest.raises(CsrError, match="is an option of version 0") as error:
         overridden("method.pairs.questions.pattern=")
     assert "per_prompt" in error.value.hint
 

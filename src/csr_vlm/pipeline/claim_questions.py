@@ -12,6 +12,7 @@ from csr_vlm.data.external_pairs import TextPair
 from csr_vlm.method.evidence import Evidence, thing_of
 from csr_vlm.method.questions import choose_questions, choose_unclaimed, is_answered, select_informative
 from csr_vlm.method.sentences import SentenceRule
+from csr_vlm.scoring.scorer import with_gray_image
 
 if TYPE_CHECKING:
     from csr_vlm.models.policy import Policy
@@ -49,7 +50,8 @@ class ClaimQuestioner:
         settings = self._with_answered_wordings(prompts, trees)
         if settings is None:
             return []
-        self._scorer.set_negative_images([*prompts, *self._filler_prompts], config.scorer.others)
+        negatives = with_gray_image([*prompts, *self._filler_prompts])
+        self._scorer.set_negative_images(negatives, config.scorer.others)
         claim_scorer = ClaimScorer(self._scorer, config.method.claims)
         texts = text_pairs(prompts, trees, claim_scorer, config, settings)
         scored = encode_pairs(texts, self._policy, self._iteration, self._rule)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, median
 from typing import Protocol, runtime_checkable
 
@@ -67,6 +68,13 @@ class ComparesImages(Scorer, Protocol):
     def similarities(self, prompt: Prompt, others: Sequence[Prompt]) -> Sequence[float]:
         """Return how similar the images of other prompts are to that of a prompt; larger is more similar."""
         ...
+
+
+def with_gray_image(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return prompts whose images can be each other's negatives: with a gray one if all are about one image."""
+    if len({prompt.image for prompt in prompts}) > 1:
+        return list(prompts)
+    return [*prompts, Prompt("gray", str(Path(__file__).parent / "assets" / "gray.png"), "")]
 
 
 class ScorerGroup:
