@@ -127,7 +127,7 @@ class RewardConfig(_Section):
         default=8.0, gt=0, description="Largest evidence for or against one claim that counts, in nats (unit: claim)."
     )
     consistency: float = Field(
-        default=1.0,
+        default=2.0,
         ge=0,
         description="Nats for a claim that the policy makes e times as often as its average claim about the image "
         "(unit: claim).",
@@ -231,7 +231,7 @@ class QuestionsConfig(_Section):
         "an). Those that the policy does not answer by yes or no are left out.",
     )
     min_log_odds: float = Field(
-        default=4.0, ge=0, description="Log odds, in nats, from which an answer is clear and the question is asked."
+        default=4.5, ge=0, description="Log odds, in nats, from which an answer is clear and the question is asked."
     )
     min_probability: float = Field(
         default=0.02,
