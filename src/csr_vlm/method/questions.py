@@ -50,7 +50,7 @@ def choose_questions(
 
     A claim of another image is never affirmed: where the policy did not make a claim but the
     evidence is strong, the scorer is usually wrong. No and yes alternate, as do the two kinds of
-    no; the rest of the longer list comes last.
+    no, and there are no more questions with yes than with no: most policies say yes too easily.
 
     Args:
         claimed: Things that the policy claims about the image, with the evidence in nats.
@@ -61,7 +61,8 @@ def choose_questions(
     true = [(thing, True) for thing, nats in claimed.items() if clear_answer(nats, config) is True]
     false = [(thing, False) for thing, nats in claimed.items() if clear_answer(nats, config) is False]
     absent = [(thing, False) for thing, nats in unclaimed.items() if nats + _UNCLAIMED <= -config.min_log_odds]
-    chosen = _alternate(_alternate(false, absent), true)[: config.per_prompt]
+    denied = _alternate(false, absent)
+    chosen = _alternate(denied, true[: len(denied)])[: config.per_prompt]
     return [(_ask(thing, config, key), holds) for thing, holds in chosen]
 
 
