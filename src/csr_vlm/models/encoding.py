@@ -131,7 +131,7 @@ class PromptEncoder:
         Raises:
             CsrError: The image was deleted or changed since it was checked.
         """
-        text, add_special_tokens = self._format(prompt.text)
+        text, add_special_tokens = self.format_prompt(prompt.text)
         if self._last is None or self._last.path != prompt.image:
             self._last = _ProcessedImage(prompt.image, self.image(prompt))
         with self._last.remembered(self.processor):
@@ -141,11 +141,11 @@ class PromptEncoder:
 
     def short_ids(self, prompt: Prompt) -> list[int]:
         """Tokenize a prompt with one placeholder token per image, for engines that expand it themselves."""
-        text, add_special_tokens = self._format(prompt.text)
+        text, add_special_tokens = self.format_prompt(prompt.text)
         ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
         return ids
 
-    def _format(self, text: str) -> tuple[str, bool]:
+    def format_prompt(self, text: str) -> tuple[str, bool]:
         """Return the formatted prompt, and whether the tokenizer has to add special tokens."""
         if not self.family.chat:
             formatted = f"{self.processor.image_token}{text}"
