@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from csr_vlm.cli.app import app
 from csr_vlm.config.load import fields_of, load_config, section_of
-from csr_vlm.config.schema import RunConfig, presets
+from csr_vlm.config.schema import RunConfig, presets, size_classes
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "src" / "csr_vlm"
@@ -36,22 +36,25 @@ recipes, runs and configuration keys.
 """
 _NOTE = "<!-- Written by `python -m docs.reference`; do not edit. -->"
 _MARKS = re.compile(r"(<!-- table: begin -->\n).*(<!-- table: end -->)", re.DOTALL)
+_SIZE_MARKS = re.compile(r"(<!-- sizes: begin -->\n).*(<!-- sizes: end -->)", re.DOTALL)
 _TREE_MARKS = re.compile(r"(<!-- package tree: begin -->\n).*(<!-- package tree: end -->)", re.DOTALL)
 _COMPARED = ("paper", "official", "calibrated")
-_NEEDED = {"model": {"path": "M"}, "scorer": {"path": "S"}, "data": {"prompts": "P", "pairs": "Q"}}
+_NEEDED = {"model": {"path": "model-2m"}, "scorer": {"path": "S"}, "data": {"prompts": "P", "pairs": "Q"}}
 
 
 def pages() -> dict[str, str]:
     """Map the name of every page that is written here to its text."""
     around = (HERE / "presets.md").read_text(encoding="utf-8")
-    table = preset_table()
+    table, sizes = preset_table(), size_table()
     architecture = (HERE / "architecture.md").read_text(encoding="utf-8")
     tree = package_tree(architecture)
     return {
         "architecture.md": _TREE_MARKS.sub(lambda found: found[1] + tree + found[2], architecture),
         "configuration.md": configuration(),
         "commands.md": commands(),
-        "presets.md": _MARKS.sub(lambda found: found[1] + table + found[2], around),
+        "presets.md": _SIZE_MARKS.sub(
+            lambda found: found[1] + sizes + found[2], _MARKS.sub(lambda found: found[1] + table + found[2], around)
+        ),
     }
 
 
@@ -206,9 +209,26 @@ def preset_table() -> str:
     for key in keys:
         values = [resolved[name].get(key) for name in _COMPARED]
         if key != "preset" and any(value != values[0] for value in values):
-            lines.append(f"| `{key}` | {' | '.join('-' if v is None else f'{v}' for v in values)} |")
+            lines.append(
+                f"| `{key}` | {' | '.join('-' if v is None else f'{v}' for v in values)} |".replace("\n", "\\n")
+            )
     unknown = set(presets()) - {*_COMPARED, "only_rt", "only_ri", "random_pairs", "external"}
     assert not unknown, f"docs/presets.md says nothing about {unknown}"
+    return "\n".join(lines) + "\n"
+
+
+def size_table() -> str:
+    """Tabulate the settings of ``calibrated`` that depend on the size of the model."""
+    classes = size_classes()
+    names = [
+        f"{one['name']}: " + (f"below {one['below'] / 1e9:g} B" if one["below"] else "larger, or unknown")
+        for one in classes
+    ]
+    settings = [_flat(dict(one["settings"])) for one in classes]
+    keys = list(dict.fromkeys(key for values in settings for key in values if key))
+    preset = _flat(dict(presets()["calibrated"]))
+    lines = [f"| setting | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    lines += [f"| `{key}` | {' | '.join(str(v.get(key, preset.get(key, '-'))) for v in settings)} |" for key in keys]
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from csr_vlm.config.load import resolve
-from csr_vlm.config.schema import TrainingConfig, presets
+from csr_vlm.config.schema import TrainingConfig, preset_date, presets
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import Pair, Prompt
@@ -262,7 +263,7 @@ def test_every_iteration_gets_its_own_wandb_run(monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", sorted(presets()))
 def test_trl_accepts_the_training_of_every_preset(name: str, tmp_path: Path) -> None:
-    required = {"model": {"path": "m"}, "scorer": {"path": "s"}, "data": {"prompts": "p", "pairs": "q"}}
+    required = {"model": {"path": "model-2m"}, "scorer": {"path": "s"}, "data": {"prompts": "p", "pairs": "q"}}
     training = resolve({"preset": name, **required}).training
     arguments = trainer_arguments(training, tmp_path, 0, "cpu")
     assert arguments.learning_rate == training.trl["learning_rate"]
@@ -280,3 +281,5 @@ def test_the_official_preset_runs_unchanged(tmp_path: Path, prompts) -> None:
     statuses = run.result(1, "generate")["statuses"]
     assert statuses["bottom"] > 0
     assert run.result(1, "train")["reference"] == "ledger"
+    manifest = json.loads(run.manifest_path.read_text(encoding="utf-8"))
+    assert manifest["preset"] == {"name": "official", "date": preset_date("official")}

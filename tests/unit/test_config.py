@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import pytest
 import yaml
 
 from csr_vlm.config.load import load_config, merged, resolve
-from csr_vlm.config.schema import RunConfig, presets
+from csr_vlm.config.model_size import guess_parameters
+from csr_vlm.config.schema import RunConfig, preset_date, presets
 from csr_vlm.core.errors import CsrError
 from tests.unit.builders import REQUIRED, config
 
@@ -59,8 +62,40 @@ def test_every_preset_is_valid_and_resolves_to_itself(name):
 
 @pytest.mark.parametrize("name", presets())
 def test_every_setting_of_a_preset_takes_effect(name):
-    resolved = flat(config_of(name).dump())
+    needed = {"data": {"prompts": "prompts.jsonl", "pairs": "pairs.json"}} if name == "external" else {}
+    resolved = flat(config(preset=name, model={"path": "small-2m"}, **needed).dump())
     assert flat(presets()[name]).items() <= resolved.items()
+
+
+def test_a_recipe_of_model_scorer_and_prompts_is_safe_for_its_model(tmp_path):
+    def training(path: str, **changes):
+        found = config(model={"path": path}, **changes)
+        return found.training.trl["learning_rate"], found.method.pairs.per_prompt
+
+    assert training("llava-hf/llava-1.5-7b-hf") == (5e-6, 4)
+    assert training("org/no-size-in-the-name") == (5e-6, 4), "an unknown size may be a large one"
+    assert training("org/model-0.5b") == (2e-5, 4)
+    assert training("org/model-3m") == (3e-4, 12)
+    assert training("org/model-7b", preset="random_pairs") == (5e-6, 4)
+    assert training("org/model-7b", training={"trl": {"learning_rate": 1e-6}}) == (1e-6, 4)
+    assert training("org/model-3m", preset="paper") == training("org/model-7b", preset="paper") == (1e-7, 1)
+
+
+def test_the_size_of_a_model_on_disk_counts_whatever_its_name(tmp_path):
+    model = tmp_path / "my-7b"
+    model.mkdir()
+    # A layer of width 64 with feed-forward width 256 has 4 * 64^2 + 3 * 64 * 256 = 65,536 parameters.
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256, "vocab_size": 1000}
+    (model / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": sizes}))
+    assert guess_parameters(str(model)) == 2 * 65_536 + 64_000
+    assert config(model={"path": str(model)}).training.trl["learning_rate"] == 3e-4
+    (model / "config.json").write_text('{"text_config": {"hidden_size": "wide"}}')
+    assert guess_parameters(str(model)) == 7_000_000_000
+
+
+def test_every_preset_has_the_day_of_its_last_change():
+    for name in presets():
+        dt.date.fromisoformat(preset_date(name))
 
 
 def test_preset_external_requires_pairs():

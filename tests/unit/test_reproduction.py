@@ -97,7 +97,7 @@ def test_departures_are_limited_to_settings_of_the_method(tmp_path):
     assert departures(paper) == []
     ours = {key: (theirs, own) for key, theirs, own in departures(new_run(tmp_path / "ours", {}))}
     assert ours["method.reward.text_score"] == ("product", "geometric_mean")
-    assert ours["training.trl.learning_rate"] == (1e-7, 3e-4)
+    assert ours["training.trl.learning_rate"] == (1e-7, 5e-6)
     assert not any(key.startswith(("model", "data", "seed")) for key in ours)
 
 

@@ -1,7 +1,7 @@
 """Resolve a recipe and ``key=value`` overrides into a configuration, and explain what is wrong with them.
 
-A configuration is the defaults, overlaid by the preset's block, the recipe file and the
-overrides, in this order. Unknown keys are rejected with the closest valid name.
+A configuration is the defaults, overlaid by the preset's block, its settings for the size of the model, the
+recipe file and the overrides, in this order. Unknown keys are rejected with the closest valid name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from csr_vlm.config.schema import RunConfig, ScorerConfig, presets
+from csr_vlm.config.model_size import guess_parameters
+from csr_vlm.config.schema import RunConfig, ScorerConfig, presets, presets_of_any_size, size_class
 from csr_vlm.config.yaml import MAX_DEPTH, load_yaml, read_yaml
 from csr_vlm.core.errors import CsrError, suggestion
 from csr_vlm.core.secrets import is_secret_name
@@ -39,17 +40,28 @@ def load_config(recipe: Path | None, overrides: Iterable[str] = (), base: Mappin
 
 
 def resolve(layer: Mapping[str, Any]) -> RunConfig:
-    """Overlay plain data on the preset it names and validate the result.
+    """Overlay plain data on the preset it names, as it is for a model of this size, and validate the result.
 
     Raises:
         CsrError: An option is unknown, out of bounds, or a secret.
     """
     _refuse_secrets(layer)
-    block = presets().get(str(layer.get("preset", "calibrated")), {})
+    name = str(layer.get("preset", "calibrated"))
+    block = presets().get(name, {})
+    if name not in presets_of_any_size():
+        block = merged(block, _settings_for_size(layer))
     try:
         return RunConfig.model_validate(merged(block, layer))
     except ValidationError as error:
         raise CsrError(*_explain(error)) from None
+
+
+def _settings_for_size(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings for models of this size (``sizes.yaml``)."""
+    model = layer.get("model")
+    path = model.get("path") if isinstance(model, Mapping) else None
+    settings: Mapping[str, Any] = size_class(guess_parameters(path) if isinstance(path, str) else None)["settings"]
+    return settings
 
 
 def _refuse_secrets(layer: Mapping[str, Any], prefix: str = "") -> None:

@@ -630,8 +630,47 @@ class RunConfig(_Section):
 
 
 @cache
+def _preset_file() -> Mapping[str, Mapping[str, Any]]:
+    loaded: dict[str, Any] = yaml.safe_load(_package_data("presets.yaml"))
+    return loaded
+
+
+@cache
 def presets() -> Mapping[str, Mapping[str, Any]]:
     """Return each preset's block of settings, by name."""
-    text = resources.files("csr_vlm.config").joinpath("presets.yaml").read_text(encoding="utf-8")
-    loaded: dict[str, Any] = yaml.safe_load(text)
-    return loaded
+    return {name: {key: block[key] for key in block if key != "dated"} for name, block in _preset_file().items()}
+
+
+def preset_date(name: str) -> str:
+    """Return the day of a preset's last change, as ``YYYY-MM-DD``."""
+    return str(_preset_file()[name]["dated"])
+
+
+@cache
+def size_classes() -> tuple[Mapping[str, Any], ...]:
+    """Return the classes of ``sizes.yaml``, each with its name, limit and settings."""
+    loaded: dict[str, Any] = yaml.safe_load(_package_data("sizes.yaml"))
+    return tuple(loaded["classes"])
+
+
+def size_class(parameters: int | None) -> Mapping[str, Any]:
+    """Return the class of a model with so many parameters; a model of unknown size is in the last class.
+
+    Example:
+        >>> [size_class(parameters)["name"] for parameters in (2_000_000, 500_000_000, 7_000_000_000, None)]
+        ['small', 'medium', 'large', 'large']
+    """
+    classes = size_classes()
+    limits = (one for one in classes[:-1] if parameters is not None and parameters < one["below"])
+    return next(limits, classes[-1])
+
+
+@cache
+def presets_of_any_size() -> frozenset[str]:
+    """Return the names of the presets that ``sizes.yaml`` does not change."""
+    loaded: dict[str, Any] = yaml.safe_load(_package_data("sizes.yaml"))
+    return frozenset(loaded["except"])
+
+
+def _package_data(name: str) -> str:
+    return resources.files("csr_vlm.config").joinpath(name).read_text(encoding="utf-8")

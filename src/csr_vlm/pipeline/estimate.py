@@ -143,7 +143,7 @@ def estimate(config: RunConfig, reporter: Reporter, *, offline: bool = False) ->
     if report.dropped:
         warnings.append(f"{report.dropped.total()} prompts would be dropped: {dict(report.dropped)}")
     shape = shape_from_name(config.model.path) if offline else shape_of(config.model)
-    costs = None if shape is None else _costs(config, shape, report.accepted)
+    costs = None if shape is None else costs_of(config, shape, report.accepted)
     if costs is None:
         warnings.append(
             f"the size of {config.model.path} is not in its name; without --offline its configuration is read"
@@ -166,7 +166,8 @@ def _check_data(config: RunConfig, report: InputReport, reporter: Reporter) -> d
     return data
 
 
-def _costs(config: RunConfig, shape: Shape, num_prompts: int) -> Costs:
+def costs_of(config: RunConfig, shape: Shape, num_prompts: int) -> Costs:
+    """Compute the cost of a run from the shape of its model and its number of prompts."""
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
     search = config.method.search

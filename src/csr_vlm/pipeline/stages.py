@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from csr_vlm.config.load import merged, resolve
-from csr_vlm.config.schema import RunConfig, ScorerConfig
+from csr_vlm.config.schema import RunConfig, ScorerConfig, preset_date
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter, Silent
 from csr_vlm.core.records import Pair, Prompt
@@ -66,7 +66,12 @@ def check_inputs(run: Run, reporter: Reporter) -> None:
         raise no_usable_prompt(config.data, report)
     if report.dropped:
         reporter.log(f"dropped {report.dropped.total()} prompts: {report.reasons}; see manifest.json for examples")
-    result = {"sha256": files.sha256_of(run.prompts_path), "heldout": len(heldout), **report.dump()}
+    result = {
+        "preset": {"name": config.preset, "date": preset_date(config.preset)},
+        "sha256": files.sha256_of(run.prompts_path),
+        "heldout": len(heldout),
+        **report.dump(),
+    }
     if config.data.pairs is not None:
         content = offline_pairs.PairsDigest()
         checked = offline_pairs.check_pairs(config.data, reporter, run.images_path, content)

@@ -425,6 +425,7 @@ class Run:
             "schema": SCHEMA_VERSION,
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seed": self.config.seed,
+            "preset": stages["iteration-0"].get("prompts", {}).get("preset", {"name": self.config.preset}),
             "versions": versions(),
             "git": _git_commit(),
             "stopped_at": self.stopped_at,
