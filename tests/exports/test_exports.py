@@ -20,14 +20,13 @@ from csr_vlm.pipeline.exporting import export_pairs
 from csr_vlm.pipeline.loop import align
 from csr_vlm.store.run import Run
 from csr_vlm.world.demo import assets
-from tests.families.checkpoints import checkpoint
 from tests.integration.conftest import small_config
 
 ROOT = Path(__file__).parents[2]
 LLAMAFACTORY = ROOT / ".venv-llamafactory" / "bin" / "llamafactory-cli"
 SWIFT = ROOT / ".venv-swift" / "bin" / "swift"
 OPTIONS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lora_rank": 4, "logging_steps": 1}
-MODELS = ["llava", "qwen2_vl"]
+POLICY = assets() / "llava"
 
 
 def needs(program: Path) -> pytest.MarkDecorator:
@@ -48,10 +47,6 @@ def export(run: Run, form: str, out: Path, whole: bool) -> list[dict]:
     assert selection.described is not whole
     text = file.read_text(encoding="utf-8")
     return json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-
-
-def policy(name: str) -> Path:
-    return assets() / "llava" if name == "llava" else checkpoint(name)
 
 
 def output_of(*command: object, cwd: Path) -> str:
@@ -81,18 +76,17 @@ def require_two_steps(output: str) -> None:
 
 @needs(LLAMAFACTORY)
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("model", MODELS)
-def test_llamafactory_trains(run: Run, tmp_path: Path, model: str, whole: bool) -> None:
+def test_llamafactory_trains(run: Run, tmp_path: Path, whole: bool) -> None:
     rows = export(run, "llamafactory", tmp_path / "out", whole)
     settings = OPTIONS | {
-        "model_name_or_path": str(policy(model)),
+        "model_name_or_path": str(POLICY),
         "stage": "dpo",
         "do_train": True,
         "finetuning_type": "lora",
         "lora_target": "q_proj,v_proj",
         "dataset_dir": str(tmp_path / "out"),
         "dataset": "csr_pairs",
-        "template": model,
+        "template": "llava",
         "cutoff_len": 2048,
         "output_dir": str(tmp_path / "trained"),
         "report_to": "none",
@@ -111,13 +105,13 @@ def test_llamafactory_trains(run: Run, tmp_path: Path, model: str, whole: bool) 
 
 @needs(SWIFT)
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("model", MODELS)
-def test_swift_trains(run: Run, tmp_path: Path, model: str, whole: bool) -> None:
+def test_swift_trains(run: Run, tmp_path: Path, whole: bool) -> None:
     rows = export(run, "swift", tmp_path / "out", whole)
     options = OPTIONS | {
         "rlhf_type": "dpo",
-        "model": policy(model),
-        "model_type": {"llava": "llava1_5_hf"}.get(model, model),
+        "model": POLICY,
+        "model_type": "llava1_5_hf",
+        "template": "llava1_5_hf",
         "custom_dataset_info": "out/dataset_info.json",
         "dataset": "out/pairs.jsonl",
         "remove_unused_columns": "false",
@@ -135,7 +129,7 @@ def test_swift_trains(run: Run, tmp_path: Path, model: str, whole: bool) -> None
     output = output_of(SWIFT, "rlhf", *arguments, cwd=tmp_path)
     require_two_steps(output)
     by_text = {(row["messages"][1]["content"], row["rejected_response"]): row for row in rows}
-    end = "</s>" if model == "llava" else "<|im_end|>"
+    end = "</s>"
     sides = [re.search(rf"\[{side}_LABELS\] \[-100 \* \d+\](.*)", output) for side in ("CHOSEN", "REJECTED")]
     texts = [match[1] for match in sides if match is not None]
     row = by_text[texts[0].removesuffix(end).strip(), texts[1].removesuffix(end).strip()]

@@ -49,10 +49,11 @@ def export(
     ] = False,
     base_model: BaseModel = None,
 ) -> None:
-    """Export preference pairs for another trainer, with a dataset card.
+    """Export preference pairs for another trainer.
 
-    Pairs of sibling sentences (method.pairs.between: siblings) keep the context that both sentences continue. Trainers
-    that end every response (llava, llamafactory, rlaifv) get a prompt that asks for the next sentence.
+    Writes the pairs that the iteration trained on, and a dataset card. Pairs of sibling sentences
+    (method.pairs.between: siblings) keep the context that both sentences continue. For trainers that end every
+    response (llava, llamafactory, rlaifv), the prompt asks for the next sentence.
 
     Example: csr export runs/d0 --format trl --out pairs-trl --copy-images
     """

@@ -36,9 +36,9 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card; upload nothing.")] = False,
     base_model: BaseModel = None,
 ) -> None:
-    """Upload the final adapter with its model card, or the preference pairs with a dataset card, to the hub.
+    """Upload the final adapter, or the pairs, to the hub.
 
-    Uses the account of `hf auth login` or HF_TOKEN, which is checked before anything is created.
+    A model card or a dataset card goes along. Uses the account of `hf auth login` or HF_TOKEN, which is checked before anything is created.
 
     Example: csr push runs/q me/llava-csr --dry-run
     """
