@@ -38,7 +38,8 @@ def push(
 ) -> None:
     """Upload the final adapter, or the pairs, to the hub.
 
-    A model card or a dataset card goes along. Uses the account of `hf auth login` or HF_TOKEN, which is checked before anything is created.
+    A model card or a dataset card goes along. Uses the account of `hf auth login` or HF_TOKEN, which is checked before
+    anything is created.
 
     Example: csr push runs/q me/llava-csr --dry-run
     """

@@ -73,15 +73,6 @@ def load_prompt_encoder(config: ModelConfig, max_image_pixels: int = MAX_IMAGE_P
     return PromptEncoder(model_config, generation_config, processor, max_image_pixels)
 
 
-def save_processor(config: ModelConfig, directory: Path) -> None:
-    """Save a model's processor, with tokenizer and chat template, beside an adapter.
-
-    Raises:
-        CsrError: The checkpoint does not exist.
-    """
-    load_prompt_encoder(config).processor.save_pretrained(str(directory))
-
-
 def load_adapter(model: Any, adapter: Path, *, trainable: bool = False, one_dtype: bool = False) -> PeftModel:
     """Add a saved adapter to a base model.
 

@@ -329,13 +329,7 @@ def report(run: Run, out: Path | None = None) -> Path:
 
 
 def export(run: Run, reporter: Reporter) -> None:
-    """Copy the final adapter to ``RUN/adapter``, with the processor; write the merged model if training.merge is set.
-
-    Raises:
-        CsrError: The adapter is missing or changed.
-    """
-    from csr_vlm.models.loading import save_processor
-
+    """Copy the final adapter to ``RUN/adapter``, and write the merged model if training.merge is set."""
     final = run.root / "adapter"
     if run.final == 0 and run.stopped_at is not None:
         reporter.log(f"no iteration of {run.root} passed its gate; the base model is the result")
@@ -348,10 +342,6 @@ def export(run: Run, reporter: Reporter) -> None:
         for path in trained.iterdir():
             if path.is_file() and files.sha256_of(path) != files.sha256_of(temporary / path.name):
                 raise CsrError(f"{path} was copied wrongly", "check the disk, and run the same command again")
-        try:
-            save_processor(run.config.model, temporary)
-        except CsrError as error:  # no reason to withhold what was trained
-            reporter.log(f"the adapter has no processor beside it: {error}")
 
     files.replace_directory(final, copy)
     if run.config.training.merge and not (run.root / "model").exists():
