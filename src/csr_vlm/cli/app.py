@@ -11,6 +11,7 @@ import typer
 from csr_vlm.cli import INTERRUPTED, error_messages, evaluate, world
 from csr_vlm.cli.analyze import analyze
 from csr_vlm.cli.audit import audit
+from csr_vlm.cli.chat import chat
 from csr_vlm.cli.check import check
 from csr_vlm.cli.common import Verbs
 from csr_vlm.cli.compact import compact
@@ -68,7 +69,7 @@ def root(
 
 _VERBS: Sequence[Callable[..., None]] = (
     *(init, run, demo, check, watch),
-    *(show, report, audit, analyze),
+    *(show, chat, report, audit, analyze),
     *(compare, reproduce, validate_scorer),
     *(export, merge, push),
     *(generate, score, pairs, train, sweep, convert, compact, env, version),
