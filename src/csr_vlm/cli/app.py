@@ -34,6 +34,7 @@ from csr_vlm.cli.show import show
 from csr_vlm.cli.signals import Stopped
 from csr_vlm.cli.sweep import sweep
 from csr_vlm.cli.train import train
+from csr_vlm.cli.try_page import try_page
 from csr_vlm.cli.validate_scorer import validate_scorer
 from csr_vlm.cli.version import print_version_and_exit, version
 from csr_vlm.cli.watch import watch
@@ -79,6 +80,7 @@ for _verb in _VERBS:
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(world.app, name="world")
 app.command("help")(show_help)
+app.command("try")(try_page)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from threading import RLock
+from threading import Lock
 
 from peft import PeftModel
 
@@ -38,7 +38,7 @@ class AdapterSwitch:
             if adapter is not None:
                 model = load_adapter(model, adapter, name=f"adapter{index}").eval()
         self._policy = Policy(model, processor, max_image_pixels)
-        self._lock = RLock()
+        self._lock = Lock()  # a server may leave the context in another thread than it was entered in
 
     @contextmanager
     def using(self, policy: str) -> Iterator[Policy]:

@@ -88,14 +88,14 @@ class Playground:
             if policy not in self.contestants:
                 raise CsrError(f"{policy!r} is not a policy of this run", suggestion(policy, self.policies))
 
-    def check_picture(self, path: Path) -> None:
-        """Decode a picture once.
+    def check_picture(self, path: Path) -> tuple[int, int]:
+        """Decode a picture once; return its width and height.
 
         Raises:
             CsrError: It is missing, too large, or not a picture.
         """
         try:
-            load_image(path, self.run.config.data.max_image_pixels)
+            return load_image(path, self.run.config.data.max_image_pixels).size
         except BadImage as error:
             raise CsrError(f"the picture {path} cannot be used: {error}", "give a JPEG, PNG or WebP file") from None
 
