@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from csr_vlm.cli import console
-from csr_vlm.cli.arguments import Overrides, Target, read_settings
+from csr_vlm.cli.arguments import Out, Overrides, Target, default_out, read_settings
 
 if TYPE_CHECKING:
     from csr_vlm.pipeline.estimate import Costs, Estimate
@@ -21,26 +22,34 @@ _HOURS_PER_YEAR = 24 * 365.25
 def check(
     target: Target,
     overrides: Overrides = None,
+    out: Out = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="Load no model and contact no hub; prompts may be missing.")
+    ] = False,
+    show_config: Annotated[
+        bool, typer.Option("--config", help="Also print the resolved configuration, with the preset and all defaults.")
     ] = False,
 ) -> None:
     """Validate a recipe and its data, and estimate the cost.
 
-    Prints the resolved configuration. If the weights are on disk, the model also generates a few sentences, to check
-    the model and the scorer.
+    Tries what csr run will need: the engine, the experiment trackers, the run directory, and the model's processor on
+    every prompt. If the weights are on disk, the model also generates a few sentences, the scorer scores them, and one
+    training step is done.
 
     Example: csr check recipes/llava-1.5-7b.yaml data.limit=100
     """
     import yaml
 
     config = read_settings(target, overrides)
+    root = Path(target) if Path(target).is_dir() else out or default_out(target)
     console.quiet_libraries()
     from csr_vlm.pipeline.estimate import estimate
     from csr_vlm.pipeline.preflight import Preflight, run_preflight
+    from csr_vlm.pipeline.start import require_writable
 
     reporter = console.reporter()
-    costs = estimate(config, reporter, offline=offline)
+    require_writable(root)
+    costs = estimate(config, reporter, out=root, offline=offline)
     preflight = Preflight() if offline else run_preflight(config, reporter)
     if console.mode.json:
         document = costs.dump()
@@ -48,8 +57,9 @@ def check(
         document["warnings"] += preflight.warnings
         console.print_json({"config": config.dump(), **document})
         return
-    print(yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
     print_estimate(costs, preflight)
+    if show_config:
+        print(yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
     console.log("next: csr run with the same arguments; --dry-run lists the steps first")
 
 

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from csr_vlm.config.schema import ModelConfig, RunConfig
 from csr_vlm.core.progress import Reporter
+from csr_vlm.data.checking import ModelCheck
 from csr_vlm.data.prompts import InputReport, count_rows, no_usable_prompt, read_prompts
 from csr_vlm.data.sources import is_local
 from csr_vlm.models.devices import resolve_device, resolve_dtype
 from csr_vlm.models.load_errors import load_error, require_image_text_to_text
+from csr_vlm.models.prompt_check import ProcessorCheck
 from csr_vlm.pipeline.offline_pairs import check_pairs
+from csr_vlm.pipeline.start import require_libraries
 from csr_vlm.pipeline.training_cost import TrainedModel, TreeShape
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
@@ -113,12 +117,13 @@ class Estimate:
         }
 
 
-def estimate(config: RunConfig, reporter: Reporter, *, offline: bool = False) -> Estimate:
+def estimate(config: RunConfig, reporter: Reporter, *, out: Path = Path(), offline: bool = False) -> Estimate:
     """Check all inputs and the model's configuration, and estimate the cost of the run.
 
     Args:
         config: Configuration of the run.
         reporter: Receives progress.
+        out: Run directory, which need not exist; its disk must have room for the run.
         offline: Load nothing of the model, not even its configuration, and take its size from its
             name; missing prompts are a warning instead of an error.
 
@@ -126,9 +131,7 @@ def estimate(config: RunConfig, reporter: Reporter, *, offline: bool = False) ->
         CsrError: The prompts cannot be read, none of them can be used or, unless offline, the model
             does not exist.
     """
-    from csr_vlm.training.dpo import check_arguments
-
-    check_arguments(config.training)
+    require_libraries(config, offline=offline)
     warnings: list[str] = []
     report = InputReport()
     missing = [source for source in config.data.all_sources if offline and not is_local(source)]
@@ -137,11 +140,10 @@ def estimate(config: RunConfig, reporter: Reporter, *, offline: bool = False) ->
         warnings.append(f"{', '.join(missing)} does not exist yet; the estimate assumes {report.accepted} prompts")
         data = report.dump()
     else:
-        data = _check_data(config, report, reporter)
+        data = _check_data(config, report, reporter, None if offline else ProcessorCheck.of_run(config))
     if not report.accepted:
         raise no_usable_prompt(config.data, report)
-    if report.dropped:
-        warnings.append(f"{report.dropped.total()} prompts would be dropped: {dict(report.dropped)}")
+    warnings += report.messages("prompts")
     shape = shape_from_name(config.model.path) if offline else shape_of(config.model)
     costs = None if shape is None else costs_of(config, shape, report.accepted)
     if costs is None:
@@ -149,20 +151,21 @@ def estimate(config: RunConfig, reporter: Reporter, *, offline: bool = False) ->
             f"the size of {config.model.path} is not in its name; without --offline its configuration is read"
         )
     else:
-        warnings += _cost_warnings(config, costs)
+        warnings += _cost_warnings(config, costs, out)
     if config.model.adapter is not None and not Path(config.model.adapter).is_dir():
         warnings.append(f"model.adapter {config.model.adapter} does not exist")
     return Estimate(data, report.accepted, config.iterations, costs, warnings)
 
 
-def _check_data(config: RunConfig, report: InputReport, reporter: Reporter) -> dict[str, Any]:
+def _check_data(config: RunConfig, report: InputReport, reporter: Reporter, model: ModelCheck | None) -> dict[str, Any]:
     """Read all prompts and external pairs, and fill the report; return both reports as JSON data."""
     with reporter.stage("checking prompts and images", count_rows(config.data)) as progress:
-        for _ in read_prompts(config.data, report, seed=config.seed, tick=lambda: progress.advance(1)):
+        tick = partial(progress.advance, 1)
+        for _ in read_prompts(config.data, report, seed=config.seed, tick=tick, model=model):
             pass
     data = report.dump()
     if config.data.pairs is not None:
-        data["pairs"] = check_pairs(config.data, reporter).dump()
+        data["pairs"] = check_pairs(config.data, reporter, model=model).dump()
     return data
 
 
@@ -232,7 +235,7 @@ def _trained(shape: Shape) -> TrainedModel:
     return TrainedModel(shape.parameters, shape.parameters, shape.layers, shape.width, vocabulary=0)
 
 
-def _cost_warnings(config: RunConfig, costs: Costs) -> list[str]:
+def _cost_warnings(config: RunConfig, costs: Costs, out: Path) -> list[str]:
     """Warn about what would stop a run hours after it began."""
     warnings = []
     if costs.device == "cpu" and costs.parameters > 3e8:
@@ -249,7 +252,8 @@ def _cost_warnings(config: RunConfig, costs: Costs) -> list[str]:
             warnings.append(
                 f"training may need more than the GPU's {memory:.0f} GB; lower training.max_tokens or training.lora.r"
             )
-    free = shutil.disk_usage(".").free / 1e9
+    disk = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(disk).free / 1e9
     if costs.disk_gb > free:
         warnings.append(f"the run may write {costs.disk_gb:.0f} GB, but only {free:.0f} GB are free on this disk")
     return warnings

@@ -1,4 +1,4 @@
-"""Try model and scorer on a few images before a run."""
+"""Try model, scorer and training on a few images before a run."""
 
 from __future__ import annotations
 
@@ -49,15 +49,18 @@ class Preflight:
 
 
 def run_preflight(config: RunConfig, reporter: Reporter) -> Preflight:
-    """Generate a few sentences if the weights are on disk, and check model and scorer on them.
+    """Generate a few sentences if the weights are on disk, check model and scorer on them, and train one step.
 
     Raises:
-        CsrError: Model or scorer cannot be loaded, or the model fails its self-check.
+        CsrError: Model or scorer cannot be loaded, the model fails its self-check, or training fails.
     """
+    from csr_vlm.models.prompt_check import ProcessorCheck
+
     if not _has_local_weights(config.model):
         return Preflight()
     with tempfile.TemporaryDirectory() as images:
-        rows = read_prompts(config.data, InputReport(), seed=config.seed, images=Path(images))
+        check = ProcessorCheck.of_run(config)
+        rows = read_prompts(config.data, InputReport(), seed=config.seed, images=Path(images), model=check)
         prompts = list(islice(rows, _NUM_PROMPTS))
         if not prompts:
             return Preflight()
@@ -66,6 +69,10 @@ def run_preflight(config: RunConfig, reporter: Reporter) -> Preflight:
             progress.advance(1)
         with reporter.stage("trying the scorer", 1) as progress:
             agreement = _scorer_agreement(config, policy, prompts)
+            progress.advance(1)
+        del policy
+        with reporter.stage("trying a training step", 1) as progress:
+            _try_training(config, prompts)
             progress.advance(1)
     if agreement is None:
         return Preflight(difference)
@@ -93,6 +100,14 @@ def _check_policy(config: RunConfig, prompt: Prompt) -> tuple[Policy, float]:
     adapter = None if config.model.adapter is None else Path(config.model.adapter)
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)
     return policy, float(f"{self_check(policy, prompt):.1e}")
+
+
+def _try_training(config: RunConfig, prompts: list[Prompt]) -> None:
+    from csr_vlm.models.devices import free_memory
+    from csr_vlm.training.trial import try_training
+
+    free_memory()
+    try_training(prompts, config, None if config.model.adapter is None else Path(config.model.adapter))
 
 
 def _scorer_agreement(config: RunConfig, policy: Policy, prompts: list[Prompt]) -> float | None:
