@@ -28,7 +28,7 @@ def try_page(
         bool, typer.Option("--share", help="Also create a public link through Gradio's server, with a password.")
     ] = False,
 ) -> None:
-    """Try base model and iterations on a picture, on a local page.
+    """Try base model and iterations on a local page.
 
     Answers stream side by side. Claims are colored by their evidence, and a click on one asks every policy about it.
     The page is reachable from this machine only. Needs pip install 'csr-vlm[app]'.
