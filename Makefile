@@ -8,13 +8,14 @@ VLLM_VENV := .venv-vllm
 LLAMAFACTORY_VENV := .venv-llamafactory
 SWIFT_VENV := .venv-swift
 NEWEST_VENV := .venv-newest
+APP_VENV := .venv-app
 DOCS_VENV := .venv-docs
 EVIDENCE := build/evidence
 MODELS := $(EVIDENCE)/models
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test check golden docs docs-pages test-eval test-scale test-ray test-vllm test-exports test-newest test-faults audit-dependencies evidence
+.PHONY: demo test check golden docs docs-pages test-eval test-scale test-ray test-vllm test-exports test-newest test-app test-faults audit-dependencies evidence
 .PHONY: lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
@@ -56,6 +57,9 @@ test-newest:  ## the quick tests with the newest release of every dependency, in
 	$(NEWEST_VENV)/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]' num2words
 	$(NEWEST_VENV)/bin/python -m pip list --outdated --disable-pip-version-check
 	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/pytest -q -n 2 -m "not slow" tests/unit
+
+test-app: $(APP_VENV)/.installed  ## csr try in a real browser, in an environment of its own: Gradio needs an older Pillow
+	OMP_NUM_THREADS=1 $(APP_VENV)/bin/python -m pytest -q tests/app
 
 test-faults: $(VENV)/.installed-dev  ## a hundred kills, failing disks, a thousand bad inputs (about half an hour)
 	CSR_FAULTS=all $(BIN)/pytest -q -s -p no:xdist tests/faults
@@ -139,10 +143,17 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
 		> $$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/masked_torchvision.pth
 	touch $@
 
+$(APP_VENV)/.installed: pyproject.toml constraints-app.txt
+	$(PYTHON) -m venv $(APP_VENV)
+	$(APP_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-app.txt torch
+	$(APP_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-app.txt -e '.[app]' \
+		pytest hypothesis playwright
+	touch $@
+
 $(DOCS_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
 	$(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt mkdocs mkdocs-material
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(EVAL_VENV) $(RAY_VENV) $(VLLM_VENV) $(LLAMAFACTORY_VENV) $(SWIFT_VENV) $(NEWEST_VENV) $(DOCS_VENV) .venv-audit runs build .cache
+	rm -rf $(VENV) $(EVAL_VENV) $(RAY_VENV) $(VLLM_VENV) $(LLAMAFACTORY_VENV) $(SWIFT_VENV) $(NEWEST_VENV) $(APP_VENV) $(DOCS_VENV) .venv-audit runs build .cache
