@@ -12,7 +12,7 @@ from csr_vlm.config.schema import ClaimsConfig, RewardConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Finish, Node, NodeStatus, Prompt, negatives_column, spread_column
 from csr_vlm.method import audit
-from csr_vlm.method.evidence import Evidence, claim_key, thing_of, words_of
+from csr_vlm.method.claim_evidence import Evidence, claim_key, thing_of, words_of
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.reward import sentence_rewards
 from csr_vlm.scoring.claim_scorer import ClaimScorer

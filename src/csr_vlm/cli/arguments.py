@@ -39,6 +39,10 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", autocompletion=_complete_override, help="Settings, such as method.lambda=0.7."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default: runs/NAME-OF-RECIPE).")]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--base-model", metavar="ID", help="Hub id of the base model, if the run has it as a folder."),
+]
 NextIteration = Annotated[int | None, typer.Option("--iteration", min=1, help="Iteration (default: next unfinished).")]
 GeneratedIteration = Annotated[
     int | None, typer.Option("--iteration", min=1, help="Iteration (default: last generated).")
@@ -77,5 +81,10 @@ def open_or_create(target: str, overrides: list[str] | None, out: Path | None, *
                 f"start another with csr run {path}/config.yaml {' '.join(overrides)} --out DIR",
             )
         return Run.open(path)
-    start = Run.planned if dry_run else Run.create
-    return start(out or default_out(target), read_settings(target, overrides))
+    config, root = read_settings(target, overrides), out or default_out(target)
+    if dry_run:
+        return Run.planned(root, config)
+    from csr_vlm.pipeline.start import require_sources
+
+    require_sources(config)
+    return Run.create(root, config)

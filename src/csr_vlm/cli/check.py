@@ -42,13 +42,16 @@ def check(
 
     config = read_settings(target, overrides)
     root = Path(target) if Path(target).is_dir() else out or default_out(target)
+    from csr_vlm.pipeline.start import require_sources, require_writable
+
+    require_writable(root)
+    if not offline:
+        require_sources(config)
     console.quiet_libraries()
     from csr_vlm.pipeline.estimate import estimate
     from csr_vlm.pipeline.preflight import Preflight, run_preflight
-    from csr_vlm.pipeline.start import require_writable
 
     reporter = console.reporter()
-    require_writable(root)
     costs = estimate(config, reporter, out=root, offline=offline)
     preflight = Preflight() if offline else run_preflight(config, reporter)
     if console.mode.json:

@@ -200,14 +200,7 @@ class ClaimsConfig(_Section):
     @field_validator("caption")
     @classmethod
     def _check_caption(cls, caption: str) -> str:
-        try:
-            fields = [name for _, name, spec, conversion in Formatter().parse(caption) if name or spec or conversion]
-        except ValueError as error:
-            raise ValueError(f"{caption!r} is not a valid caption: {error}") from None
-        if "0" not in fields or set(fields) - {"0", "a"}:
-            raise ValueError(
-                f"{caption!r} is not a valid caption: write {{0}} for the claim, and {{a}} for its article"
-            )
+        _check_template(caption)
         return caption
 
     def caption_of(self, words: str) -> str:

@@ -79,7 +79,7 @@ def load_image(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     except FileNotFoundError:
         raise BadImage("missing", f"{source!s}"[:300]) from None
     except UnidentifiedImageError:
-        raise BadImage("not an image") from None
+        raise BadImage(_kind_of_file(source)) from None
     except Image.DecompressionBombError:
         raise BadImage("too large") from None
     except OSError as error:
@@ -88,6 +88,13 @@ def load_image(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     except Exception:
         # Decoders raise many other exceptions on damaged files.
         raise BadImage("unreadable (damaged)") from None
+
+
+def _kind_of_file(source: str | Path | bytes) -> str:
+    """Say what a file that is not an image is: pointers come from copies of a repository without its pictures."""
+    with _open(source) as file:
+        is_pointer = file.read(23) == b"version https://git-lfs"
+    return "a Git LFS pointer; fetch the images with git lfs pull" if is_pointer else "not an image"
 
 
 def _decode(file: IO[bytes], max_pixels: int) -> Image.Image:
@@ -195,6 +202,38 @@ def load_unchanged_image(prompt: Prompt, max_pixels: int) -> Image.Image:
     loaded = load_image(prompt.image, max_pixels)
     _require_recorded_hash(prompt)
     return loaded
+
+
+def png_as_seen(path: str, max_pixels: int) -> bytes | None:
+    """Return the image as a policy sees it, as PNG; None if other programs read the same pixels from the file.
+
+    They may not if the file has an EXIF orientation, transparency, 16 bits a channel, damaged metadata or is HEIF.
+
+    Args:
+        path: File of an image that passed the check of the inputs.
+        max_pixels: As in :func:`load_image`.
+
+    Raises:
+        BadImage: The image was deleted or changed since.
+    """
+    if _is_plain(path):
+        return None
+    buffer = BytesIO()
+    load_image(path, max_pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _is_plain(path: str) -> bool:
+    """Return whether decoding a file and converting it to RGB is all that :func:`load_image` does."""
+    try:
+        with warnings.catch_warnings(), _open(path) as file, Image.open(file, formats=FORMATS) as image:
+            warnings.simplefilter("ignore")
+            if image.format != "JPEG":  # in other formats, metadata may follow the pixels
+                image.load()
+            is_opaque = "A" not in image.getbands() and "transparency" not in image.info
+            return is_opaque and not image.mode.startswith("I") and _orientation(image) in (0, 1)
+    except Exception:  # load_image, which reads more, says what is wrong
+        return False
 
 
 def with_hash(prompt: Prompt) -> Prompt:

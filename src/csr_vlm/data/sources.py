@@ -51,9 +51,10 @@ PAIR_FORMATS: dict[str, ModuleType] = {
     "llamafactory": llamafactory,
     "swift": swift,
     "rlaifv": rlaifv,
+    "sentinel": sentinel,
 }
 """Module by name of ``csr export --format``."""
-PAIR_READERS: dict[str, ModuleType] = {**PAIR_FORMATS, "sentinel": sentinel, "hadpo": hadpo}
+PAIR_READERS: dict[str, ModuleType] = {**PAIR_FORMATS, "hadpo": hadpo}
 """Module by name of ``data.pairs_format``."""
 _FORMAT_HINT = (
     "expected one of: JSON Lines, LLaVA or CSR JSON, Parquet, tar shards (WebDataset), a folder of images, an "
@@ -119,6 +120,12 @@ def is_local(path: str) -> bool:
         return all(Path(name).exists() for name in _expand(path))
     except CsrError:
         return False
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a source can only be a dataset on the hub: OWNER/NAME, where there is no folder OWNER."""
+    path = Path(name)
+    return _HUB_ID.match(name) is not None and not path.exists() and not path.parent.is_dir() and not path.suffix
 
 
 def detect_format(name: str) -> str:

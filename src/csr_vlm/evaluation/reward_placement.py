@@ -27,7 +27,7 @@ from csr_vlm.core.records import Finish, Node, NodeStatus
 from csr_vlm.evaluation.labeled_captions import LabeledText
 from csr_vlm.evaluation.scorer_validation import ScoredCaptions
 from csr_vlm.evaluation.sentence_kinds import DETAILS
-from csr_vlm.method.evidence import Evidence
+from csr_vlm.method.claim_evidence import Evidence
 from csr_vlm.method.questions import clear_answer
 from csr_vlm.method.reward import reward_scale, sentence_rewards
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from csr_vlm.config.schema import MethodConfig
 from csr_vlm.core.records import Node, Pair, Response, nearest_column, negatives_column
-from csr_vlm.method.evidence import Evidence
+from csr_vlm.method.claim_evidence import Evidence
 from csr_vlm.method.pairs import responses
 from csr_vlm.method.reward import (
     NOT_CANDIDATES,
@@ -70,6 +70,15 @@ class Bound:
         if sign * value >= sign * self.stop:
             return Verdict.STOP
         return Verdict.WARN if sign * value > sign * self.warn else Verdict.GO
+
+    def explain(self, value: float) -> str:
+        """Return why a value warns or stops, with the value and the bounds."""
+        return f"{self.reason.format(value=value)} ({self})"
+
+    def __str__(self) -> str:
+        beyond, reached = ("above", "or more") if self.higher_is_worse else ("below", "or less")
+        stop = f", {self.stop:g} {reached} stops" if math.isfinite(self.stop) else ""
+        return f"{beyond} {self.warn:g} warns{stop}"
 
 
 _NEVER = math.inf
@@ -441,7 +450,7 @@ def checks(metrics: Mapping[str, float], bounds: Mapping[str, Bound]) -> list[Ch
         if metric in metrics:
             value = metrics[metric]
             verdict = bound.judge(abs(value) if metric == "length_correlation" else value)
-            reason = "" if verdict is Verdict.GO else bound.reason.format(value=value)
+            reason = "" if verdict is Verdict.GO else bound.explain(value)
             results.append(Check(metric, value, verdict, reason))
     return results
 

@@ -2,7 +2,7 @@
 
 Training on descriptions improves descriptions, but not the answers to questions: on the
 embedded world it left these unchanged. A tree of candidate sentences makes many claims, and the
-evidence (:mod:`csr_vlm.method.evidence`) separates those that suit the image from those that do
+evidence (:mod:`csr_vlm.method.claim_evidence`) separates those that suit the image from those that do
 not. The policy is trained to answer questions about them accordingly, without any label; the
 false claims are the hallucinations of this very policy. Claims about other images serve as
 negatives, so that the policy does not learn to affirm what it would never have claimed itself.

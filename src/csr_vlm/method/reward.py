@@ -8,7 +8,7 @@ The equations are those of the CSR paper (arXiv 2405.14622):
     R(y)   = sum_i R(s_i)
 
 ``method.reward`` selects variants of each of them. With ``unit: claim``, R_I(s) is not a cosine but
-what the sentence's claims are worth, in nats (:mod:`csr_vlm.method.evidence`):
+what the sentence's claims are worth, in nats (:mod:`csr_vlm.method.claim_evidence`):
 
     R_I(s) = sum over claims c of s not made before of w(e(c))
     w(e)   = min(e, E) if e >= 0, else -F min(-e, E)      E max_evidence, F false_cost
@@ -33,7 +33,7 @@ from statistics import fmean
 from csr_vlm.config.schema import MethodConfig, RewardConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Node, NodeStatus, negatives_column
-from csr_vlm.method.evidence import Evidence, thing_of
+from csr_vlm.method.claim_evidence import Evidence, thing_of
 
 NOT_CANDIDATES = (NodeStatus.DUPLICATE, NodeStatus.FILTERED)
 """Nodes that are recorded but get no reward and enter no pair."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from csr_vlm.config.schema import QuestionsConfig, RunConfig
 from csr_vlm.core.records import Node, Pair, Prompt
 from csr_vlm.data.external_pairs import TextPair
-from csr_vlm.method.evidence import Evidence, thing_of
+from csr_vlm.method.claim_evidence import Evidence, thing_of
 from csr_vlm.method.questions import choose_questions, choose_unclaimed, is_answered, select_informative
 from csr_vlm.method.sentences import SentenceRule
 from csr_vlm.scoring.scorer import with_gray_image

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from csr_vlm.config.schema import ModelConfig, RunConfig
+from csr_vlm.core.hub import require_on_disk_or_reachable
 from csr_vlm.core.progress import Reporter
 from csr_vlm.data.checking import ModelCheck
 from csr_vlm.data.prompts import InputReport, count_rows, no_usable_prompt, read_prompts
@@ -278,6 +279,7 @@ def shape_of(config: ModelConfig) -> Shape:
     Raises:
         CsrError: The model does not exist or is not an image-text-to-text model.
     """
+    require_on_disk_or_reachable("model.path", config.path, config.revision)
     try:
         model_config = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code

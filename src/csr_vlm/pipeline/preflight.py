@@ -43,7 +43,7 @@ class Preflight:
         agreement, bound = self.scorer_agreement, PAIR_BOUNDS[self.sign]
         if agreement is None or bound.judge(agreement) is Verdict.GO:
             return []
-        return [bound.reason.format(value=agreement)]
+        return [bound.explain(agreement)]
 
     def dump(self) -> dict[str, Any]:
         """Return the measured values as JSON data."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from csr_vlm.config.schema import ClaimsConfig
 from csr_vlm.core.records import Prompt
+from csr_vlm.method.claim_evidence import claim_key, words_of
 from csr_vlm.method.claims import claim_finder
-from csr_vlm.method.evidence import claim_key, words_of
 from csr_vlm.scoring.scorer import ScorerGroup
 
 
