@@ -26,6 +26,7 @@ from csr_vlm.method.pairs import make_pairs as make_prompt_pairs
 from csr_vlm.models.devices import count_gpus
 from csr_vlm.pipeline import offline_pairs
 from csr_vlm.pipeline.claim_questions import ClaimQuestioner
+from csr_vlm.pipeline.context_limit import within_context
 from csr_vlm.pipeline.offline_pairs import has_offline_pairs
 from csr_vlm.pipeline.policy_evaluation import evaluate_policy
 from csr_vlm.pipeline.tasks import QuestionWorker, RescoreWorker, SearchWorker, load_engine_and_scorer, train_policy
@@ -59,6 +60,7 @@ def check_inputs(run: Run, reporter: Reporter) -> None:
         prompts = read_prompts(
             config.data, report, seed=config.seed, images=run.images_path, tick=lambda: progress.advance(1)
         )
+        prompts = within_context(prompts, config, report)
         training = hold_out(map(with_hash, prompts), config.evaluation.heldout, heldout)
         tables.write_prompts(run.prompts_path, training, config.generation.prompts_per_part, run.root)
         tables.write_prompts(run.heldout_path, heldout, config.generation.prompts_per_part, run.root)
@@ -108,6 +110,8 @@ def generate(run: Run, iteration: int, reporter: Reporter, executor: Executor = 
         nodes=tally["statuses"].total(),
         statuses=dict(tally["statuses"]),
         sentences_over_length=dict(tally["sentences_over_length"]),
+        devices=dict(tally["devices"]),
+        processes=len(tally["workers"]),
         seconds=_since(started),
     )
 

@@ -6,6 +6,8 @@ the run directory alone.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,12 +37,14 @@ class SearchWorker:
 
     def __init__(self, root: Path, iteration: int, log: Callable[[str], None]) -> None:
         from csr_vlm.generation.engines import open_engine
+        from csr_vlm.models.devices import device_name
 
         self._run = Run.open(root)
         self._iteration = iteration
         self._groups = tables.PromptGroups(self._run.prompts_path)
         self._filler_prompts = self._groups[0]
         config, adapter = self._run.config, self._run.adapter_path(iteration - 1)
+        self._device = device_name(config.model.device)
         self._scorer = load_run_scorer(config, adapter)
         self._resources = ExitStack()
         self._engine = self._resources.enter_context(open_engine(config, adapter, self._filler_prompts[0], log))
@@ -59,6 +63,8 @@ class SearchWorker:
         tally = {
             "statuses": Counter(node.status.value for node in nodes),
             "sentences_over_length": Counter(self._scorer.num_over_length(sentences)),
+            "devices": Counter({self._device: len(prompts)}),
+            "workers": Counter({f"{socket.gethostname()}:{os.getpid()}": len(prompts)}),
         }
         return ItemResult(len(prompts), tally)
 

@@ -55,7 +55,7 @@ def render_card(run: Run) -> str:
         f"# {Path(model.path).name}, aligned with Calibrated Self-Rewarding",
         _METHOD.format(iterations=plural(run.final, "iteration")),
         "## Usage",
-        _USAGE.format(base=model.path, revision=revision),
+        _USAGE.format(base=model.path, revision=revision) + _picture_note(model.max_image_tokens),
         "## Evaluation",
         _evaluation(read_evaluation(run)),
         "## Training",
@@ -64,6 +64,15 @@ def render_card(run: Run) -> str:
         f"```yaml\n{yaml.safe_dump(without_secrets(run.config.dump()), sort_keys=False, allow_unicode=True)}```",
     ]
     return redact("\n\n".join(part.rstrip("\n") for part in parts) + "\n")
+
+
+def _picture_note(max_image_tokens: int | None) -> str:
+    if max_image_tokens is None:
+        return ""
+    return (
+        f"\nPictures had at most {max_image_tokens} tokens in training (`model.max_image_tokens`). Limit them alike: "
+        "for Qwen-VL by `max_pixels`, for InternVL by `max_patches`, for others by `size` of the image processor.\n"
+    )
 
 
 def _header(run: Run) -> dict[str, Any]:
