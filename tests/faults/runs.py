@@ -32,7 +32,7 @@ def write_run(root: Path) -> Run:
         "method": {"pairs": {"questions": {"pattern": ""}}},  # claim questions would need a model
     }
     run = Run.create(root, resolve(layer))
-    stages.check_inputs(run, Silent())
+    stages.store_inputs(run, Silent(), model=None)
     for index, prompts in enumerate(tables.prompt_groups(run.prompts_path)):
         nodes = [node for prompt in prompts for node in tree(prompt.prompt_id)]
         tables.write_nodes(run.iteration(1) / "ledger" / f"part-{index:06d}-0123456789abcdef.parquet", nodes)

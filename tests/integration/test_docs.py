@@ -24,6 +24,7 @@ SMALLER = {
     ("run", "recipes/quickstart.yaml"): [
         *("iterations=1", "data.limit=12", "training.trl.max_steps=2", "evaluation.world.num_scenes=10"),
     ],
+    ("run", "mine.yaml"): ["iterations=1", "data.limit=12", "training.trl.max_steps=2"],
     ("check", "recipes/quickstart.yaml"): ["data.limit=4"],
     ("world", "check"): ["--scenes=10"],
     ("world", "export"): ["--prompts=16"],

@@ -148,13 +148,12 @@ def test_images_that_come_as_bytes_are_used_in_the_whole_loop(external: Run) -> 
     assert {Path(pair.prompt.image) for pair in tables.read_pairs(external.pairs_path(2))} <= kept
 
 
-def test_unusable_pairs_are_rejected_before_a_model_is_loaded(searched: Run, tmp_path: Path) -> None:
+def test_unusable_pairs_are_rejected_before_the_run_begins(searched: Run, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text("[]")
-    model = searched.config.model.model_copy(update={"path": "./nowhere"})
-    data = {"image_root": None}
-    run = Run.create(tmp_path / "run", external_config(searched, tmp_path / "p.json", data=data, model=model))
+    run = Run.create(tmp_path / "run", external_config(searched, tmp_path / "p.json", data={"image_root": None}))
     with pytest.raises(CsrError, match="no usable pair"):
         align(run, Silent())
+    assert not run.root.exists()
 
 
 def test_a_tokenized_response_ends_with_an_end_of_sequence_token(policy: Policy, prompts: list[Prompt]) -> None:

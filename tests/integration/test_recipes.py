@@ -149,19 +149,6 @@ def test_what_would_stop_a_run_is_a_warning(tmp_path: Path, monkeypatch: pytest.
     assert "are free on this disk" in warnings
 
 
-def test_a_prompt_longer_than_the_context_is_dropped_and_counted(tmp_path: Path) -> None:
-    config = small_config(tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows[3]["text"] = "Is there a red boat? " * 100  # about 600 tokens, where the context is 512
-    rows[5]["text"] = "Is there a red boat? " * 55  # long enough to be measured, and short enough
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    run = Run.create(tmp_path / "run", config)
-    check_inputs(run, Silent())
-    report = run.result(0, "prompts")
-    assert (report["accepted"], report["dropped"]) == (15, {"longer than the model's context": 1})
-    assert rows[3]["prompt_id"] in report["examples"][0]
-
-
 def test_four_bits_need_a_gpu_and_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from csr_vlm.models import loading
 

@@ -29,7 +29,8 @@ ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return new_run(tmp_path / "run", iterations=2)
+    # Opened again, since a new run that fails before it finishes a stage is deleted.
+    return Run.open(new_run(tmp_path / "run", iterations=2).root)
 
 
 def finish(run: Run, *iterations: int) -> None:

@@ -21,6 +21,7 @@ from csr_vlm.cli.env import env
 from csr_vlm.cli.export import export
 from csr_vlm.cli.generate import generate
 from csr_vlm.cli.help import show_help
+from csr_vlm.cli.init import init
 from csr_vlm.cli.merge import merge
 from csr_vlm.cli.pairs import pairs
 from csr_vlm.cli.push import push
@@ -43,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Calibrated Self-Rewarding: reduce hallucination in vision-language models, without labels.",
-    epilog="""Start with: csr demo. Every verb has an example: csr help VERB.
+    epilog="""Start with: csr demo, or csr init for your own model. Every verb has an example: csr help VERB.
 
 \b
 Exit codes:
@@ -66,7 +67,7 @@ def root(
 
 
 _VERBS: Sequence[Callable[..., None]] = (
-    *(run, demo, check, watch),
+    *(init, run, demo, check, watch),
     *(show, report, audit, analyze),
     *(compare, reproduce, validate_scorer),
     *(export, merge, push),

@@ -58,6 +58,11 @@ def read_settings(target: str, overrides: list[str] | None) -> RunConfig:
     return load_config(path, overrides or ())
 
 
+def default_out(recipe: str) -> Path:
+    """Return the run directory of a recipe without ``--out``."""
+    return Path("runs") / Path(recipe).stem
+
+
 def open_or_create(target: str, overrides: list[str] | None, out: Path | None, *, dry_run: bool = False) -> Run:
     """Open an existing run, or start one from a recipe; a dry run writes nothing.
 
@@ -73,4 +78,4 @@ def open_or_create(target: str, overrides: list[str] | None, out: Path | None, *
             )
         return Run.open(path)
     start = Run.planned if dry_run else Run.create
-    return start(out or Path("runs") / path.stem, read_settings(target, overrides))
+    return start(out or default_out(target), read_settings(target, overrides))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from csr_vlm.cli import console
-from csr_vlm.cli.arguments import Overrides, Target, read_settings
+from csr_vlm.cli.arguments import Out, Overrides, Target, default_out, read_settings
 
 if TYPE_CHECKING:
     from csr_vlm.pipeline.estimate import Estimate, Plan, Range
@@ -34,6 +34,7 @@ _STAGE_LABELS = {
 def check(
     target: Target,
     overrides: Overrides = None,
+    out: Out = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="Load no model and contact no hub; prompts may be missing.")
     ] = False,
@@ -45,25 +46,32 @@ def check(
             help="Plan for N such GPUs: a100-80, h100, h200, 4090, or auto for this machine's. Default: this machine.",
         ),
     ] = None,
+    show_config: Annotated[
+        bool, typer.Option("--config", help="Also print the resolved configuration, with the preset and all defaults.")
+    ] = False,
 ) -> None:
     """Validate a recipe and its data, and estimate the cost.
 
-    Prints the resolved configuration, then time, memory and disk of the whole run, with every assumption. If the
-    weights are on disk, the model also generates a few sentences, to check the model and the scorer.
+    Tries what csr run will need: the engine, the experiment trackers, the run directory, and the model's processor on
+    every prompt. If the weights are on disk and fit this machine, the model also generates a few sentences, the scorer
+    scores them, and one training step is done. Prints time, memory and disk of the whole run, with every assumption.
 
     Example: csr check recipes/llava-1.5-7b.yaml --gpu h200 data.limit=13000
     """
     import yaml
 
     config = read_settings(target, overrides)
+    root = Path(target) if Path(target).is_dir() else out or default_out(target)
     console.quiet_libraries()
     from csr_vlm.pipeline.estimate import estimate
     from csr_vlm.pipeline.hardware import parse_gpu
     from csr_vlm.pipeline.preflight import Preflight, run_preflight
+    from csr_vlm.pipeline.start import require_writable
 
     reporter = console.reporter()
+    require_writable(root)
     hardware = None if gpu is None else parse_gpu(gpu)
-    costs = estimate(config, reporter, offline=offline, hardware=hardware, runs=runs_beside(Path(target)))
+    costs = estimate(config, reporter, out=root, offline=offline, hardware=hardware, runs=runs_beside(root))
     preflight = Preflight() if offline else run_preflight(config, reporter, planned=gpu is not None)
     if console.mode.json:
         document = costs.dump()
@@ -71,15 +79,15 @@ def check(
         document["warnings"] += preflight.warnings
         console.print_json({"config": config.dump(), **document})
         return
-    print(yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
     print_estimate(costs, preflight, with_assumptions=True)
+    if show_config:
+        print(yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
     console.log("next: csr run with the same arguments; --dry-run lists the steps first")
 
 
-def runs_beside(target: Path) -> list[Path]:
-    """List the run directories beside a run, or in ``runs/`` for a recipe."""
-    folder = target.parent if target.is_dir() else Path("runs")
-    return [path.parent for path in folder.glob("*/config.yaml")]
+def runs_beside(root: Path) -> list[Path]:
+    """List a run directory and those beside it."""
+    return [path.parent for path in root.parent.glob("*/config.yaml")]
 
 
 def print_estimate(costs: Estimate, preflight: Preflight | None = None, *, with_assumptions: bool = False) -> None:

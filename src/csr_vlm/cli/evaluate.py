@@ -323,8 +323,11 @@ def answer(
     console.quiet_libraries()
     from csr_vlm.evaluation import answers
     from csr_vlm.evaluation.compare import policy_name
+    from csr_vlm.models.loading import load_prompt_encoder
+    from csr_vlm.models.prompt_check import ProcessorCheck
 
-    read_prompts = answers.read_evaluation_prompts(prompts, images, limit, out.parent / "images")
+    check = ProcessorCheck(load_prompt_encoder(run.config.model, run.config.data.max_image_pixels))
+    read_prompts = answers.read_evaluation_prompts(prompts, images, limit, out.parent / "images", check)
     decoding = answers.AnswerSettings(max_new_tokens, temperature, seed, drop_unfinished=not keep_unfinished)
     with console.reporter().stage(f"{policy_name(number)}: answering", len(read_prompts)) as progress:
         rows, protocol = answers.answer_prompts(

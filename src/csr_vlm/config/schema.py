@@ -301,6 +301,12 @@ class DataConfig(_Section):
     on_bad_input: Literal["skip", "refuse"] = Field(
         default="skip", description="Skip and count invalid rows, or refuse to start."
     )
+    max_failed_share: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="Largest share of the prompts that may fail in a search before the run stops; three always may.",
+    )
     max_image_pixels: int = Field(
         default=50_000_000,
         ge=1,

@@ -23,6 +23,10 @@ class CsrError(Exception):
         self.hint = hint
 
 
+class PromptError(CsrError):
+    """Report a problem with one prompt; a search drops the prompt and goes on."""
+
+
 def reason_of(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

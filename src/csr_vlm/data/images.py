@@ -23,7 +23,16 @@ from csr_vlm.store.files import open_regular, sha256_of
 
 
 class BadImage(ValueError):
-    """Represent an unusable image; the message gives the reason in a few words."""
+    """Represent an unusable image; the message gives the reason in a few words.
+
+    Args:
+        reason: Reason, which is counted.
+        detail: What differs between files, such as their names.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -68,7 +77,7 @@ def load_image(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     except BadImage:
         raise
     except FileNotFoundError:
-        raise BadImage("missing") from None
+        raise BadImage("missing", f"{source!s}"[:300]) from None
     except UnidentifiedImageError:
         raise BadImage("not an image") from None
     except Image.DecompressionBombError:

@@ -6,20 +6,27 @@ import hashlib
 import heapq
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from csr_vlm.config.schema import DataConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
+from csr_vlm.data.checking import ModelCheck, map_in_order, num_threads
 from csr_vlm.data.images import BadImage, load_image, suffix_of
+from csr_vlm.data.placeholders import remove_placeholders
 from csr_vlm.data.rows import BadRow, ParsedRow, Row, parse_row, strip_placeholders
 from csr_vlm.data.sources import Source, open_source
 from csr_vlm.store.files import store_content
 
 _MAX_EXAMPLES = 20
+_SHOWN_EXAMPLES = 5
 
 
 @dataclass
@@ -29,6 +36,13 @@ class InputReport:
     accepted: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    removed: Counter[str] = field(default_factory=Counter)
+    """Number of accepted rows by the model's placeholder that was removed from them."""
+
+    def accept(self, removed: Sequence[str] = ()) -> None:
+        """Count one accepted row, and the placeholders that were removed from it."""
+        self.accepted += 1
+        self.removed.update(removed)
 
     def drop(self, reason: str, example: str, detail: str = "") -> None:
         """Count one dropped row."""
@@ -53,9 +67,30 @@ class InputReport:
         """Return each reason with its count, such as ``3 missing, 1 duplicate id``."""
         return ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
 
+    def messages(self, rows: str) -> Iterator[str]:
+        """Yield what a user should know: the rows that were dropped, each of the first by its position.
+
+        Args:
+            rows: What the rows are, in the plural: prompts, pairs.
+        """
+        if self.removed:
+            counts = ", ".join(f"{token} from {count}" for token, count in self.removed.items())
+            yield f"removed the model's own placeholders from {rows}: {counts}"
+        if self.dropped:
+            shown = self.examples[:_SHOWN_EXAMPLES]
+            more = self.dropped.total() - len(shown)
+            yield "\n  ".join(
+                [
+                    f"dropped {self.dropped.total()} {rows if self.dropped.total() > 1 else rows[:-1]}: {self.reasons}",
+                    *shown,
+                    *([f"and {more} more"] if more else []),
+                ]
+            )
+
     def dump(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return {"accepted": self.accepted, "dropped": dict(self.dropped), "examples": self.examples}
+        removed = {"removed": dict(self.removed)} if self.removed else {}
+        return {"accepted": self.accepted, "dropped": dict(self.dropped), "examples": self.examples, **removed}
 
 
 def hold_out(prompts: Iterable[Prompt], number: int, heldout: list[Prompt]) -> Iterator[Prompt]:
@@ -90,10 +125,11 @@ def read_prompts(
     seed: int = 0,
     images: Path | None = None,
     tick: Callable[[], None] = lambda: None,
+    model: ModelCheck | None = None,
 ) -> Iterator[Prompt]:
     """Yield the valid prompts of all sources. Each image is decoded once to check it.
 
-    Memory holds one row, a 16-byte hash per accepted id and, for a sample, one number per
+    Memory holds some rows, a 16-byte hash per accepted id and, for a sample, one number per
     sampled prompt.
 
     Args:
@@ -103,11 +139,12 @@ def read_prompts(
         images: Folder to which images that come as bytes are written, each under the hash of its
             content; if None, they are not written and their path is ``sha256:...``.
         tick: Called after each row.
+        model: Checks that the policy accepts each prompt, in threads; its own placeholders are removed.
 
     Raises:
         CsrError: A source cannot be read, or a row is bad and ``on_bad_input`` is refuse.
     """
-    rows = read_prompt_rows(config, report, seed=seed, images=images, tick=tick)
+    rows = read_prompt_rows(config, report, seed=seed, images=images, tick=tick, model=model)
     return (prompt for prompt, _ in rows)
 
 
@@ -118,23 +155,24 @@ def read_prompt_rows(
     seed: int = 0,
     images: Path | None = None,
     tick: Callable[[], None] = lambda: None,
+    model: ModelCheck | None = None,
 ) -> Iterator[tuple[Prompt, Row]]:
     """Yield the valid prompts as :func:`read_prompts` does, each with the row that it comes from."""
-    sample = _Sample(config, seed)
-    names = _Names()
-    for source in sources(config):
-        for position, row in source.rows():
-            try:
-                parsed = parse_row(row, source.root, follow_links=config.follow_links)
-                for prompt in _prompts(parsed, config, sample, names, images):
-                    report.accepted += 1
-                    assert not isinstance(row, BadRow)
-                    yield prompt, row
-                    if config.limit is not None and report.accepted >= config.limit:
-                        tick()
-                        return
-            except (BadRow, BadImage) as error:
-                report.refuse_or_drop(error, position, config)
+    drafts = _drafts(config, seed, () if model is None else model.placeholders)
+    threads = 1 if model is None else num_threads()
+    with closing(map_in_order(partial(_checked, config=config, model=model), drafts, threads)) as checked:
+        for draft in checked:
+            for question in draft.questions:
+                if question.problem is not None:
+                    report.refuse_or_drop(question.problem, draft.position, config)
+                    continue
+                report.accept(question.removed)
+                yield Prompt(question.prompt_id, stored_image(draft.image, images), question.text), draft.row
+                if config.limit is not None and report.accepted >= config.limit:
+                    tick()
+                    return
+            if draft.problem is not None:
+                report.refuse_or_drop(draft.problem, draft.position, config)
             tick()
 
 
@@ -161,13 +199,8 @@ def count_rows(config: DataConfig) -> int:
     return min(total, config.limit) if total and config.limit is not None else total
 
 
-def check_image(image: Path | bytes, config: DataConfig, images: Path | None) -> str:
-    """Decode an image once and return its path; see :func:`read_prompts` for ``images``.
-
-    Raises:
-        BadImage: The image is unusable.
-    """
-    load_image(image, config.max_image_pixels)
+def stored_image(image: Path | bytes, images: Path | None) -> str:
+    """Return the path of an image, after writing one that comes as bytes; see :func:`read_prompts` for ``images``."""
     if isinstance(image, Path):
         return str(image)
     if images is None:
@@ -175,28 +208,85 @@ def check_image(image: Path | bytes, config: DataConfig, images: Path | None) ->
     return str(store_content(images.resolve(), image, suffix_of(image)))
 
 
-def _prompts(
-    parsed: ParsedRow, config: DataConfig, sample: _Sample, names: _Names, images: Path | None
-) -> Iterator[Prompt]:
-    """Yield the prompts of one row, one per question."""
-    image = None
-    for prompt_id, text in _questions(parsed, config.questions):
-        if not text:
+@dataclass(frozen=True)
+class _Question:
+    """Hold one question of a row."""
+
+    prompt_id: str
+    text: str
+    removed: tuple[str, ...]
+    """Placeholders that were removed from the text."""
+    problem: BadRow | None = None
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """Hold one row on its way to prompts."""
+
+    position: str
+    row: Row = field(default_factory=dict)
+    image: Path | bytes = b""
+    questions: tuple[_Question, ...] = ()
+    problem: BadRow | BadImage | None = None
+    """Reason why the row, or the rest of its questions, is unusable."""
+
+
+def _drafts(config: DataConfig, seed: int, placeholders: Sequence[str]) -> Iterator[_Draft]:
+    """Parse all rows; yield one draft per row."""
+    sample, names = _Sample(config, seed, placeholders), _Names()
+    for source in sources(config):
+        for position, row in source.rows():
+            questions: list[_Question] = []
+            draft = _Draft(position)
+            try:
+                parsed = parse_row(row, source.root, follow_links=config.follow_links)
+                assert not isinstance(row, BadRow)
+                draft = replace(draft, row=row, image=parsed.image)
+                for question in _questions(parsed, config.questions, placeholders):
+                    unique_id = names.unique(question.prompt_id, question.text, parsed.image)
+                    if (unique_id or question.prompt_id) not in sample:
+                        continue
+                    if unique_id is None:
+                        raise BadRow("duplicate id")
+                    questions.append(replace(question, prompt_id=unique_id))
+            except BadRow as error:
+                draft = replace(draft, problem=error)
+            yield replace(draft, questions=tuple(questions))
+
+
+def _checked(draft: _Draft, config: DataConfig, model: ModelCheck | None) -> _Draft:
+    """Decode the image of a row, and let the model check its questions."""
+    if not draft.questions:
+        return draft
+    try:
+        image = load_image(draft.image, config.max_image_pixels)
+    except BadImage as error:
+        return replace(draft, questions=(), problem=error)
+    if model is None:
+        return draft
+    return replace(draft, questions=tuple(_required(question, image, model) for question in draft.questions))
+
+
+def _required(question: _Question, image: Image.Image, model: ModelCheck) -> _Question:
+    try:
+        model.require(question.text, image)
+    except BadRow as error:
+        return replace(question, problem=error)
+    return question
+
+
+def _questions(parsed: ParsedRow, questions: tuple[str, ...], placeholders: Sequence[str]) -> Iterator[_Question]:
+    """Yield the questions of a row without placeholders; ids are numbered only if there are several.
+
+    Raises:
+        BadRow: A question is empty.
+    """
+    texts = questions or (parsed.text,)
+    for number, text in enumerate(texts, start=1):
+        cleaned, removed = remove_placeholders(strip_placeholders(text), placeholders)
+        if not cleaned:
             raise BadRow("empty prompt")
-        unique_id = names.unique(prompt_id, text, parsed.image)
-        if (unique_id or prompt_id) not in sample:
-            continue
-        if unique_id is None:
-            raise BadRow("duplicate id")
-        image = image or check_image(parsed.image, config, images)
-        yield Prompt(unique_id, image, text)
-
-
-def _questions(parsed: ParsedRow, questions: tuple[str, ...]) -> list[tuple[str, str]]:
-    """List (prompt id, text); ids are numbered only if there are several questions."""
-    if len(questions) <= 1:
-        return [(parsed.row_id, strip_placeholders(questions[0]) if questions else parsed.text)]
-    return [(f"{parsed.row_id}#{number}", strip_placeholders(text)) for number, text in enumerate(questions, start=1)]
+        yield _Question(f"{parsed.row_id}#{number}" if len(texts) > 1 else parsed.row_id, cleaned, removed)
 
 
 class _Names:
@@ -237,7 +327,8 @@ class _Sample:
     threshold takes a first pass over the rows that holds one number per sampled prompt.
     """
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, placeholders: Sequence[str]) -> None:
+        self._placeholders = placeholders
         self._salt = f"{config.sample_seed if config.sample_seed is not None else seed}:"
         self._largest: int | None = None
         if config.sample is None:
@@ -266,8 +357,8 @@ class _Sample:
             for _, row in source.rows():
                 try:
                     parsed = parse_row(row, source.root, follow_links=config.follow_links)
-                    for prompt_id, text in _questions(parsed, config.questions):
-                        unique_id = names.unique(prompt_id, text, parsed.image) if text else None
+                    for question in _questions(parsed, config.questions, self._placeholders):
+                        unique_id = names.unique(question.prompt_id, question.text, parsed.image)
                         if unique_id is not None:
                             yield self._value(unique_id)
                 except BadRow:

@@ -28,6 +28,7 @@ from urllib.parse import unquote, urlsplit
 
 from csr_vlm.core.errors import CsrError
 from csr_vlm.data.images import suffix_of
+from csr_vlm.data.placeholders import DATA_SET_PLACEHOLDERS, remove_placeholders
 from csr_vlm.store.files import open_regular
 
 Row = Mapping[str, Any]
@@ -42,9 +43,7 @@ RESPONSE_FIELDS = (
 _CONVERSATIONS = ("prompt", "conversations", "messages", "chosen")
 FIELDS = tuple(dict.fromkeys((*ID_FIELDS, *IMAGE_FIELDS, *TEXT_FIELDS, *RESPONSE_FIELDS)))
 """All fields that are ever read; column formats skip the others."""
-IMAGE_PLACEHOLDER = "<image>"
-_PLACEHOLDERS = re.compile("<image>|<video>")
-"""Marks with which data sets say where the picture of a question is; a model's own are taken out later."""
+IMAGE_PLACEHOLDER = DATA_SET_PLACEHOLDERS[0]
 _URL = re.compile(r"^(?:https?|ftp|s3|gs|hf|az)://", re.IGNORECASE)
 _BASE64 = re.compile(r"^[A-Za-z0-9+/\s]{8,}={0,2}\s*$")
 MAX_TEXT_CHARS = 50_000
@@ -278,8 +277,8 @@ def _system_messages(row: Row) -> list[str]:
 
 
 def strip_placeholders(text: str) -> str:
-    """Remove image placeholders, and the white space around the rest, from a text."""
-    return _PLACEHOLDERS.sub("", text).strip()
+    """Remove the placeholders of data sets, and the white space around the rest, from a text."""
+    return remove_placeholders(text, DATA_SET_PLACEHOLDERS)[0]
 
 
 def _missing(expected: Iterable[str], row: Row) -> str:

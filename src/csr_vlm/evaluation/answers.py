@@ -21,6 +21,7 @@ from typing import Any
 from csr_vlm.config.schema import DataConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Finish, Prompt
+from csr_vlm.data.checking import ModelCheck
 from csr_vlm.data.prompts import InputReport, read_prompt_rows
 from csr_vlm.data.rows import Row, row_image
 from csr_vlm.evaluation.chair import Caption
@@ -65,7 +66,11 @@ Respond = Callable[[Sequence[Prompt]], Iterable[tuple[str, Finish]]]
 
 
 def read_evaluation_prompts(
-    path: Path, image_root: Path | None = None, limit: int | None = None, images: Path | None = None
+    path: Path,
+    image_root: Path | None = None,
+    limit: int | None = None,
+    images: Path | None = None,
+    model: ModelCheck | None = None,
 ) -> list[EvaluationPrompt]:
     """Read a prompt file and decode each image once to check it.
 
@@ -74,6 +79,7 @@ def read_evaluation_prompts(
         image_root: Folder of the images; by default the file's own.
         limit: Number of prompts to read.
         images: Folder for images that come as bytes.
+        model: Puts every prompt through the processor of the model that will answer.
 
     Raises:
         CsrError: A row is unusable. No row is skipped, because a benchmark is defined by all of its rows.
@@ -85,7 +91,7 @@ def read_evaluation_prompts(
         on_bad_input="refuse",
     )
     try:
-        rows = list(read_prompt_rows(config, InputReport(), images=images))
+        rows = list(read_prompt_rows(config, InputReport(), images=images, model=model))
     except CsrError as error:
         raise CsrError(error.message, "fix the row, or pass the folder of the images with --images") from None
     if not rows:

@@ -155,11 +155,13 @@ def _token_pair(pair: Pair) -> Any:
 def _read_external_pairs(path: Path, policy: Any, run: Run, number: int) -> list[Any]:
     """Read up to ``number`` pairs from another source and tokenize them for the policy."""
     from csr_vlm.evaluation.separability import TokenPair
+    from csr_vlm.models.prompt_check import ProcessorCheck
     from csr_vlm.training.pair_encoding import tokenize_pairs
 
     report = InputReport()
     config = run.config.data.model_copy(update={"pairs": str(path), "pairs_format": "auto", "image_root": None})
-    texts = islice(read_text_pairs(config, report, images=run.images_path), number)
+    check = ProcessorCheck(policy.prompt_encoder)
+    texts = islice(read_text_pairs(config, report, images=run.images_path, model=check), number)
     # tokenize_pairs yields a reason, a string, in place of the ids of a pair that it cannot encode.
     pairs = [TokenPair(pair.prompt, *ids) for pair, ids in tokenize_pairs(texts, policy) if not isinstance(ids, str)]
     if not pairs:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from csr_vlm.config.schema import SearchConfig
-from csr_vlm.core.errors import CsrError
+from csr_vlm.core.errors import PromptError
 from csr_vlm.core.records import Candidate, Expansion, Finish
 from csr_vlm.generation.sampling import choose_diverse, sample, uniforms
 from csr_vlm.method.sentences import SentenceRule
@@ -209,7 +209,7 @@ def _require_finite(logits: torch.Tensor, candidates: Sequence[PartialCandidate]
     is_finite = logits.amax(dim=-1).isfinite()  # The maximum of a row with NaN is NaN.
     if not bool(is_finite.all()):
         prompt_id = candidates[int((~is_finite).nonzero()[0])].prompt_id
-        raise CsrError(
+        raise PromptError(
             f"prompt {prompt_id}: the policy computes logits that are not finite",
             "check its image and the weights; float16 overflows where bfloat16 and float32 do not",
         )

@@ -9,13 +9,13 @@ the end is discarded, as by :class:`csr_vlm.generation.decoding.SentenceTracker`
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Protocol
 
 from csr_vlm.config.schema import SearchConfig
-from csr_vlm.core.errors import CsrError
+from csr_vlm.core.errors import CsrError, PromptError
 from csr_vlm.core.records import Candidate, Expansion, Prompt
 from csr_vlm.generation.decoding import DecodingSettings, PartialCandidate, SentenceTracker
 from csr_vlm.generation.sampling import stream_key
@@ -78,13 +78,19 @@ class StreamingEngine:
     def __init__(self, stream: TokenStream, prompt_encoder: PromptEncoder) -> None:
         self.prompt_encoder = prompt_encoder
         self._stream = stream
+        self._request_ids = map(str, count())
+        self._proposers: list[StreamProposer] = []
 
     def proposer(self, config: SearchConfig, example: Prompt) -> Proposer:
         """Return a proposer of sentences for a search."""
-        return StreamProposer(self._stream, self.prompt_encoder, DecodingSettings.from_search(config))
+        decoding = DecodingSettings.from_search(config)
+        self._proposers.append(StreamProposer(self._stream, self.prompt_encoder, decoding, self._request_ids))
+        return self._proposers[-1]
 
     def forget(self) -> None:
-        """Do nothing: only the engine itself caches anything between work items."""
+        """Abort what a search that failed left running; only the engine itself caches anything between work items."""
+        while self._proposers:
+            self._proposers.pop().abort()
 
     def check(self, prompt: Prompt) -> None:
         """Check that the engine reads a prompt, and a partial response to it, as the same tokens as training.
@@ -111,14 +117,24 @@ class StreamingEngine:
 
 
 class StreamProposer:
-    """Continue partial responses of many prompts, each prompt at its own pace."""
+    """Continue partial responses of many prompts, each prompt at its own pace.
 
-    def __init__(self, stream: TokenStream, prompt_encoder: PromptEncoder, decoding: DecodingSettings) -> None:
+    Args:
+        request_ids: Ids that no other request to the stream has.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        prompt_encoder: PromptEncoder,
+        decoding: DecodingSettings,
+        request_ids: Iterator[str] | None = None,
+    ) -> None:
         self._stream = stream
         self._prompt_encoder = prompt_encoder
         self._decoding = decoding
         self._tracker = SentenceTracker(prompt_encoder, decoding)
-        self._next_ids = map(str, count())
+        self._next_ids = map(str, count()) if request_ids is None else request_ids
         self._short_ids: dict[str, list[int]] = {}
         """Token ids of each prompt, with one token in the image's place."""
         self._live: dict[str, tuple[str, PartialCandidate]] = {}
@@ -161,6 +177,14 @@ class StreamProposer:
         del self._short_ids[prompt_id]
         self._stream.release(prompt_id)
 
+    def abort(self) -> None:
+        """Abort all requests that are not answered, and drop their prompts."""
+        if self._live:
+            self._stream.abort(list(self._live))
+        for prompt_id in list(self._short_ids):
+            self.release(prompt_id)
+        self._live.clear()
+
     def _must_abort(self, chunk: TokenChunk) -> bool:
         """Record a chunk's tokens; return whether its sentence ended while the engine still generates.
 
@@ -177,7 +201,7 @@ class StreamProposer:
                 self._num_live[prompt_id] -= 1
                 return not chunk.is_last
         if chunk.is_last:
-            raise CsrError(
+            raise PromptError(
                 f"the engine stopped a sentence of prompt {prompt_id} early, after {len(candidate.token_ids)} tokens",
                 "raise its max_model_len, or lower method.search.max_sentences",
             )

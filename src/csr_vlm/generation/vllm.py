@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from csr_vlm.config.schema import GenerationConfig, ModelConfig
-from csr_vlm.core.errors import CsrError
+from csr_vlm.core.errors import CsrError, PromptError
 from csr_vlm.core.records import Prompt
 from csr_vlm.generation.streaming import TokenChunk, TokenRequest
 from csr_vlm.models.devices import resolve_device, resolve_dtype
@@ -83,7 +83,7 @@ class VllmStream:
         try:
             self._engine.add_request(request.request_id, prompt, sampling, lora_request=self._lora)
         except (ValueError, VLLMError) as error:
-            raise CsrError(
+            raise PromptError(
                 f"vLLM rejects prompt {request.prompt.prompt_id}: {_reason(error)}",
                 "generation.vllm accepts the arguments of vllm.EngineArgs, such as max_model_len",
             ) from None

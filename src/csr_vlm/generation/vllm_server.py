@@ -22,13 +22,15 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from csr_vlm.core.errors import CsrError
+from csr_vlm.core.errors import CsrError, PromptError
 from csr_vlm.generation.streaming import TokenChunk, TokenRequest
 from csr_vlm.generation.vllm import PromptImages, adapter_name
 from csr_vlm.models.encoding import PromptEncoder
 
 _TIMEOUT = 600.0
 """Seconds to wait for the server to send something."""
+_REJECTIONS = (400, 413, 422)
+"""Status codes with which a server rejects one request, such as a prompt that is too long."""
 _START_HINT = "start it as described in docs/engines.md: vllm serve MODEL --enable-scale-out --enable-lora"
 
 
@@ -46,7 +48,7 @@ class ServerStream:
         self._model = model
         self._images = PromptImages(prompt_encoder)
         self._urls: dict[str, str] = {}
-        self._received: SimpleQueue[TokenChunk | CsrError] = SimpleQueue()
+        self._received: SimpleQueue[TokenChunk | tuple[str, CsrError]] = SimpleQueue()
         self._aborted: set[str] = set()
         self._closed = False
         self._threads = ThreadPoolExecutor(max_rows, thread_name_prefix="vllm-server")
@@ -79,8 +81,8 @@ class ServerStream:
         except Empty:
             pass
         for item in received:
-            if isinstance(item, CsrError):
-                raise item
+            if isinstance(item, tuple) and item[0] not in self._aborted:
+                raise item[1]
         return [item for item in received if isinstance(item, TokenChunk)]
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -106,12 +108,13 @@ class ServerStream:
                     if line.startswith(b"data: {"):
                         self._received.put(_chunk(request_id, json.loads(line[6:])))
         except CsrError as error:
-            self._received.put(error)
+            self._received.put((request_id, error))
         except Exception as error:
             # Any error in this thread must reach the thread that waits in next_chunks.
             message = f"{self._server} stopped responding: {type(error).__name__}: {error}"
-            self._received.put(CsrError(message, "see the server's log"))
-        self._aborted.discard(request_id)
+            self._received.put((request_id, CsrError(message, "see the server's log")))
+        else:
+            self._aborted.discard(request_id)
 
 
 @contextmanager
@@ -144,6 +147,16 @@ def server_stream(
         if adapter is not None:
             with _send(server, "/v1/unload_lora_adapter", {"lora_name": name}):
                 pass
+
+
+def require_server(server: str) -> None:
+    """Verify that a server responds.
+
+    Raises:
+        CsrError: It does not.
+    """
+    with _send(server.rstrip("/"), "/v1/models"):
+        pass
 
 
 def _chunk(request_id: str, event: dict[str, Any]) -> TokenChunk:
@@ -184,7 +197,8 @@ def _send(server: str, path: str, body: dict[str, Any] | None = None) -> HTTPRes
         response: HTTPResponse = urlopen(request, timeout=_TIMEOUT)  # noqa: S310
     except HTTPError as error:
         reason = error.read().decode(errors="replace")[:300]
-        raise CsrError(f"{request.full_url} returned status {error.code}: {reason}", _START_HINT) from None
+        kind = PromptError if error.code in _REJECTIONS else CsrError
+        raise kind(f"{request.full_url} returned status {error.code}: {reason}", _START_HINT) from None
     except (URLError, HTTPException, OSError) as error:
         raise CsrError(f"no response from {request.full_url}: {error}", _START_HINT) from None
     return response

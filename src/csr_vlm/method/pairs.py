@@ -83,11 +83,14 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
 
     Returns:
         The pairs, or ``incomplete`` (fewer than two responses ended), ``identical`` (all of
-        them have the same text) or ``margin`` (no margin exceeds ``min_margin``).
+        them have the same text), ``margin`` (no margin exceeds ``min_margin``) or ``failed`` (the
+        prompt failed in the search, and its tree is empty).
 
     Raises:
         CsrError: A cosine is missing or not finite.
     """
+    if not nodes:
+        return "failed"
     config = method.pairs
     rewards = sentence_rewards(nodes, method, scorer)
     if config.between == "siblings":

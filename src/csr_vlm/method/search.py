@@ -22,7 +22,7 @@ from math import isfinite
 from typing import Protocol
 
 from csr_vlm.config.schema import FilterConfig, MethodConfig, SearchConfig
-from csr_vlm.core.errors import CsrError
+from csr_vlm.core.errors import PromptError
 from csr_vlm.core.records import Candidate, Expansion, Finish, Node, NodeStatus, Prompt
 from csr_vlm.method.reward import bag_of_words, path_ids, response_reward, sentence_rewards
 
@@ -153,7 +153,7 @@ class Tree:
     def _check_logprobs(self, candidate: Candidate) -> None:
         invalid = [logprob for logprob in candidate.token_logprobs if not isfinite(logprob)]
         if invalid:
-            raise CsrError(
+            raise PromptError(
                 f"prompt {self.prompt.prompt_id}: the policy gives a token the log-probability {invalid[0]}",
                 f"check {self.prompt.image} and the weights; float16 overflows where bfloat16 and float32 do not",
             )

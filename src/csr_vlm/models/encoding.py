@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from csr_vlm.config.schema import DataConfig
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.images import load_prompt_image
-from csr_vlm.models.families import Family, family_of, image_token_ids
+from csr_vlm.models.families import Family, family_of, image_token_ids, placeholder_tokens
 
 MAX_IMAGE_PIXELS: int = DataConfig.model_fields["max_image_pixels"].default
 """Default limit of an image's width times height."""
@@ -115,6 +116,11 @@ class PromptEncoder:
         """Return the ids that may not occur in a response; see :func:`csr_vlm.models.families.image_token_ids`."""
         return image_token_ids(self.config, self.processor)
 
+    @cached_property
+    def placeholders(self) -> tuple[str, ...]:
+        """Return the tokens that stand for images, videos or their borders; a question must not contain them."""
+        return placeholder_tokens(self.config, self.processor)
+
     def image(self, prompt: Prompt) -> Any:
         """Load the prompt's image.
 
@@ -131,13 +137,15 @@ class PromptEncoder:
         Raises:
             CsrError: The image was deleted or changed since it was checked.
         """
-        text, add_special_tokens = self._format(prompt.text)
         if self._last is None or self._last.path != prompt.image:
             self._last = _ProcessedImage(prompt.image, self.image(prompt))
         with self._last.remembered(self.processor):
-            return self.processor(
-                images=[self._last.image], text=[text], return_tensors="pt", add_special_tokens=add_special_tokens
-            )
+            return self.process_image(prompt.text, self._last.image)
+
+    def process_image(self, question: str, image: Any) -> Any:
+        """Apply the chat template to a question, and return the processor's output for a batch of one."""
+        text, add_special_tokens = self._format(question)
+        return self.processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=add_special_tokens)
 
     def short_ids(self, prompt: Prompt) -> list[int]:
         """Tokenize a prompt with one placeholder token per image, for engines that expand it themselves."""

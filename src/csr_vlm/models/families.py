@@ -19,6 +19,7 @@ To add a family:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -101,6 +102,14 @@ IMAGE_TOKEN_OPTIONS = (
 """Options of a configuration that name tokens for images, videos or their borders."""
 
 
+_TOKEN_ATTRIBUTES = (
+    *("image_token", "video_token", "audio_token", "boi_token", "eoi_token", "image_break_token", "image_end_token"),
+    *("fake_image_token", "global_image_tag", "global_image_token", "start_image_token", "end_image_token"),
+    *("context_image_token", "vision_start_token", "vision_end_token"),
+)
+"""Attributes of processors and tokenizers that hold tokens for images, videos or their borders."""
+
+
 def family_of(config: Any) -> Family:
     """Return the family of a model's configuration."""
     return FAMILIES.get(config.model_type, Family())
@@ -115,3 +124,25 @@ def image_token_ids(config: Any, processor: Any) -> list[int]:
     ids = {getattr(config, name, None) for name in IMAGE_TOKEN_OPTIONS}
     ids |= set(getattr(processor, "image_token_ids", None) or [])
     return sorted(token for token in ids if isinstance(token, int))
+
+
+_PLACEHOLDER = re.compile(r"[<\[].*(image|img|video|vision|audio|row_\d+_col_\d+).*[>\]]", re.IGNORECASE)
+"""Form of the tokens of a vocabulary that stand for images, videos, sounds, or parts and borders of them."""
+
+
+def placeholder_tokens(config: Any, processor: Any) -> tuple[str, ...]:
+    """Return the sorted tokens that a processor or a model reads as an image, a video, or a border of one.
+
+    They are the tokens of :func:`image_token_ids`, those that the processor and its tokenizer name (attributes such
+    as ``image_token``), and the special tokens whose form says so, such as ``<|video_pad|>``.
+    """
+    tokenizer = processor.tokenizer
+    named = [
+        value
+        for owner in (processor, tokenizer)
+        for name in _TOKEN_ATTRIBUTES
+        if isinstance(value := getattr(owner, name, None), str)
+    ]
+    by_id = tokenizer.convert_ids_to_tokens(image_token_ids(config, processor))
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if _PLACEHOLDER.fullmatch(str(token))]
+    return tuple(sorted({token for token in (*named, *by_id, *special) if token and token.strip()}))

@@ -12,6 +12,7 @@ from csr_vlm.data.external_pairs import TextPair
 from csr_vlm.method.questions import choose_questions, drop_if_sure, find_claims, negative_questions
 from csr_vlm.method.reward import contrast
 from csr_vlm.method.sentences import SentenceRule
+from csr_vlm.scoring.scorer import with_gray_image
 
 if TYPE_CHECKING:
     from csr_vlm.models.policy import Policy
@@ -47,7 +48,8 @@ class ClaimQuestioner:
         from csr_vlm.training.pair_encoding import encode_pairs
 
         config, selected = self._config, []
-        self._scorer.set_negative_images([*prompts, *self._filler_prompts], config.scorer.others)
+        negatives = with_gray_image([*prompts, *self._filler_prompts])
+        self._scorer.set_negative_images(negatives, config.scorer.others)
         texts = text_pairs(prompts, trees, self._scorer, config)
         scored = encode_pairs(texts, self._policy, self._iteration, self._rule)
         pairs = (pair for pair in scored if isinstance(pair, Pair))

@@ -11,15 +11,18 @@ import random
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Prompt
+from csr_vlm.data.checking import ModelCheck
 from csr_vlm.data.prompts import InputReport, count_rows, no_usable_prompt, read_prompts
 from csr_vlm.data.sources import is_local
 from csr_vlm.models.architecture import Architecture, read_architecture
+from csr_vlm.models.prompt_check import ProcessorCheck
 from csr_vlm.pipeline import assumptions
 from csr_vlm.pipeline.advice import faster, fitting_rows
 from csr_vlm.pipeline.hardware import Hardware, this_cpu, this_gpu
@@ -29,6 +32,7 @@ from csr_vlm.pipeline.offline_pairs import check_pairs
 from csr_vlm.pipeline.preflight import TOO_LARGE_FOR_A_CPU
 from csr_vlm.pipeline.prompt_lengths import SAMPLE, PromptLengths, prompt_lengths
 from csr_vlm.pipeline.stage_costs import STAGES, StageCosts
+from csr_vlm.pipeline.start import require_libraries
 
 _ASSUMED_PROMPTS = 1000
 """Number of prompts to assume if they do not exist yet and data.limit is not set."""
@@ -127,6 +131,7 @@ def estimate(
     config: RunConfig,
     reporter: Reporter,
     *,
+    out: Path = Path(),
     offline: bool = False,
     hardware: Hardware | None = None,
     runs: Iterable[Path] = (),
@@ -136,6 +141,7 @@ def estimate(
     Args:
         config: Configuration of the run.
         reporter: Receives progress.
+        out: Run directory, which need not exist; its disk must have room for the run.
         offline: Contact no hub; missing prompts are a warning instead of an error.
         hardware: What to plan for; this machine's GPU, else its CPU, by default.
         runs: Run directories whose times may be used.
@@ -144,9 +150,7 @@ def estimate(
         CsrError: The prompts cannot be read, none of them can be used or, unless offline, the model
             does not exist.
     """
-    from csr_vlm.training.dpo import check_arguments
-
-    check_arguments(config.training)
+    require_libraries(config, offline=offline or hardware is not None)
     warnings: list[str] = []
     report = InputReport()
     sample: list[Prompt] = []
@@ -156,11 +160,10 @@ def estimate(
         warnings.append(f"{', '.join(missing)} does not exist yet; the estimate assumes {report.accepted} prompts")
         data = report.dump()
     else:
-        data = _check_data(config, report, reporter, sample)
+        data = _check_data(config, report, reporter, sample, None if offline else ProcessorCheck.of_run(config))
     if not report.accepted:
         raise no_usable_prompt(config.data, report)
-    if report.dropped:
-        warnings.append(f"{report.dropped.total()} prompts would be dropped: {dict(report.dropped)}")
+    warnings += report.messages("prompts")
     architecture = read_architecture(config.model, offline=offline)
     plan = None
     if architecture is None:
@@ -173,17 +176,20 @@ def estimate(
         measured = last_comparable_run(config, target, runs)
         lengths = prompt_lengths(config, architecture, sample)
         plan, likely = _make_plan(config, architecture, target, lengths, report.accepted, measured)
-        warnings += _plan_warnings(plan, likely)
+        warnings += _plan_warnings(plan, likely, out)
     if config.model.adapter is not None and not Path(config.model.adapter).is_dir():
         warnings.append(f"model.adapter {config.model.adapter} does not exist")
     return Estimate(data, report.accepted, config.iterations, plan, warnings)
 
 
-def _check_data(config: RunConfig, report: InputReport, reporter: Reporter, sample: list[Prompt]) -> dict[str, Any]:
+def _check_data(
+    config: RunConfig, report: InputReport, reporter: Reporter, sample: list[Prompt], model: ModelCheck | None
+) -> dict[str, Any]:
     """Read all prompts and external pairs, fill the report and a random sample; return both reports as JSON data."""
     numbers = random.Random(0)
     with reporter.stage("checking prompts and images", count_rows(config.data)) as progress:
-        rows = read_prompts(config.data, report, seed=config.seed, tick=lambda: progress.advance(1))
+        tick = partial(progress.advance, 1)
+        rows = read_prompts(config.data, report, seed=config.seed, tick=tick, model=model)
         for number, prompt in enumerate(rows):
             if number < SAMPLE:
                 sample.append(prompt)
@@ -191,7 +197,7 @@ def _check_data(config: RunConfig, report: InputReport, reporter: Reporter, samp
                 sample[place] = prompt
     data = report.dump()
     if config.data.pairs is not None:
-        data["pairs"] = check_pairs(config.data, reporter).dump()
+        data["pairs"] = check_pairs(config.data, reporter, model=model).dump()
     return data
 
 
@@ -258,7 +264,7 @@ def _bound(hours: Mapping[str, Range], costs: StageCosts) -> str:
     return f"{text}: in a step of {rows:.0f} rows {reason} for {1e3 * max(host, gpu):.0f} ms"
 
 
-def _plan_warnings(plan: Plan, costs: StageCosts) -> list[str]:
+def _plan_warnings(plan: Plan, costs: StageCosts, out: Path) -> list[str]:
     """Warn about what would stop a run hours after it began."""
     warnings = []
     hardware = plan.hardware
@@ -275,7 +281,8 @@ def _plan_warnings(plan: Plan, costs: StageCosts) -> list[str]:
     context = plan.architecture.context
     if plan.lengths.longest > context:
         warnings.append(f"prompts of up to {plan.lengths.longest} tokens exceed the model's context of {context}")
-    free = shutil.disk_usage(".").free / 1e9
+    disk = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(disk).free / 1e9
     if plan.disk_gb > free:
         warnings.append(f"the run may write {plan.disk_gb:.0f} GB, but only {free:.0f} GB are free on this disk")
     return warnings

@@ -57,7 +57,8 @@ def pair_metrics(run: Run, iteration: int, config: RunConfig, reporter: Reporter
         for prompt, nodes in zip(run.prompts(), ledger.trees(run, iteration), strict=True):
             pairs_or_reason = make_pairs(prompt, nodes, config.method, config.scorer.used, config.seed)
             pairs = [] if isinstance(pairs_or_reason, str) else pairs_or_reason
-            trees.append(quality.tree_metrics(nodes, pairs, config.method, config.scorer.used))
+            if nodes:
+                trees.append(quality.tree_metrics(nodes, pairs, config.method, config.scorer.used))
             progress.advance(1)
     return quality.pair_metrics(trees)
 

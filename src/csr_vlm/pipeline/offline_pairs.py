@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from csr_vlm.config.schema import DataConfig, RunConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Pair
+from csr_vlm.data.checking import ModelCheck
 from csr_vlm.data.external_pairs import TextPair, count_pairs, read_text_pairs
 from csr_vlm.data.images import with_hash
 from csr_vlm.data.prompts import InputReport
@@ -43,7 +45,11 @@ class PairsDigest:
 
 
 def check_pairs(
-    config: DataConfig, reporter: Reporter, images: Path | None = None, content: PairsDigest | None = None
+    config: DataConfig,
+    reporter: Reporter,
+    images: Path | None = None,
+    content: PairsDigest | None = None,
+    model: ModelCheck | None = None,
 ) -> InputReport:
     """Read all external pairs and decode every image, before any model is loaded.
 
@@ -51,20 +57,22 @@ def check_pairs(
         config: Names the file of pairs.
         reporter: Receives progress.
         images: Folder for images that come as bytes; None checks them without keeping them.
-        content: Receives every pair.
+        content: Receives every well-formed pair.
+        model: Puts every pair through the model's processor.
 
     Raises:
         CsrError: No pair can be used.
     """
     report = InputReport()
     with reporter.stage("checking pairs", count_pairs(config)) as progress:
-        for pair in read_text_pairs(config, report, images=images, tick=lambda: progress.advance(1)):
-            if content is not None:
-                content.add(pair)
+        seen = (lambda pair: pair) if content is None else content.add
+        tick = partial(progress.advance, 1)
+        for _ in read_text_pairs(config, report, images=images, tick=tick, model=model, seen=seen):
+            pass
     if not report.accepted:
         raise CsrError(f"no usable pair in {config.pairs}", "; ".join(report.examples[:3]) or "the file is empty")
-    if report.dropped:
-        reporter.log(f"dropped {report.dropped.total()} pairs: {report.reasons}; see manifest.json for examples")
+    for message in report.messages("pairs"):
+        reporter.log(message)
     return report
 
 
@@ -79,6 +87,7 @@ def encode_pairs(run: Run, reporter: Reporter) -> tuple[list[Pair], Counter[str]
     """
     from csr_vlm.method.sentences import SentenceRule
     from csr_vlm.models.loading import load_policy
+    from csr_vlm.models.prompt_check import ProcessorCheck
     from csr_vlm.training.pair_encoding import encode_pairs
 
     config = run.config
@@ -90,7 +99,8 @@ def encode_pairs(run: Run, reporter: Reporter) -> tuple[list[Pair], Counter[str]
     reasons: Counter[str] = Counter()
     checked, content = run.result(0, "prompts")["pairs"], PairsDigest()
     with reporter.stage("iteration 1: encoding pairs", checked["accepted"]) as progress:
-        texts = map(content.add, read_text_pairs(config.data, InputReport(), images=run.images_path))
+        check = ProcessorCheck(policy.prompt_encoder)
+        texts = read_text_pairs(config.data, InputReport(), images=run.images_path, model=check, seen=content.add)
         for pair_or_reason in encode_pairs(texts, policy, 1, rule):
             if isinstance(pair_or_reason, str):
                 reasons[pair_or_reason] += 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from csr_vlm.config.schema import RunConfig, WorldEvaluationConfig
 from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Prompt
-from csr_vlm.pipeline.tasks import load_engine_and_scorer
+from csr_vlm.pipeline.tasks import load_engine_and_scorer, usable_prompts
 
 if TYPE_CHECKING:
     from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -34,6 +34,7 @@ def evaluate_policy(
         return {}
     engine, scorer = load_engine_and_scorer(config, adapter, reporter.log)
     documents = {}
+    heldout = list(usable_prompts(heldout, config)) if heldout else []
     if heldout:
         documents["heldout"] = _evaluate_heldout(config, engine, scorer, heldout, title, reporter)
     if world is not None:

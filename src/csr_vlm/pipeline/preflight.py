@@ -1,4 +1,4 @@
-"""Try model and scorer on a few images before a run."""
+"""Try model, scorer and training on a few images before a run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Preflight:
 
 
 def run_preflight(config: RunConfig, reporter: Reporter, *, planned: bool = False) -> Preflight:
-    """Generate a few sentences if the weights are on disk, and check model and scorer on them.
+    """Generate a few sentences if the weights are on disk, check model and scorer on them, and train one step.
 
     Args:
         config: Settings of the run.
@@ -64,8 +64,10 @@ def run_preflight(config: RunConfig, reporter: Reporter, *, planned: bool = Fals
         planned: The run is planned for other hardware, so this machine need not have the device.
 
     Raises:
-        CsrError: Model or scorer cannot be loaded, or the model fails its self-check.
+        CsrError: Model or scorer cannot be loaded, the model fails its self-check, or training fails.
     """
+    from csr_vlm.models.prompt_check import ProcessorCheck
+
     if not _has_local_weights(config.model):
         return Preflight(skipped="its weights are not on this machine")
     try:
@@ -78,7 +80,8 @@ def run_preflight(config: RunConfig, reporter: Reporter, *, planned: bool = Fals
     if device == "cpu" and architecture is not None and architecture.parameters > TOO_LARGE_FOR_A_CPU:
         return Preflight(skipped="it is too large for a CPU; run csr check on the GPU machine")
     with tempfile.TemporaryDirectory() as images:
-        rows = read_prompts(config.data, InputReport(), seed=config.seed, images=Path(images))
+        check = ProcessorCheck.of_run(config)
+        rows = read_prompts(config.data, InputReport(), seed=config.seed, images=Path(images), model=check)
         prompts = list(islice(rows, _NUM_PROMPTS))
         if not prompts:
             return Preflight(skipped="there is no prompt")
@@ -87,6 +90,10 @@ def run_preflight(config: RunConfig, reporter: Reporter, *, planned: bool = Fals
             progress.advance(1)
         with reporter.stage("trying the scorer", 1) as progress:
             agreement = _scorer_agreement(config, policy, prompts)
+            progress.advance(1)
+        del policy
+        with reporter.stage("trying a training step", 1) as progress:
+            _try_training(config, prompts)
             progress.advance(1)
     if agreement is None:
         return Preflight(difference)
@@ -107,6 +114,14 @@ def _check_policy(config: RunConfig, prompt: Prompt) -> tuple[Policy, float]:
     adapter = None if config.model.adapter is None else Path(config.model.adapter)
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)
     return policy, float(f"{self_check(policy, prompt):.1e}")
+
+
+def _try_training(config: RunConfig, prompts: list[Prompt]) -> None:
+    from csr_vlm.models.devices import free_memory
+    from csr_vlm.training.trial import try_training
+
+    free_memory()
+    try_training(prompts, config, None if config.model.adapter is None else Path(config.model.adapter))
 
 
 def _scorer_agreement(config: RunConfig, policy: Policy, prompts: list[Prompt]) -> float | None:

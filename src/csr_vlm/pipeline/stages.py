@@ -19,6 +19,7 @@ from csr_vlm.config.schema import RunConfig, ScorerConfig, preset_date
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter, Silent
 from csr_vlm.core.records import Pair, Prompt
+from csr_vlm.data.checking import ModelCheck
 from csr_vlm.data.images import with_hash
 from csr_vlm.data.prompts import InputReport, count_rows, hold_out, no_usable_prompt, read_prompts
 from csr_vlm.evaluation.compare import policy_name
@@ -26,10 +27,18 @@ from csr_vlm.method.pairs import make_pairs as make_prompt_pairs
 from csr_vlm.models.devices import count_gpus
 from csr_vlm.pipeline import offline_pairs
 from csr_vlm.pipeline.claim_questions import ClaimQuestioner
-from csr_vlm.pipeline.context_limit import within_context
+from csr_vlm.pipeline.failed_prompts import require_few_failures
 from csr_vlm.pipeline.offline_pairs import has_offline_pairs
 from csr_vlm.pipeline.policy_evaluation import evaluate_policy
-from csr_vlm.pipeline.tasks import QuestionWorker, RescoreWorker, SearchWorker, load_engine_and_scorer, train_policy
+from csr_vlm.pipeline.start import require_start, require_trackers
+from csr_vlm.pipeline.tasks import (
+    QuestionWorker,
+    RescoreWorker,
+    SearchWorker,
+    load_engine_and_scorer,
+    train_policy,
+    usable_prompts,
+)
 from csr_vlm.scale.executor import LOCAL, Executor, LocalExecutor, Task
 from csr_vlm.store import files, ledger, tables
 from csr_vlm.store.run import Run
@@ -39,35 +48,55 @@ _WHOLE_PAIRS_PER_PROMPT = 4
 
 
 def check_inputs(run: Run, reporter: Reporter) -> None:
-    """Read all prompts and external pairs, decode every image once, and store the prompts that pass.
+    """Open everything that the run needs, then read and store its inputs; see :func:`store_inputs`.
 
     Raises:
-        CsrError: No prompt can be used, or the stored prompts were changed after they were checked.
+        CsrError: Something is missing, no prompt can be used, or the stored prompts were changed after they were
+            checked.
     """
-    if "report_to" in run.config.training.trl:
-        from csr_vlm.training.reporting import require_services
-
-        require_services(run.config.training.trl["report_to"])
     if run.is_done(0, "prompts"):
+        require_trackers(run.config.training)
         _require_same_prompts(run)
         return
-    from csr_vlm.training.dpo import check_arguments
+    with reporter.stage("opening model and scorer", 1) as progress:
+        model = require_start(run.config, reporter.log)
+        progress.advance(1)
+    store_inputs(run, reporter, model)
 
+
+def store_inputs(run: Run, reporter: Reporter, model: ModelCheck | None) -> None:
+    """Read all prompts and external pairs, decode every image once, and store the prompts that pass.
+
+    Args:
+        run: Run whose inputs are stored.
+        reporter: Receives progress, and what was dropped.
+        model: Puts every prompt through the model's processor; None for inputs that are known to pass.
+
+    Raises:
+        CsrError: No prompt can be used.
+    """
     config, report = run.config, InputReport()
-    check_arguments(config.training)
     heldout: list[Prompt] = []
     with reporter.stage("checking prompts and images", count_rows(config.data)) as progress:
         prompts = read_prompts(
-            config.data, report, seed=config.seed, images=run.images_path, tick=lambda: progress.advance(1)
+            config.data,
+            report,
+            seed=config.seed,
+            images=run.images_path,
+            tick=lambda: progress.advance(1),
+            model=model,
         )
-        prompts = within_context(prompts, config, report)
         training = hold_out(map(with_hash, prompts), config.evaluation.heldout, heldout)
         tables.write_prompts(run.prompts_path, training, config.generation.prompts_per_part, run.root)
         tables.write_prompts(run.heldout_path, heldout, config.generation.prompts_per_part, run.root)
     if not report.accepted:
         raise no_usable_prompt(config.data, report)
-    if report.dropped:
-        reporter.log(f"dropped {report.dropped.total()} prompts: {report.reasons}; see manifest.json for examples")
+    for message in report.messages("prompts"):
+        reporter.log(message)
+    images = (prompt.image for prompt in run.prompts())
+    first = next(images, None)
+    if config.scorer.others and all(image == first for image in images):
+        reporter.log("all prompts are about one image, so its sentences are contrasted with a gray image alone")
     result = {
         "preset": {"name": config.preset, "date": preset_date(config.preset)},
         "sha256": files.sha256_of(run.prompts_path),
@@ -76,7 +105,7 @@ def check_inputs(run: Run, reporter: Reporter) -> None:
     }
     if config.data.pairs is not None:
         content = offline_pairs.PairsDigest()
-        checked = offline_pairs.check_pairs(config.data, reporter, run.images_path, content)
+        checked = offline_pairs.check_pairs(config.data, reporter, run.images_path, content, model)
         result["pairs"] = {**checked.dump(), "digest": content.value}
     run.mark_done(0, "prompts", [run.heldout_path], **result)
 
@@ -103,10 +132,13 @@ def generate(run: Run, iteration: int, reporter: Reporter, executor: Executor = 
     task = Task(SearchWorker, run.root, {"iteration": iteration}, tables.count_groups(run.prompts_path))
     with reporter.stage(f"iteration {iteration}: searching", run.num_prompts) as progress:
         tally = executor.map(task, progress, reporter.log)
+    failed = run.failed_prompts(iteration)
+    require_few_failures(run, failed, iteration)
     run.mark_done(
         iteration,
         "generate",
-        run.ledger_parts(iteration),
+        run.ledger_files(iteration),
+        failed=failed,
         nodes=tally["statuses"].total(),
         statuses=dict(tally["statuses"]),
         sentences_over_length=dict(tally["sentences_over_length"]),
@@ -279,7 +311,9 @@ def try_training(run: Run, reporter: Reporter, executor: Executor = LOCAL) -> No
     from csr_vlm.training.trial import try_training as try_step
 
     with reporter.stage("trying a training step", 1) as progress:
-        try_step(tables.PromptGroups(run.prompts_path)[0], run.config, run.adapter_path(0))
+        prompts = list(usable_prompts(tables.PromptGroups(run.prompts_path)[0], run.config))
+        if prompts:
+            try_step(prompts, run.config, run.adapter_path(0))
         progress.advance(1)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
@@ -22,7 +22,9 @@ from csr_vlm.core.progress import Progress
 from csr_vlm.core.records import Node, Prompt
 from csr_vlm.method.search import Tree, search
 from csr_vlm.pipeline.claim_questions import ClaimQuestioner
+from csr_vlm.pipeline.failed_prompts import require_few_failures, search_or_drop
 from csr_vlm.scale.executor import ItemResult
+from csr_vlm.scoring.scorer import with_gray_image
 from csr_vlm.store import files, ledger, parts, tables
 from csr_vlm.store.run import Run
 
@@ -43,20 +45,30 @@ class SearchWorker:
         self._iteration = iteration
         self._groups = tables.PromptGroups(self._run.prompts_path)
         self._filler_prompts = self._groups[0]
+        self._log, self._failed = log, dict[str, str]()
         config, adapter = self._run.config, self._run.adapter_path(iteration - 1)
         self._device = device_name(config.model.device)
         self._scorer = load_run_scorer(config, adapter)
         self._resources = ExitStack()
-        self._engine = self._resources.enter_context(open_engine(config, adapter, self._filler_prompts[0], log))
+        # Runs of version 0.1 may begin with a prompt that the processor refuses.
+        example = next(usable_prompts(self._filler_prompts, config), self._filler_prompts[0])
+        self._engine = self._resources.enter_context(open_engine(config, adapter, example, log))
 
     def run_item(self, item: int) -> ItemResult:
-        """Write the ledger part of a group unless it exists; count its prompts and node statuses."""
+        """Write the ledger part of a group unless it exists; count its prompts and node statuses.
+
+        Raises:
+            CsrError: More prompts failed than ``data.max_failed_share`` allows.
+        """
         prompts, config = self._groups[item], self._run.config
         part = self._run.iteration(self._iteration) / "ledger" / part_name(item, prompts, config, self._iteration)
+        failures = self._run.failures_path(self._iteration, item)
         if part.exists():
             nodes = list(tables.read_nodes(part))
+            self._failed |= files.read_document(failures) if failures.exists() else {}
         else:
-            trees = search_trees(prompts, self._filler_prompts, self._engine, self._scorer, config, self._iteration)
+            trees, failed = search_or_drop(prompts, lambda some: self._search(some, prompts))
+            self._note(failed, failures)
             nodes = [node for tree in trees for node in tree.nodes]
             tables.write_nodes(part, nodes)
         sentences = [node.sentence for node in nodes if node.sentence]
@@ -67,6 +79,24 @@ class SearchWorker:
             "workers": Counter({f"{socket.gethostname()}:{os.getpid()}": len(prompts)}),
         }
         return ItemResult(len(prompts), tally)
+
+    def _search(self, prompts: Sequence[Prompt], group: Sequence[Prompt]) -> list[Tree]:
+        fillers, config = self._filler_prompts, self._run.config
+        return search_trees(prompts, fillers, self._engine, self._scorer, config, self._iteration, group=group)
+
+    def _note(self, failed: dict[str, str], path: Path) -> None:
+        """Store the prompts of an item that failed, before its part; nothing remains of an earlier attempt.
+
+        Raises:
+            CsrError: Too many failed.
+        """
+        self._failed |= failed
+        for prompt_id, reason in failed.items():
+            self._log(f"prompt {prompt_id} failed in the search and is dropped: {reason}")
+        require_few_failures(self._run, self._failed, self._iteration)
+        path.unlink(missing_ok=True)
+        if failed:
+            files.write_json(path, failed)
 
     def close(self) -> None:
         """Free the engine."""
@@ -97,7 +127,8 @@ class RescoreWorker:
         """Score the nodes of one group of prompts, whose images are each other's negatives."""
         items = [(self._prompts[node.prompt_id][1], node.sentence) for node in nodes if node.sentence]
         prompts = [self._prompts[prompt_id][1] for prompt_id in dict.fromkeys(node.prompt_id for node in nodes)]
-        self._scorer.set_negative_images([*prompts, *self._filler_prompts], self._config.others)
+        negatives = with_gray_image([*prompts, *self._filler_prompts])
+        self._scorer.set_negative_images(negatives, self._config.others)
         scores = iter(self._scorer.score(items))
         yield from (replace(n, cosines={**n.cosines, **next(scores)}) if n.sentence else n for n in nodes)
         self._scorer.forget()
@@ -119,17 +150,30 @@ class QuestionWorker:
             item: part for part in ledger.complete_parts(run, iteration) for item in parts.items_of(part)
         }
         self._folder, self._root = run.question_parts(iteration), run.root
+        self._failed = run.failed_prompts(iteration)
 
     def run_item(self, item: int) -> ItemResult:
         """Write the question pairs of a group unless they exist."""
         prompts, path = self._groups[item], self._folder / f"part-{item:06d}.parquet"
         if not path.exists():
-            trees = ledger.trees_of(self._ledger_part[item], prompts)
+            trees = ledger.trees_of(self._ledger_part[item], prompts, self._failed)
             tables.write_pairs(path, self._questioner.pairs(prompts, trees), self._root)
         return ItemResult(len(prompts), {})
 
     def close(self) -> None:
         """Do nothing: the worker holds no resources beyond its models."""
+
+
+def usable_prompts(prompts: Iterable[Prompt], config: RunConfig) -> Iterator[Prompt]:
+    """Yield the prompts that the model's processor accepts; version 0.1 checked inputs without it.
+
+    Raises:
+        CsrError: The processor cannot be loaded, or an image was deleted or changed since it was checked.
+    """
+    from csr_vlm.models.prompt_check import ProcessorCheck
+
+    check = ProcessorCheck.of_run(config)
+    return (prompt for prompt in prompts if check.accepts(prompt))
 
 
 def search_trees(
@@ -139,33 +183,38 @@ def search_trees(
     scorer: ScorerGroup,
     config: RunConfig,
     iteration: int,
+    *,
+    group: Sequence[Prompt] | None = None,
 ) -> list[Tree]:
     """Search the responses to a group of prompts (section 3.2.1) and score every sentence.
 
     Args:
-        prompts: The group; its images are each other's negatives.
+        prompts: The prompts to respond to.
         filler_prompts: Prompts whose images serve as negatives if the group is too small to supply them.
         engine: Proposes sentences with the policy.
         scorer: Scores sentences against images.
         config: Settings of search and method, and the seed.
         iteration: Iteration of the ledger.
+        group: Prompts whose images are each other's negatives; by default those to respond to.
 
     Returns:
         One tree per prompt.
     """
-    scorer.set_negative_images([*prompts, *filler_prompts], config.scorer.others)
-    trees = search(
-        prompts,
-        engine.proposer(config.method.search, prompts[0]),
-        scorer.score,
-        config.method,
-        iteration=iteration,
-        seed=config.seed,
-        scorer=config.scorer.used,
-    )
-    engine.forget()
-    scorer.forget()
-    return trees
+    negatives = with_gray_image([*(group or prompts), *filler_prompts])
+    scorer.set_negative_images(negatives, config.scorer.others)
+    try:
+        return search(
+            prompts,
+            engine.proposer(config.method.search, prompts[0]),
+            scorer.score,
+            config.method,
+            iteration=iteration,
+            seed=config.seed,
+            scorer=config.scorer.used,
+        )
+    finally:
+        engine.forget()
+        scorer.forget()
 
 
 def train_policy(root: Path, iteration: int, processes: int, progress: Progress) -> dict[str, Any]:

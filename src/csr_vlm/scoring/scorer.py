@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Protocol, runtime_checkable
 
@@ -56,6 +57,13 @@ class LengthLimited(Scorer, Protocol):
     def num_over_length(self, sentences: Iterable[str]) -> int:
         """Count the sentences that exceed the limit."""
         ...
+
+
+def with_gray_image(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return prompts whose images can be each other's negatives: with a gray one if all are about one image."""
+    if len({prompt.image for prompt in prompts}) > 1:
+        return list(prompts)
+    return [*prompts, Prompt("gray", str(Path(__file__).parent / "assets" / "gray.png"), "")]
 
 
 class ScorerGroup:

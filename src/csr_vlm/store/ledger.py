@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -17,10 +17,12 @@ from csr_vlm.store.run import Run
 def trees(run: Run, iteration: int) -> Iterator[list[Node]]:
     """Yield the nodes of each prompt, in the order of the prompts, holding one row group in memory.
 
+    The tree of a prompt that failed in the search is empty.
+
     Raises:
         CsrError: The iteration was not generated completely, or a part does not match its prompts.
     """
-    return _checked_trees(run, complete_parts(run, iteration))
+    return _checked_trees(run, complete_parts(run, iteration), run.failed_prompts(iteration))
 
 
 def complete_parts(run: Run, iteration: int) -> list[Path]:
@@ -41,30 +43,43 @@ def complete_parts(run: Run, iteration: int) -> list[Path]:
     return paths
 
 
-def _checked_trees(run: Run, paths: Sequence[Path]) -> Iterator[list[Node]]:
-    prompts = run.prompts()
+def _checked_trees(run: Run, paths: Sequence[Path], failed: Container[str]) -> Iterator[list[Node]]:
+    prompt_ids = (prompt.prompt_id for prompt in run.prompts())
     for path in paths:
         for prompt_id, nodes in tables.read_trees(path):
-            prompt = next(prompts, None)
-            if prompt is None or prompt.prompt_id != prompt_id:
+            for expected in prompt_ids:
+                if expected == prompt_id:
+                    break
+                if expected not in failed:
+                    raise _mismatch(path)
+                yield []
+            else:
                 raise _mismatch(path)
             yield nodes
-    if next(prompts, None) is not None:
-        raise _mismatch(paths[-1])
+    for expected in prompt_ids:
+        if expected not in failed:
+            raise _mismatch(paths[-1])
+        yield []
 
 
-def trees_of(part: Path, prompts: Sequence[Prompt]) -> list[list[Node]]:
+def trees_of(part: Path, prompts: Sequence[Prompt], failed: Container[str] = ()) -> list[list[Node]]:
     """Return the nodes of some prompts from one part, prompt by prompt, in the part's order.
+
+    Args:
+        part: A part of the ledger.
+        prompts: Prompts of the part.
+        failed: Ids of the prompts that failed in the search, whose trees are empty.
 
     Raises:
         CsrError: The part does not hold exactly these prompts in this order.
     """
+    searched = [prompt.prompt_id for prompt in prompts if prompt.prompt_id not in failed]
     prompt_ids = [prompt.prompt_id for prompt in prompts]
     groups = groupby(tables.read_nodes_of(part, prompt_ids), key=lambda node: node.prompt_id)
     by_id = {prompt_id: list(nodes) for prompt_id, nodes in groups}
-    if list(by_id) != prompt_ids:
+    if list(by_id) != searched:
         raise _mismatch(part)
-    return list(by_id.values())
+    return [by_id.get(prompt_id, []) for prompt_id in prompt_ids]
 
 
 def _mismatch(part: Path) -> CsrError:
@@ -120,7 +135,7 @@ def rewriting(run: Run, iteration: int) -> Iterator[None]:
     result = {key: value for key, value in run.result(iteration, "generate").items() if key != "files"}
     run.mark_done(iteration, "generate", **result)
     yield
-    run.mark_done(iteration, "generate", run.ledger_parts(iteration), **result)
+    run.mark_done(iteration, "generate", run.ledger_files(iteration), **result)
 
 
 def _groups_by_size(paths: Sequence[Path], max_bytes: int) -> Iterator[list[Path]]:

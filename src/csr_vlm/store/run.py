@@ -8,6 +8,7 @@ resumes from its finished stages. The manifest is derived from the markers.
     RUN/prompts.parquet               prompts that passed the checks
     RUN/images/                       images that were given as bytes, each named by its hash
     RUN/iteration-N/ledger/part-*     every node that iteration N generated
+    RUN/iteration-N/failed/item-*     prompts that failed in the search, and why
     RUN/iteration-N/pairs.parquet
     RUN/iteration-N/adapter/          LoRA after iteration N, relative to the base model
     RUN/iteration-N/eval/*.json       iteration-0 is the base model
@@ -21,11 +22,12 @@ from __future__ import annotations
 import difflib
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +47,8 @@ from csr_vlm.store.stage_names import GATES
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_CHANGEABLE = frozenset({"data.max_failed_share"})
+"""Settings that change no result and may change while a run is under way."""
 _PACKAGES = ("csr-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "pyarrow", "numpy")
 
 
@@ -57,17 +61,24 @@ class Run:
 
     root: Path
     config: RunConfig
+    new_directories: tuple[Path, ...] | None = field(default=None, compare=False, repr=False)
+    """Directories that :meth:`create` made, innermost first; None if the run, or other files, were there before."""
 
     @classmethod
     def create(cls, root: Path, config: RunConfig) -> Run:
         """Create a run, or reopen an existing one with the same settings and at least as many iterations.
 
+        If a new run fails under its lock (:meth:`locked`) before it finishes a stage, its directory is deleted.
+
         Raises:
             CsrError: The directory holds a run with other settings that has finished a stage.
         """
         run = cls.planned(root, config)
+        new_directories = None
+        if not root.exists() or not any(root.iterdir()):
+            new_directories = tuple(path for path in (root, *root.parents) if not path.exists())
         files.write_text(root / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
-        return run
+        return replace(run, new_directories=new_directories)
 
     @classmethod
     def planned(cls, root: Path, config: RunConfig) -> Run:
@@ -79,10 +90,11 @@ class Run:
         if (root / "config.yaml").exists():
             existing = cls.open(root)
             differing = sorted(differences(existing.config.dump(), config.dump()))
-            if differing == ["iterations"] and config.iterations > existing.config.iterations:
-                differing = []
+            if config.iterations > existing.config.iterations:
+                differing = [key for key in differing if key != "iterations"]
+            differing = [key for key in differing if key not in _CHANGEABLE]
             # A run without a finished stage has no results that other settings would contradict.
-            if differing and any(root.glob("iteration-*/done/*.json")):
+            if differing and existing.has_finished_stage:
                 raise CsrError(
                     f"{root} holds a run with other settings: {', '.join(differing[:6])}",
                     f"use --out DIR for a new run, or the same settings to resume: csr run {root}",
@@ -113,7 +125,28 @@ class Run:
         """
         with lock_directory(self.root), files.disk_errors(self.root, of_disk_only=True):
             files.remove_temporaries(self.root)
-            yield
+            try:
+                yield
+            except Exception:
+                if self.new_directories is not None and not self.has_finished_stage:
+                    self._delete()
+                raise
+
+    @property
+    def has_finished_stage(self) -> bool:
+        """Return whether any stage is finished."""
+        return any(self.root.glob("iteration-*/done/*.json"))
+
+    def _delete(self) -> None:
+        """Delete the contents of the directory, and the directories that creating the run made."""
+        for path in list(self.root.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        for directory in self.new_directories or ():
+            with suppress(OSError):  # not empty: another run was created beside this one
+                directory.rmdir()
 
     def is_elsewhere(self, *outputs: Path) -> bool:
         """Return whether no output lies in the run directory."""
@@ -231,6 +264,25 @@ class Run:
     def ledger_parts(self, iteration: int) -> list[Path]:
         """Return the existing parts of an iteration's ledger, in prompt order."""
         return parts.list_parts(self.iteration(iteration) / "ledger")[0]
+
+    def failures_path(self, iteration: int, item: int) -> Path:
+        """Return the path of the prompts of a work item that failed in the search; absent if none did."""
+        return self.iteration(iteration) / "failed" / f"item-{item:06d}.json"
+
+    def ledger_files(self, iteration: int) -> list[Path]:
+        """Return all files of an iteration's search: the parts of the ledger, and the prompts that failed."""
+        return [*self.ledger_parts(iteration), *sorted((self.iteration(iteration) / "failed").glob("item-*.json"))]
+
+    def failed_prompts(self, iteration: int) -> dict[str, str]:
+        """Return the reason by the id of each prompt that failed in the search of an iteration.
+
+        Raises:
+            CsrError: A file is damaged.
+        """
+        failed: dict[str, str] = {}
+        for path in sorted((self.iteration(iteration) / "failed").glob("item-*.json")):
+            failed |= files.read_document(path)
+        return failed
 
     def pairs_path(self, iteration: int) -> Path:
         """Return the path of an iteration's pairs."""

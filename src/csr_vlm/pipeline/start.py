@@ -1,0 +1,91 @@
+"""Open everything that a run needs before the run begins, so that a start that cannot work leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from csr_vlm.config.schema import GenerationConfig, RunConfig, TrainingConfig
+from csr_vlm.core.errors import CsrError
+from csr_vlm.data.checking import ModelCheck
+
+
+def require_start(config: RunConfig, log: Callable[[str], None]) -> ModelCheck:
+    """Verify that model, scorer, engine and trackers of a run can be opened; nothing of them stays in memory.
+
+    Returns:
+        The check of prompts by the model's processor.
+
+    Raises:
+        CsrError: Something is missing or does not fit together.
+    """
+    from csr_vlm.models.devices import free_memory
+    from csr_vlm.models.prompt_check import ProcessorCheck
+    from csr_vlm.pipeline.tasks import load_engine_and_scorer
+
+    require_libraries(config)
+    check = ProcessorCheck.of_run(config)
+    adapter = None if config.model.adapter is None else Path(config.model.adapter)
+    load_engine_and_scorer(config, adapter, log)
+    free_memory()
+    return check
+
+
+def require_libraries(config: RunConfig, *, offline: bool = False) -> None:
+    """Verify what needs no weights: arguments of the trainer, trackers, and the engine.
+
+    Args:
+        config: Configuration of the run.
+        offline: Check the trainer's arguments alone; the run will happen on another machine.
+
+    Raises:
+        CsrError: An argument is invalid, a library is not installed, or the vLLM server does not respond.
+    """
+    from csr_vlm.training.dpo import check_arguments
+
+    check_arguments(config.training)
+    if not offline:
+        require_trackers(config.training)
+        require_engine(config.generation)
+
+
+def require_trackers(config: TrainingConfig) -> None:
+    """Verify that the experiment trackers can be used.
+
+    Raises:
+        CsrError: A tracker is not supported, or its package is not installed.
+    """
+    if "report_to" in config.trl:
+        from csr_vlm.training.reporting import require_services
+
+        require_services(config.trl["report_to"])
+
+
+def require_engine(config: GenerationConfig) -> None:
+    """Verify that the engine is installed, or that the vLLM server responds.
+
+    Raises:
+        CsrError: It is not, or does not.
+    """
+    if config.engine == "vllm" and find_spec("vllm") is None:
+        raise CsrError("generation.engine=vllm: vllm is not installed", "pip install 'csr-vlm[vllm]'")
+    if config.engine == "server":
+        from csr_vlm.generation.vllm_server import require_server
+
+        assert config.server is not None
+        require_server(config.server)
+
+
+def require_writable(root: Path) -> None:
+    """Verify that a run directory can be created, or written to, without writing anything.
+
+    Raises:
+        CsrError: It cannot.
+    """
+    existing = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise CsrError(f"{existing} is a file, so {root} cannot be created", "choose another directory with --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CsrError(f"{existing} cannot be written to", "choose a writable directory with --out")
