@@ -53,7 +53,9 @@ def likely() -> Case:
 
 
 def costs(changes: dict | None = None, **fields: object) -> StageCosts:
-    made = StageCosts(config(**(changes or {})), SMALL, GPU, likely(), num_prompts=8, prompt_tokens=20, image_tokens=5)
+    made = StageCosts(
+        config(**(changes or {})), SMALL, GPU, likely(), 8, prompt_tokens=20, image_tokens=5, longest_prompt=30
+    )
     return replace(made, **fields)
 
 
@@ -144,9 +146,9 @@ def test_several_gpus_share_work_items_and_steps():
 
 def test_memory_of_the_search():
     made = costs(case=replace(likely(), overhead=1.0))
-    # 8 rows: one prompt of 20 tokens in progress, two groups of a path and 4 x 35 tokens, and 8 finished sentences.
+    # 8 rows: one prompt of up to 30 tokens, two groups of a path and 4 x 35 tokens, and 8 finished sentences.
     path = 8 * made.sentence_tokens
-    assert cached_tokens(made) == pytest.approx(20 + 2 * (path + 4 * 35) + 8 * made.sentence_tokens)
+    assert cached_tokens(made) == pytest.approx(30 + 2 * (path + 4 * 35) + 8 * made.sentence_tokens)
     usage = memory_bytes(made)
     weights, lora, scorer = 2 * SMALL.parameters, 4 * SMALL.lora_parameters(16), 4 * 428e6
     prefill = 8192 * (32 + 2 * (8 * 8 + 3 * 16))

@@ -211,7 +211,7 @@ def _make_plan(
 ) -> tuple[Plan, StageCosts]:
     """Compute the costs of all cases; return them with those of the likely case."""
     costs = [
-        StageCosts(config, architecture, hardware, case, num_prompts, lengths.mean, lengths.image)
+        StageCosts(config, architecture, hardware, case, num_prompts, lengths.mean, lengths.image, lengths.longest)
         for case in assumptions.cases()
     ]
     factors = [_factors(one, measured, case) for case, one in enumerate(costs)]

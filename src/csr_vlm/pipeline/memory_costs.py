@@ -50,7 +50,7 @@ def cached_tokens(costs: StageCosts) -> float:
     path = min(case.max_sentences, search.max_sentences) * costs.sentence_tokens
     group = path + search.num_candidates * longest
     # Groups that have ended wait, without padding, for the rest of their round.
-    return prompts * costs.prompt_tokens + groups * group + rows * costs.sentence_tokens
+    return prompts * costs.longest_prompt + groups * group + rows * costs.sentence_tokens
 
 
 def disk_bytes(costs: StageCosts) -> float:

@@ -319,10 +319,11 @@ def _memory(wishes: Wishes, facts: ModelFacts, settings: Sequence[Setting]) -> I
         # On a GPU auto is bfloat16; the machine that writes the recipe may have none.
         half = {"model": {"dtype": "bfloat16"}} if wishes.model.dtype == "auto" else {}
         config = resolve(merged(merged(plain, changes), half))
-        image = min(facts.shape.image_tokens, config.model.max_image_tokens or facts.shape.image_tokens)
+        image = config.model.max_image_tokens or facts.shape.image_tokens
         gpu = Hardware("", 1.0, 1.0, 1.0, usable)
         *_, costly = assumptions.cases()
-        return StageCosts(config, facts.shape, gpu, costly, wishes.num_prompts or 1000, image + _TEXT_TOKENS, image)
+        prompt = image + _TEXT_TOKENS
+        return StageCosts(config, facts.shape, gpu, costly, wishes.num_prompts or 1000, prompt, image, prompt)
 
     weights = facts.shape.weight_bytes(costs().bytes_per_value, nf4=costs().config.model.quantization is not None)
     if weights > usable:

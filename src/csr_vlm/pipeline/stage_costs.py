@@ -55,6 +55,7 @@ class StageCosts:
         num_prompts: Prompts that are trained on, and held out.
         prompt_tokens: Mean number of tokens of a prompt with its picture.
         image_tokens: Those of the picture.
+        longest_prompt: Tokens of the longest prompt, whose length the stored keys and values of all are padded to.
     """
 
     config: RunConfig
@@ -64,6 +65,7 @@ class StageCosts:
     num_prompts: int
     prompt_tokens: float
     image_tokens: float
+    longest_prompt: float
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of every stage of :data:`STAGES`, in order."""
