@@ -15,8 +15,8 @@ import random
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +25,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, PngImagePlugin
 
+from tests.faults.case import Case, Maker, WrittenCase
+
 MEGABYTE = 1 << 20
 
 
-@dataclass(frozen=True)
-class WrittenCase:
-    """Describe the files that a case wrote to its folder."""
+def cases(seed: int, number: int, kinds: Mapping[str, tuple[Maker, int]] | None = None) -> Iterator[Case]:
+    """Yield ``number`` cases in a random order that depends on the seed.
 
-    reader: str
-    """Name of a function of :mod:`tests.faults.reading`."""
-    target: str
-    rows: int | None = None
-    """Number of rows that must be accepted or dropped in total; None if it is unknown."""
-    expected: str | None = None
-    """``accepted`` or ``rejected`` if only one of them is correct."""
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-Maker = Callable[[Path, random.Random], WrittenCase]
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    seed: str
-    maker: Maker
-
-    def write(self, folder: Path) -> WrittenCase:
-        return self.maker(folder, random.Random(self.seed))
-
-
-def cases(seed: int, number: int) -> Iterator[Case]:
-    """Yield ``number`` cases of all families, in a random order that depends on the seed."""
-    weighted = [(name, maker) for name, (maker, weight) in FAMILIES.items() for _ in range(weight)]
+    Args:
+        kinds: Maker and weight by name; all kinds of this module by default.
+    """
+    weighted = [(name, maker) for name, (maker, weight) in (kinds or FAMILIES).items() for _ in range(weight)]
     order = random.Random(seed)
     deck: list[tuple[str, Maker]] = []
     for index in range(number):

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,17 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.data.external_pairs import count_pairs, read_text_pairs
 from csr_vlm.data.prompts import InputReport, count_rows, read_prompts
+from csr_vlm.evaluation.answers import read_evaluation_prompts
 from csr_vlm.method.audit import tree_metrics
 from csr_vlm.models.checkpoints import checkpoint_tensors, file_tensors, read_tensors
+from csr_vlm.models.encoding import PromptEncoder
+from csr_vlm.models.prompt_check import ProcessorCheck
 from csr_vlm.pipeline import stages
 from csr_vlm.store import ledger, tables
 from csr_vlm.store.run import Run
-from tests.faults.badinput import Case, WrittenCase
+from tests.families import checkpoints as families
+from tests.faults.case import MOST_PIXELS, Case, WrittenCase
 
-MOST_PIXELS = 1_000_000
 MOST_SECONDS = 20.0
 """Largest accepted CPU time of one case, in seconds."""
 LONGEST_SILENCE = 180.0
@@ -105,6 +108,26 @@ def pairs(folder: Path, written: WrittenCase) -> Outcome:
     return _counted(report, written)
 
 
+def evaluation_prompts(folder: Path, written: WrittenCase) -> Outcome:
+    found = read_evaluation_prompts(folder / written.target, images=folder / "images")
+    assert len(found) == written.rows
+    assert all(item.image_id for item in found)
+    return Outcome("", "accepted")
+
+
+def checked_prompts(folder: Path, written: WrittenCase) -> Outcome:
+    """Read prompts with a family's processor; what passes must be encoded without an error."""
+    encoder = _encoder(written.settings["family"])
+    config, report = DataConfig(prompts=str(folder / written.target), max_image_pixels=MOST_PIXELS), InputReport()
+    for prompt in read_prompts(config, report, model=ProcessorCheck(encoder, room=8)):
+        tokens = encoder.process(prompt)["input_ids"][0].tolist()
+        images = [tokens.count(token) for token in encoder.image_token_ids]
+        plain = encoder.process(replace(prompt, text="x"))["input_ids"][0].tolist()
+        assert images == [plain.count(token) for token in encoder.image_token_ids], "an image that does not exist"
+    assert report.accepted, "the good row is accepted"
+    return _counted(report, written)
+
+
 def recipe(folder: Path, written: WrittenCase) -> Outcome:
     config = load_config(folder / written.target, written.settings.get("overrides", ()))
     Run.create(folder / "run", config)
@@ -168,7 +191,20 @@ def run(folder: Path, written: WrittenCase) -> Outcome:
     return Outcome("", "accepted")
 
 
-READERS = {reader.__name__: reader for reader in (prompts, pairs, recipe, weights, checkpoint, model, adapter, run)}
+READERS = {
+    reader.__name__: reader
+    for reader in (
+        *(prompts, pairs, evaluation_prompts, checked_prompts),
+        *(recipe, weights, checkpoint, model, adapter, run),
+    )
+}
+
+
+@cache
+def _encoder(family: str) -> PromptEncoder:
+    from csr_vlm.models.loading import load_prompt_encoder
+
+    return load_prompt_encoder(ModelConfig(path=str(families.checkpoint(family)), device="cpu"))
 
 
 @cache

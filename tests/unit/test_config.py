@@ -404,3 +404,24 @@ def test_merged_overlays_mapping_by_mapping():
     above = {"a": {"y": 5}, "b": [2], "c": {"z": 1}}
     assert merged(below, above) == {"a": {"x": 1, "y": 5}, "b": [2], "c": {"z": 1}}
     assert below["a"] == {"x": 1, "y": 2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (["training.learning_rate=1e-4"], "did you mean training.trl.learning_rate?"),
+        (["learning_rate=1e-4"], "did you mean training.trl.learning_rate?"),
+        (["training.beta=0.1"], "did you mean training.trl.beta?"),
+        (["data.questions=What", "is", "it?"], "put that in quotes: 'data.questions=[\"What is it?\"]'"),
+        (["data.questions=[What", "is", "it?]"], "put texts, and the whole, in quotes: 'data.questions=[\"What is"),
+        (["data.questions=[What is it?]"], "put texts, and the whole, in quotes: 'data.questions=[\"What is it?\"]'"),
+        (["data.questions=What"], "write 'data.questions=[\"What is it?\"]'"),
+        (["data.questions=[{a: b}]"], 'the value was {"a": "b"}; put the text in quotes'),
+        (["data.questions=[a: true]"], 'the value was {"a": true}; put the text in quotes'),
+        (["data.image_root=[a]"], 'the value was ["a"]; put the text in quotes'),
+    ],
+)
+def test_hints_say_where_an_option_is_and_what_to_quote(overrides, hint):
+    with pytest.raises(CsrError) as raised:
+        load_config(None, overrides, base=REQUIRED)
+    assert hint in raised.value.hint

@@ -77,5 +77,10 @@ def open_or_create(target: str, overrides: list[str] | None, out: Path | None, *
                 f"start another with csr run {path}/config.yaml {' '.join(overrides)} --out DIR",
             )
         return Run.open(path)
-    start = Run.planned if dry_run else Run.create
-    return start(out or default_out(target), read_settings(target, overrides))
+    config, root = read_settings(target, overrides), out or default_out(target)
+    if dry_run:
+        return Run.planned(root, config)
+    from csr_vlm.pipeline.start import require_sources
+
+    require_sources(config)
+    return Run.create(root, config)

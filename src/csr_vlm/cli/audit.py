@@ -44,9 +44,13 @@ def audit(
         )
     else:
         verdicts = {check.metric: check.verdict.value for check in checks}
-        rows = [[metric, f"{value:.3f}", verdicts.get(metric, "")] for metric, value in metrics.items()]
-        rows += [[check.metric, "-", check.verdict.value] for check in checks if check.value is None]
-        console.print_table(f"iteration {number}: {verdict.value}", ["metric", "value", "verdict"], rows)
+        bounds = {name: str(bound) for name, bound in {**quality.PAIR_BOUNDS, **quality.RESPONSE_BOUNDS}.items()}
+        rows = [
+            [metric, f"{value:.3f}", verdicts.get(metric, ""), bounds.get(metric, "") if metric in verdicts else ""]
+            for metric, value in metrics.items()
+        ]
+        rows += [[check.metric, "-", check.verdict.value, ""] for check in checks if check.value is None]
+        console.print_table(f"iteration {number}: {verdict.value}", ["metric", "value", "verdict", "bounds"], rows)
         for check in checks:
             if check.reason:
                 print(f"{check.verdict.value}: {check.reason}")

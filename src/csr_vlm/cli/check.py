@@ -62,14 +62,17 @@ def check(
 
     config = read_settings(target, overrides)
     root = Path(target) if Path(target).is_dir() else out or default_out(target)
+    from csr_vlm.pipeline.start import require_sources, require_writable
+
+    require_writable(root)
+    if not offline:
+        require_sources(config)
     console.quiet_libraries()
     from csr_vlm.pipeline.estimate import estimate
     from csr_vlm.pipeline.hardware import parse_gpu
     from csr_vlm.pipeline.preflight import Preflight, run_preflight
-    from csr_vlm.pipeline.start import require_writable
 
     reporter = console.reporter()
-    require_writable(root)
     hardware = None if gpu is None else parse_gpu(gpu)
     costs = estimate(config, reporter, out=root, offline=offline, hardware=hardware, runs=runs_beside(root))
     preflight = Preflight() if offline else run_preflight(config, reporter, planned=gpu is not None)

@@ -7,6 +7,7 @@ recipe file and the overrides, in this order. Unknown keys are rejected with the
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -34,8 +35,10 @@ def load_config(recipe: Path | None, overrides: Iterable[str] = (), base: Mappin
         CsrError: The file cannot be read, or an option is unknown or out of bounds.
     """
     layer = dict(base or {}) if recipe is None else _read_recipe(recipe)
+    previous = ""
     for override in overrides:
-        layer = merged(layer, _parse_override(override))
+        layer = merged(layer, _parse_override(override, previous))
+        previous = override
     return resolve(layer)
 
 
@@ -104,8 +107,13 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return read_yaml(path, "see recipes/quickstart.yaml for an example")
 
 
-def _parse_override(text: str) -> dict[str, Any]:
+def _parse_override(text: str, previous: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
+    if previous and key not in option_keys() and not (separator and re.fullmatch(r"[\w.]+", key)):
+        raise CsrError(
+            f"{text[:200]!r} is not a valid override",
+            f"if it belongs to the value before it, put that in quotes: {_quoted(previous.partition('=')[0])}",
+        )
     if not separator or not all(key.split(".")) or key.count(".") >= MAX_DEPTH:
         close = difflib.get_close_matches(key, option_keys(), n=1)
         example = f"{close[0]}=..." if close else "method.lambda=0.7"
@@ -113,11 +121,20 @@ def _parse_override(text: str) -> dict[str, Any]:
     try:
         parsed = load_yaml(value)
     except ValueError:
+        if value.startswith(("[", "{")):
+            raise CsrError(
+                f"{key}={value[:200]} is not valid YAML", f"put texts, and the whole, in quotes: {_quoted(key)}"
+            ) from None
         parsed = value
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     result: dict[str, Any] = parsed
     return result
+
+
+def _quoted(key: str) -> str:
+    """Return an example of a quoted override."""
+    return f"""'{key}=["What is it?"]'""" if key in ("data.questions", "evaluation.stop_if") else f"'{key}=...'"
 
 
 _MESSAGES = {
@@ -146,24 +163,54 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     message = _MESSAGES.get(first["type"], message)
     if key == "configuration":
         return f"the settings are inconsistent: {message}", "docs/configuration.md lists every option"
-    hint = "no value was given" if first["input"] is None else f"the value was {repr(first['input'])[:200]}"
+    hint = "no value was given" if first["input"] is None else f"the value was {_shown(first['input'])}"
     if first["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
         hint += f"; {suggestion(str(first['input']), choices)}"
-    if key.startswith("data.") and isinstance(first["input"], bool):
-        hint += "; put it in quotes"
+    if first["type"] == "string_type" and first["input"] is not None:
+        hint += "; put the text in quotes"
+    if first["type"] in ("tuple_type", "list_type") and isinstance(first["input"], str):
+        hint += f"; write {_quoted(key)}" if key == "data.questions" else ""
     return f"{key} {message}" if message.startswith("should") else f"{key}: {message}", hint
+
+
+def _shown(value: Any) -> str:
+    """Format a value as the user wrote it, not as Python does."""
+    if isinstance(value, str | float):
+        return repr(value)[:200]
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)[:200]
+    except (ValueError, TypeError):
+        return repr(value)[:200]
 
 
 def _hint_for_key(key: str, siblings: list[str]) -> str:
     """Suggest an option: a sibling with a similar name, or one of the same or a similar name elsewhere."""
     *parents, name = key.split(".")
+    if name in _TRL_OPTIONS:
+        return f"did you mean training.trl.{name}?"
     if close := difflib.get_close_matches(name, siblings, n=1):
         return f"did you mean {'.'.join([*parents, close[0]])}?"
     last_parts = {option: option.rpartition(".")[2] for option in option_keys()}
     close = difflib.get_close_matches(name, last_parts.values(), n=1, cutoff=0.8)
     elsewhere = [option for option, last in last_parts.items() if last in close]
     return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"expected one of: {', '.join(siblings)}"
+
+
+_TRL_OPTIONS = frozenset(
+    (
+        *(
+            "learning_rate",
+            "num_train_epochs",
+            "max_steps",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+        ),
+        *("beta", "loss_type", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm"),
+        *("bf16", "fp16", "gradient_checkpointing", "optim", "report_to", "logging_steps", "adam_beta1", "adam_beta2"),
+    )
+)
+"""Options of trl.DPOConfig that are often looked for elsewhere; the library itself is not imported for a hint."""
 
 
 def _recipe_hint(path: Path) -> str:

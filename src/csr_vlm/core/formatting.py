@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 from markupsafe import Markup, escape
 
 UNKNOWN = "–"
 _INDEXED = re.compile(r"\b(CHAIR|R)_([SIT])\b")
+
+
+def counts(numbers: Mapping[str, int]) -> str:
+    """Format numbers by their names.
+
+    Example:
+        >>> counts({"identical": 3, "margin": 1})
+        '3 identical, 1 margin'
+    """
+    return ", ".join(f"{number} {name}" for name, number in numbers.items())
 
 
 def fixed(value: float | None, digits: int = 3) -> str:

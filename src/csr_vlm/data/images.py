@@ -79,7 +79,7 @@ def load_image(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     except FileNotFoundError:
         raise BadImage("missing", f"{source!s}"[:300]) from None
     except UnidentifiedImageError:
-        raise BadImage("not an image") from None
+        raise BadImage(_kind_of_file(source)) from None
     except Image.DecompressionBombError:
         raise BadImage("too large") from None
     except OSError as error:
@@ -88,6 +88,13 @@ def load_image(source: str | Path | bytes, max_pixels: int) -> Image.Image:
     except Exception:
         # Decoders raise many other exceptions on damaged files.
         raise BadImage("unreadable (damaged)") from None
+
+
+def _kind_of_file(source: str | Path | bytes) -> str:
+    """Say what a file that is not an image is: pointers come from copies of a repository without its pictures."""
+    with _open(source) as file:
+        is_pointer = file.read(23) == b"version https://git-lfs"
+    return "a Git LFS pointer; fetch the images with git lfs pull" if is_pointer else "not an image"
 
 
 def _decode(file: IO[bytes], max_pixels: int) -> Image.Image:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from csr_vlm.config.schema import DataConfig
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.formatting import counts
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.checking import ModelCheck, map_in_order, num_threads
 from csr_vlm.data.images import BadImage, load_image, suffix_of
@@ -65,7 +66,7 @@ class InputReport:
     @property
     def reasons(self) -> str:
         """Return each reason with its count, such as ``3 missing, 1 duplicate id``."""
-        return ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        return counts(self.dropped)
 
     def messages(self, rows: str) -> Iterator[str]:
         """Yield what a user should know: the rows that were dropped, each of the first by its position.
@@ -74,8 +75,8 @@ class InputReport:
             rows: What the rows are, in the plural: prompts, pairs.
         """
         if self.removed:
-            counts = ", ".join(f"{token} from {count}" for token, count in self.removed.items())
-            yield f"removed the model's own placeholders from {rows}: {counts}"
+            tokens = ", ".join(f"{token} from {count}" for token, count in self.removed.items())
+            yield f"removed the model's own placeholders from {rows}: {tokens}"
         if self.dropped:
             shown = self.examples[:_SHOWN_EXAMPLES]
             more = self.dropped.total() - len(shown)

@@ -121,6 +121,12 @@ def is_local(path: str) -> bool:
         return False
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether a source can only be a dataset on the hub: OWNER/NAME, where there is no folder OWNER."""
+    path = Path(name)
+    return _HUB_ID.match(name) is not None and not path.exists() and not path.parent.is_dir() and not path.suffix
+
+
 def detect_format(name: str) -> str:
     """Return the format of a source, by its content if that is conclusive, else by its name.
 

@@ -63,7 +63,7 @@ class ObjectTable:
             CsrError: The file cannot be read or is empty.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise CsrError(
                 f"the synonym file {path} cannot be read: {error}", "pass a UTF-8 text file with one object per line"

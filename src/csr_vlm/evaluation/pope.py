@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.data.rows import BadRow, row_id_of, row_image
 from csr_vlm.evaluation.statistics import Metric, Tally, pooled, share_of_sums
 from csr_vlm.evaluation.words import letters
 from csr_vlm.store.files import digest
@@ -239,14 +240,14 @@ def read_questions(path: Path) -> QuestionFile:
     try:
         questions = tuple(
             Question(
-                question_id=str(row["question_id"]),
-                image=str(row.get("image", "")),
-                text=str(row["text"]),
+                question_id=row_id_of({"question_id": row["question_id"]}),
+                image=_image_name(row),
+                text=str(row["question"] if "question" in row and "text" not in row else row["text"]),
                 label=_LABELS[str(row["label"]).strip().lower()],
             )
             for row in rows
         )
-    except KeyError as error:
+    except (KeyError, BadRow) as error:
         raise CsrError(
             f"{path}: a question has no {error}, or a label other than yes or no",
             "write question_id, image, text and label in each line",
@@ -259,6 +260,15 @@ def read_questions(path: Path) -> QuestionFile:
     content = digest([[q.question_id, q.image, q.text, q.label] for q in questions])
     setting = next((name for name in SETTINGS if name in path.stem.lower()), path.stem)
     return QuestionFile(setting, _describe_file(content, setting, len(questions)), questions, content)
+
+
+def _image_name(row: Mapping[str, Any]) -> str:
+    """Return the image of a question as its row names it; empty where it comes as bytes or is missing."""
+    try:
+        name = row_image(row)
+    except BadRow:
+        return ""
+    return name if isinstance(name, str) else ""
 
 
 _LABELS = {"yes": True, "no": False}
@@ -287,7 +297,11 @@ def read_answers(path: Path) -> dict[str, str]:
     """
     answers: dict[str, str] = {}
     for row in read_rows(path):
-        key, answer = str(row.get("question_id", "")), row.get("answer", row.get("text"))
+        answer = row.get("answer", row.get("text"))
+        try:
+            key = row_id_of({"question_id": row.get("question_id")})
+        except BadRow:
+            key = ""
         if not key or not isinstance(answer, str):
             raise CsrError(
                 f"{path}: a line lacks question_id or answer", 'write rows such as {"question_id": 1, "answer": "Yes"}'

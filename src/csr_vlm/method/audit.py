@@ -69,6 +69,15 @@ class Bound:
             return Verdict.STOP
         return Verdict.WARN if sign * value > sign * self.warn else Verdict.GO
 
+    def explain(self, value: float) -> str:
+        """Return why a value warns or stops, with the value and the bounds."""
+        return f"{self.reason.format(value=value)} ({self})"
+
+    def __str__(self) -> str:
+        beyond, reached = ("above", "or more") if self.higher_is_worse else ("below", "or less")
+        stop = f", {self.stop:g} {reached} stops" if math.isfinite(self.stop) else ""
+        return f"{beyond} {self.warn:g} warns{stop}"
+
 
 _NEVER = math.inf
 SCORER_BOUND = Bound(
@@ -302,7 +311,7 @@ def checks(metrics: Mapping[str, float], bounds: Mapping[str, Bound]) -> list[Ch
         if metric in metrics:
             value = metrics[metric]
             verdict = bound.judge(abs(value) if metric == "length_correlation" else value)
-            reason = "" if verdict is Verdict.GO else bound.reason.format(value=value)
+            reason = "" if verdict is Verdict.GO else bound.explain(value)
             results.append(Check(metric, value, verdict, reason))
     return results
 

@@ -167,8 +167,10 @@ def _architecture_of(model: ModelConfig) -> Architecture:
     """Read a configuration with transformers, which fills in what the file leaves to defaults."""
     from transformers import AutoConfig
 
+    from csr_vlm.core.hub import require_on_disk_or_reachable
     from csr_vlm.models.load_errors import load_error, require_image_text_to_text
 
+    require_on_disk_or_reachable("model.path", model.path, model.revision)
     try:
         config = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code

@@ -80,6 +80,8 @@ class _RememberingImageProcessor:
         return copy(self._results[options])  # Processors remove entries.
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copy and pickle look for such names before there is an image processor
+            raise AttributeError(name)
         return getattr(self._image_processor, name)
 
 

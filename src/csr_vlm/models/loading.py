@@ -20,6 +20,7 @@ from transformers import (
 
 from csr_vlm.config.schema import ModelConfig
 from csr_vlm.core.errors import CsrError, reason_of
+from csr_vlm.core.hub import require_on_disk_or_reachable
 from csr_vlm.models.checkpoints import file_tensors
 from csr_vlm.models.devices import resolve_device, resolve_dtype
 from csr_vlm.models.encoding import MAX_IMAGE_PIXELS, PromptEncoder
@@ -137,6 +138,7 @@ def _loading(config: ModelConfig) -> Iterator[dict[str, Any]]:
     Raises:
         CsrError: Loading failed.
     """
+    require_on_disk_or_reachable("model.path", config.path, config.revision)
     try:
         yield {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     except CsrError:

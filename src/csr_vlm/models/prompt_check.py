@@ -35,7 +35,8 @@ class ProcessorCheck:
     """
 
     def __init__(self, encoder: PromptEncoder, room: int = 1, max_tokens: int | None = None) -> None:
-        self._encoder = encoder
+        # The encoder itself may process prompts in another thread while threads copy this one.
+        self._encoder = _copy_of(encoder)
         self._room = room
         self._copies = threading.local()
         limits = (context_length(encoder.config), max_tokens)
@@ -94,12 +95,15 @@ class ProcessorCheck:
     def _copy(self) -> PromptEncoder:
         """Return this thread's copy of the encoder: processors are not safe to share."""
         if not hasattr(self._copies, "encoder"):
-            encoder = self._encoder
-            self._copies.encoder = PromptEncoder(
-                encoder.config, encoder.generation_config, deepcopy(encoder.processor), encoder.max_image_pixels
-            )
+            self._copies.encoder = _copy_of(self._encoder)
         copied: PromptEncoder = self._copies.encoder
         return copied
+
+
+def _copy_of(encoder: PromptEncoder) -> PromptEncoder:
+    return PromptEncoder(
+        encoder.config, encoder.generation_config, deepcopy(encoder.processor), encoder.max_image_pixels
+    )
 
 
 def context_length(config: Any) -> int | None:

@@ -48,7 +48,7 @@ class Preflight:
         agreement = self.scorer_agreement
         if agreement is None or SCORER_BOUND.judge(agreement) is Verdict.GO:
             return []
-        return [SCORER_BOUND.reason.format(value=agreement)]
+        return [SCORER_BOUND.explain(agreement)]
 
     def dump(self) -> dict[str, Any]:
         """Return the measured values as JSON data."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import RunConfig, ScorerConfig, preset_date
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.formatting import counts
 from csr_vlm.core.progress import Reporter, Silent
 from csr_vlm.core.records import Pair, Prompt
 from csr_vlm.data.checking import ModelCheck
@@ -194,7 +195,10 @@ def make_pairs(run: Run, iteration: int, reporter: Reporter, executor: Executor 
         pairs = _iterate_pairs(run, iteration, run.config, reasons, reporter)
     num_pairs = tables.write_pairs(run.pairs_path(iteration), pairs, run.root)
     if not num_pairs and iteration == 1:
-        raise CsrError(f"iteration {iteration} has no pairs: {dict(reasons)}", "loosen method.pairs or add prompts")
+        raise CsrError(
+            f"iteration {iteration} has no pairs: {counts(reasons)}",
+            "loosen method.pairs or add prompts",
+        )
     num_questions = 0 if offline else _write_question_pairs(run, iteration, reporter, executor)
     run.mark_done(
         iteration,
@@ -276,7 +280,7 @@ def whole_response_pairs(run: Run, iteration: int) -> list[Pair]:
     changes = {"method": {"pairs": {"between": "responses", "per_prompt": _WHOLE_PAIRS_PER_PROMPT}}}
     pairs, reasons = derive_pairs(run, iteration, resolve(merged(run.config.dump(), changes)))
     if not pairs:
-        raise CsrError(f"iteration {iteration} has no pairs of whole responses: {dict(reasons)}", "add prompts")
+        raise CsrError(f"iteration {iteration} has no pairs of whole responses: {counts(reasons)}", "add prompts")
     return pairs
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from csr_vlm.config.schema import GenerationConfig, RunConfig, TrainingConfig
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.hub import require_on_disk_or_reachable, require_reachable
 from csr_vlm.data.checking import ModelCheck
+from csr_vlm.data.sources import is_hub_id
 
 
 def require_start(config: RunConfig, log: Callable[[str], None]) -> ModelCheck:
@@ -76,6 +78,21 @@ def require_engine(config: GenerationConfig) -> None:
 
         assert config.server is not None
         require_server(config.server)
+
+
+def require_sources(config: RunConfig) -> None:
+    """Verify in seconds that what the run reads is on this disk, or that the hub responds.
+
+    Raises:
+        CsrError: Neither is the case.
+    """
+    require_on_disk_or_reachable("model.path", config.model.path, config.model.revision)
+    for scorer in (config.scorer, *config.scorer.extra):
+        if ":" not in scorer.path:
+            require_on_disk_or_reachable("scorer.path", scorer.path, scorer.revision)
+    for source in config.data.all_sources:
+        if is_hub_id(source):
+            require_reachable("data.pairs" if source == config.data.pairs else "data.prompts", source)
 
 
 def require_writable(root: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from csr_vlm.config.load import load_config
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.formatting import counts
 from csr_vlm.core.progress import Reporter
 from csr_vlm.pipeline import stages
 from csr_vlm.pipeline.policy_evaluation import evaluate_policy
@@ -95,7 +96,7 @@ def _train_point(
 
     pairs, reasons = stages.derive_pairs(run, iteration, config, reporter)
     if not pairs:
-        raise CsrError(f"these settings yield no pairs: {dict(reasons)}", "loosen method.pairs")
+        raise CsrError(f"these settings yield no pairs: {counts(reasons)}", "loosen method.pairs")
     questions = stages.question_pairs(run, iteration, config, reporter)
     paths = [root / "pairs.parquet", root / "questions.parquet"]
     for path, content in zip(paths, (pairs, questions), strict=True):

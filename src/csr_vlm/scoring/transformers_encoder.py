@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoProcessor
 
 from csr_vlm.config.schema import ModelConfig, OneScorerConfig
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.hub import require_on_disk_or_reachable
 from csr_vlm.models.checkpoints import checkpoint_tensors, read_tensors
 from csr_vlm.models.load_errors import load_error
 
@@ -35,6 +36,7 @@ class TransformersEncoder:
     """
 
     def __init__(self, config: OneScorerConfig, device: str, policy: ModelConfig | None = None) -> None:
+        require_on_disk_or_reachable("scorer.path", config.path, config.revision)
         try:
             self._model = AutoModel.from_pretrained(config.path, revision=config.revision, dtype=torch.float32)
             self._processor: Any = AutoProcessor.from_pretrained(config.path, revision=config.revision)

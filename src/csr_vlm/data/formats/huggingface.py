@@ -5,10 +5,12 @@ The latter are streamed. ``datasets`` is imported only when a dataset is opened.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from csr_vlm.core.errors import CsrError, reason_of
+from csr_vlm.core.hub import require_reachable
 from csr_vlm.data.rows import FIELDS, BadRow, Rows
 
 SAVED_FILES = ("dataset_dict.json", "state.json")
@@ -64,6 +66,8 @@ def _open(source: str, split: str) -> Any:
     """
     from datasets import load_dataset, load_from_disk
 
+    if not os.path.exists(source):  # noqa: PTH110 - Path.exists raises on names that are too long
+        require_reachable("data.prompts", source)
     try:
         if is_saved(Path(source)):
             dataset = load_from_disk(source)
