@@ -15,12 +15,13 @@ from csr_vlm.evaluation.statistics import Metric, over_runs
 
 PRESETS = {
     "calibrated": "",
+    "sentences": "preset=sentences",
     "paper": "preset=paper",
     "official": "preset=official",
     "only_rt": "preset=only_rt",
     "only_ri": "preset=only_ri",
     "random_pairs": "preset=random_pairs",
-    "self-rewarding": "method.lambda=0",
+    "self-rewarding": "preset=sentences method.lambda=0",
 }
 """Name in the tables to the overrides of the default configuration."""
 NUM_PICTURES = 60

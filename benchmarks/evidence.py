@@ -40,10 +40,9 @@ if TYPE_CHECKING:
     from csr_vlm.store.run import Run
 
 WHOLE_RESPONSES = "method.pairs.between=responses method.pairs.per_prompt=4 method.pairs.min_margin=0"
-PLAIN_SUM = "method.reward.baseline=none method.reward.image_score=cosine"
 OUR_RATE = "training.lora.r=16 training.lora.alpha=32 training.lora.dropout=0 training.projector_learning_rate=null "
 OUR_RATE += "training.trl.learning_rate=3e-4 training.trl.per_device_train_batch_size=16 training.trl.warmup_steps=0"
-NO_QUESTIONS = "method.pairs.questions.pattern="
+NO_QUESTIONS = "method.pairs.questions.per_prompt=0"
 
 DEVELOPMENT_SEED = EVALUATION_SEEDS["development"][5]
 SETTINGS_SCENES = {"num_scenes": 500, "split": "development", "seed": DEVELOPMENT_SEED}
@@ -122,14 +121,14 @@ JOBS = [
     *_comparison("official", "preset=official"),
     *_comparison("official, our rate", f"preset=official {OUR_RATE}"),
     *_ablation("calibrated", ""),
-    *_ablation("plain sum", PLAIN_SUM),
-    *_ablation("mean instead of sum", f"{PLAIN_SUM} method.reward.response=mean {WHOLE_RESPONSES}"),
-    *_ablation("whole responses in pairs", WHOLE_RESPONSES),
-    *_ablation("best against worst response", f"{WHOLE_RESPONSES} method.pairs.per_prompt=1"),
-    *_ablation("no questions", NO_QUESTIONS),
+    *_ablation("whole sentences (0.1)", "preset=sentences"),
+    *_ablation("no self-consistency", "method.reward.consistency=0"),
+    *_ablation("a false claim costs no more", "method.reward.false_cost=1"),
     *_ablation("repeats cost nothing", "method.reward.repeat_penalty=0"),
-    *_ablation("any margin", "method.pairs.min_margin=0"),
-    *_ablation("no look-ahead", "method.pairs.look_ahead=false"),
+    *_ablation("margin 3", "method.pairs.min_margin=3"),
+    *_ablation("whole responses in pairs", WHOLE_RESPONSES),
+    *_ablation("look-ahead", "method.pairs.look_ahead=true"),
+    *_ablation("no questions", NO_QUESTIONS),
     *_ablation("no greedy candidate", "method.search.greedy_first=false"),
     *_ablation("no SFT term", "training.trl.loss_weights=[1.0,0.0]"),
     *_ablation("search steered by likelihood", "method.search.steer_by=logprob"),
@@ -172,6 +171,7 @@ def run_job(job: Job, out: Path) -> None:
     root, models = directory_of(job, out), models_of(job, out)
     base = demo_config(out / "pictures", job.seed, job.prompts, job.scenes, world_named(job.world), models).dump()
     layer = {key: base[key] for key in ("seed", "model", "scorer", "data")} | {
+        "method": {"claims": base["method"]["claims"]},
         "iterations": job.iterations,
         "evaluation": {"audit": "warn"},
     }
