@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from csr_vlm.config.load import resolve
+from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import ModelConfig, RunConfig, ScorerConfig
 from csr_vlm.core.records import Prompt
 from csr_vlm.models.loading import load_policy
@@ -43,15 +43,18 @@ def small_config(directory: Path, **changes: object) -> RunConfig:
     if not (directory / "prompts.jsonl").exists():
         write_prompts(HARBOUR, Split.PROMPTS, 0, 16, directory)
     return resolve(
-        {
-            "iterations": 2,
-            "model": {"path": str(assets() / "llava"), "device": "cpu"},
-            "scorer": {"path": str(assets() / "clip")},
-            "data": {"prompts": str(directory / "prompts.jsonl")},
-            "generation": {"prompts_per_part": 4},
-            "training": {"trl": {"num_train_epochs": 1, "per_device_train_batch_size": 4}},
-            **changes,
-        }
+        merged(
+            {
+                "iterations": 2,
+                "model": {"path": str(assets() / "llava"), "device": "cpu"},
+                "scorer": {"path": str(assets() / "clip")},
+                "data": {"prompts": str(directory / "prompts.jsonl")},
+                "generation": {"prompts_per_part": 4},
+                "training": {"trl": {"num_train_epochs": 1, "per_device_train_batch_size": 4}},
+                "method": {"claims": {"caption": HARBOUR.template.format("{a} {0}")}},
+            },
+            changes,
+        )
     )
 
 
