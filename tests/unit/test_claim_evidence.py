@@ -9,6 +9,7 @@ import pytest
 from csr_vlm.core.records import Prompt
 from csr_vlm.playground.evidence import ClaimMarker, Level, Mark
 from csr_vlm.scoring.scorer import ScorerGroup
+from tests.unit.builders import config
 
 MINE, *OTHERS = (Prompt(name, f"{name}.png", "What is here?") for name in ("mine", "a", "b", "c"))
 
@@ -32,15 +33,23 @@ class Table:
 
 
 def marker(own: Mapping[str, float], lexicon: str = "en", others: Sequence[Prompt] = OTHERS) -> ClaimMarker:
-    return ClaimMarker(ScorerGroup([Table(own)]), "clip", lexicon, ".!?。", others)
+    return _marker(Table(own), lexicon, others)
 
 
-def test_the_evidence_is_the_ratio_of_two_normal_densities() -> None:
-    # sigma = 0.0816; z = +2.449 (boat) and -1.225 (dog); delta = (2.449 - 1.225) / 3 = 0.408
-    marks = marker({"There is a red boat.": 0.3, "There is a dog.": 0.0}).marks(MINE, "A red boat. A dog sits there.")
-    sigma = (0.02 / 3) ** 0.5
-    z, delta = (0.2 / sigma, -0.1 / sigma), 0.1 / sigma / 3
-    assert [mark.nats for mark in marks] == pytest.approx([delta * value - delta**2 / 2 for value in z])
+def _marker(table: Table, lexicon: str = "en", others: Sequence[Prompt] = OTHERS) -> ClaimMarker:
+    caption = "There is {a} {0}." if lexicon == "en" else "{0}"
+    method = config(method={"claims": {"lexicon": lexicon, "caption": caption}}).method
+    return ClaimMarker(ScorerGroup([table]), method, "clip", others)
+
+
+def test_the_evidence_is_that_of_the_method() -> None:
+    # The spread below the median of 0, 0.1 and 0.2 is 0.1 / sqrt(2); delta is the mean z of both things times 2 / 3.
+    own = {"There is a boat.": 0.35, "There is a red boat.": 0.3, "There is a dog.": 0.0}
+    marks = marker(own).marks(MINE, "A red boat. A dog sits there.")
+    sigma = 0.1 / 2**0.5
+    boat, red, dog = 0.25 / sigma, 0.2 / sigma, -0.1 / sigma
+    delta = (boat + dog) / 3
+    assert [mark.nats for mark in marks] == pytest.approx([delta * z - delta**2 / 2 for z in (red, dog)])
     assert [mark.thing for mark in marks] == ["red boat", "dog"]
 
 
@@ -57,7 +66,7 @@ def test_a_language_without_spaces() -> None:
 
 def test_a_claim_is_scored_once_a_picture() -> None:
     table = Table({})
-    once = ClaimMarker(ScorerGroup([table]), "clip", "en", ".", OTHERS)
+    once = _marker(table)
     for _ in range(2):
         once.marks(MINE, "A dog. A dog.")
     assert table.asked == ["There is a dog."]

@@ -1,30 +1,28 @@
-"""Find the claims of an answer, and measure how well each fits the picture compared with other pictures.
+"""Find the claims of an answer, and weigh the evidence for each as the method does.
 
-Each claim is scored alone, as "There is a red boat.". With z the distance of its cosine from those of the
-same words with other pictures, in their standard deviations, and delta the mean z of the answer's n claims,
-shrunk by n / (n + 1) and at least 0, the evidence of a claim in nats is the log-likelihood ratio of z under
-N(delta, 1), present, and N(0, 1), absent:
-
-    e(c) = delta z(c) - delta^2 / 2
+Each claim is made once in an answer, so its evidence is that of :mod:`csr_vlm.method.claim_evidence`
+without self-consistency.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from statistics import fmean, median, pstdev
 
+from csr_vlm.config.schema import MethodConfig
 from csr_vlm.core.records import Prompt
+from csr_vlm.method.claim_evidence import Evidence, claim_key, thing_of, words_of
 from csr_vlm.method.claims import claim_finder
 from csr_vlm.method.lexicon import Claim
 from csr_vlm.method.sentences import SentenceRule
+from csr_vlm.scoring.claim_scorer import ClaimScorer
 from csr_vlm.scoring.scorer import ScorerGroup
 
 _CLEAR = 1.0
 """Nats from which the evidence for or against a claim is clear."""
-_SMALLEST = 1e-6
 
 
 class Level(StrEnum):
@@ -58,29 +56,26 @@ class ClaimMarker:
     """Mark the claims of texts about pictures.
 
     Args:
-        scorer: Scorer of texts on pictures, without negative images.
+        scorer: Scorer of texts on pictures.
+        method: Settings of claims, sentences and evidence.
         used: Scorers whose mean evidence counts, as in ``scorer.use``.
-        lexicon: Lexicon of the claims.
-        delimiters: Ends of sentences.
         others: Prompts with other pictures; at least two of them differ from the one that a text is about.
     """
 
-    def __init__(self, scorer: ScorerGroup, used: str, lexicon: str, delimiters: str, others: Sequence[Prompt]) -> None:
+    def __init__(self, scorer: ScorerGroup, method: MethodConfig, used: str, others: Sequence[Prompt]) -> None:
         self._scorer = scorer
-        self._names = used.split("+")
-        self._finder = claim_finder(lexicon)
-        self._is_english = lexicon == "en"
-        self._rule = SentenceRule(delimiters)
+        self._claims = ClaimScorer(scorer, method.claims)
+        self._reward = method.reward.model_copy(update={"consistency": 0.0})
+        self._used = used
+        self._finder = claim_finder(method.claims.lexicon)
+        self._rule = SentenceRule(method.search.delimiters)
         self._others = list({prompt.image: prompt for prompt in others}.values())
-        self._known: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        """(contrast, spread) by scorer, of a picture and a thing."""
 
     def marks(self, prompt: Prompt, text: str) -> list[Mark]:
         """Return the claims of a text in their order, each as often as it is made."""
-        found = list(self._places(text))
-        things = list(dict.fromkeys(thing for _, _, thing in found))
-        nats = self._evidence(prompt, things)
-        return [Mark(start, end, thing, nats[thing]) for start, end, thing in found if thing in nats]
+        found = self._places(text)
+        nats = self._evidence(prompt, [claim for _, _, claim in found])
+        return [Mark(start, end, words_of(key), nats[key]) for start, end, key in found if key in nats]
 
     def _places(self, text: str) -> list[tuple[int, int, str]]:
         places: list[tuple[int, int, str]] = []
@@ -89,46 +84,26 @@ class ClaimMarker:
             position = text.index(sentence, position)
             for claim in self._finder.find(sentence):
                 places += (
-                    (position + match.start(), position + match.end(), _thing(claim))
+                    (position + match.start(), position + match.end(), claim_key(claim.name, claim.color))
                     for match in _pattern(claim).finditer(sentence)
                 )
             position += len(sentence)
         return _without_overlaps(places)
 
-    def _evidence(self, prompt: Prompt, things: Sequence[str]) -> dict[str, float]:
-        """Return the evidence of each thing; nothing if there are no other pictures to compare with."""
+    def _evidence(self, prompt: Prompt, keys: Sequence[str]) -> dict[str, float]:
+        """Return the evidence of each claim; a thing with its color has the lower of both.
+
+        There is none if there are no other pictures to compare with.
+        """
         others = [other for other in self._others if other.image != prompt.image]
-        if len(others) < 2 or not things:
+        if len(others) < 2 or not keys:
             return {}
-        self._score(prompt, [thing for thing in things if (prompt.image, thing) not in self._known], others)
-        total = dict.fromkeys(things, 0.0)
-        for index in range(len(self._names)):
-            columns = {thing: self._known[prompt.image, thing][index] for thing in things}
-            sigma = max(median(spread for _, spread in columns.values()), _SMALLEST)
-            z = {thing: contrast / sigma for thing, (contrast, _) in columns.items()}
-            delta = max(0.0, sum(z.values()) / (len(z) + 1))
-            for thing in things:
-                total[thing] += (delta * z[thing] - delta**2 / 2) / len(self._names)
-        return total
-
-    def _score(self, prompt: Prompt, things: Sequence[str], others: Sequence[Prompt]) -> None:
-        items = [(each, self._caption(thing)) for thing in things for each in (prompt, *others)]
-        rows = iter(self._scorer.score(items))
-        for thing in things:
-            values = [next(rows) for _ in range(len(others) + 1)]
-            self._known[prompt.image, thing] = [
-                (values[0][name] - fmean(row[name] for row in values[1:]), pstdev(row[name] for row in values[1:]))
-                for name in self._names
-            ]
-
-    def _caption(self, thing: str) -> str:
-        if not self._is_english:
-            return thing
-        return f"There is {'an' if thing[0] in 'aeiou' else 'a'} {thing}."
-
-
-def _thing(claim: Claim) -> str:
-    return f"{claim.color} {claim.name}".strip()
+        self._scorer.set_negative_images([prompt, *others], len(others))
+        claims = list(dict.fromkeys(name for key in keys for name in (thing_of(key), key)))
+        rows = self._claims.score([(prompt, claim) for claim in claims])
+        things = Counter(dict.fromkeys(map(thing_of, claims), 1))
+        evidence = Evidence(dict(zip(claims, rows, strict=True)), things, self._used, self._reward)
+        return {key: min(evidence.nats[key], evidence.nats[thing_of(key)]) for key in keys}
 
 
 def _pattern(claim: Claim) -> re.Pattern[str]:

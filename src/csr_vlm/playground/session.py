@@ -56,9 +56,8 @@ class Playground:
         config = self.run.config
         self._marker = ClaimMarker(
             load_run_scorer(config, self.run.adapter_path(0)),
+            config.method,
             config.scorer.used,
-            config.method.claims.lexicon,
-            config.method.search.delimiters,
             self.pictures(_NUM_OTHERS),
         )
 
