@@ -51,7 +51,7 @@ def small_config(directory: Path, **changes: object) -> RunConfig:
                 "data": {"prompts": str(directory / "prompts.jsonl")},
                 "generation": {"prompts_per_part": 4},
                 "training": {"trl": {"num_train_epochs": 1, "per_device_train_batch_size": 4}},
-                "method": {"claims": {"caption": HARBOUR.template.format("{a} {0}")}},
+                "method": {"claims": {"caption": HARBOUR.template.format("{a} {0}")}, "pairs": {"min_margin": 1.0}},
             },
             changes,
         )
