@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
+from tests.exchange_rows import OTHERS, OTHERS_OF_THEIR_OWN
 from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 from csr_vlm.cli.app import app
 from csr_vlm.config.load import fields_of, load_config, section_of
 from csr_vlm.config.schema import RunConfig, presets, size_classes
+from csr_vlm.data.rows import unpacked
+from csr_vlm.data.sources import PAIR_READERS
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "src" / "csr_vlm"
@@ -37,6 +40,7 @@ recipes, runs and configuration keys.
 _NOTE = "<!-- Written by `python -m docs.reference`; do not edit. -->"
 _MARKS = re.compile(r"(<!-- table: begin -->\n).*(<!-- table: end -->)", re.DOTALL)
 _SIZE_MARKS = re.compile(r"(<!-- sizes: begin -->\n).*(<!-- sizes: end -->)", re.DOTALL)
+_OTHERS_MARKS = re.compile(r"(<!-- pairs of others: begin -->\n).*(<!-- pairs of others: end -->)", re.DOTALL)
 _TREE_MARKS = re.compile(r"(<!-- package tree: begin -->\n).*(<!-- package tree: end -->)", re.DOTALL)
 _COMPARED = ("paper", "official", "calibrated")
 _NEEDED = {"model": {"path": "model-2m"}, "scorer": {"path": "S"}, "data": {"prompts": "P", "pairs": "Q"}}
@@ -51,11 +55,23 @@ def pages() -> dict[str, str]:
     return {
         "architecture.md": _TREE_MARKS.sub(lambda found: found[1] + tree + found[2], architecture),
         "configuration.md": configuration(),
+        "data.md": _OTHERS_MARKS.sub(
+            lambda found: found[1] + others_table() + found[2], (HERE / "data.md").read_text(encoding="utf-8")
+        ),
         "commands.md": commands(),
         "presets.md": _SIZE_MARKS.sub(
             lambda found: found[1] + sizes + found[2], _MARKS.sub(lambda found: found[1] + table + found[2], around)
         ),
     }
+
+
+def others_table() -> str:
+    """Write the table of other programs' pairs, from the rows that the tests read."""
+    rows = ["| rows of | fields besides the id | read as |", "|---|---|---|"]
+    for name, row in {**OTHERS, **OTHERS_OF_THEIR_OWN}.items():
+        reader = next(form for form, module in PAIR_READERS.items() if module.responses(unpacked(row)) is not None)
+        rows.append(f"| {name} | {', '.join(f'`{field}`' for field in row)} | `{reader}` |")
+    return "\n".join([*rows, ""])
 
 
 def package_tree(page: str) -> str:
