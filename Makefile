@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 EVAL_VENV := .venv-eval
 RAY_VENV := .venv-ray
 VLLM_VENV := .venv-vllm
+APP_VENV := .venv-app
 DOCS_VENV := .venv-docs
 EVIDENCE := build/evidence
 MODELS := $(EVIDENCE)/models
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test check golden docs docs-pages test-eval test-scale test-ray test-vllm test-faults audit-dependencies evidence
+.PHONY: demo test check golden docs docs-pages test-eval test-scale test-ray test-vllm test-app test-faults audit-dependencies evidence
 .PHONY: lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
@@ -44,6 +45,9 @@ test-ray: $(RAY_VENV)/.installed  ## Ray Data, killed actors and drivers, in an 
 
 test-vllm: $(VLLM_VENV)/.installed  ## the vLLM engine and server, on a CPU, in an environment of its own
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -s -m vllm tests/vllm
+
+test-app: $(APP_VENV)/.installed  ## csr try in a real browser, in an environment of its own: Gradio needs an older Pillow
+	OMP_NUM_THREADS=1 $(APP_VENV)/bin/python -m pytest -q tests/app
 
 test-faults: $(VENV)/.installed-dev  ## a hundred kills, failing disks, a thousand bad inputs (about half an hour)
 	CSR_FAULTS=all $(BIN)/pytest -q -s -p no:xdist tests/faults
@@ -117,10 +121,17 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
 		> $$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/masked_torchvision.pth
 	touch $@
 
+$(APP_VENV)/.installed: pyproject.toml constraints-app.txt
+	$(PYTHON) -m venv $(APP_VENV)
+	$(APP_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-app.txt torch
+	$(APP_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-app.txt -e '.[app]' \
+		pytest hypothesis playwright
+	touch $@
+
 $(DOCS_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
 	$(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt mkdocs mkdocs-material
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(EVAL_VENV) $(RAY_VENV) $(VLLM_VENV) $(DOCS_VENV) .venv-audit runs build .cache
+	rm -rf $(VENV) $(EVAL_VENV) $(RAY_VENV) $(VLLM_VENV) $(APP_VENV) $(DOCS_VENV) .venv-audit runs build .cache

@@ -28,12 +28,14 @@ from csr_vlm.generation.self_check import logprobs_from_pixels, self_check
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import Tree, search
+from csr_vlm.models.adapters import AdapterSwitch
 from csr_vlm.models.checkpoints import checkpoint_tensors
 from csr_vlm.models.families import FAMILIES as KNOWN_FAMILIES
 from csr_vlm.models.families import Family
 from csr_vlm.models.loading import load_policy
 from csr_vlm.models.policy import Policy
 from csr_vlm.models.prefix_tree import tree_obstacle
+from csr_vlm.playground.answering import Sampling, stream_answer
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.training import dpo
 from csr_vlm.training.collator import PairCollator
@@ -227,6 +229,20 @@ def test_generated_logprobs_equal_teacher_forced_ones(family: Case) -> None:
         abs(float(forced.sum()) - response.logprob) > 100 * TOLERANCE
         for response, forced in zip(responses, wrong, strict=True)
     )
+
+
+def test_adapters_are_switched_in_one_model_and_answers_stream(family: Case) -> None:
+    switch = AdapterSwitch(family.config, {"base": None, "trained": family.adapter})
+    asked, response = family.prompts[0], family.trees[0].nodes[0].token_ids
+    for name, adapter in (("trained", family.adapter), ("base", None), ("trained", family.adapter)):
+        with switch.using(name) as policy:
+            ours = policy.teacher_forced([asked], [response])[0]
+            *_, streamed = stream_answer(policy, asked, Sampling(max_new_tokens=8))
+        expected = load_policy(family.config, adapter)
+        assert torch.allclose(ours, expected.teacher_forced([asked], [response])[0], atol=TOLERANCE)
+        answer = TransformersEngine(expected).respond([asked], 8)[0]
+        whole = expected.tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
+        assert streamed == whole
 
 
 def test_dpo_moves_only_the_language_models_adapter(family: Case) -> None:

@@ -89,10 +89,10 @@ def test_order_and_batches_do_not_matter(prompts: list[Prompt]) -> None:
 def test_a_question_is_asked_once_until_the_cache_is_dropped(prompts: list[Prompt], monkeypatch) -> None:
     judge = judge_of(**QUESTIONS)
     num_questions = []
-    probabilities = judge._probabilities
+    probabilities = judge._answers.probabilities
     monkeypatch.setattr(
-        judge,
-        "_probabilities",
+        judge._answers,
+        "probabilities",
         lambda questions: num_questions.append(len(questions)) or probabilities(questions),
     )
     item = (prompts[0], "There is a red boat.")

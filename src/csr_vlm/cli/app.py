@@ -11,6 +11,7 @@ import typer
 from csr_vlm.cli import INTERRUPTED, error_messages, evaluate, world
 from csr_vlm.cli.analyze import analyze
 from csr_vlm.cli.audit import audit
+from csr_vlm.cli.chat import chat
 from csr_vlm.cli.check import check
 from csr_vlm.cli.common import Verbs
 from csr_vlm.cli.compact import compact
@@ -33,6 +34,7 @@ from csr_vlm.cli.show import show
 from csr_vlm.cli.signals import Stopped
 from csr_vlm.cli.sweep import sweep
 from csr_vlm.cli.train import train
+from csr_vlm.cli.try_page import try_page
 from csr_vlm.cli.validate_scorer import validate_scorer
 from csr_vlm.cli.version import print_version_and_exit, version
 from csr_vlm.cli.watch import watch
@@ -68,7 +70,7 @@ def root(
 
 _VERBS: Sequence[Callable[..., None]] = (
     *(init, run, demo, check, watch),
-    *(show, report, audit, analyze),
+    *(show, chat, report, audit, analyze),
     *(compare, reproduce, validate_scorer),
     *(export, merge, push),
     *(generate, score, pairs, train, sweep, convert, compact, env, version),
@@ -78,6 +80,7 @@ for _verb in _VERBS:
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(world.app, name="world")
 app.command("help")(show_help)
+app.command("try")(try_page)
 
 
 def main() -> None:

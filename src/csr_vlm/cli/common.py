@@ -16,7 +16,7 @@ from csr_vlm.core.errors import CsrError
 
 SECTIONS = {
     "Run": ("init", "demo", "check", "run", "watch"),
-    "Inspect": ("show", "report", "audit", "analyze"),
+    "Inspect": ("show", "chat", "try", "report", "audit", "analyze"),
     "Evaluate": ("eval", "compare", "reproduce", "validate-scorer"),
     "Share": ("export", "merge", "push"),
     "Advanced": (

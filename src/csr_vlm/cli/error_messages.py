@@ -22,6 +22,7 @@ EXTRAS = {
     "num2words": "families",
     "vllm": "vllm",
     "ray": "ray",
+    "gradio": "app",
 }
 """Extra of csr-vlm that installs an optional module."""
 _ERRNO_PREFIX = re.compile(r"\[Errno \d+\] (.*?)(: '.*')?$")

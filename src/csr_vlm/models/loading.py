@@ -74,14 +74,17 @@ def load_prompt_encoder(config: ModelConfig, max_image_pixels: int = MAX_IMAGE_P
     return PromptEncoder(model_config, generation_config, processor, max_image_pixels)
 
 
-def load_adapter(model: Any, adapter: Path, *, trainable: bool = False, one_dtype: bool = False) -> PeftModel:
+def load_adapter(
+    model: Any, adapter: Path, *, trainable: bool = False, one_dtype: bool = False, name: str = "default"
+) -> PeftModel:
     """Add a saved adapter to a base model.
 
     Args:
-        model: Base model.
+        model: Base model, or one that has adapters of other names already.
         adapter: Directory of the adapter.
         trainable: Whether the adapter is to be trained.
         one_dtype: Keep the adapter in the data type of the model, also in half precision.
+        name: Name of the adapter in the model.
 
     Raises:
         CsrError: The adapter does not exist or does not fit the model. PEFT skips tensors whose names
@@ -93,15 +96,18 @@ def load_adapter(model: Any, adapter: Path, *, trainable: bool = False, one_dtyp
             f"there is no adapter in {adapter}", "it needs adapter_config.json and adapter_model.safetensors"
         )
     try:
-        adapted = PeftModel.from_pretrained(
-            model, str(adapter), is_trainable=trainable, autocast_adapter_dtype=not one_dtype
-        )
+        options = {"is_trainable": trainable, "autocast_adapter_dtype": not one_dtype}
+        if isinstance(model, PeftModel):
+            adapted = model
+            adapted.load_adapter(str(adapter), name, **options)
+        else:
+            adapted = PeftModel.from_pretrained(model, str(adapter), adapter_name=name, **options)
     except Exception as error:  # A damaged or foreign adapter may raise anything.
         raise CsrError(
             f"the adapter {adapter} does not fit the model: {reason_of(error)}", "check model.path"
         ) from None
     saved_names = file_tensors(weights).keys()
-    unmatched = saved_names ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    unmatched = saved_names ^ set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
     if unmatched:
         raise CsrError(
             f"the adapter {adapter} does not fit the model: {len(unmatched)} tensor names do not match, such as "

@@ -106,6 +106,15 @@ class Policy:
             response_token_type=self.family.response_token_type,
         )
 
+    def generation_inputs(self, prompt: Prompt) -> dict[str, Any]:
+        """Return a prompt as the model's own ``generate`` takes it, on the model's device.
+
+        Raises:
+            CsrError: The image was deleted or changed since it was checked.
+        """
+        processed = self.prompt_encoder.process(prompt)
+        return {key: self._to_device(value) for key, value in processed.items() if key != "labels"}
+
     def step_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Shape the positions of one more token per row, (rows,), as the model takes them.
 

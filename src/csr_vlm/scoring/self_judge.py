@@ -10,14 +10,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from csr_vlm.config.schema import ModelConfig, OneScorerConfig
 from csr_vlm.core.batching import batched
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.models.loading import load_policy
-from csr_vlm.models.policy import Policy
+from csr_vlm.models.yes_or_no import YesOrNo
 
 
 class JudgeScorer:
@@ -37,7 +35,7 @@ class JudgeScorer:
         self._config = config
         self._pattern = re.compile(config.judge.pattern)
         self._policy = load_policy(model, adapter, max_image_pixels)
-        self._yes_ids, self._no_ids = _answer_ids(self._policy)
+        self._answers = YesOrNo(self._policy)
         self._cache: dict[tuple[str, str], float] = {}
         """Scores by (image, question)."""
 
@@ -46,7 +44,7 @@ class JudgeScorer:
         questions = [(prompt.image, self.question(sentence)) for prompt, sentence in items]
         new = [key for key in dict.fromkeys(questions) if key not in self._cache]
         for chunk in batched(new, self._config.batch_size):
-            self._cache |= dict(zip(chunk, self._probabilities(chunk), strict=True))
+            self._cache |= dict(zip(chunk, self._answers.probabilities(chunk), strict=True))
         return [{self.name: self._cache[key]} for key in questions]
 
     def forget(self) -> None:
@@ -70,33 +68,3 @@ class JudgeScorer:
                 f"it may use {{sentence}} and, for a sentence that matches {self._config.judge.pattern!r}, "
                 "the pattern's groups as {0}, {1}, ...",
             ) from None
-
-    @torch.inference_mode()
-    def _probabilities(self, questions: Sequence[tuple[str, str]]) -> list[float]:
-        """Compute P(yes) / (P(yes) + P(no)) of each (image, question)."""
-        encoded = self._policy.with_features([self._policy.encode(Prompt("", *item)) for item in questions])
-        inputs = self._policy.model_inputs(encoded, [()] * len(encoded), "left")
-        logits = self._policy.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-        probabilities = torch.softmax(logits, dim=-1)  # (questions, vocabulary)
-        yes, no = (probabilities[:, ids].sum(dim=-1) for ids in (self._yes_ids, self._no_ids))
-        return [float(value) for value in yes / (yes + no)]
-
-
-def _answer_ids(policy: Policy) -> tuple[list[int], list[int]]:
-    """Return the ids of the first tokens of "yes" and of "no", in both cases and with or without a leading space.
-
-    Raises:
-        CsrError: The first tokens of both words are the same.
-    """
-
-    def first_ids(word: str) -> set[int]:
-        forms = [space + form for form in (word, word.lower()) for space in ("", " ")]
-        return {policy.tokenizer(form, add_special_tokens=False)["input_ids"][0] for form in forms}
-
-    yes_ids, no_ids = first_ids("Yes"), first_ids("No")
-    common_ids = yes_ids & no_ids  # such as a lone space, where the tokenizer splits it off
-    if not yes_ids - common_ids or not no_ids - common_ids:
-        raise CsrError(
-            "the policy's tokenizer does not distinguish yes and no by their first token", "use another scorer"
-        )
-    return sorted(yes_ids - common_ids), sorted(no_ids - common_ids)
