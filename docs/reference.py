@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
+from tests.exchange_rows import OTHERS, OTHERS_OF_THEIR_OWN
 from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from csr_vlm.cli.app import app
 from csr_vlm.config.load import fields_of, load_config, section_of
 from csr_vlm.config.schema import RunConfig, presets, size_classes
+from csr_vlm.data.rows import unpacked
 from csr_vlm.data.sources import PAIR_FORMATS, PAIR_READERS
 
 HERE = Path(__file__).parent
@@ -92,6 +94,22 @@ def _trainer_of(name: str) -> str:
     version = re.search(rf"^{package}==(\S+)$", pinned, re.MULTILINE)
     assert version is not None
     return f"{program} {version[1]}"
+
+
+def data() -> str:
+    """Fill the tables of the page about data."""
+    page = (HERE / "data.md").read_text(encoding="utf-8")
+    page = _PAIR_MARKS.sub(lambda found: found[1] + pair_table() + found[2], page)
+    return _OTHERS_MARKS.sub(lambda found: found[1] + others_table() + found[2], page)
+
+
+def others_table() -> str:
+    """Write the table of other programs' pairs, from the rows that the tests read."""
+    rows = ["| rows of | fields besides the id | read as |", "|---|---|---|"]
+    for name, row in {**OTHERS, **OTHERS_OF_THEIR_OWN}.items():
+        reader = next(form for form, module in PAIR_READERS.items() if module.responses(unpacked(row)) is not None)
+        rows.append(f"| {name} | {', '.join(f'`{field}`' for field in row)} | `{reader}` |")
+    return "\n".join([*rows, ""])
 
 
 def package_tree(page: str) -> str:
