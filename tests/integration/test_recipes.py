@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPConfig, CLIPModel, LlavaConfig, Qwen2_5_VLConfig
 from typer.testing import CliRunner
 
 from csr_vlm.cli.app import app
@@ -16,7 +16,7 @@ from csr_vlm.config.load import load_config
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.data.prompts import InputReport, read_prompts
-from csr_vlm.models.architecture import published_architecture, read_architecture
+from csr_vlm.models.architecture import ScorerShape, published_architecture, read_architecture, scorer_shape
 from csr_vlm.models.loading import load_prompt_encoder
 from csr_vlm.pipeline import estimate as module
 from csr_vlm.pipeline.estimate import estimate
@@ -96,6 +96,16 @@ def test_the_architecture_of_a_model_on_disk_is_its_own(tmp_path: Path) -> None:
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(config.model.path))
     exact = sum(parameter.numel() for parameter in model.parameters())
     assert shape.parameters == pytest.approx(exact, rel=0.03)
+
+
+def test_the_size_of_a_scorer_on_disk_is_its_own(tmp_path: Path) -> None:
+    path = str(assets() / "clip")
+    with torch.device("meta"):
+        exact = CLIPModel(CLIPConfig.from_pretrained(path)).num_parameters()
+    shape = scorer_shape(path)
+    assert shape.parameters == pytest.approx(exact, rel=0.15)
+    assert shape.vision_parameters < exact < 2_000_000
+    assert scorer_shape(str(tmp_path)) == scorer_shape("org/another") == ScorerShape()
 
 
 def test_published_shapes_have_the_parameters_of_their_models() -> None:

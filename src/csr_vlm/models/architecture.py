@@ -137,8 +137,27 @@ def published_architecture(path: str) -> Architecture | None:
 
 
 def scorer_shape(path: str) -> ScorerShape:
-    """Return the dimensions of a scorer; those of CLIP ViT-L/14 at 336 pixels for one that is not in the table."""
+    """Return the dimensions of a scorer: of one on disk, of one in the table, or of CLIP ViT-L/14 at 336 pixels."""
+    if Path(path).is_dir():
+        return _scorer_on_disk(path)
     return ScorerShape(**_table()["scorers"].get(path, {}))
+
+
+@cache
+def _scorer_on_disk(path: str) -> ScorerShape:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        vision, text = config.vision_config, config.text_config
+        towers = [
+            one.num_hidden_layers * (4 * one.hidden_size**2 + 2 * one.hidden_size * one.intermediate_size)
+            for one in (vision, text)
+        ]
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return ScorerShape(towers[0], patches + 1, towers[1], sum(towers) + text.vocab_size * text.hidden_size)
+    except (OSError, ValueError, KeyError, AttributeError):  # A scorer of another kind, such as open_clip's.
+        return ScorerShape()
 
 
 def local_directory(model: ModelConfig) -> Path | None:

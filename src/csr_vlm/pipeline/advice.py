@@ -84,4 +84,12 @@ def _changed(costs: StageCosts, settings: dict[str, Any]) -> StageCosts:
 
 
 def _hours(hours: float) -> str:
+    """Format hours, or minutes if they are few.
+
+    Example:
+        >>> _hours(0.2), _hours(2.06), _hours(1234)
+        ('12 min', '2.1 h', '1,234 h')
+    """
+    if hours < 1:
+        return f"{60 * hours:.0f} min"
     return f"{hours:.2g} h" if hours < 10 else f"{hours:,.0f} h"

@@ -114,8 +114,8 @@ def _picture_note(max_image_tokens: int | None) -> str:
     if max_image_tokens is None:
         return ""
     return (
-        f"\nPictures had at most {max_image_tokens} tokens in training (`model.max_image_tokens`). Limit them alike: "
-        "for Qwen-VL by `max_pixels`, for InternVL by `max_patches`, for others by `size` of the image processor.\n"
+        f"\nPictures had at most {max_image_tokens} tokens in training (`model.max_image_tokens`). The processor "
+        "in this folder limits them alike; other programs must be told, such as vLLM by `--mm-processor-kwargs`.\n"
     )
 
 
