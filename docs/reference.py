@@ -24,8 +24,8 @@ _ABOUT_CONFIGURATION = """\
 A recipe is a YAML file with these options. `key=value` arguments on the command line override it, as in
 `csr run recipes/llava-1.5-7b.yaml method.lambda=0.7 data.limit=1000`. Values are YAML. Options that the recipe does not
 set come from its `preset`, then from the defaults listed here. Unknown keys are refused, with the nearest valid key.
-`csr check RECIPE --config` prints the resolved configuration. `csr recipes` lists the recipes that come with the package:
-`csr run llava-1.5-7b` works from any folder, and `csr recipes llava-1.5-7b` copies the file, so that you can change it.
+`csr check RECIPE --config` prints the resolved configuration. `csr recipes` lists the recipes that come with the
+package: `csr run llava-1.5-7b` works from any folder, and `csr recipes llava-1.5-7b` copies the file to change it.
 """
 _ABOUT_COMMANDS = """\
 Results go to stdout; progress, warnings and next steps go to stderr. `--quiet`, `--verbose`, `--json`,
