@@ -26,7 +26,7 @@ def description_of(recipe: Path) -> str:
         'The whole method on the embedded world, in three minutes on two CPU cores'
     """
     line = recipe.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
-    return re.split(r"[.;](?:\s|$)|: pip |:$", line, maxsplit=1)[0]
+    return re.split(r"[.;](?:\s|$)|(?<=\)): |: pip |:$", line, maxsplit=1)[0]
 
 
 def _folder() -> Path:
