@@ -12,7 +12,7 @@ import torch
 
 from csr_vlm.config.load import resolve
 from csr_vlm.config.schema import GenerationConfig, ModelConfig, RunConfig, SearchConfig
-from csr_vlm.core.errors import CsrError
+from csr_vlm.core.errors import CsrError, PromptError
 from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
 from csr_vlm.generation.engines import _image_options
 from csr_vlm.generation.sampling import stream_key
@@ -122,7 +122,7 @@ def test_a_missing_vllm_has_a_hint_that_installs_it(monkeypatch: pytest.MonkeyPa
     config = GenerationConfig(engine="vllm")
     with pytest.raises(CsrError, match="needs vLLM") as caught, vllm_engine(LLAVA, config, None):
         pass
-    assert "csr-vlm[vllm]" in caught.value.hint
+    assert "pip install 'vllm>=" in caught.value.hint
 
 
 def test_an_error_names_the_server_that_does_not_respond(prompt_encoder: PromptEncoder) -> None:
@@ -222,3 +222,18 @@ def test_the_sampling_parameters_of_each_request(prompt_encoder: PromptEncoder) 
     assert all(s["stop_token_ids"] == sorted(prompt_encoder.eos_ids) for s in sampling)
     for request in stream.requests:
         assert request.token_ids.count(prompt_encoder.image_token_ids[0]) == 1
+
+
+def test_a_search_that_failed_leaves_no_request_behind(prompt_encoder: PromptEncoder) -> None:
+    stream = ScriptedStream(prompt_encoder, "There is a boat and a fish.", broken_after=2)
+    engine = StreamingEngine(stream, prompt_encoder)
+    proposer = engine.proposer(SearchConfig(), PROMPT)
+    proposer.submit([Expansion(PROMPT, "", (), 3, (0, "p", 1, ""))])
+    with pytest.raises(PromptError, match="stopped a sentence of prompt p early"):
+        proposer.collect()
+    engine.forget()
+    assert set(stream.aborted) == {request.request_id for request in stream.requests}
+    assert stream.released == ["p"]
+    again = engine.proposer(SearchConfig(), PROMPT)
+    again.submit([Expansion(PROMPT, "", (), 1, (0, "p", 1, ""))])
+    assert stream.requests[-1].request_id not in stream.aborted, "ids are never used twice"
