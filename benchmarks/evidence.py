@@ -346,13 +346,13 @@ def job_of(key: str) -> Job:
 
 def pending(jobs: Sequence[Job], out: Path) -> Iterator[Job]:
     """Yield the jobs that have no result, and whose world and base models exist."""
-    from csr_vlm.world.scenes import WORLDS
+    from csr_vlm.world.scenes import all_worlds
 
     for job in jobs:
         models = models_of(job, out)
         if (directory_of(job, out) / "result.json").exists():
             continue
-        if job.world not in WORLDS:
+        if job.world not in all_worlds():
             print(f"{job.key}: this version has no world {job.world!r}", file=sys.stderr)
         elif models is not None and not models.is_dir():
             print(f"{job.key}: no base model in {models}; make evidence builds it", file=sys.stderr)

@@ -35,7 +35,7 @@ RULE = SentenceRule(".")
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return a run of one iteration, whose pairs are exported."""
-    whole = {"between": "responses", "per_prompt": 4, "min_margin": 0.0, "questions": {"pattern": ""}}
+    whole = {"between": "responses", "per_prompt": 4, "min_margin": 0.0, "questions": {"per_prompt": 0}}
     config = small_config(tmp_path_factory.mktemp("world"), iterations=1, method={"pairs": whole})
     run = Run.create(tmp_path_factory.mktemp("searched"), config)
     align(run, Silent())

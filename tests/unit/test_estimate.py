@@ -134,7 +134,7 @@ def test_prefill_claims_and_training_follow_from_arithmetic():
     clip = scorer_shape("org/clip")
     scored = 2 * clip.vision_parameters * clip.vision_tokens + 64 * 2 * clip.text_parameters * 25
     assert made.claims() == pytest.approx(8 * (asked / 0.5e9 + scored / (1e14 * case.scorer_share)))
-    assert costs({"method": {"pairs": {"questions": {"pattern": ""}}}}).claims() == 0
+    assert costs({"method": {"pairs": {"questions": {"per_prompt": 0}}}}).claims() == 0
 
 
 def test_one_process_checks_pictures_in_threads():

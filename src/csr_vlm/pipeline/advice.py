@@ -65,7 +65,7 @@ def _changes(costs: StageCosts) -> Iterator[tuple[str, StageCosts]]:
     if costs.num_questions:
         yield (
             "method.pairs.questions.per_prompt=0 (no claim questions)",
-            _changed(costs, {"method": {"pairs": {"questions": {"pattern": ""}}}}),
+            _changed(costs, {"method": {"pairs": {"questions": {"per_prompt": 0}}}}),
         )
     half = max(costs.num_prompts // 2, 1)
     yield f"data.limit={half}", replace(costs, num_prompts=half)
