@@ -46,7 +46,7 @@ test-ray: $(RAY_VENV)/.installed  ## Ray Data, killed actors and drivers, in an 
 test-vllm: $(VLLM_VENV)/.installed  ## the vLLM engine and server, on a CPU, in an environment of its own
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -s -m vllm tests/vllm
 
-test-app: $(APP_VENV)/.installed  ## csr try in a real browser, in an environment of its own: Gradio needs an older Pillow
+test-app: $(APP_VENV)/.installed  ## csr try in a real browser, and the trackers, in an environment of its own
 	OMP_NUM_THREADS=1 $(APP_VENV)/bin/python -m pytest -q tests/app
 
 test-faults: $(VENV)/.installed-dev  ## a hundred kills, failing disks, a thousand bad inputs (about half an hour)
@@ -125,7 +125,7 @@ $(APP_VENV)/.installed: pyproject.toml constraints-app.txt
 	$(PYTHON) -m venv $(APP_VENV)
 	$(APP_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-app.txt torch
 	$(APP_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-app.txt -e '.[app]' \
-		pytest hypothesis playwright
+		pytest hypothesis playwright tensorboard wandb trackio mlflow-skinny sqlalchemy alembic pandas
 	touch $@
 
 $(DOCS_VENV)/.installed: pyproject.toml constraints.txt
