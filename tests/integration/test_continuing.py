@@ -156,7 +156,14 @@ def test_the_self_check_accepts_the_shipped_model_and_rejects_wrong_positions(
 def test_the_card_says_what_the_adapter_is(finished: Run) -> None:
     card = (finished.root / "adapter" / "README.md").read_text(encoding="utf-8")
     _, header, text = card.split("---\n", 2)
-    assert yaml.safe_load(header)["base_model"] == LLAVA
+    metadata = yaml.safe_load(header)
+    assert "base_model" not in metadata, "the base model is a folder"
+    assert str(Path(LLAVA).parent) not in card, "no paths of this machine"
+    (model,) = metadata["model-index"]
+    (chair_s,) = [result["metrics"][0] for result in model["results"] if result["metrics"][0]["type"] == "chair_s"]
+    assert chair_s["value"] == pytest.approx(finished.result(1, "evaluate")["world"]["chair_s"]["value"], abs=1e-6)
+    assert "@inproceedings{zhou2024calibrated" in text
+    assert "Each pair compares two" in text
     assert "PeftModel.from_pretrained" in text
     metrics = finished.result(1, "evaluate")["world"]["chair_s"]
     row = next(line for line in text.splitlines() if line.startswith("| CHAIR_S"))
@@ -175,14 +182,17 @@ def test_the_license_of_the_base_model_is_on_the_card(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_shows_what_would_be_sent(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push_module, "_upload", lambda *_: pytest.fail("something was sent"))
-    shown = CliRunner().invoke(app, ["push", str(finished.root), "me/llava-csr", "--dry-run"])
+    monkeypatch.setattr(push_module._Upload, "send", lambda *_: pytest.fail("something was sent"))
+    shown = CliRunner().invoke(
+        app, ["push", str(finished.root), "me/llava-csr", "--dry-run", "--base-model", "org/llava"]
+    )
     assert shown.exit_code == 0
     for expected in (
         "adapter_model.safetensors",
         "adapter_config.json",
         "README.md",
-        "base_model:",
+        "processor_config.json",
+        "base_model: org/llava",
         "nothing was uploaded",
     ):
         assert expected in shown.output
@@ -192,17 +202,32 @@ def test_a_push_sends_the_adapters_folder(finished: Run, monkeypatch: pytest.Mon
     sent = {}
 
     class Api:
+        def whoami(self) -> dict[str, object]:
+            return {"name": "me", "orgs": [{"name": "ours"}], "auth": {"accessToken": {"role": "write"}}}
+
         def create_repo(self, name: str, **options: object) -> None:
             sent["repository"] = (name, options)
 
         def upload_folder(self, **options: object) -> object:
-            sent["folder"] = options["folder_path"]
+            sent["options"], folder = options, Path(str(options["folder_path"]))
+            sent["files"] = {path.name: path.read_bytes() for path in folder.iterdir()}
             return type("Commit", (), {"commit_url": "https://hub/commit/1"})()
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     shown = CliRunner().invoke(app, ["push", str(finished.root), "me/llava-csr", "--private"])
     assert shown.stdout.strip() == "https://hub/commit/1"
-    assert sent["repository"] == ("me/llava-csr", {"private": True, "exist_ok": True})
-    assert sent["folder"] == finished.root / "adapter"
+    assert sent["repository"] == ("me/llava-csr", {"repo_type": "model", "private": True, "exist_ok": True})
+    assert sent["files"].keys() == {path.name for path in (finished.root / "adapter").iterdir()}
+    assert not [name for name, content in sent["files"].items() if str(Path(LLAVA).parent).encode() in content]
+    weights = "adapter_model.safetensors"
+    assert sent["files"][weights] == (finished.root / "adapter" / weights).read_bytes()
+    shown = CliRunner().invoke(app, ["push", str(finished.root), "ours/pairs", "--pairs"])
+    assert shown.stdout.strip() == "https://hub/commit/1"
+    assert sent["repository"] == ("ours/pairs", {"repo_type": "dataset", "private": False, "exist_ok": True})
+    assert sent["files"].keys() == {"pairs.parquet", "README.md"}
+    sent.clear()
+    other = CliRunner().invoke(app, ["push", str(finished.root), "someone/llava-csr"])
+    assert "me cannot write to someone" in str(other.exception)
+    assert not sent, "no repository was created"
     bad = CliRunner().invoke(app, ["push", str(finished.root), "not a name"])
     assert isinstance(bad.exception, CsrError)

@@ -18,6 +18,7 @@ from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.external_pairs import TextPair
 from csr_vlm.method.sentences import SentenceRule
+from csr_vlm.models.loading import load_prompt_encoder
 from csr_vlm.models.policy import Policy
 from csr_vlm.pipeline import stages
 from csr_vlm.pipeline.loop import align
@@ -34,10 +35,26 @@ RULE = SentenceRule(".")
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return a run of one iteration, whose pairs are exported."""
-    whole = {"between": "responses", "per_prompt": 4, "min_margin": 0.0}
+    whole = {"between": "responses", "per_prompt": 4, "min_margin": 0.0, "questions": {"pattern": ""}}
     config = small_config(tmp_path_factory.mktemp("world"), iterations=1, method={"pairs": whole})
     run = Run.create(tmp_path_factory.mktemp("searched"), config)
     align(run, Silent())
+    return run
+
+
+@pytest.fixture(scope="module")
+def siblings(searched: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return the same run with pairs of siblings, most of which do not end."""
+    root = tmp_path_factory.mktemp("siblings") / "run"
+    shutil.copytree(searched.root, root)
+    changed = searched.config.dump() | {"preset": "calibrated"}
+    questions = small_config(root.parent).dump()["method"]["pairs"]["questions"]
+    changed["method"]["pairs"] |= {"between": "siblings", "per_prompt": 12, "questions": questions}
+    (root / "config.yaml").write_text(json.dumps(changed))
+    (root / "iteration-1" / "done" / "pairs.json").unlink()
+    run = Run.open(root)
+    stages.make_pairs(run, 1, Silent())
+    assert not all(pair.chosen.complete for pair in tables.read_pairs(run.pairs_path(1)))
     return run
 
 
@@ -50,12 +67,13 @@ def external_config(run: Run, pairs: Path, **changes: Any) -> RunConfig:
     return run.config.model_copy(update={"data": data} | changes)
 
 
-def test_the_trl_export_trains_in_trls_dpo_trainer(searched: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["searched", "siblings"])
+def test_the_trl_export_trains_in_trls_dpo_trainer(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     from datasets import load_dataset
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
-    path = export(searched, "trl", tmp_path / "out", "--copy-images")
+    path = export(request.getfixturevalue(name), "trl", tmp_path / "out", "--copy-images")
     dataset = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     model = AutoModelForImageTextToText.from_pretrained(assets() / "llava", dtype=torch.float32)
     trainer = DPOTrainer(
@@ -114,17 +132,32 @@ def test_exported_pairs_are_tokenized_as_sampled(searched: Run, external: Run) -
     assert external.result(1, "train")["reference_difference"] < 1e-3, "the stored log-probabilities are the policy's"
 
 
-def test_an_export_holds_pairs_of_complete_responses(searched: Run, tmp_path: Path) -> None:
-    """Other trainers end every response, so incomplete ones would teach the policy to stop early."""
-    shutil.copytree(searched.root, tmp_path / "run")
-    changed = searched.config.dump() | {"preset": "calibrated"}
-    changed["method"]["pairs"] |= {"between": "siblings", "per_prompt": 12}
-    (tmp_path / "run" / "config.yaml").write_text(json.dumps(changed))
-    (tmp_path / "run" / "iteration-1" / "done" / "pairs.json").unlink()
-    run = Run.open(tmp_path / "run")
-    stages.make_pairs(run, 1, Silent())
-    assert not all(pair.chosen.complete for pair in tables.read_pairs(run.pairs_path(1)))
-    assert stages.whole_response_pairs(run, 1) == list(tables.read_pairs(searched.pairs_path(1)))
+def test_whole_responses_come_from_the_same_ledger(searched: Run, siblings: Run) -> None:
+    """Trainers that end every response would learn to stop early from pairs that do not end."""
+    assert stages.whole_response_pairs(siblings, 1) == list(tables.read_pairs(searched.pairs_path(1)))
+
+
+def test_trl_gets_the_tokens_that_the_policy_sampled(siblings: Run, tmp_path: Path) -> None:
+    """Prompt and response have the tokens of a row of our own training, also if a response does not end."""
+    from datasets import load_dataset
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+    path = export(siblings, "trl", tmp_path / "out", "--copy-images")
+    pairs = [*siblings.pairs(1), *tables.read_pairs(siblings.questions_path(1))]
+    processor = AutoProcessor.from_pretrained(assets() / "llava")
+    collator = DataCollatorForVisionPreference(processor)
+    encoder = load_prompt_encoder(siblings.config.model)
+    rows = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    same = 0
+    for row, pair in zip(rows, pairs, strict=True):
+        batch = collator([row])
+        prompt = encoder.process(pair.prompt)["input_ids"][0].tolist()
+        actual = [
+            ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        expected = [[*prompt, *side.token_ids] for side in (pair.chosen, pair.rejected)]
+        same += actual == expected
+    assert same >= 0.9 * len(pairs), "the model sometimes samples a non-canonical tokenization"
 
 
 def test_later_iterations_search_after_external_pairs(searched: Run, external: Run) -> None:

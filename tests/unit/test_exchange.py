@@ -18,10 +18,13 @@ from csr_vlm.config.schema import DataConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import Pair, Prompt, Response
-from csr_vlm.data.external_pairs import TextPair, count_pairs, read_text_pairs, write_pairs
+from csr_vlm.data.external_pairs import TextPair, count_pairs, read_text_pairs
 from csr_vlm.data.images import load_image
+from csr_vlm.data.pair_export import write_pairs
+from csr_vlm.data.preference import FormattedPair
 from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.data.sources import PAIR_FORMATS, PAIR_READERS
+from csr_vlm.method.sentences import SentenceRule
 from csr_vlm.pipeline.offline_pairs import check_pairs, has_offline_pairs
 from tests.exchange_rows import OTHERS
 from tests.unit.builders import config
@@ -30,8 +33,11 @@ FORMATS = sorted(PAIR_FORMATS)
 EMBEDDING = {"trl", "rlaifv"}
 
 
-def response(text: str, reward: float = 0.0) -> Response:
-    return Response("0", (1, 2), -1.5, text, 1, reward, complete=True)
+MEASURED = {"chosen_reward": 2.0, "rejected_reward": 1.0, "margin": 1.0}
+
+
+def response(text: str, reward: float = 0.0, complete: bool = True) -> Response:
+    return Response("0", (1, 2), -1.5, text, 1, reward, complete)
 
 
 @pytest.fixture
@@ -49,8 +55,9 @@ def pairs(tmp_path: Path) -> list[Pair]:
     return pairs
 
 
-def export(pairs: list[Pair], form: str, out: Path, copy_images: bool = False) -> Path:
-    return write_pairs(iter(pairs), form, out, copy_images=copy_images, origin="org/model")
+def export(pairs: list[Pair], form: str, out: Path, copy_images: bool = False, **options: Any) -> Path:
+    settings = {"origin": "org/model", "rule": SentenceRule("."), "max_image_pixels": 10_000, **options}
+    return write_pairs(iter(pairs), form, out, copy_images=copy_images, **settings)
 
 
 def read_back(path: Path, images: Path | None = None, **settings: Any) -> tuple[list[TextPair], InputReport]:
@@ -137,6 +144,7 @@ def test_the_fields_of_trl(pairs: list[Pair], tmp_path: Path) -> None:
             "prompt": [{"role": "user", "content": "What is this?"}],
             "chosen": [{"role": "assistant", "content": 'A "red" café.'}],
             "rejected": [{"role": "assistant", "content": "A boat."}],
+            **MEASURED,
         }
     ]
     for copied in (False, True):
@@ -155,6 +163,7 @@ def test_the_fields_of_llava(pairs: list[Pair], tmp_path: Path) -> None:
             "image": pairs[0].prompt.image,
             "conversations": [question, {"from": "gpt", "value": 'A "red" café.'}],
             "rejected_conversations": [question, {"from": "gpt", "value": "A boat."}],
+            **MEASURED,
         }
     ]
 
@@ -170,6 +179,7 @@ def test_the_fields_of_llamafactory(pairs: list[Pair], tmp_path: Path) -> None:
         "chosen": {"from": "gpt", "value": 'A "red" café.'},
         "rejected": {"from": "gpt", "value": "A boat."},
         "images": [image],
+        **MEASURED,
     }
     assert json.loads((out / "dataset_info.json").read_text()) == {
         "csr_pairs": {
@@ -191,6 +201,7 @@ def test_the_fields_of_swift(pairs: list[Pair], tmp_path: Path) -> None:
             ],
             "images": [pairs[0].prompt.image],
             "rejected_response": "A boat.",
+            **MEASURED,
         }
     ]
     (entry,) = json.loads((tmp_path / "out" / "dataset_info.json").read_text())
@@ -211,9 +222,117 @@ def test_the_fields_of_rlaifv(pairs: list[Pair], tmp_path: Path) -> None:
         "origin_split": '{"model": "org/model", "iteration": 2}',
         "idx": "a",
         "image_path": pairs[0].prompt.image,
+        **MEASURED,
     }
     features = json.loads(pq.read_schema(path).metadata[b"huggingface"])["info"]["features"]
     assert features["image"] == {"_type": "Image"}
+
+
+def test_the_fields_of_sentinel(pairs: list[Pair], tmp_path: Path) -> None:
+    assert rows_of(export(pairs[:1], "sentinel", tmp_path / "out")) == [
+        {
+            "image_id": "a",
+            "image_path": pairs[0].prompt.image,
+            "question": "What is this?",
+            "context": "",
+            "y_win": 'A "red" café.',
+            "y_lose": "A boat.",
+            "chosen_ends": True,
+            "rejected_ends": True,
+            **MEASURED,
+        }
+    ]
+
+
+# Pairs that do not end
+
+
+def continued(pairs: list[Pair], *sides: bool) -> list[Pair]:
+    """Return one pair of sentences that continue "It is day.", and one question pair."""
+    prompt = pairs[0].prompt
+    chosen = response("It is day. A boat.", 2.0, sides[0])
+    rejected = response("It is day. A fish." if sides[1] or not sides[0] else "It is day. A fish. It", 1.0, sides[1])
+    return [Pair(prompt, 2, chosen, rejected), Pair(Prompt("a?0", prompt.image, "Is there a boat?"), 2, *YES_NO)]
+
+
+YES_NO = (response("Yes."), response("No."))
+
+
+def as_text(pair: Pair, context: str) -> FormattedPair:
+    end = "</s>"
+    sides = [side.text[len(context) :] + (end if side.complete else "") for side in (pair.chosen, pair.rejected)]
+    return FormattedPair(f"USER: <image>\n{pair.prompt.text} ASSISTANT:{context}", *sides)
+
+
+def export_continued(pairs: list[Pair], form: str, out: Path) -> Path:
+    return export(pairs, form, out, described=True, to_template=as_text if form == "trl" else None)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("sides", [(False, False), (True, True), (True, False), (False, True)])
+def test_pairs_that_do_not_end_are_read_back(
+    pairs: list[Pair], tmp_path: Path, form: str, sides: tuple[bool, bool]
+) -> None:
+    written = continued(pairs, *sides)
+    path = export_continued(written, form, tmp_path / "out")
+    for name in (form, "auto"):
+        text_pairs, report = read_back(path, images=tmp_path / "kept", pairs_format=name)
+        assert report.dropped == {}
+        for text, pair in zip(text_pairs, written, strict=True):
+            assert (text.prompt.prompt_id, text.prompt.text) == (pair.prompt.prompt_id, pair.prompt.text)
+            assert (text.chosen, text.rejected) == (pair.chosen.text, pair.rejected.text)
+            assert (text.chosen_ends, text.rejected_ends) == (pair.chosen.complete, pair.rejected.complete)
+
+
+def test_the_context_stands_where_the_trainer_needs_it(pairs: list[Pair], tmp_path: Path) -> None:
+    first, _ = written = continued(pairs, False, False)
+    (row, question) = rows_of(export_continued(written, "sentinel", tmp_path / "sentinel"))
+    assert (row["context"], row["y_win"], row["y_lose"]) == ("It is day.", " A boat.", " A fish.")
+    assert (row["chosen_ends"], question["chosen_ends"], question["y_win"]) == (False, True, "Yes.")
+    (row, _) = rows_of(export_continued(written, "trl", tmp_path / "trl"))
+    assert row["prompt"] == "USER: <image>\nWhat is this? ASSISTANT:It is day."
+    assert (row["chosen"], row["rejected"]) == (" A boat.", " A fish.")
+    (row, question) = rows_of(export_continued(written, "swift", tmp_path / "swift"))
+    assert (row["messages"][1]["content"], row["rejected_response"]) == (first.chosen.text, first.rejected.text)
+    assert (row["add_eos"], row["rejected_add_eos"]) == (False, False)
+    assert (question["add_eos"], question["rejected_add_eos"]) == (True, True)
+    request = "Write only its next sentence, then END if the answer is complete."
+    asked = f"What is this?\n\nThe answer begins:\nIt is day.\n\n{request}"
+    (row, question) = rows_of(export_continued(written, "llamafactory", tmp_path / "llamafactory"))
+    assert row["conversations"] == [{"from": "human", "value": f"<image>{asked}"}]
+    assert (row["chosen"]["value"], row["rejected"]["value"]) == ("A boat.", "A fish.")
+    assert question["conversations"][0]["value"] == "<image>Is there a boat?"
+    ended = Pair(first.prompt, 2, first.chosen, response("It is day."))
+    (row,) = rows_of(export_continued([ended], "llamafactory", tmp_path / "ended"))
+    assert (row["chosen"]["value"], row["rejected"]["value"]) == ("A boat.", "END")
+    (row, _) = rows_of(export_continued(written, "rlaifv", tmp_path / "rlaifv"))
+    assert (row["question"], row["text"], row["chosen"]) == (asked, "What is this?", "A boat.")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_images_are_exported_as_the_policy_saw_them(tmp_path: Path, form: str) -> None:
+    turned, clear, plain = (tmp_path / name for name in ("turned.jpg", "clear.png", "plain.jpg"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.linear_gradient("L").resize((8, 4)).convert("RGB").save(turned, exif=exif)
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(clear)
+    Image.new("RGB", (4, 4), "red").save(plain)
+    written = [
+        Pair(Prompt(path.stem, str(path), "Q?"), 1, response("Good."), response("Bad."))
+        for path in (turned, clear, plain)
+    ]
+    for copied in (False, True):
+        out = tmp_path / f"out-{copied}"
+        rows = rows_of(export(written, form, out, copy_images=copied))
+        for row, pair in zip(rows, written, strict=True):
+            value = row.get("image", row.get("image_path")) or row["images"]
+            value = value[0] if isinstance(value, list) else value
+            content = value if isinstance(value, str) else value["bytes"] or value["path"]
+            source = io.BytesIO(content) if isinstance(content, bytes) else out / content
+            with Image.open(source) as image:  # as other programs do
+                assert image.convert("RGB").tobytes() == load_image(pair.prompt.image, 100).tobytes()
+            if pair.prompt.prompt_id == "plain" and isinstance(content, bytes):
+                assert content == plain.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -330,7 +449,8 @@ def test_pairs_of_others_are_read_as_they_are(tmp_path: Path, name: str, suffix:
     assert report.dump() == {"accepted": 1, "dropped": {}, "examples": []}
     (pair,) = text_pairs
     assert (pair.prompt.text, pair.chosen, pair.rejected) == ("What is it?", "A boat.", "A fish.")
-    assert pair.complete
+    assert pair.chosen_ends
+    assert pair.rejected_ends
 
 
 def test_sentinel_pairs_keep_their_context_and_do_not_end(tmp_path: Path) -> None:
@@ -345,8 +465,8 @@ def test_sentinel_pairs_keep_their_context_and_do_not_end(tmp_path: Path) -> Non
     }
     (tmp_path / "p.json").write_text(json.dumps([row, row]))
     text_pairs, _ = read_back(tmp_path / "p.json", image_root=None)
-    assert [(pair.chosen, pair.rejected, pair.complete) for pair in text_pairs] == [
-        ("A tree. A boat.", "A tree. A fish.", False)
+    assert [(pair.chosen, pair.rejected, pair.chosen_ends, pair.rejected_ends) for pair in text_pairs] == [
+        ("A tree. A boat.", "A tree. A fish.", False, False)
     ] * 2
 
 

@@ -121,7 +121,7 @@ def test_pairs_of_others_are_all_read(name: str) -> None:
         assert "fish" in pair.rejected
         assert pair.prompt.text.endswith("Describe this image in detail.")
         assert pair.prompt.text.startswith("You are helpful.") == (name == "trl_system.parquet")
-        assert pair.complete == (name != "sentinel.json")
+        assert pair.chosen_ends is pair.rejected_ends is (name != "sentinel.json")
 
 
 def test_hadpo_descriptions_name_the_image_that_is_missing(tmp_path: Path) -> None:

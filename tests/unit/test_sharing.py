@@ -9,17 +9,20 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from csr_vlm.cli import error_messages
 from csr_vlm.cli.app import app
 from csr_vlm.config.load import load_config, resolve
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.records import Pair, Response
 from csr_vlm.core.secrets import redact, without_secrets
 from csr_vlm.report.card import render_card
-from csr_vlm.store import files
+from csr_vlm.store import files, tables
 from csr_vlm.store.lock import lock_directory
 from csr_vlm.store.run import Run
 from tests.faults.runs import write_run
@@ -45,7 +48,7 @@ def csr(*arguments: object) -> None:
 WRITING = {
     "merge": (),
     "merge elsewhere": ("--out", "model"),
-    "export": ("--format", "trl", "--out", "exported"),
+    "export": ("--format", "sentinel", "--out", "exported"),
     "sweep": ("method.lambda=0.1",),
     "report": (),
     "push": ("me/adapter",),
@@ -88,10 +91,10 @@ def test_export_from_a_run_on_a_read_only_disk(run, tmp_path, monkeypatch):
     denied = (run.root, os.W_OK)
     monkeypatch.setattr(os, "access", lambda path, mode: (Path(path), mode) != denied and allows(path, mode))
     before = snapshot(run.root)
-    csr("export", run.root, "--format", "trl", "--out", tmp_path / "exported")
+    csr("export", run.root, "--format", "sentinel", "--out", tmp_path / "exported")
     assert snapshot(run.root) == before
     with pytest.raises(CsrError, match="in use"), run.locked():
-        csr("export", run.root, "--format", "trl", "--out", run.root / "exported")
+        csr("export", run.root, "--format", "sentinel", "--out", run.root / "exported")
 
 
 def test_an_export_names_no_image_that_is_absent_or_exchanged(run, tmp_path):
@@ -104,6 +107,78 @@ def test_an_export_names_no_image_that_is_absent_or_exchanged(run, tmp_path):
     with pytest.raises(CsrError, match="missing"):
         csr("export", run.root, "--format", "llava", "--out", tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+def test_an_export_says_what_it_writes_and_what_not(run, tmp_path, capsys):
+    prompts = list(run.prompts())
+    answer = Response("chosen", (1,), -1.0, "Yes.", 1, 0.0, complete=True)
+    questions = [
+        Pair(replace(prompt, prompt_id=f"{prompt.prompt_id}?0"), 1, answer, replace(answer, text="No."))
+        for prompt in prompts
+    ]
+    pairs = list(run.pairs(1))
+    result = {key: value for key, value in run.result(1, "pairs").items() if key != "files"}
+    tables.write_pairs(run.questions_path(1), questions, run.root)
+    written = [run.pairs_path(1), run.questions_path(1)]
+    run.mark_done(1, "pairs", written, **{**result, "questions": len(questions)})
+
+    def export(form, *options):
+        csr("export", run.root, "--format", form, "--out", tmp_path / form, *options)
+        return capsys.readouterr().err
+
+    half = sum(not pair.chosen.complete for pair in pairs)
+    assert 0 < half < len(pairs)
+    said = export("sentinel")
+    assert f"exported {len(pairs)} sibling pairs and {len(questions)} question pairs of iteration 1" in said
+    rows = json.loads((tmp_path / "sentinel" / "pairs.json").read_text())
+    assert len(rows) == len(pairs) + len(questions)
+    assert [row["margin"] for row in rows] == [*(pair.margin for pair in pairs), *([0.0] * len(questions))]
+    assert {row["context"] for row in rows if row["context"]} == {"Sentence 0.", "Sentence 1."}
+    assert rows[0]["context"] + rows[0]["y_win"] == pairs[0].chosen.text
+    assert f"those of {half} pairs go on" in export("llava")
+    assert len(json.loads((tmp_path / "llava" / "pairs.json").read_text())) == len(rows)
+    said = export("llamafactory", "--pairs", "responses")
+    whole = json.loads((tmp_path / "llamafactory" / "pairs.json").read_text())
+    assert (
+        f"exported {len(whole)} whole-response pairs in place of {len(pairs)} sibling pairs; "
+        f"{len(questions)} question pairs left out" in said
+    )
+    assert "Write only" not in whole[0]["conversations"][0]["value"]
+
+
+def test_the_dataset_card_says_what_the_pairs_are(run, tmp_path):
+    out = tmp_path / "exported"
+    csr("export", run.root, "--format", "sentinel", "--out", out, "--base-model", "org/base")
+    card = (out / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["configs"] == [{"config_name": "default", "data_files": "pairs.json"}]
+    assert header["size_categories"] == ["n<1K"]
+    assert "org/base generated both responses" in card
+    assert "sibling pairs" in card
+    assert str(tmp_path) not in card
+    (out / "README.md").write_text("mine")
+    csr("export", run.root, "--format", "sentinel", "--out", out)
+    assert (out / "README.md").read_text() == "mine", "a README of another origin is left alone"
+
+
+def test_the_model_card_is_true_for_external_pairs(run, tmp_path):
+    settings = run.config.dump()
+    settings["data"]["pairs"] = "openbmb/RLAIF-V-Dataset"
+    settings["model"]["path"] = str(tmp_path / "models" / "llava")
+    (run.root / "config.yaml").write_text(json.dumps(settings))
+    card = render_card(Run.open(run.root))
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["datasets"] == ["openbmb/RLAIF-V-Dataset"]
+    assert "base_model" not in header
+    assert "with DPO by csr-vlm" in card
+    assert "preference pairs from openbmb/RLAIF-V-Dataset" in card
+    assert "external, no rewards" in card
+    assert "No human" not in card
+    assert str(tmp_path) not in card
+    named = render_card(Run.open(run.root), "org/llava")
+    assert yaml.safe_load(named.split("---")[1])["base_model"] == "org/llava"
+    assert "from_pretrained('org/llava')" in named
+    assert named.count("org/llava") >= 3, "also in the recipe"
 
 
 def test_push_refuses_weights_that_training_did_not_write(run):
@@ -280,7 +355,7 @@ csr_vlm.cli.main()
 MERGE = """
 import sys, time
 import csr_vlm.cli, csr_vlm.cli.app, csr_vlm.cli.console
-from csr_vlm.store import files
+from csr_vlm.store import files, tables
 import types
 def merge(model, adapter, directory):
     def fill(temporary):

@@ -39,6 +39,10 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", autocompletion=_complete_override, help="Settings, such as method.lambda=0.7."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default: runs/NAME-OF-RECIPE).")]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--base-model", metavar="ID", help="Hub id of the base model, if the run has it as a folder."),
+]
 NextIteration = Annotated[int | None, typer.Option("--iteration", min=1, help="Iteration (default: next unfinished).")]
 GeneratedIteration = Annotated[
     int | None, typer.Option("--iteration", min=1, help="Iteration (default: last generated).")

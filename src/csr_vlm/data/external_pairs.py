@@ -1,25 +1,23 @@
-"""Read and write preference pairs as texts, in other programs' formats; a run's own pairs are token ids."""
+"""Read preference pairs as texts, in other programs' formats; a run's own pairs are token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from csr_vlm.config.schema import DataConfig
-from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Pair, Prompt
+from csr_vlm.core.records import Prompt
 from csr_vlm.data.checking import ModelCheck, map_in_order, num_threads
-from csr_vlm.data.formats import hadpo
-from csr_vlm.data.images import BadImage, load_image, suffix_of
+from csr_vlm.data.formats import hadpo, sentinel
+from csr_vlm.data.images import BadImage, load_image
 from csr_vlm.data.placeholders import remove_placeholders
-from csr_vlm.data.preference import ExportedPair, Responses, image_bytes, num_user_turns
+from csr_vlm.data.preference import Responses, num_user_turns
 from csr_vlm.data.prompts import InputReport, stored_image
 from csr_vlm.data.rows import MAX_TEXT_CHARS, BadRow, Row, parse_row, unpacked
-from csr_vlm.data.sources import PAIR_FORMATS, PAIR_READERS, open_source
-from csr_vlm.store.files import store_content
+from csr_vlm.data.sources import PAIR_READERS, open_source
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,9 @@ class TextPair:
     prompt: Prompt
     chosen: str
     rejected: str
-    complete: bool = True
-    """Whether the responses end here; a pair of sentences after the same context (SENTINEL) does not end them."""
+    chosen_ends: bool = True
+    """Whether the chosen response ends here; a pair of sentences after the same context (SENTINEL) ends neither."""
+    rejected_ends: bool = True
 
 
 def read_text_pairs(
@@ -121,41 +120,6 @@ def count_pairs(config: DataConfig) -> int:
     return sum(source.count() for source in sources)
 
 
-def write_pairs(pairs: Iterable[Pair], format_name: str, out: Path, *, copy_images: bool, origin: str) -> Path:
-    """Write pairs in another program's format, one at a time.
-
-    Args:
-        pairs: Pairs of one iteration.
-        format_name: Key of :data:`csr_vlm.data.sources.PAIR_FORMATS`.
-        out: Folder for the files; other files in it are left alone.
-        copy_images: Embed the images in the file if the format can, else copy them to ``images/``
-            with relative paths. If false, write absolute paths.
-        origin: Model path of the policy that generated the pairs.
-
-    Returns:
-        The main file.
-
-    Raises:
-        CsrError: An image is missing, or ``out`` cannot be written.
-    """
-    module = PAIR_FORMATS[format_name]
-
-    def exported(pair: Pair) -> ExportedPair:
-        image = pair.prompt.image
-        if copy_images and not module.EMBEDS_IMAGES:
-            content = image_bytes(image)
-            copy = store_content(out / "images", content, Path(image).suffix.lower() or suffix_of(content))
-            image = copy.relative_to(out).as_posix()
-        return ExportedPair(pair, image, copy_images, origin)
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        main_file: Path = module.write(map(exported, pairs), out)
-    except OSError as error:
-        raise CsrError(f"{out} cannot be written to: {error.strerror}", "choose another --out") from None
-    return main_file
-
-
 def _text_pair(row: Row | BadRow, root: Path | None, config: DataConfig) -> tuple[TextPair, Path | bytes]:
     """Parse a row; return its pair, whose image is not known yet, and its image.
 
@@ -168,26 +132,30 @@ def _text_pair(row: Row | BadRow, root: Path | None, config: DataConfig) -> tupl
     assert not isinstance(row, BadRow)
     if not parsed.text:
         raise BadRow("empty prompt")
-    if num_user_turns(row) > 1:
+    if sentinel.responses(row) is None and num_user_turns(row) > 1:
         raise BadRow("several turns")
     chosen, rejected = (text.strip() for text in _responses(row, config.pairs_format))
+    chosen_ends, rejected_ends = sentinel.ends(row)
     if not chosen or not rejected:
         raise BadRow("no chosen or no rejected response")
     if max(len(chosen), len(rejected)) > MAX_TEXT_CHARS:
         raise BadRow(f"response of more than {MAX_TEXT_CHARS:,} characters")
-    if chosen == rejected:
+    if chosen == rejected and chosen_ends == rejected_ends:
         raise BadRow("identical responses")
     try:
         f"{chosen}{rejected}".encode()
     except UnicodeEncodeError:
         raise BadRow("text or path that cannot be encoded or resolved") from None
-    pair = TextPair(Prompt(parsed.row_id, "", parsed.text), chosen, rejected, complete="y_win" not in row)
+    pair = TextPair(Prompt(parsed.row_id, "", parsed.text), chosen, rejected, chosen_ends, rejected_ends)
     return pair, parsed.image
 
 
 def _responses(row: Row, format_name: str) -> Responses:
-    """Extract a row's two responses in the named format, or for ``auto`` in the first that fits."""
-    for module in PAIR_READERS.values() if format_name == "auto" else (PAIR_READERS[format_name],):
+    """Extract a row's two responses in the named format, or for ``auto`` in the first that fits.
+
+    SENTINEL's fields come first: exports of pairs that do not end have them beside those of their format.
+    """
+    for module in (sentinel, *(PAIR_READERS.values() if format_name == "auto" else (PAIR_READERS[format_name],))):
         responses: Responses | None = module.responses(row)
         if responses is not None:
             return responses

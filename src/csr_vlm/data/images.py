@@ -204,6 +204,38 @@ def load_unchanged_image(prompt: Prompt, max_pixels: int) -> Image.Image:
     return loaded
 
 
+def png_as_seen(path: str, max_pixels: int) -> bytes | None:
+    """Return the image as a policy sees it, as PNG; None if other programs read the same pixels from the file.
+
+    They may not if the file has an EXIF orientation, transparency, 16 bits a channel, damaged metadata or is HEIF.
+
+    Args:
+        path: File of an image that passed the check of the inputs.
+        max_pixels: As in :func:`load_image`.
+
+    Raises:
+        BadImage: The image was deleted or changed since.
+    """
+    if _is_plain(path):
+        return None
+    buffer = BytesIO()
+    load_image(path, max_pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _is_plain(path: str) -> bool:
+    """Return whether decoding a file and converting it to RGB is all that :func:`load_image` does."""
+    try:
+        with warnings.catch_warnings(), _open(path) as file, Image.open(file, formats=FORMATS) as image:
+            warnings.simplefilter("ignore")
+            if image.format != "JPEG":  # in other formats, metadata may follow the pixels
+                image.load()
+            is_opaque = "A" not in image.getbands() and "transparency" not in image.info
+            return is_opaque and not image.mode.startswith("I") and _orientation(image) in (0, 1)
+    except Exception:  # load_image, which reads more, says what is wrong
+        return False
+
+
 def with_hash(prompt: Prompt) -> Prompt:
     """Return a prompt with the SHA-256 of its image, by which :func:`require_same_image` notices a change."""
     return replace(prompt, image_sha256=sha256_of(Path(prompt.image)))

@@ -38,7 +38,7 @@ IMAGE_FIELDS = ("image", "images", "file_name", "image_path")
 TEXT_FIELDS = ("text", "question", "instruction", "input", "prompt", "conversations", "messages", "chosen")
 RESPONSE_FIELDS = (
     *("chosen", "rejected", "reject", "rejected_conversations", "rejected_response", "rejected_messages"),
-    *("context", "y_win", "y_lose", "system", "history"),
+    *("context", "y_win", "y_lose", "chosen_ends", "rejected_ends", "system", "history"),
 )
 _CONVERSATIONS = ("prompt", "conversations", "messages", "chosen")
 FIELDS = tuple(dict.fromkeys((*ID_FIELDS, *IMAGE_FIELDS, *TEXT_FIELDS, *RESPONSE_FIELDS)))

@@ -51,9 +51,10 @@ PAIR_FORMATS: dict[str, ModuleType] = {
     "llamafactory": llamafactory,
     "swift": swift,
     "rlaifv": rlaifv,
+    "sentinel": sentinel,
 }
 """Module by name of ``csr export --format``."""
-PAIR_READERS: dict[str, ModuleType] = {**PAIR_FORMATS, "sentinel": sentinel, "hadpo": hadpo}
+PAIR_READERS: dict[str, ModuleType] = {**PAIR_FORMATS, "hadpo": hadpo}
 """Module by name of ``data.pairs_format``."""
 _FORMAT_HINT = (
     "expected one of: JSON Lines, LLaVA or CSR JSON, Parquet, tar shards (WebDataset), a folder of images, an "

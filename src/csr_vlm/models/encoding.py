@@ -146,16 +146,16 @@ class PromptEncoder:
 
     def process_image(self, question: str, image: Any) -> Any:
         """Apply the chat template to a question, and return the processor's output for a batch of one."""
-        text, add_special_tokens = self._format(question)
+        text, add_special_tokens = self.format_prompt(question)
         return self.processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=add_special_tokens)
 
     def short_ids(self, prompt: Prompt) -> list[int]:
         """Tokenize a prompt with one placeholder token per image, for engines that expand it themselves."""
-        text, add_special_tokens = self._format(prompt.text)
+        text, add_special_tokens = self.format_prompt(prompt.text)
         ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
         return ids
 
-    def _format(self, text: str) -> tuple[str, bool]:
+    def format_prompt(self, text: str) -> tuple[str, bool]:
         """Return the formatted prompt, and whether the tokenizer has to add special tokens."""
         if not self.family.chat:
             formatted = f"{self.processor.image_token}{text}"

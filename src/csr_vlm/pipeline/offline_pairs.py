@@ -34,7 +34,9 @@ class PairsDigest:
     def add(self, pair: TextPair) -> TextPair:
         """Add a pair and return it with the hash of its image."""
         prompt = with_hash(pair.prompt)
-        fields = [prompt.prompt_id, prompt.text, prompt.image_sha256, pair.chosen, pair.rejected]
+        fields: list[object] = [prompt.prompt_id, prompt.text, prompt.image_sha256, pair.chosen, pair.rejected]
+        if pair.chosen_ends != pair.rejected_ends:
+            fields.append(pair.chosen_ends)
         self._hash.update(json.dumps(fields).encode())
         return replace(pair, prompt=prompt)
 

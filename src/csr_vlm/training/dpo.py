@@ -125,7 +125,7 @@ def train(
     trainer.add_callback(TimedCheckpoints(trainer, config.checkpoint_minutes))
     with explained(policy):
         trainer.train(resume_from_checkpoint=checkpoint)
-    history = _write_result(trainer, adapter)
+    history = _write_result(trainer, policy.processor, adapter)
     result |= {"first_loss": trainer.first_loss, "log": history}
     if trainer.accelerator.is_main_process:
         files.write_json(finished, {"inputs": digest, "result": result})
@@ -216,7 +216,7 @@ def explained(policy: Policy) -> Iterator[None]:
         raise
 
 
-def _write_result(trainer: CsrTrainer, adapter: Path) -> list[dict[str, Any]]:
+def _write_result(trainer: CsrTrainer, processor: Any, adapter: Path) -> list[dict[str, Any]]:
     """Write the adapter if all losses and weights are finite; return the log entries that have a loss.
 
     Raises:
@@ -229,7 +229,7 @@ def _write_result(trainer: CsrTrainer, adapter: Path) -> list[dict[str, Any]]:
     if not (losses_are_finite and all(value.isfinite().all() for value in weights.values())):
         raise CsrError("DPO diverged: a loss or a weight is not finite", "lower training.trl.learning_rate")
     if trainer.accelerator.is_main_process:
-        save_adapter(model, weights, adapter)
+        save_adapter(model, weights, adapter, processor)
     unset_hf_deepspeed_config()  # Otherwise the next model would be partitioned as it is loaded for generation.
     return history
 
@@ -406,13 +406,15 @@ def trainer_arguments(
         raise CsrError(f"training.trl: {error}", "training.trl accepts the arguments of trl.DPOConfig") from None
 
 
-def save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], directory: Path) -> None:
-    """Write the trained adapter; the directory appears only when complete."""
+def save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], directory: Path, processor: Any = None) -> None:
+    """Write the trained adapter, with the model's processor beside it; the directory appears only when complete."""
 
     def write(temporary: Path) -> None:
         model.save_pretrained(str(temporary), selected_adapters=["default"], state_dict=dict(weights))
         # PEFT's model card is an empty template.
         (temporary / "README.md").unlink(missing_ok=True)
+        if processor is not None:
+            processor.save_pretrained(str(temporary))
         _require_complete(temporary, "adapter_config.json")
 
     files.replace_directory(directory, write)

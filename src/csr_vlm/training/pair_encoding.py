@@ -46,8 +46,10 @@ def encode_pairs(pairs: Iterable[TextPair], policy: Policy, iteration: int, rule
             yield Pair(
                 prompt=pair.prompt,
                 iteration=iteration,
-                chosen=_response("chosen", pair.chosen, token_ids[0], float(chosen.sum()), rule, pair.complete),
-                rejected=_response("rejected", pair.rejected, token_ids[1], float(rejected.sum()), rule, pair.complete),
+                chosen=_response("chosen", pair.chosen, token_ids[0], float(chosen.sum()), rule, pair.chosen_ends),
+                rejected=_response(
+                    "rejected", pair.rejected, token_ids[1], float(rejected.sum()), rule, pair.rejected_ends
+                ),
             )
 
 
@@ -60,8 +62,8 @@ def tokenize_pairs(pairs: Iterable[TextPair], policy: Policy) -> Iterator[tuple[
     """
     for pair in pairs:
         chosen, rejected = (tokenize_response(policy, pair.prompt, text) for text in (pair.chosen, pair.rejected))
-        if not pair.complete:
-            chosen, rejected = chosen[:-1], rejected[:-1]  # Without the token that ends a response.
+        # The last token ends the response.
+        chosen, rejected = chosen[: None if pair.chosen_ends else -1], rejected[: None if pair.rejected_ends else -1]
         yield pair, _reason_to_skip(policy, chosen, rejected) or (chosen, rejected)
 
 

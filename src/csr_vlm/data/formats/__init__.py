@@ -9,6 +9,8 @@ A module that reads prompts (or the rows of a pair file) defines::
 A module that exchanges preference pairs with another trainer defines::
 
     EMBEDS_IMAGES           True if the file itself can hold images
+    EMBEDS_ALWAYS           True if it cannot refer to images outside; False if it is absent
+    ENDS_EVERY_RESPONSE     True if the trainer ends every response, also where the policy would go on
     write(pairs, out)       write ExportedPair records to the folder ``out``; return the main file
     responses(row)          return (chosen, rejected) of a row; None if the row has another format
 

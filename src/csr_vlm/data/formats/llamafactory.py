@@ -15,6 +15,7 @@ from csr_vlm.data.rows import IMAGE_PLACEHOLDER, Row
 from csr_vlm.store.files import write_json
 
 EMBEDS_IMAGES = False
+ENDS_EVERY_RESPONSE = True
 DATASET = "csr_pairs"
 """Name of the dataset for LLaMA-Factory's ``dataset:`` option."""
 _FILE = "pairs.json"
@@ -46,11 +47,12 @@ def responses(row: Row) -> Responses | None:
 
 
 def _to_row(exported: ExportedPair) -> dict[str, Any]:
-    pair = exported.pair
+    prompt, chosen, rejected = exported.in_turns()
     return {
-        "id": pair.prompt.prompt_id,
-        "conversations": [{"from": "human", "value": f"{IMAGE_PLACEHOLDER}{pair.prompt.text}"}],
-        "chosen": {"from": "gpt", "value": pair.chosen.text},
-        "rejected": {"from": "gpt", "value": pair.rejected.text},
+        "id": exported.pair.prompt.prompt_id,
+        "conversations": [{"from": "human", "value": f"{IMAGE_PLACEHOLDER}{prompt}"}],
+        "chosen": {"from": "gpt", "value": chosen},
+        "rejected": {"from": "gpt", "value": rejected},
         "images": [exported.image],
+        **exported.measured(),
     }

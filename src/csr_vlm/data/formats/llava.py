@@ -15,6 +15,7 @@ from csr_vlm.data.preference import ExportedPair, Responses, last_responses
 from csr_vlm.data.rows import IMAGE_PLACEHOLDER, Row
 
 EMBEDS_IMAGES = False
+ENDS_EVERY_RESPONSE = True
 rows = json_array.rows
 count = json_array.count
 
@@ -33,11 +34,12 @@ def responses(row: Row) -> Responses | None:
 
 
 def _to_row(exported: ExportedPair) -> dict[str, Any]:
-    pair = exported.pair
-    question = {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{pair.prompt.text}"}
+    prompt, chosen, rejected = exported.in_turns()
+    question = {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{prompt}"}
     return {
-        "id": pair.prompt.prompt_id,
+        "id": exported.pair.prompt.prompt_id,
         "image": exported.image,
-        "conversations": [question, {"from": "gpt", "value": pair.chosen.text}],
-        "rejected_conversations": [question, {"from": "gpt", "value": pair.rejected.text}],
+        "conversations": [question, {"from": "gpt", "value": chosen}],
+        "rejected_conversations": [question, {"from": "gpt", "value": rejected}],
+        **exported.measured(),
     }

@@ -1,7 +1,8 @@
 """Exchange pairs in ms-swift's RLHF format: JSON Lines of messages, images and rejected_response, with its registry.
 
 ``swift rlhf --rlhf_type dpo --custom_dataset_info OUT/dataset_info.json --dataset OUT/pairs.jsonl``
-reads it. Swift resolves relative image paths in its working directory or in ROOT_IMAGE_DIR.
+reads it. Swift resolves relative image paths in its working directory or in ROOT_IMAGE_DIR. If some responses do not
+end, ``--remove_unused_columns false`` makes it read ``add_eos`` and ``rejected_add_eos``, which say so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from csr_vlm.data.rows import IMAGE_PLACEHOLDER, Row, first_field, message_texts
 from csr_vlm.store.files import write_json
 
 EMBEDS_IMAGES = False
+ENDS_EVERY_RESPONSE = False
 _FILE = "pairs.jsonl"
 
 
@@ -42,7 +44,8 @@ def responses(row: Row) -> Responses | None:
 
 def _to_row(exported: ExportedPair) -> dict[str, Any]:
     pair = exported.pair
-    return {
+    # The same context in both responses adds nothing to DPO's loss.
+    row: dict[str, Any] = {
         "id": pair.prompt.prompt_id,
         "messages": [
             {"role": "user", "content": f"{IMAGE_PLACEHOLDER}{pair.prompt.text}"},
@@ -51,3 +54,6 @@ def _to_row(exported: ExportedPair) -> dict[str, Any]:
         "images": [exported.image],
         "rejected_response": pair.rejected.text,
     }
+    if exported.described:
+        row |= {"add_eos": pair.chosen.complete, "rejected_add_eos": pair.rejected.complete}
+    return row | exported.measured()

@@ -1,6 +1,8 @@
-"""Exchange pairs in TRL's vision preference format for DPOTrainer: images, and prompt, chosen, rejected as messages.
+"""Exchange pairs in TRL's vision preference format for DPOTrainer: images, and prompt, chosen, rejected.
 
-Message contents are text; TRL inserts the image before the first. Its trainers drop the extra ``id``.
+These are messages, whose contents are text; TRL inserts the image before the first, and ends every response. If some
+responses do not end, they are texts in the policy's chat template, which TRL takes as they are. Its trainers drop all
+other columns.
 """
 
 from __future__ import annotations
@@ -12,10 +14,18 @@ from typing import Any
 import pyarrow as pa
 
 from csr_vlm.data.formats import parquet
-from csr_vlm.data.preference import ExportedPair, Responses, last_responses
+from csr_vlm.data.preference import (
+    CONTINUED,
+    MEASURED,
+    ExportedPair,
+    Responses,
+    describes_pairs,
+    last_responses,
+)
 from csr_vlm.data.rows import Row
 
 EMBEDS_IMAGES = True
+ENDS_EVERY_RESPONSE = False
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _COLUMNS = {
     "id": pa.string(),
@@ -23,12 +33,15 @@ _COLUMNS = {
     "prompt": _MESSAGES,
     "chosen": _MESSAGES,
     "rejected": _MESSAGES,
+    **MEASURED,
 }
+_DESCRIBED = {**_COLUMNS, **dict.fromkeys(("prompt", "chosen", "rejected"), pa.string()), **CONTINUED}
 
 
 def write(pairs: Iterable[ExportedPair], out: Path) -> Path:
     """Write pairs.parquet; return it."""
-    parquet.write(out / "pairs.parquet", map(_to_row, pairs), _COLUMNS)
+    described, pairs = describes_pairs(pairs)
+    parquet.write(out / "pairs.parquet", map(_to_row, pairs), _DESCRIBED if described else _COLUMNS)
     return out / "pairs.parquet"
 
 
@@ -45,11 +58,13 @@ def responses(row: Row) -> Responses | None:
 
 
 def _to_row(exported: ExportedPair) -> dict[str, Any]:
-    pair = exported.pair
-    return {
-        "id": pair.prompt.prompt_id,
-        "images": [exported.encoded_image()],
-        "prompt": [{"role": "user", "content": pair.prompt.text}],
-        "chosen": [{"role": "assistant", "content": pair.chosen.text}],
-        "rejected": [{"role": "assistant", "content": pair.rejected.text}],
-    }
+    pair, formatted = exported.pair, exported.formatted
+    if formatted is not None:
+        texts: dict[str, Any] = vars(formatted)
+    else:
+        texts = {
+            "prompt": [{"role": "user", "content": pair.prompt.text}],
+            "chosen": [{"role": "assistant", "content": pair.chosen.text}],
+            "rejected": [{"role": "assistant", "content": pair.rejected.text}],
+        }
+    return {"id": pair.prompt.prompt_id, "images": [exported.encoded_image()], **texts, **exported.measured()}
