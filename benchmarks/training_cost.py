@@ -1,9 +1,9 @@
-"""Print what training 13,000 prompts costs on several GPUs, for docs/scaling.md.
+"""Print the operations, bytes and hours of training 13,000 prompts on several GPUs, for docs/scaling.md.
 
     python benchmarks/training_cost.py
 
-Shapes are those of the published configurations; the share of a GPU's peak that training reaches is an
-assumption (``--utilization``).
+Shapes come from the table of published models, rates from the GPUs' data sheets; the share of the peak that training
+reaches is an assumption (``--utilization``).
 """
 
 from __future__ import annotations
@@ -11,59 +11,74 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from csr_vlm.models.architecture import Architecture, published_architecture
+from csr_vlm.pipeline.hardware import GPUS
 from csr_vlm.pipeline.training_cost import TrainedModel, TreeShape
+
+MODELS = {"LLaVA-1.5-7B": "llava-hf/llava-1.5-7b-hf", "Qwen2.5-VL-7B": "Qwen/Qwen2.5-VL-7B-Instruct"}
+TEXT_TOKENS = 45
+"""Tokens of a chat template and a question."""
+PROMPTS, SENTENCE, PATH = 13_000, 20, 60
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """Hold a GPU's dense bfloat16 peak in operations per second, and its memory in bytes."""
+class Row:
+    """Hold the costs of one model."""
 
-    name: str
-    peak: float
-    memory: float
+    tokens: int
+    separate_tokens: int
+    operations: float
+    separate_operations: float
 
 
-GPUS = (
-    Gpu("A100-80", 312e12, 80e9),
-    Gpu("H100", 989e12, 80e9),
-    Gpu("H200", 989e12, 141e9),
-    Gpu("4090-24", 165e12, 24e9),
-)
-MODELS = {
-    # CLIP ViT-L/14 at 336 pixels: 576 image tokens, and about 44 of text.
-    "LLaVA-1.5-7B": (TrainedModel(6.48e9, 7.06e9, 32, 4096, 32_064, 0.30e9, 577), 620),
-    # 640 x 480 pixels: 23 x 17 merged patches, and about 49 tokens of text.
-    "Qwen2.5-VL-7B": (TrainedModel(6.53e9, 8.29e9, 28, 3584, 152_064, 0.68e9, 1564), 440),
-}
-PROMPTS, EPOCHS = 13_000, 2
-PAIRS, QUESTIONS, SENTENCE, PATH = 12, 4, 20, 60
-NF4 = 0.6
-"""Bytes of a 4-bit weight, with its share of scales and of what stays in bfloat16."""
+def trained(shape: Architecture) -> TrainedModel:
+    """Return the dimensions that the costs of training follow from."""
+    return TrainedModel(
+        shape.layer_parameters, shape.parameters, shape.layers, shape.heads * shape.head_width, shape.vocabulary,
+        shape.vision_parameters, shape.vision_tokens,
+    )  # fmt: skip
+
+
+def costs(shape: Architecture, pairs: int, questions: int, epochs: int, rank: int) -> Row:
+    """Return the costs of one iteration in trees, and in a row for each response."""
+    model, lora = trained(shape), shape.lora_parameters(rank)
+    tree = TreeShape(shape.image_tokens + TEXT_TOKENS, PATH, pairs, SENTENCE, questions)
+    rows = 2 * (pairs + questions)
+    separate = model.tree_operations(tree.separate_tokens // rows, SENTENCE, lora) * rows
+    trees = PROMPTS * epochs
+    together = trees * model.tree_operations(tree.tokens, tree.targets, lora)
+    return Row(tree.tokens, tree.separate_tokens, together, trees * separate)
 
 
 def main() -> None:
     """Print one line per model and GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--utilization", type=float, default=0.4, help="assumed share of the peak")
-    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA")
+    parser.add_argument("--utilization", type=float, default=0.35, help="assumed share of the peak")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs of a prompt")
+    parser.add_argument("--questions", type=int, default=4, help="claim questions of a prompt")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=128, help="rank of the LoRA")
     parser.add_argument("--max-tokens", type=int, default=8192, help="training.max_tokens")
     arguments = parser.parse_args()
-    for name, (model, prompt) in MODELS.items():
-        tree = TreeShape(prompt, PATH, PAIRS, SENTENCE, QUESTIONS)
-        lora = 19 * arguments.rank * model.width * model.layers
-        operations = PROMPTS * EPOCHS * model.tree_operations(tree.tokens, tree.targets, lora)
-        rows = 2 * (PAIRS + QUESTIONS)
-        separate = PROMPTS * EPOCHS * rows * model.tree_operations(tree.separate_tokens // rows, SENTENCE, lora)
+    for name, path in MODELS.items():
+        shape = published_architecture(path)
+        assert shape is not None
+        row = costs(shape, arguments.pairs, arguments.questions, arguments.epochs, arguments.rank)
         print(
-            f"{name}: {tree.tokens} tokens a tree ({tree.separate_tokens} in rows of their own), "
-            f"{operations:.2e} operations ({separate:.2e})"
+            f"{name}: {row.tokens} tokens a tree ({row.separate_tokens} in rows of their own), "
+            f"{row.operations:.2e} operations ({row.separate_operations:.2e})"
         )
-        for gpu in GPUS:
-            bytes_per_weight = 2.0 if gpu.memory > 40e9 else NF4
-            memory = model.memory_bytes(arguments.max_tokens, lora, bytes_per_weight)
-            hours = operations / (gpu.peak * arguments.utilization) / 3600
-            fits = "" if memory < gpu.memory else "  does not fit: lower training.max_tokens"
-            print(f"  {gpu.name:<8} {hours:6.2f} h  {memory / 1e9:5.1f} GB{' (nf4)' * (bytes_per_weight < 2)}{fits}")
+        for gpu in GPUS.values():
+            nf4 = gpu.memory < 40e9
+            weights = shape.weight_bytes(2.0, nf4=nf4)
+            adapter = 16 * shape.lora_parameters(arguments.rank)
+            beside = trained(shape).memory_bytes(arguments.max_tokens, shape.lora_parameters(arguments.rank), 0.0)
+            hours = row.operations / (gpu.flops * arguments.utilization) / 3600
+            print(
+                f"  {gpu.name:<10} {hours:6.2f} h  {(weights + beside) / 1e9:5.1f} GB: weights {weights / 1e9:.1f}"
+                f"{' (nf4)' * nf4}, adapter and optimizer {adapter / 1e9:.1f}, "
+                f"activations {(beside - adapter) / 1e9:.1f}"
+            )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import ModelConfig
+from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.pipeline.preflight import Preflight, _has_local_weights, run_preflight
 from csr_vlm.world.demo import assets
@@ -52,8 +53,21 @@ def test_weights_in_the_hub_cache_are_local(tmp_path: Path, monkeypatch: pytest.
 
 def test_without_weights_or_negatives_nothing_is_measured(tmp_path: Path) -> None:
     config = small_config(tmp_path)
-    assert run_preflight(resolve(merged(config.dump(), {"model": {"path": "org/model"}})), Silent()) == Preflight()
+    absent = run_preflight(resolve(merged(config.dump(), {"model": {"path": "org/model"}})), Silent())
+    assert absent == Preflight(skipped="its weights are not on this machine")
     alone = resolve(merged(config.dump(), {"data": {"limit": 1}}))
     result = run_preflight(alone, Silent())
     assert result.log_prob_difference_nats is not None
     assert (result.scorer_agreement, result.scorer_images) == (None, None)
+
+
+def test_a_large_model_is_not_loaded_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from csr_vlm.pipeline import preflight
+
+    config = small_config(tmp_path)
+    monkeypatch.setattr(preflight, "TOO_LARGE_FOR_A_CPU", 1e5)
+    assert "too large for a CPU" in str(run_preflight(config, Silent()).skipped)
+    elsewhere = resolve(merged(config.dump(), {"model": {"device": "cuda"}}))
+    assert "cuda" in str(run_preflight(elsewhere, Silent(), planned=True).skipped)
+    with pytest.raises(CsrError, match="cuda"):
+        run_preflight(elsewhere, Silent())

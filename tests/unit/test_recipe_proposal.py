@@ -12,8 +12,8 @@ import yaml
 from csr_vlm.config.load import load_config
 from csr_vlm.config.schema import ModelConfig
 from csr_vlm.core.errors import CsrError
+from csr_vlm.models.architecture import Architecture
 from csr_vlm.pipeline import recipe_proposal
-from csr_vlm.pipeline.estimate import Shape
 from csr_vlm.pipeline.recipe_proposal import (
     CLIP,
     ModelFacts,
@@ -100,7 +100,7 @@ def test_the_scorer_is_the_vision_encoder_where_it_has_a_text_encoder(
     images: str, monkeypatch: pytest.MonkeyPatch, size: int, scorer: str
 ) -> None:
     tower = {"model_type": "clip_vision_model", "hidden_size": 1024, "patch_size": 14, "image_size": size}
-    facts = ModelFacts(Shape.of_size(7_000_000_000), "llava", tower)
+    facts = ModelFacts(Architecture.of_size(7_000_000_000), "llava", tower)
     monkeypatch.setattr(recipe_proposal, "read_facts", lambda *_args, **_options: facts)
     assert proposed(images).config.scorer.path == scorer
     monkeypatch.setattr(recipe_proposal, "read_facts", lambda *_args, **_options: replace(facts, vision={"a": 1}))

@@ -181,6 +181,14 @@ def test_the_model_card_is_true_for_external_pairs(run, tmp_path):
     assert named.count("org/llava") >= 3, "also in the recipe"
 
 
+def test_the_model_card_says_that_pictures_were_limited(run):
+    assert "max_image_tokens" not in render_card(run).split("## Recipe")[0]
+    settings = run.config.dump()
+    settings["model"]["max_image_tokens"] = 768
+    (run.root / "config.yaml").write_text(json.dumps(settings))
+    assert "at most 768 tokens" in render_card(Run.open(run.root)).split("## Recipe")[0]
+
+
 def test_push_refuses_weights_that_training_did_not_write(run):
     (run.root / "adapter" / "adapter_model.safetensors").write_bytes(b"\1" * 64)
     with pytest.raises(CsrError, match="was changed"):

@@ -84,7 +84,7 @@ def init(
     del config
     name = shlex.quote(str(path))
     write_text(path, render_recipe(proposal, _heading(proposal, gpu_gb, name)))
-    _finish(proposal, path, name, offline=offline)
+    _finish(proposal, path, name, gpu_gb, offline=offline)
 
 
 def _answer(
@@ -139,12 +139,14 @@ def _heading(proposal: Proposal, gpu_gb: float | None, name: str) -> Sequence[st
     )
 
 
-def _finish(proposal: Proposal, path: Path, name: str, *, offline: bool) -> None:
+def _finish(proposal: Proposal, path: Path, name: str, gpu_gb: float | None, *, offline: bool) -> None:
     """Print the estimate, what the user has to know, and the path of the recipe."""
     from csr_vlm.cli.check import print_estimate
     from csr_vlm.pipeline.estimate import estimate
+    from csr_vlm.pipeline.recipe_proposal import hardware_of
 
-    costs = estimate(proposal.config, console.reporter() if not console.mode.json else Silent(), offline=offline)
+    reporter = console.reporter() if not console.mode.json else Silent()
+    costs = estimate(proposal.config, reporter, offline=offline, hardware=hardware_of(gpu_gb))
     then = f"csr check {name}"
     if console.mode.json:
         console.done(path, settings=proposal.config.dump(), notes=list(proposal.notes), **costs.dump())

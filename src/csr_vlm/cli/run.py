@@ -9,7 +9,7 @@ import typer
 
 from csr_vlm.cli import console
 from csr_vlm.cli.arguments import Out, Overrides, Target, open_or_create
-from csr_vlm.cli.check import print_estimate
+from csr_vlm.cli.check import print_estimate, runs_beside
 from csr_vlm.cli.executors import RayActors, executor_for
 from csr_vlm.cli.signals import stoppable
 from csr_vlm.core.formatting import duration
@@ -47,7 +47,9 @@ def _print_schedule(planned: Run, arguments: str) -> None:
     from csr_vlm.pipeline.estimate import estimate
 
     config = planned.config
-    costs = estimate(config, console.reporter(), offline=not Path(config.model.path).is_dir())
+    costs = estimate(
+        config, console.reporter(), offline=not Path(config.model.path).is_dir(), runs=runs_beside(planned.root)
+    )
     steps = schedule(planned)
     seconds = seconds_left(steps)
     if console.mode.json:

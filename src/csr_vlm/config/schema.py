@@ -49,6 +49,12 @@ class ModelConfig(_Section):
     quantization: Literal["nf4"] | None = Field(
         default=None, description="Quantize the language model to 4 bits (QLoRA); requires a GPU and bitsandbytes."
     )
+    max_image_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Maximum number of tokens of a picture, for model families in which large pictures have more; "
+        "larger ones are scaled down by the processor, alike in generation, scoring and training.",
+    )
 
 
 class FilterConfig(_Section):

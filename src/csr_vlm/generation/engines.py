@@ -19,18 +19,21 @@ To add an engine:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from csr_vlm.config.schema import RunConfig, SearchConfig
+from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.generation.self_check import self_check
 from csr_vlm.generation.streaming import StreamingEngine, TokenStream
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.search import Proposer
 from csr_vlm.models.encoding import PromptEncoder
+from csr_vlm.models.image_tokens import image_limit_options
 from csr_vlm.models.loading import load_policy, load_prompt_encoder
 
 
@@ -83,7 +86,8 @@ def _open_vllm(
     prompt_encoder = load_prompt_encoder(config.model, config.data.max_image_pixels)
     from csr_vlm.generation.vllm import VllmStream, vllm_engine
 
-    with vllm_engine(config.model, config.generation, adapter) as engine:
+    image_options = _image_options(config, prompt_encoder)
+    with vllm_engine(config.model, config.generation, adapter, image_options) as engine:
         yield _checked(VllmStream(engine, prompt_encoder, adapter), prompt_encoder, example)
 
 
@@ -95,8 +99,27 @@ def _open_server(
     from csr_vlm.generation.vllm_server import server_stream
 
     assert config.generation.server is not None
+    if image_options := _image_options(config, prompt_encoder):
+        warn(f"the server must limit pictures alike: start it with --mm-processor-kwargs '{json.dumps(image_options)}'")
     with server_stream(config.generation.server, prompt_encoder, adapter, config.generation.max_rows) as stream:
         yield _checked(stream, prompt_encoder, example)
+
+
+def _image_options(config: RunConfig, prompt_encoder: PromptEncoder) -> dict[str, Any]:
+    """Return the options by which vLLM limits the tokens of a picture as ``model.max_image_tokens`` does.
+
+    Raises:
+        CsrError: The limit is not an option of the image processor.
+    """
+    if config.model.max_image_tokens is None:
+        return {}
+    options = image_limit_options(prompt_encoder.processor)
+    if not options:
+        raise CsrError(
+            f"vLLM cannot limit the tokens of a picture for model type {prompt_encoder.config.model_type!r}",
+            "remove model.max_image_tokens, or set generation.engine=transformers",
+        )
+    return options
 
 
 _OPENERS: Mapping[str, Opener] = {

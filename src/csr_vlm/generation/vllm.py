@@ -12,9 +12,10 @@ import difflib
 import gc
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from csr_vlm.config.schema import GenerationConfig, ModelConfig
@@ -119,10 +120,16 @@ class PromptImages:
 
 
 @contextmanager
-def vllm_engine(model: ModelConfig, generation: GenerationConfig, adapter: Path | None) -> Iterator[Any]:
+def vllm_engine(
+    model: ModelConfig,
+    generation: GenerationConfig,
+    adapter: Path | None,
+    image_options: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[Any]:
     """Start vLLM's engine for a model; leaving the context stops it and frees its memory.
 
     Args:
+        image_options: Options of the image processor that limit the tokens of a picture; may be empty.
         adapter: LoRA adapter to make room for; None for the base model.
 
     Raises:
@@ -135,7 +142,8 @@ def vllm_engine(model: ModelConfig, generation: GenerationConfig, adapter: Path 
         from vllm.distributed import cleanup_dist_env_and_memory
     except ImportError as error:
         raise CsrError(f"generation.engine=vllm needs vLLM: {_reason(error)}", "pip install 'csr-vlm[vllm]'") from None
-    arguments = engine_arguments(model, generation, adapter, [field.name for field in dataclasses.fields(EngineArgs)])
+    valid_options = [field.name for field in dataclasses.fields(EngineArgs)]
+    arguments = engine_arguments(model, generation, adapter, valid_options, image_options)
     engine = None
     try:
         try:
@@ -155,12 +163,17 @@ def vllm_engine(model: ModelConfig, generation: GenerationConfig, adapter: Path 
 
 
 def engine_arguments(
-    model: ModelConfig, generation: GenerationConfig, adapter: Path | None, valid_options: Sequence[str]
+    model: ModelConfig,
+    generation: GenerationConfig,
+    adapter: Path | None,
+    valid_options: Sequence[str],
+    image_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Build the arguments of vllm.EngineArgs: defaults, overridden by ``generation.vllm``, then by what the run needs.
 
     Args:
         valid_options: Names of the arguments that vllm.EngineArgs accepts.
+        image_options: Options of the image processor that limit the tokens of a picture.
 
     Raises:
         CsrError: ``generation.vllm`` has an argument that does not exist, or one that the run sets.
@@ -174,6 +187,8 @@ def engine_arguments(
         "enable_prefix_caching": True,
         "logprobs_mode": "raw_logprobs",
     }
+    if image_options:
+        required["mm_processor_kwargs"] = dict(image_options)
     if adapter is not None:
         # vLLM accepts 8, 16, 32, ... 512.
         required |= {"enable_lora": True, "max_lora_rank": max(8, 1 << (_rank(adapter) - 1).bit_length())}

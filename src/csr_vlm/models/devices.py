@@ -38,6 +38,14 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def device_name(device: str) -> str:
+    """Return the product name of a GPU, such as ``NVIDIA H200``, or the type of another device, such as ``cpu``."""
+    import torch
+
+    resolved = resolve_device(device)
+    return torch.cuda.get_device_name(resolved) if resolved.startswith("cuda") else resolved.partition(":")[0]
+
+
 def count_gpus() -> int:
     """Return the number of visible GPUs."""
     import torch

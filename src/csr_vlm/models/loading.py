@@ -25,6 +25,7 @@ from csr_vlm.models.checkpoints import file_tensors
 from csr_vlm.models.devices import resolve_device, resolve_dtype
 from csr_vlm.models.encoding import MAX_IMAGE_PIXELS, PromptEncoder
 from csr_vlm.models.families import FULL_PRECISION_MODULES, family_of
+from csr_vlm.models.image_tokens import limit_image_tokens
 from csr_vlm.models.load_errors import load_error, require_image_text_to_text
 from csr_vlm.models.output_layer import use_float32_output
 from csr_vlm.models.policy import Policy
@@ -46,6 +47,7 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
             config.path, dtype=dtype, output_loading_info=True, **placement, **common
         )
         processor = AutoProcessor.from_pretrained(config.path, **common)
+        limit_image_tokens(processor, model.config, config.max_image_tokens)
     missing = info["missing_keys"]
     if missing:
         # transformers initializes missing weights at random and only warns.
@@ -66,6 +68,7 @@ def load_prompt_encoder(config: ModelConfig, max_image_pixels: int = MAX_IMAGE_P
     with _loading(config) as common:
         model_config = AutoConfig.from_pretrained(config.path, **common)
         processor = AutoProcessor.from_pretrained(config.path, **common)
+        limit_image_tokens(processor, model_config, config.max_image_tokens)
         try:
             generation_config = GenerationConfig.from_pretrained(config.path, revision=config.revision)
         except OSError:  # The checkpoint has no generation_config.json.

@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import ModelConfig, RunConfig
+from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.method.audit import SCORER_BOUND, Verdict, pair_metrics, tree_metrics
+from csr_vlm.models.architecture import local_directory, read_architecture
+from csr_vlm.models.devices import resolve_device
 
 if TYPE_CHECKING:
     from csr_vlm.models.policy import Policy
 
 _NUM_PROMPTS = 16
+TOO_LARGE_FOR_A_CPU = 3e8
+"""Parameters from which a model takes minutes to load and days to run on a CPU."""
 _SHORT_SEARCH = {"method": {"search": {"max_sentences": 2}}}
 """Enough sentences to check the scorer."""
 
@@ -34,6 +39,8 @@ class Preflight:
     """Share of sentences that the scorer finds closer to their own image than to the average other one."""
     scorer_images: int | None = None
     """Number of images behind ``scorer_agreement``."""
+    skipped: str | None = None
+    """Why the model was not tried; None if it was."""
 
     @property
     def warnings(self) -> Sequence[str]:
@@ -48,8 +55,13 @@ class Preflight:
         return asdict(self)
 
 
-def run_preflight(config: RunConfig, reporter: Reporter) -> Preflight:
+def run_preflight(config: RunConfig, reporter: Reporter, *, planned: bool = False) -> Preflight:
     """Generate a few sentences if the weights are on disk, check model and scorer on them, and train one step.
+
+    Args:
+        config: Settings of the run.
+        reporter: Receives progress.
+        planned: The run is planned for other hardware, so this machine need not have the device.
 
     Raises:
         CsrError: Model or scorer cannot be loaded, the model fails its self-check, or training fails.
@@ -57,13 +69,22 @@ def run_preflight(config: RunConfig, reporter: Reporter) -> Preflight:
     from csr_vlm.models.prompt_check import ProcessorCheck
 
     if not _has_local_weights(config.model):
-        return Preflight()
+        return Preflight(skipped="its weights are not on this machine")
+    try:
+        device = resolve_device(config.model.device)
+    except CsrError as error:
+        if planned:
+            return Preflight(skipped=str(error))
+        raise
+    architecture = read_architecture(config.model, offline=True)
+    if device == "cpu" and architecture is not None and architecture.parameters > TOO_LARGE_FOR_A_CPU:
+        return Preflight(skipped="it is too large for a CPU; run csr check on the GPU machine")
     with tempfile.TemporaryDirectory() as images:
         check = ProcessorCheck.of_run(config)
         rows = read_prompts(config.data, InputReport(), seed=config.seed, images=Path(images), model=check)
         prompts = list(islice(rows, _NUM_PROMPTS))
         if not prompts:
-            return Preflight()
+            return Preflight(skipped="there is no prompt")
         with reporter.stage("trying the model", 1) as progress:
             policy, difference = _check_policy(config, prompts[0])
             progress.advance(1)
@@ -81,15 +102,8 @@ def run_preflight(config: RunConfig, reporter: Reporter) -> Preflight:
 
 def _has_local_weights(model: ModelConfig) -> bool:
     """Return whether the weights are in a directory or in the hub's cache, so that nothing is downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    directory = Path(model.path)
-    if not directory.is_dir():
-        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
-        if not isinstance(cached, str):
-            return False
-        directory = Path(cached).parent
-    return any(directory.glob("*.safetensors"))
+    directory = local_directory(model)
+    return directory is not None and any(directory.glob("*.safetensors"))
 
 
 def _check_policy(config: RunConfig, prompt: Prompt) -> tuple[Policy, float]:

@@ -19,8 +19,13 @@ from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import ModelConfig, RunConfig, presets, size_class
 from csr_vlm.core.errors import CsrError, suggestion
 from csr_vlm.data.sources import detect_format
+from csr_vlm.models.architecture import Architecture, local_directory, read_architecture
 from csr_vlm.models.devices import resolve_device
-from csr_vlm.pipeline.estimate import Costs, Shape, costs_of, shape_from_name, shape_of
+from csr_vlm.models.load_errors import load_error
+from csr_vlm.pipeline import assumptions
+from csr_vlm.pipeline.hardware import GPUS, Hardware
+from csr_vlm.pipeline.memory_costs import memory_bytes
+from csr_vlm.pipeline.stage_costs import StageCosts
 
 CLIP = "openai/clip-vit-large-patch14-336"
 """Scorer of the paper, which is the vision encoder of LLaVA-1.5."""
@@ -32,8 +37,8 @@ _CLAIM_QUESTIONS = {"zh": {"question": "图片中有{0}吗？", "yes": "有。",
 """Wording of ``method.pairs.questions`` in languages other than English, whose wording is the default."""
 
 GPU_MEMORY = {
-    "t4": 16, "v100": 32, "l4": 24, "a10": 24, "3090": 24, "4090": 24, "5090": 32, "a40": 48, "l40": 48, "l40s": 48,
-    "a6000": 48, "a100-40": 40, "a100": 80, "h100": 80, "h200": 141, "b200": 180,
+    "t4": 16, "v100": 32, "l4": 24, "a10": 24, "3090": 24, "5090": 32, "a40": 48, "l40": 48, "l40s": 48,
+    "a6000": 48, "a100-40": 40, "a100": 80, "b200": 180, **{name: gpu.memory / 1e9 for name, gpu in GPUS.items()},
 }  # fmt: skip
 """Memory of GPUs in GB, by name."""
 _RATE_REASONS = {
@@ -42,10 +47,14 @@ _RATE_REASONS = {
     "large": "The usual LoRA learning rate for DPO at this size; it has not been tuned on this model.",
 }
 """Where the learning rate of each class of ``sizes.yaml`` comes from."""
-_ROWS = (512, 320, 160, 80, 40, 20, 10, 5)
+_ROWS = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16, 8)
+_ROWS_PER_PROMPT = 3
+"""Rows of the budget for each prompt of a work item, so that few rows idle at its end."""
+_TEXT_TOKENS = 45
+"""Tokens of a chat template and a question."""
 _MAX_TOKENS = (8192, 4096, 2048, 1024)
-_USABLE = 0.85
-"""Share of the memory that a stage may fill; scorer and allocator need the rest."""
+_USABLE = 0.95
+"""Share of the memory that the costly case of a stage may fill."""
 _QUANTIZED_ABOVE = 0.5
 """Share of the memory above which half-precision weights leave too little for search and training."""
 _MANY_PROMPTS = 13_000
@@ -87,7 +96,7 @@ class Setting:
 class ModelFacts:
     """Hold what a recipe depends on in a model."""
 
-    shape: Shape
+    shape: Architecture
     model_type: str = ""
     """Empty if the configuration was not read."""
     vision: Mapping[str, Any] = field(default_factory=dict)
@@ -142,6 +151,11 @@ def gpu_memory(name: str) -> float | None:
     )
 
 
+def hardware_of(memory_gb: float | None) -> Hardware | None:
+    """Return a GPU with known rates by its memory, to estimate times for; None if there is none."""
+    return next((gpu for gpu in GPUS.values() if memory_gb is not None and gpu.memory == memory_gb * 1e9), None)
+
+
 def _own_memory() -> float | None:
     import torch
 
@@ -165,7 +179,7 @@ def propose_recipe(wishes: Wishes) -> Proposal:
         *_model(wishes, facts),
         *_scorer(wishes, facts),
         *_data(wishes),
-        *_method(wishes, facts),
+        *_method(wishes),
     ]
     settings += _training(facts, settings, wishes)
     settings += _generation(wishes, facts, settings, notes)
@@ -182,22 +196,24 @@ def propose_recipe(wishes: Wishes) -> Proposal:
 
 
 def read_facts(model: ModelConfig, *, offline: bool = False) -> ModelFacts:
-    """Read a model's shape and vision encoder from its configuration, or the size from its name if offline.
+    """Read a model's architecture, and the vision encoder from its configuration unless offline.
 
     Raises:
         CsrError: The configuration cannot be read, or the name has no size.
     """
-    if offline:
-        shape = shape_from_name(model.path)
-        if shape is None:
-            raise CsrError(f"the size of {model.path} is not in its name", "leave out --offline")
+    shape = read_architecture(model, offline=offline)
+    if shape is None:
+        raise CsrError(f"the size of {model.path} is not in its name", "leave out --offline")
+    if offline and local_directory(model) is None:
         return ModelFacts(shape)
-    shape = shape_of(model)
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(
-        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-    ).to_dict()
+    try:
+        config = AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        ).to_dict()
+    except (OSError, ValueError) as error:
+        raise load_error("model", model.path, error) from None
     vision = config.get("vision_config")
     return ModelFacts(shape, config["model_type"], vision if isinstance(vision, dict) else {})
 
@@ -205,6 +221,10 @@ def read_facts(model: ModelConfig, *, offline: bool = False) -> ModelFacts:
 def _model(wishes: Wishes, facts: ModelFacts) -> Iterator[Setting]:
     for name, value in wishes.model.model_dump(exclude_defaults=True).items():
         yield Setting(f"model.{name}", value)
+    if facts.shape.model_type.startswith("qwen") and wishes.model.max_image_tokens is None:
+        yield Setting(
+            "model.max_image_tokens", 1024, "Larger pictures are scaled down; 12 megapixels are 15,000 tokens."
+        )
     if wishes.gpu_gb is None or wishes.model.quantization is not None:
         return
     if 2 * facts.shape.parameters / 1e9 > _QUANTIZED_ABOVE * wishes.gpu_gb:
@@ -247,10 +267,7 @@ def _data(wishes: Wishes) -> Iterator[Setting]:
         )
 
 
-def _method(wishes: Wishes, facts: ModelFacts) -> Iterator[Setting]:
-    if facts.size != "small":
-        yield Setting("method.search.num_candidates", 5, "Candidate sentences per partial response, as in the paper.")
-        yield Setting("method.search.max_sentences", 16)
+def _method(wishes: Wishes) -> Iterator[Setting]:
     if wishes.language != "en":
         yield Setting("method.claims.lexicon", wishes.language, "The things that a sentence can claim.")
     for name, value in _CLAIM_QUESTIONS.get(wishes.language, {}).items():
@@ -289,37 +306,47 @@ def _generation(wishes: Wishes, facts: ModelFacts, settings: Sequence[Setting], 
         yield Setting("generation.prompts_per_part", 512, "vLLM does its own batching; give it much at once.")
         if not has_vllm:
             notes.append("vLLM is not installed here: pip install 'csr-vlm[vllm]'")
-    elif facts.size != "small":
-        yield Setting("generation.prompts_per_part", 16, "Prompts in a work item, the unit that a resumed run keeps.")
 
 
 def _memory(wishes: Wishes, facts: ModelFacts, settings: Sequence[Setting]) -> Iterator[Setting]:
     """Choose the largest number of rows and of tokens that fit the memory."""
     if wishes.gpu_gb is None:
         return
-    usable = _USABLE * wishes.gpu_gb
+    usable = _USABLE * wishes.gpu_gb * 1e9
     plain = _nested(settings)
 
-    def costs(**changes: Mapping[str, Any]) -> Costs:
+    def costs(**changes: Mapping[str, Any]) -> StageCosts:
         # On a GPU auto is bfloat16; the machine that writes the recipe may have none.
         half = {"model": {"dtype": "bfloat16"}} if wishes.model.dtype == "auto" else {}
         config = resolve(merged(merged(plain, changes), half))
-        return costs_of(config, facts.shape, wishes.num_prompts or 1000)
+        image = config.model.max_image_tokens or facts.shape.image_tokens
+        gpu = Hardware("", 1.0, 1.0, 1.0, usable)
+        *_, costly = assumptions.cases()
+        prompt = image + _TEXT_TOKENS
+        return StageCosts(config, facts.shape, gpu, costly, wishes.num_prompts or 1000, prompt, image, prompt)
 
-    if costs().weights_gb > usable:
+    weights = facts.shape.weight_bytes(costs().bytes_per_value, nf4=costs().config.model.quantization is not None)
+    if weights > usable:
         raise CsrError(
             f"{wishes.model.path} does not fit {wishes.gpu_gb:.0f} GB, even in 4 bits: its weights take "
-            f"{costs().weights_gb:.0f} GB",
+            f"{weights / 1e9:.0f} GB",
             "use a smaller model or a larger GPU; docs/scaling.md shards a model over several GPUs",
         )
     if plain.get("generation", {}).get("engine") != "vllm":
-        fitting = (rows for rows in _ROWS if costs(generation={"max_rows": rows}).search_memory_gb <= usable)
+        fitting = (rows for rows in _ROWS if memory_bytes(costs(generation={"max_rows": rows}))["search"] <= usable)
         rows = next(fitting, _ROWS[-1])
         yield Setting(
             "generation.max_rows", rows, f"Sequences decoded at once, for {wishes.gpu_gb:.0f} GB. Halve it if it fails."
         )
-    enough = (number for number in _MAX_TOKENS if costs(training={"max_tokens": number}).training_memory_gb <= usable)
-    tokens = next(enough, _MAX_TOKENS[-1])
+        if facts.size != "small":
+            part = max(rows // _ROWS_PER_PROMPT, 16)
+            yield Setting(
+                "generation.prompts_per_part", part, "Prompts in a work item: enough to keep these sequences busy."
+            )
+    budgets = (
+        number for number in _MAX_TOKENS if memory_bytes(costs(training={"max_tokens": number}))["training"] <= usable
+    )
+    tokens = next(budgets, _MAX_TOKENS[-1])
     if tokens != _MAX_TOKENS[0]:
         yield Setting("training.max_tokens", tokens, "Memory of training; the result is the same.")
 

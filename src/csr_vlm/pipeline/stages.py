@@ -143,6 +143,8 @@ def generate(run: Run, iteration: int, reporter: Reporter, executor: Executor = 
         nodes=tally["statuses"].total(),
         statuses=dict(tally["statuses"]),
         sentences_over_length=dict(tally["sentences_over_length"]),
+        devices=dict(tally["devices"]),
+        processes=len(tally["workers"]),
         seconds=_since(started),
     )
 

@@ -6,6 +6,8 @@ the run directory alone.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -37,6 +39,7 @@ class SearchWorker:
 
     def __init__(self, root: Path, iteration: int, log: Callable[[str], None]) -> None:
         from csr_vlm.generation.engines import open_engine
+        from csr_vlm.models.devices import device_name
 
         self._run = Run.open(root)
         self._iteration = iteration
@@ -44,6 +47,7 @@ class SearchWorker:
         self._filler_prompts = self._groups[0]
         self._log, self._failed = log, dict[str, str]()
         config, adapter = self._run.config, self._run.adapter_path(iteration - 1)
+        self._device = device_name(config.model.device)
         self._scorer = load_run_scorer(config, adapter)
         self._resources = ExitStack()
         # Runs of version 0.1 may begin with a prompt that the processor refuses.
@@ -71,6 +75,8 @@ class SearchWorker:
         tally = {
             "statuses": Counter(node.status.value for node in nodes),
             "sentences_over_length": Counter(self._scorer.num_over_length(sentences)),
+            "devices": Counter({self._device: len(prompts)}),
+            "workers": Counter({f"{socket.gethostname()}:{os.getpid()}": len(prompts)}),
         }
         return ItemResult(len(prompts), tally)
 

@@ -97,7 +97,7 @@ def render_card(run: Run, base_model: str | None = None) -> str:
         f"# {Path(base).name}, aligned with Calibrated Self-Rewarding",
         _method(run),
         "## Usage",
-        usage,
+        usage + _picture_note(model.max_image_tokens),
         "## Evaluation",
         _evaluation(evaluation),
         "## Training",
@@ -108,6 +108,15 @@ def render_card(run: Run, base_model: str | None = None) -> str:
         CITATION,
     ]
     return str(ModelCard(redact("\n\n".join(part.rstrip("\n") for part in parts) + "\n")))
+
+
+def _picture_note(max_image_tokens: int | None) -> str:
+    if max_image_tokens is None:
+        return ""
+    return (
+        f"\nPictures had at most {max_image_tokens} tokens in training (`model.max_image_tokens`). The processor "
+        "in this folder limits them alike; other programs must be told, such as vLLM by `--mm-processor-kwargs`.\n"
+    )
 
 
 def public_name(path: str, hub_id: str | None = None) -> str:
