@@ -10,8 +10,8 @@
 written. The difference between several processes and one is the overhead, in wall time and in
 processor time of all processes (which other work on the machine does not affect). ``ledger`` writes
 a part with the rows of a search with LLaVA-1.5: 85 nodes per prompt, sentences of 20 tokens.
-``serial`` times the work that one process does for all: checking an image of 640 x 480, deriving a
-prompt's pairs.
+``serial`` times the work that one process does for all, in processor time: checking an image of 640 x 480, without
+and with the processor of the demo's LLaVA, and deriving a prompt's pairs.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ from PIL import Image
 
 from csr_vlm.cli.executors import executor_for
 from csr_vlm.config.load import resolve
-from csr_vlm.config.schema import DataConfig
+from csr_vlm.config.schema import DataConfig, ModelConfig
 from csr_vlm.core.progress import SilentProgress
 from csr_vlm.core.records import Finish, Node, NodeStatus, Prompt
 from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.method.pairs import make_pairs
+from csr_vlm.models.loading import load_prompt_encoder
+from csr_vlm.models.prompt_check import ProcessorCheck
 from csr_vlm.scale import torchrun
 from csr_vlm.scale.executor import ItemResult, Task
 from csr_vlm.store import files, tables
+from csr_vlm.world.demo import assets
 
 WORDS = (
     "the a an of on in with and is are there image features large small red wooden table chair person standing near "
@@ -143,9 +146,12 @@ def measure_serial(num_prompts: int) -> dict[str, Any]:
             {"prompt_id": f"p{index}", "image": "picture.jpg", "text": "What is there?"} for index in range(num_prompts)
         ]
         (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        started = time.process_time()
-        accepted = len(list(read_prompts(DataConfig(prompts=str(root / "prompts.jsonl")), InputReport())))
-        result["check, ms a prompt"] = round(1000 * (time.process_time() - started) / accepted, 2)
+        encoder = load_prompt_encoder(ModelConfig(path=str(assets() / "llava"), device="cpu"))
+        for name, model in (("check", None), ("check with the processor", ProcessorCheck(encoder))):
+            started = time.process_time()
+            data = DataConfig(prompts=str(root / "prompts.jsonl"))
+            accepted = len(list(read_prompts(data, InputReport(), model=model)))
+            result[f"{name}, ms a prompt"] = round(1000 * (time.process_time() - started) / accepted, 2)
     config = resolve({"model": {"path": "m"}, "scorer": {"path": "s"}, "data": {"prompts": "p"}}).method
     trees = [make_nodes(f"p{index}", random) for index in range(num_prompts)]
     started = time.process_time()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
+from tests.exchange_rows import OTHERS, OTHERS_OF_THEIR_OWN
 from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from csr_vlm.cli.app import app
 from csr_vlm.config.load import fields_of, load_config, section_of
 from csr_vlm.config.schema import RunConfig, presets, size_classes
+from csr_vlm.data.rows import unpacked
 from csr_vlm.data.sources import PAIR_FORMATS, PAIR_READERS
 
 HERE = Path(__file__).parent
@@ -24,7 +26,8 @@ _ABOUT_CONFIGURATION = """\
 A recipe is a YAML file with these options. `key=value` arguments on the command line override it, as in
 `csr run recipes/llava-1.5-7b.yaml method.lambda=0.7 data.limit=1000`. Values are YAML. Options that the recipe does not
 set come from its `preset`, then from the defaults listed here. Unknown keys are refused, with the nearest valid key.
-`csr check RECIPE --config` prints the resolved configuration.
+`csr check RECIPE --config` prints the resolved configuration. `csr recipes` lists the recipes that come with the
+package: `csr run llava-1.5-7b` works from any folder, and `csr recipes llava-1.5-7b` copies the file to change it.
 """
 _ABOUT_COMMANDS = """\
 Results go to stdout; progress, warnings and next steps go to stderr. `--quiet`, `--verbose`, `--json`,
@@ -38,6 +41,7 @@ recipes, runs and configuration keys.
 _NOTE = "<!-- Written by `python -m docs.reference`; do not edit. -->"
 _MARKS = re.compile(r"(<!-- table: begin -->\n).*(<!-- table: end -->)", re.DOTALL)
 _SIZE_MARKS = re.compile(r"(<!-- sizes: begin -->\n).*(<!-- sizes: end -->)", re.DOTALL)
+_OTHERS_MARKS = re.compile(r"(<!-- pairs of others: begin -->\n).*(<!-- pairs of others: end -->)", re.DOTALL)
 _PAIR_MARKS = re.compile(r"(<!-- pair formats: begin -->\n).*(<!-- pair formats: end -->)", re.DOTALL)
 _TREE_MARKS = re.compile(r"(<!-- package tree: begin -->\n).*(<!-- package tree: end -->)", re.DOTALL)
 _COMPARED = ("paper", "official", "calibrated")
@@ -54,9 +58,7 @@ def pages() -> dict[str, str]:
         "architecture.md": _TREE_MARKS.sub(lambda found: found[1] + tree + found[2], architecture),
         "configuration.md": configuration(),
         "commands.md": commands(),
-        "data.md": _PAIR_MARKS.sub(
-            lambda found: found[1] + pair_table() + found[2], (HERE / "data.md").read_text(encoding="utf-8")
-        ),
+        "data.md": data(),
         "presets.md": _SIZE_MARKS.sub(
             lambda found: found[1] + sizes + found[2], _MARKS.sub(lambda found: found[1] + table + found[2], around)
         ),
@@ -93,6 +95,22 @@ def _trainer_of(name: str) -> str:
     version = re.search(rf"^{package}==(\S+)$", pinned, re.MULTILINE)
     assert version is not None
     return f"{program} {version[1]}"
+
+
+def data() -> str:
+    """Fill the tables of the page about data."""
+    page = (HERE / "data.md").read_text(encoding="utf-8")
+    page = _PAIR_MARKS.sub(lambda found: found[1] + pair_table() + found[2], page)
+    return _OTHERS_MARKS.sub(lambda found: found[1] + others_table() + found[2], page)
+
+
+def others_table() -> str:
+    """Write the table of other programs' pairs, from the rows that the tests read."""
+    rows = ["| rows of | fields besides the id | read as |", "|---|---|---|"]
+    for name, row in {**OTHERS, **OTHERS_OF_THEIR_OWN}.items():
+        reader = next(form for form, module in PAIR_READERS.items() if module.responses(unpacked(row)) is not None)
+        rows.append(f"| {name} | {', '.join(f'`{field}`' for field in row)} | `{reader}` |")
+    return "\n".join([*rows, ""])
 
 
 def package_tree(page: str) -> str:
@@ -136,7 +154,7 @@ def _package_files(page: str) -> Iterator[Path]:
 def _folder_files(folder: Path) -> Iterator[Path]:
     yield folder
     for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
-        if path.is_dir() and path.name not in {"assets", "lexicons", "__pycache__"}:
+        if path.is_dir() and path.name not in {"assets", "lexicons", "recipes", "__pycache__"}:
             yield from _folder_files(path)
         elif path.suffix in {".py", ".yaml"} and path.name not in {"__init__.py", "__main__.py"}:
             yield path

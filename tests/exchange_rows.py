@@ -42,3 +42,16 @@ OTHERS: dict[str, dict[str, Any]] = {
         "reject": "A fish.",
     },
 }
+
+OTHERS_OF_THEIR_OWN: dict[str, dict[str, Any]] = {
+    "SENTINEL": {
+        "image_id": 0,
+        "image_path": "a.png",
+        "question": "What is it?",
+        "context": "A tree.",
+        "y_win": " A boat.",
+        "y_lose": " A fish.",
+    },
+    "HA-DPO description": {"image_id": 7, "chosen": ["A boat.", "A red boat."], "rejected": ["A fish."]},
+}
+"""Forms in which a pair says something else: SENTINEL's responses go on, HA-DPO's descriptions have no question."""

@@ -21,6 +21,7 @@ from csr_vlm.method.search import Tree
 from csr_vlm.store.run import Run
 
 if TYPE_CHECKING:
+    from csr_vlm.models.prompt_check import ProcessorCheck
     from csr_vlm.scoring.scorer import Scorer
 
 __all__ = ["Recipe", "Run", "ScoredSentence", "make_pairs", "score", "search"]
@@ -169,8 +170,9 @@ def search(
         One tree per prompt, with every node and its measurements.
 
     Raises:
-        CsrError: An image cannot be read, or a model cannot be loaded.
+        CsrError: An image cannot be read, a model cannot be loaded, or its processor refuses a prompt.
     """
+    from csr_vlm.models.prompt_check import ProcessorCheck
     from csr_vlm.pipeline import tasks
     from csr_vlm.scoring.scorer import ScorerGroup
 
@@ -186,7 +188,20 @@ def search(
     engine, group = tasks.load_engine_and_scorer(config, adapter_path, (reporter or Silent()).log)
     if scorer is not None:
         group = ScorerGroup([scorer])
+    _require_accepted(checked_prompts, ProcessorCheck(engine.policy.prompt_encoder))
     return tasks.search_trees(checked_prompts, checked_prompts, engine, group, config, iteration=1)
+
+
+def _require_accepted(prompts: Iterable[Prompt], check: ProcessorCheck) -> None:
+    """Verify that the model's processor accepts all prompts.
+
+    Raises:
+        CsrError: It refuses one.
+    """
+    for prompt in prompts:
+        problem = check.problem_of(prompt)
+        if problem is not None:
+            raise CsrError(f"prompt {prompt.prompt_id} cannot be used: {problem}: {problem.detail}", "leave it out")
 
 
 def make_pairs(

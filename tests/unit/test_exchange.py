@@ -26,7 +26,7 @@ from csr_vlm.data.prompts import InputReport, read_prompts
 from csr_vlm.data.sources import PAIR_FORMATS, PAIR_READERS
 from csr_vlm.method.sentences import SentenceRule
 from csr_vlm.pipeline.offline_pairs import check_pairs, has_offline_pairs
-from tests.exchange_rows import OTHERS
+from tests.exchange_rows import OTHERS, OTHERS_OF_THEIR_OWN
 from tests.unit.builders import config
 
 FORMATS = sorted(PAIR_FORMATS)
@@ -455,14 +455,7 @@ def test_pairs_of_others_are_read_as_they_are(tmp_path: Path, name: str, suffix:
 
 def test_sentinel_pairs_keep_their_context_and_do_not_end(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
-    row = {
-        "image_id": 0,
-        "image_path": "a.png",
-        "question": "Q?",
-        "context": "A tree.",
-        "y_win": " A boat.",
-        "y_lose": " A fish.",
-    }
+    row = OTHERS_OF_THEIR_OWN["SENTINEL"]
     (tmp_path / "p.json").write_text(json.dumps([row, row]))
     text_pairs, _ = read_back(tmp_path / "p.json", image_root=None)
     assert [(pair.chosen, pair.rejected, pair.chosen_ends, pair.rejected_ends) for pair in text_pairs] == [

@@ -80,17 +80,17 @@ class ProcessorCheck:
             rest = "its response" if responses else "a sentence"
             raise BadRow(TOO_LONG, f"{num_tokens:,} tokens; with {rest} {needed:,} of at most {self._context:,}")
 
-    def accepts(self, prompt: Prompt) -> bool:
-        """Return whether the processor accepts a prompt whose image was checked.
+    def problem_of(self, prompt: Prompt) -> BadRow | None:
+        """Return why the processor refuses a prompt whose image was checked; None if it accepts it.
 
         Raises:
             CsrError: The image was deleted or changed since.
         """
         try:
             self.require(prompt.text, self._encoder.image(prompt))
-        except BadRow:
-            return False
-        return True
+        except BadRow as error:
+            return error
+        return None
 
     def _copy(self) -> PromptEncoder:
         """Return this thread's copy of the encoder: processors are not safe to share."""

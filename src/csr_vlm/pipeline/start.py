@@ -10,6 +10,7 @@ from pathlib import Path
 from csr_vlm.config.schema import GenerationConfig, RunConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.hub import require_on_disk_or_reachable, require_reachable
+from csr_vlm.core.installing import install_command
 from csr_vlm.data.checking import ModelCheck
 from csr_vlm.data.sources import is_hub_id
 
@@ -75,7 +76,7 @@ def require_engine(config: GenerationConfig) -> None:
         CsrError: It is not, or does not.
     """
     if config.engine == "vllm" and find_spec("vllm") is None:
-        raise CsrError("generation.engine=vllm: vllm is not installed", "pip install 'csr-vlm[vllm]'")
+        raise CsrError("generation.engine=vllm: vllm is not installed", install_command("vllm"))
     if config.engine == "server":
         from csr_vlm.generation.vllm_server import require_server
 

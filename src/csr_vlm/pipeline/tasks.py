@@ -173,7 +173,7 @@ def usable_prompts(prompts: Iterable[Prompt], config: RunConfig) -> Iterator[Pro
     from csr_vlm.models.prompt_check import ProcessorCheck
 
     check = ProcessorCheck.of_run(config)
-    return (prompt for prompt in prompts if check.accepts(prompt))
+    return (prompt for prompt in prompts if check.problem_of(prompt) is None)
 
 
 def search_trees(

@@ -78,9 +78,10 @@ def _open(source: str, split: str) -> Any:
     except CsrError:
         raise
     except Exception as error:  # Anything that the hub, the network or a damaged file may raise.
+        missing = "" if os.path.exists(source) else f"there is no folder {source} here; "  # noqa: PTH110
         raise CsrError(
             f"the dataset {source} cannot be opened: {reason_of(error)}",
-            "give a folder written by save_to_disk, or a hub id OWNER/NAME and data.split",
+            f"{missing}give a folder written by save_to_disk, or a hub id OWNER/NAME and data.split",
         ) from None
     return keep_images_encoded(dataset.select_columns([name for name in dataset.column_names if name in FIELDS]))
 
