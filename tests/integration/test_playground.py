@@ -64,6 +64,10 @@ def test_a_conversation_reads_questions_and_commands(run: Run) -> None:
     ]
 
 
+def test_the_audit_of_a_trained_iteration_does_not_propose_to_train(run: Run) -> None:
+    assert "next: csr compare" in csr("audit", run.root).stderr
+
+
 def test_mistakes_are_named(run: Run, tmp_path: Path) -> None:
     assert "iteration 9" in str(csr("chat", run.root, picture(run), "What?", "--iteration", 9).exception)
     assert "cannot be used: missing" in str(csr("chat", run.root, tmp_path / "no.png", "What?").exception)
