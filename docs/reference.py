@@ -26,7 +26,8 @@ _ABOUT_CONFIGURATION = """\
 A recipe is a YAML file with these options. `key=value` arguments on the command line override it, as in
 `csr run recipes/llava-1.5-7b.yaml method.lambda=0.7 data.limit=1000`. Values are YAML. Options that the recipe does not
 set come from its `preset`, then from the defaults listed here. Unknown keys are refused, with the nearest valid key.
-`csr check RECIPE --config` prints the resolved configuration.
+`csr check RECIPE --config` prints the resolved configuration. `csr recipes` lists the recipes that come with the
+package: `csr run llava-1.5-7b` works from any folder, and `csr recipes llava-1.5-7b` copies the file to change it.
 """
 _ABOUT_COMMANDS = """\
 Results go to stdout; progress, warnings and next steps go to stderr. `--quiet`, `--verbose`, `--json`,
@@ -153,7 +154,7 @@ def _package_files(page: str) -> Iterator[Path]:
 def _folder_files(folder: Path) -> Iterator[Path]:
     yield folder
     for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
-        if path.is_dir() and path.name not in {"assets", "lexicons", "__pycache__"}:
+        if path.is_dir() and path.name not in {"assets", "lexicons", "recipes", "__pycache__"}:
             yield from _folder_files(path)
         elif path.suffix in {".py", ".yaml"} and path.name not in {"__init__.py", "__main__.py"}:
             yield path

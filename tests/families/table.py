@@ -64,7 +64,7 @@ with the model's own positions. If they differ by more than rounding, the model 
 BLIP-2 and InstructBLIP (no chat template), and VILA in its original format (no class in transformers).
 
 Processors of families with torchvision or num2words in the last column need
-`pip install 'csr-vlm[families]'`.
+`pip install torchvision num2words`.
 """
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from csr_vlm.cli import push as push_module
@@ -20,6 +21,7 @@ from csr_vlm.config.schema import ModelConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.generation.self_check import self_check
+from csr_vlm.models.checkpoints import file_tensors
 from csr_vlm.models.loading import load_base, load_policy
 from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
@@ -151,6 +153,18 @@ def test_the_self_check_accepts_the_shipped_model_and_rejects_wrong_positions(
     monkeypatch.setattr(type(policy), "step_positions", lambda _, positions: (positions + 7)[:, None])
     with pytest.raises(CsrError, match="generation and teacher forcing differ"):
         self_check(policy, prompt)
+
+
+def test_a_plain_merge_has_tensor_names_as_published(finished: Run, tmp_path: Path) -> None:
+    """vLLM knows only these names; the adapter's folder is all that a user needs beside the base model."""
+    model = AutoModelForImageTextToText.from_pretrained(LLAVA)
+    adapter = str(finished.root / "adapter")
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(adapter).save_pretrained(tmp_path)
+    names = file_tensors(tmp_path / "model.safetensors").keys()
+    assert names == file_tensors(Path(LLAVA) / "model.safetensors").keys() - {"language_model.lm_head.weight"}, "tied"
+    assert {name.split(".")[1] for name in names if name.startswith("vision_tower.")} == {"vision_model"}
+    assert (tmp_path / "processor_config.json").is_file()
 
 
 def test_the_card_says_what_the_adapter_is(finished: Run) -> None:

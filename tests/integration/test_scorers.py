@@ -160,7 +160,7 @@ def test_a_missing_open_clip_has_a_hint_that_installs_it(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(CsrError, match="needs open_clip") as caught:
         scorer_of("open_clip:ViT-B-32/laion2b_s34b_b79k")
-    assert caught.value.hint == "pip install 'csr-vlm[openclip]'"
+    assert caught.value.hint == "pip install 'open_clip_torch>=3'"
 
 
 def test_open_clip_equals_a_direct_computation(tmp_path: Path, prompts: list[Prompt]) -> None:

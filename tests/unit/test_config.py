@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +12,11 @@ import yaml
 from csr_vlm.config.load import load_config, merged, resolve
 from csr_vlm.config.model_size import guess_parameters
 from csr_vlm.config.schema import RunConfig, preset_date, presets
+from csr_vlm.config.shipped import shipped_recipes
 from csr_vlm.core.errors import CsrError
 from tests.unit.builders import REQUIRED, config
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted(shipped_recipes().values())
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from csr_vlm.config.load import resolve
 from csr_vlm.config.schema import GenerationConfig, ModelConfig, RunConfig, SearchConfig
 from csr_vlm.core.errors import CsrError, PromptError
 from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
+from csr_vlm.generation.engines import _image_options
 from csr_vlm.generation.sampling import stream_key
 from csr_vlm.generation.streaming import StreamingEngine, TokenChunk, TokenRequest
 from csr_vlm.generation.vllm import engine_arguments, vllm_engine
@@ -84,6 +86,27 @@ def test_user_options_override_defaults_but_not_what_the_run_sets(monkeypatch: p
         arguments(model="other")
 
 
+def test_vllm_limits_pictures_as_the_processor_does() -> None:
+    def options(max_image_tokens: int | None, **pictures: object) -> dict[str, object]:
+        processor = SimpleNamespace(image_processor=SimpleNamespace(**pictures))
+        encoder = SimpleNamespace(processor=processor, config=SimpleNamespace(model_type="toy"))
+        return _image_options(configured(model={"path": "m", "max_image_tokens": max_image_tokens}), encoder)
+
+    size = {"longest_edge": 784, "shortest_edge": None}
+    assert options(None, size=size) == {}
+    assert options(100, size=size) == {"size": {"longest_edge": 784}}
+    assert options(100, size=size, max_patches=3) == {"max_patches": 3}
+    with pytest.raises(CsrError, match="vLLM cannot limit"):
+        options(100, size=size, image_grid_pinpoints=[[1, 2]])
+    generation = GenerationConfig(engine="vllm")
+    limited = engine_arguments(LLAVA, generation, None, VALID_OPTIONS, {"max_patches": 3})
+    assert limited["mm_processor_kwargs"] == {"max_patches": 3}
+    own = GenerationConfig(engine="vllm", vllm={"mm_processor_kwargs": {}})
+    with pytest.raises(CsrError, match="set by the run"):
+        engine_arguments(LLAVA, own, None, [*VALID_OPTIONS, "mm_processor_kwargs"], {"max_patches": 3})
+    assert "mm_processor_kwargs" not in engine_arguments(LLAVA, generation, None, VALID_OPTIONS)
+
+
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 8), (8, 8), (9, 16), (128, 128)])
 def test_the_maximum_lora_rank_fits_the_adapter(tmp_path: Path, rank: int, allowed: int) -> None:
     (tmp_path / "adapter_config.json").write_text(f'{{"r": {rank}}}')
@@ -99,7 +122,7 @@ def test_a_missing_vllm_has_a_hint_that_installs_it(monkeypatch: pytest.MonkeyPa
     config = GenerationConfig(engine="vllm")
     with pytest.raises(CsrError, match="needs vLLM") as caught, vllm_engine(LLAVA, config, None):
         pass
-    assert "csr-vlm[vllm]" in caught.value.hint
+    assert "pip install 'vllm>=" in caught.value.hint
 
 
 def test_an_error_names_the_server_that_does_not_respond(prompt_encoder: PromptEncoder) -> None:

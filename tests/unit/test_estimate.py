@@ -137,6 +137,11 @@ def test_prefill_claims_and_training_follow_from_arithmetic():
     assert costs({"method": {"pairs": {"questions": {"pattern": ""}}}}).claims() == 0
 
 
+def test_one_process_checks_pictures_in_threads():
+    case = replace(likely(), check_milliseconds=4, picture_milliseconds=16, check_threads=2)
+    assert costs(case=case).checking() == pytest.approx(8 * 0.010)
+
+
 def test_several_gpus_share_work_items_and_steps():
     one, many = costs(), costs(hardware=replace(GPU, count=2))
     assert many.prefill() == pytest.approx(one.prefill() / 2)
@@ -168,9 +173,10 @@ def test_gpus_are_named_with_their_number():
 
 def test_every_assumption_is_ordered_from_cheap_to_costly():
     helpful = {"bandwidth_share", "prefill_share", "training_share", "nf4_share", "scorer_share", "gpus_in_training"}
+    helpful |= {"check_threads", "disk_rate"}
     for one in ASSUMPTIONS:
         values = [one.low, one.likely, one.high]
-        assert values == sorted(values, reverse=one.name in helpful | {"disk_rate"}), one.name
+        assert values == sorted(values, reverse=one.name in helpful), one.name
     assert len(assumptions.dump()) == len(ASSUMPTIONS)
 
 

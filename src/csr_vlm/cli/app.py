@@ -26,6 +26,7 @@ from csr_vlm.cli.init import init
 from csr_vlm.cli.merge import merge
 from csr_vlm.cli.pairs import pairs
 from csr_vlm.cli.push import push
+from csr_vlm.cli.recipes import recipes
 from csr_vlm.cli.report import report
 from csr_vlm.cli.reproduce import reproduce
 from csr_vlm.cli.run import run
@@ -69,7 +70,7 @@ def root(
 
 
 _VERBS: Sequence[Callable[..., None]] = (
-    *(init, run, demo, check, watch),
+    *(init, recipes, run, demo, check, watch),
     *(show, chat, report, audit, analyze),
     *(compare, reproduce, validate_scorer),
     *(export, merge, push),

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from csr_vlm.config.load import load_config, option_keys
+from csr_vlm.config.load import load_config, option_keys, recipe_name
 from csr_vlm.config.schema import RunConfig
+from csr_vlm.config.shipped import shipped_recipes
 from csr_vlm.core.errors import CsrError
 from csr_vlm.store.run import Run
 
@@ -16,12 +17,14 @@ from csr_vlm.store.run import Run
 def _complete_target(incomplete: str) -> list[str]:
     """Complete the paths of recipes and runs in the current directory."""
     paths = [*Path("recipes").glob("*.yaml"), *(path.parent for path in Path("runs").glob("*/config.yaml"))]
-    return sorted(str(path) for path in paths if str(path).startswith(incomplete))
+    names = [*map(str, paths), *shipped_recipes()]
+    return sorted(name for name in names if name.startswith(incomplete))
 
 
 def complete_run(incomplete: str) -> list[str]:
     """Complete the paths of runs in the current directory."""
-    return [path for path in _complete_target(incomplete) if not path.endswith(".yaml")]
+    runs = (str(path.parent) for path in Path("runs").glob("*/config.yaml"))
+    return sorted(run for run in runs if run.startswith(incomplete))
 
 
 def _complete_override(incomplete: str) -> list[str]:
@@ -31,7 +34,11 @@ def _complete_override(incomplete: str) -> list[str]:
 
 Target = Annotated[
     str,
-    typer.Argument(metavar="RECIPE|RUN", autocompletion=_complete_target, help="Recipe (YAML file) or run directory."),
+    typer.Argument(
+        metavar="RECIPE|RUN",
+        autocompletion=_complete_target,
+        help="Recipe (YAML file, or a name that csr recipes lists) or run directory.",
+    ),
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", autocompletion=complete_run, help="Run directory.")]
 Overrides = Annotated[
@@ -64,7 +71,7 @@ def read_settings(target: str, overrides: list[str] | None) -> RunConfig:
 
 def default_out(recipe: str) -> Path:
     """Return the run directory of a recipe without ``--out``."""
-    return Path("runs") / Path(recipe).stem
+    return Path("runs") / recipe_name(Path(recipe))
 
 
 def open_or_create(target: str, overrides: list[str] | None, out: Path | None, *, dry_run: bool = False) -> Run:

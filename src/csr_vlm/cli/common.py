@@ -15,7 +15,7 @@ from csr_vlm.cli import console
 from csr_vlm.core.errors import CsrError
 
 SECTIONS = {
-    "Run": ("init", "demo", "check", "run", "watch"),
+    "Run": ("init", "recipes", "demo", "check", "run", "watch"),
     "Inspect": ("show", "chat", "try", "report", "audit", "analyze"),
     "Evaluate": ("eval", "compare", "reproduce", "validate-scorer"),
     "Share": ("export", "merge", "push"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from csr_vlm.cli import console
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.installing import install_command
 from csr_vlm.core.secrets import redact
 
 EXTRAS = {
@@ -56,7 +57,7 @@ def explain(error: BaseException) -> Explanation:
     if hasattr(error, "format_message"):  # typer does not export the class of usage errors
         return _explain_usage_error(error, error.format_message())
     if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
-        return Explanation(f"{error.name} is required", "it is not installed", f"pip install 'csr-vlm[{extra}]'")
+        return Explanation(f"{error.name} is required", "it is not installed", install_command(extra))
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         path = f"{error.filename}" if error.filename else "a file"
         return Explanation(f"{path} cannot be used", error.strerror.lower(), _HINTS.get(error.errno, ""))

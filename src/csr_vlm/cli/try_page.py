@@ -11,6 +11,7 @@ import typer
 from csr_vlm.cli import console
 from csr_vlm.cli.arguments import RunArgument, complete_run
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.installing import install_command
 from csr_vlm.store.run import Run
 
 
@@ -31,12 +32,12 @@ def try_page(
     """Try base model and iterations on a local page.
 
     Answers stream side by side. Claims are colored by their evidence, and a click on one asks every policy about it.
-    The page is reachable from this machine only. Needs pip install 'csr-vlm[app]'.
+    The page is reachable from this machine only. Needs Gradio.
 
     Example: csr try runs/d0 --open
     """
     if find_spec("gradio") is None:
-        raise CsrError("csr try needs Gradio", "pip install 'csr-vlm[app]'; csr chat does the same in the terminal")
+        raise CsrError("csr try needs Gradio", f"{install_command('app')}; csr chat does the same in the terminal")
     runs = [Run.open(path) for path in (target, other) if path is not None]
     console.quiet_libraries()
     from csr_vlm.playground.uploads import upload_folder

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from csr_vlm.config.model_size import guess_parameters
 from csr_vlm.config.schema import RunConfig, ScorerConfig, presets, presets_of_any_size, size_class
+from csr_vlm.config.shipped import shipped_recipes
 from csr_vlm.config.yaml import MAX_DEPTH, load_yaml, read_yaml
 from csr_vlm.core.errors import CsrError, suggestion
 from csr_vlm.core.secrets import is_secret_name
@@ -27,7 +28,7 @@ def load_config(recipe: Path | None, overrides: Iterable[str] = (), base: Mappin
     """Load a recipe, apply the overrides, and overlay the result on its preset.
 
     Args:
-        recipe: YAML file; relative paths in it are relative to the working directory.
+        recipe: YAML file, or the name of a shipped recipe. Relative paths in it are relative to the working directory.
         overrides: ``dotted.key=value``, values in YAML.
         base: Plain data to use in place of a recipe, such as the resolved configuration of a run.
 
@@ -80,6 +81,16 @@ def _refuse_secrets(layer: Mapping[str, Any], prefix: str = "") -> None:
             )
 
 
+def recipe_name(path: Path) -> str:
+    """Return the name of a recipe: that of its file without the suffix, or of a shipped recipe.
+
+    Example:
+        >>> recipe_name(Path("recipes/llava-1.5-7b.yaml")), recipe_name(Path("llava-1.5-7b"))
+        ('llava-1.5-7b', 'llava-1.5-7b')
+    """
+    return path.stem if path.suffix in {".yaml", ".yml"} else path.name
+
+
 def scorer_config(**settings: Any) -> ScorerConfig:
     """Validate a scorer that is not part of a run's configuration.
 
@@ -103,8 +114,11 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on names that are too long
-        raise CsrError(f"recipe or run {path} does not exist", _recipe_hint(path))
-    return read_yaml(path, "see recipes/quickstart.yaml for an example")
+        shipped = shipped_recipes().get(str(path))
+        if shipped is None:
+            raise CsrError(f"recipe or run {path} does not exist", _recipe_hint(path))
+        path = shipped
+    return read_yaml(path, "csr recipes quickstart writes an example")
 
 
 def _parse_override(text: str, previous: str) -> dict[str, Any]:
@@ -214,9 +228,10 @@ _TRL_OPTIONS = frozenset(
 
 
 def _recipe_hint(path: Path) -> str:
-    """Suggest a recipe, beside the path or in recipes/."""
-    recipes = {file.stem: file for folder in (Path("recipes"), path.parent) for file in sorted(folder.glob("*.y*ml"))}
-    close = difflib.get_close_matches(path.stem, recipes, n=1)
+    """Suggest a recipe, beside the path or in recipes/, or the name of a shipped one."""
+    recipes: dict[str, Path | str] = {name: name for name in shipped_recipes()}
+    recipes |= {file.stem: file for folder in (Path("recipes"), path.parent) for file in sorted(folder.glob("*.y*ml"))}
+    close = difflib.get_close_matches(recipe_name(path), recipes, n=1)
     if close:
         return f"did you mean {recipes[close[0]]}?"
     known = ", ".join(map(str, recipes.values()))

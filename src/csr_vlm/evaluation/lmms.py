@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.installing import install_command
 from csr_vlm.evaluation.statistics import Metric, Tally, ratio
 
 _KEY_VARIABLES = {"openai": "OPENAI_API_KEY", "azure": "AZURE_API_KEY"}
@@ -119,7 +120,7 @@ def select_benchmarks(names: Sequence[str], include: Path | None) -> dict[str, L
         if selected[name].judged:
             _require_judge(name)
     if util.find_spec("lmms_eval") is None:
-        raise CsrError("lmms-eval is not installed", "pip install 'csr-vlm[eval]'")
+        raise CsrError("lmms-eval is not installed", install_command("eval"))
     return selected
 
 
@@ -205,7 +206,8 @@ def read_results(
             value = values.get(f"{metric.lmms_name},none")
             if not isinstance(value, int | float):
                 raise CsrError(
-                    f"lmms-eval returned no {metric.lmms_name} for {name}", "install lmms-eval 0.7: csr-vlm[eval]"
+                    f"lmms-eval returned no {metric.lmms_name} for {name}",
+                    f"install lmms-eval 0.7: {install_command('eval')}",
                 )
             metrics[metric.name] = _metric(float(value), columns[metric.name], len(samples)).dump()
         protocol[name] = _protocol(benchmark, results, limits.get(task), limit, unanswered.get(task, 0))

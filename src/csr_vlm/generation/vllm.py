@@ -20,6 +20,7 @@ from typing import Any
 
 from csr_vlm.config.schema import GenerationConfig, ModelConfig
 from csr_vlm.core.errors import CsrError, PromptError
+from csr_vlm.core.installing import install_command
 from csr_vlm.core.records import Prompt
 from csr_vlm.generation.streaming import TokenChunk, TokenRequest
 from csr_vlm.models.devices import resolve_device, resolve_dtype
@@ -141,7 +142,7 @@ def vllm_engine(
         from vllm import EngineArgs, LLMEngine
         from vllm.distributed import cleanup_dist_env_and_memory
     except ImportError as error:
-        raise CsrError(f"generation.engine=vllm needs vLLM: {_reason(error)}", "pip install 'csr-vlm[vllm]'") from None
+        raise CsrError(f"generation.engine=vllm needs vLLM: {_reason(error)}", install_command("vllm")) from None
     valid_options = [field.name for field in dataclasses.fields(EngineArgs)]
     arguments = engine_arguments(model, generation, adapter, valid_options, image_options)
     engine = None

@@ -114,6 +114,7 @@ def rename_as_published(directory: Path) -> None:
             # Write a new file: the loaded tensors may be views of the old file's bytes.
             temporary = file.with_name(f".{file.name}.tmp")
             save_file(renamed, temporary, metadata={"format": "pt"})
+            temporary.chmod(file.stat().st_mode)
             temporary.replace(file)
     index = directory / "model.safetensors.index.json"
     if index.exists():

@@ -21,6 +21,7 @@ from transformers import (
 from csr_vlm.config.schema import ModelConfig
 from csr_vlm.core.errors import CsrError, reason_of
 from csr_vlm.core.hub import require_on_disk_or_reachable
+from csr_vlm.core.installing import install_command
 from csr_vlm.models.checkpoints import file_tensors
 from csr_vlm.models.devices import resolve_device, resolve_dtype
 from csr_vlm.models.encoding import MAX_IMAGE_PIXELS, PromptEncoder
@@ -152,7 +153,7 @@ def _loading(config: ModelConfig) -> Iterator[dict[str, Any]]:
     except ImportError as error:
         reason = " ".join(str(error).split())[:200]
         raise CsrError(
-            f"{config.path} needs a library that is not installed: {reason}", "pip install 'csr-vlm[families]'"
+            f"{config.path} needs a library that is not installed: {reason}", install_command("families")
         ) from None
     except Exception as error:  # A damaged or foreign checkpoint may raise anything.
         raise load_error("model", config.path, error) from None

@@ -46,6 +46,7 @@ class Case:
     scorer_share: float
     picture_milliseconds: float
     check_milliseconds: float
+    check_threads: float
     pairs_milliseconds: float
     with_pairs: float
     reference_passes: float
@@ -81,6 +82,10 @@ ASSUMPTIONS: Sequence[Assumption] = (
     Assumption(
         "check_milliseconds", 2.5, 3.5, 4.3, "host time to check a picture before the run, in milliseconds",
         "high: measured (benchmarks/scale.py serial)",
+    ),
+    Assumption(
+        "check_threads", 8, 4, 2, "threads' worth of speed of that check, with the model's processor on every picture",
+        "assumed",
     ),
     Assumption(
         "pairs_milliseconds", 1.5, 2, 2.7, "host time to derive a prompt's pairs, in milliseconds",

@@ -18,6 +18,7 @@ import yaml
 from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import ModelConfig, RunConfig, presets, size_class
 from csr_vlm.core.errors import CsrError, suggestion
+from csr_vlm.core.installing import install_command
 from csr_vlm.data.sources import detect_format
 from csr_vlm.models.architecture import Architecture, local_directory, read_architecture
 from csr_vlm.models.devices import resolve_device
@@ -305,7 +306,7 @@ def _generation(wishes: Wishes, facts: ModelFacts, settings: Sequence[Setting], 
         yield Setting("generation.engine", "vllm", "Set transformers if vLLM does not support this model.")
         yield Setting("generation.prompts_per_part", 512, "vLLM does its own batching; give it much at once.")
         if not has_vllm:
-            notes.append("vLLM is not installed here: pip install 'csr-vlm[vllm]'")
+            notes.append(f"vLLM is not installed here: {install_command('vllm')}")
 
 
 def _memory(wishes: Wishes, facts: ModelFacts, settings: Sequence[Setting]) -> Iterator[Setting]:

@@ -74,7 +74,7 @@ class StageCosts:
         steps = [self.step_seconds(self.rows.rows, has_adapter=self.config.model.adapter is not None), *later]
         searching = self.rows.steps * self.num_prompts * sum(steps) * self._share_of_items()
         return {
-            "checking": self.num_prompts * self.case.check_milliseconds / 1e3,
+            "checking": self.checking(),
             "prefill": iterations * self.prefill(),
             "search": searching,
             "scoring": iterations * self.scoring(),
@@ -197,6 +197,11 @@ class StageCosts:
         if self.config.model.dtype == "auto":
             return 4.0 if self.hardware.is_cpu else 2.0
         return 4.0 if self.config.model.dtype == "float32" else 2.0
+
+    def checking(self) -> float:
+        """Return the seconds in which one process checks every prompt and puts it through the processor, in threads."""
+        per_prompt = (self.case.check_milliseconds + self.case.picture_milliseconds) / 1e3
+        return self.num_prompts * per_prompt / self.case.check_threads
 
     def prefill(self) -> float:
         """Return the seconds of one iteration's vision and prefill."""

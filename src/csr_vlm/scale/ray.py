@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from csr_vlm.core.errors import CsrError, reason_of
+from csr_vlm.core.installing import install_command
 from csr_vlm.core.progress import Progress
 from csr_vlm.scale.executor import (
     Counts,
@@ -49,7 +50,7 @@ def ray_executor(num_actors: int) -> Iterator[RayExecutor]:
     try:
         import ray
     except ImportError:
-        raise CsrError("--ray needs Ray", "pip install 'csr-vlm[ray]'") from None
+        raise CsrError("--ray needs Ray", install_command("ray")) from None
     _require_listener(os.environ.get("RAY_ADDRESS", ""))
     options = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": max(os.cpu_count() or 1, num_actors + _RESERVED_CPUS)}
     try:

@@ -10,6 +10,7 @@ import torch
 
 from csr_vlm.config.schema import OneScorerConfig
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.installing import install_command
 
 
 class OpenClipEncoder:
@@ -29,7 +30,7 @@ class OpenClipEncoder:
         except (ImportError, RuntimeError) as error:
             raise CsrError(
                 f"{config.path} needs open_clip, which cannot be imported: {error}",
-                "pip install 'csr-vlm[openclip]'",
+                install_command("openclip"),
             ) from None
         target = config.path.removeprefix("open_clip:")
         is_local = Path(target).is_dir()

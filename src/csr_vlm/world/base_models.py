@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from csr_vlm.models.checkpoints import rename_as_published
 from csr_vlm.world.corpus import DESCRIBE, article, sentence, yes_no_question
 from csr_vlm.world.scenes import CELL, GRID, World
 
@@ -208,7 +209,11 @@ def new_llava(
 
 
 def save(model: torch.nn.Module, processor: object, directory: Path) -> None:
-    """Write a checkpoint in fp16; the dtype of the model itself does not change."""
+    """Write a checkpoint in fp16, with tensor names as published; the dtype of the model itself does not change.
+
+    A user who merges an adapter into it and saves the result gets names that other programs, such as vLLM, know.
+    """
     state = {name: tensor.half() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     model.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
+    rename_as_published(directory)
     processor.save_pretrained(directory)  # type: ignore[attr-defined]
