@@ -58,7 +58,7 @@ test-newest:  ## the quick tests with the newest release of every dependency, in
 	$(NEWEST_VENV)/bin/python -m pip list --outdated --disable-pip-version-check
 	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/pytest -q -n 2 -m "not slow" tests/unit
 
-test-app: $(APP_VENV)/.installed  ## csr try in a real browser, in an environment of its own: Gradio needs an older Pillow
+test-app: $(APP_VENV)/.installed  ## csr try in a real browser, and the trackers, in an environment of its own
 	OMP_NUM_THREADS=1 $(APP_VENV)/bin/python -m pytest -q tests/app
 
 test-faults: $(VENV)/.installed-dev  ## a hundred kills, failing disks, a thousand bad inputs (about half an hour)
@@ -147,7 +147,7 @@ $(APP_VENV)/.installed: pyproject.toml constraints-app.txt
 	$(PYTHON) -m venv $(APP_VENV)
 	$(APP_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-app.txt torch
 	$(APP_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-app.txt -e '.[app]' \
-		pytest hypothesis playwright
+		pytest hypothesis playwright tensorboard wandb trackio mlflow-skinny sqlalchemy alembic pandas
 	touch $@
 
 $(DOCS_VENV)/.installed: pyproject.toml constraints.txt

@@ -47,7 +47,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path, *overrides: str) -> Recipe:
-        """Load a YAML file and apply ``"dotted.key=value"`` overrides.
+        """Load a YAML file, or a shipped recipe by its name, and apply ``"dotted.key=value"`` overrides.
 
         Raises:
             CsrError: The file cannot be read, or an option is unknown or out of bounds.

@@ -1,6 +1,7 @@
 """Serve the page of csr try on a small run; everything here is skipped where Gradio is not installed.
 
-``make test-app`` has an environment with Gradio, which needs an older Pillow than the other tests.
+``make test-app`` has an environment with Gradio, which needs an older Pillow than the other tests, and with the
+experiment trackers.
 """
 
 from __future__ import annotations
@@ -13,19 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from csr_vlm.core.progress import Silent
-from csr_vlm.pipeline.loop import align
 from csr_vlm.store.run import Run
 from tests.browser.conftest import browser
-from tests.integration.conftest import small_config
+from tests.integration.conftest import short_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-__all__ = ["browser"]
+__all__ = ["browser", "short_run"]
 
 MAX_UPLOAD = 200_000
-SHORT = {"trl": {"max_steps": 1, "per_device_train_batch_size": 4}}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,12 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
-    """Align a run for one step, and copy it as a second one."""
+def runs(short_run: Run, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """Return two runs of one base model."""
     root = tmp_path_factory.mktemp("try")
-    first = Run.create(root / "first <b>run", small_config(root, iterations=1, training=SHORT))
-    align(first, Silent())
-    return [first, Run.open(shutil.copytree(first.root, root / "second"))]
+    return [Run.open(shutil.copytree(short_run.root, root / name)) for name in ("first <b>run", "second")]
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,14 @@ import torch
 
 from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import ModelConfig, RunConfig, ScorerConfig
+from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import Prompt
 from csr_vlm.models.loading import load_policy
 from csr_vlm.models.policy import Policy
+from csr_vlm.pipeline.loop import align
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.scoring.scorer import ScorerGroup
+from csr_vlm.store.run import Run
 from csr_vlm.world.dataset import write_images, write_prompts
 from csr_vlm.world.demo import assets
 from csr_vlm.world.scenes import HARBOUR, Split, make_scenes
@@ -56,6 +59,16 @@ def small_config(directory: Path, **changes: object) -> RunConfig:
             changes,
         )
     )
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Align the shipped LLaVA for one step; tests must not change the run."""
+    root = tmp_path_factory.mktemp("short")
+    training = {"trl": {"max_steps": 1, "per_device_train_batch_size": 4}}
+    made = Run.create(root / "first", small_config(root, iterations=1, training=training))
+    align(made, Silent())
+    return made
 
 
 @pytest.fixture(autouse=True)

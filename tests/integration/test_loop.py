@@ -56,6 +56,7 @@ def test_a_run_leaves_what_the_design_promises(undisturbed: Run) -> None:
         "dropped": {},
         "examples": [],
         "sha256": manifest["stages"]["iteration-0"]["prompts"]["sha256"],
+        "preset": manifest["preset"],
         "heldout": 2,
     }
     trained_on = {prompt.prompt_id for prompt in undisturbed.prompts()}

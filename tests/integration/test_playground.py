@@ -12,27 +12,19 @@ from typer.testing import CliRunner, Result
 
 from csr_vlm.cli.app import app
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.progress import Silent
-from csr_vlm.pipeline.loop import align
 from csr_vlm.playground.answering import Sampling
 from csr_vlm.playground.session import Playground, contestants
 from csr_vlm.store.run import Run
-from tests.integration.conftest import small_config
-
-SHORT = {"trl": {"max_steps": 1, "per_device_train_batch_size": 4}}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    root = tmp_path_factory.mktemp("playground")
-    made = Run.create(root / "first", small_config(root, iterations=1, training=SHORT))
-    align(made, Silent())
-    return made
+@pytest.fixture
+def run(short_run: Run) -> Run:
+    return short_run
 
 
 @pytest.fixture(scope="module")
-def playground(run: Run) -> Playground:
-    return Playground([run])
+def playground(short_run: Run) -> Playground:
+    return Playground([short_run])
 
 
 def csr(*arguments: object, **options: str) -> Result:
@@ -70,6 +62,10 @@ def test_a_conversation_reads_questions_and_commands(run: Run) -> None:
         "error: the picture x cannot be used: missing",
         "error: '-1' is not a temperature",
     ]
+
+
+def test_the_audit_of_a_trained_iteration_does_not_propose_to_train(run: Run) -> None:
+    assert "next: csr compare" in csr("audit", run.root).stderr
 
 
 def test_mistakes_are_named(run: Run, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from csr_vlm.training.distribution import pairs_per_step
 ROOT = Path(__file__).parents[2]
 SLURM = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
 KUBERNETES = sorted((ROOT / "examples" / "kubernetes").glob("*.yaml"))
+SKYPILOT = sorted((ROOT / "examples" / "skypilot").glob("*.yaml"))
+DOCKERFILE = ROOT / "docker" / "Dockerfile"
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 FOR_MANY = sorted((ROOT / "recipes").glob("*8gpu.yaml"))
 
@@ -93,6 +95,33 @@ def test_kubernetes_examples_hold_commands_that_parse(path: Path) -> None:
         assert params["ray"] == gpus
         assert cluster["rayVersion"] == re.search(r"^ray==(\S+)", constraints(), re.MULTILINE)[1]  # type: ignore[index]
         assert yaml.safe_load(document["spec"]["runtimeEnvYAML"])["env_vars"]["RAY_ADDRESS"] == "auto"
+
+
+@pytest.mark.parametrize("path", SKYPILOT, ids=lambda path: path.stem)
+def test_skypilot_examples_hold_commands_that_parse(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    task = yaml.safe_load(text)
+    assert {"resources", "setup", "run"} <= task.keys()
+    found = [arguments for words in shell_commands(task["run"]) if (arguments := csr_arguments(words)) is not None]
+    assert len(found) >= 2
+    for arguments in found:
+        parse(arguments)
+    assert "-c constraints.txt" in task["setup"]
+    assert f"sky launch {path.relative_to(ROOT)}" in text
+
+
+def test_the_image_installs_from_the_lock_and_runs_the_demo() -> None:
+    lines = DOCKERFILE.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    assert {name for name, _ in steps} <= {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "USER", "ENTRYPOINT", "CMD"}
+    for sources in (rest.split()[:-1] for name, rest in steps if name == "COPY"):
+        assert all((ROOT / source).exists() for source in sources)
+    commands = [rest for name, rest in steps if name == "RUN"]
+    assert all("-c constraints.txt" in command for command in commands if command.startswith("pip install"))
+    names = [name for name, _ in steps]
+    assert names.index("USER") < max(index for index, name in enumerate(names) if name == "RUN")
+    (demo,) = [shlex.split(part) for command in commands for part in command.split("&&") if " demo " in part]
+    assert parse(csr_arguments(demo) or [])["prompts"] == 8
 
 
 def constraints() -> str:

@@ -745,3 +745,12 @@ def test_memory_of_written_prompts_grows_by_one_hash_per_row(tmp_path: Path, mon
     assert a_row < 200, "the hash, and its place in the set"
     a_row_held = (peak(lambda: list(prompts(2000))) - peak(lambda: list(prompts(1000)))) / 1000
     assert a_row_held > 2 * a_row, "which a list of all prompts would exceed"
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.json", "prompts"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_rejected_by_name(tmp_path: Path, name: str, encoding: str) -> None:
+    (tmp_path / name).write_bytes(('\ufeff{"id": 1}\n' * 2).encode(encoding))
+    with pytest.raises(CsrError, match="is in UTF-16") as rejected:
+        detect_format(str(tmp_path / name))
+    assert rejected.value.hint == "save it as UTF-8"

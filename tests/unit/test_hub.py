@@ -47,7 +47,7 @@ def test_what_is_not_on_this_disk_fails_in_seconds(tmp_path: Path, option: str) 
     else:
         settings["data"][option] = "org/none"
     started = time.monotonic()
-    with pytest.raises(CsrError, match=r"org/none is not on this disk, and http.* does not respond"):
+    with pytest.raises(CsrError, match=r"there is no folder org/none here, and http.* does not respond"):
         require_sources(resolve(settings))
     assert time.monotonic() - started < 2
 

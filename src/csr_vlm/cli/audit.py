@@ -56,6 +56,8 @@ def audit(
                 print(f"{check.verdict.value}: {check.reason}")
         if verdict is quality.Verdict.STOP:
             console.log(f"next: csr audit {target} KEY=VALUE tries other settings; csr sweep {target} trains on them")
+        elif run.is_done(number, "train"):
+            console.log(f"next: csr compare {target}; csr chat {target} PICTURE")
         else:
             console.log(f"next: csr train {target}")
     if verdict is quality.Verdict.STOP:

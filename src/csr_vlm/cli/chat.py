@@ -192,7 +192,7 @@ class _Conversation:
         for thing, mark in {mark.thing: mark for mark in marks}.items():
             line.append(printable(thing), style=_STYLES[mark.level])
             line.append(f" {mark.nats:+.1f}  ")
-        console.terminal().print(line)
+        console.terminal().print(line, soft_wrap=True)
 
 
 def _temperature(text: str) -> float:

@@ -631,6 +631,18 @@ class EvaluationConfig(_Section):
         return self
 
 
+class TrackingConfig(_Section):
+    """Configure experiment trackers for the whole loop; ``training.trl.report_to`` is for the loss of each training."""
+
+    to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        default=(), description="Trackers that get one run for the whole loop, with the iteration as step."
+    )
+    project: str = Field(default="csr-vlm", min_length=1, description="Project, or experiment, of the run.")
+    examples: int = Field(
+        default=8, ge=0, description="Number of held-out pictures with responses before and after, in a table."
+    )
+
+
 class RunConfig(_Section):
     """Configure one complete run."""
 
@@ -644,6 +656,7 @@ class RunConfig(_Section):
     generation: GenerationConfig = GenerationConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("preset")
     @classmethod

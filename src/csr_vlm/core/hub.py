@@ -48,13 +48,13 @@ def require_on_disk_or_reachable(
     if constants.HF_HUB_OFFLINE or is_reachable(constants.ENDPOINT):
         if constants.HF_HUB_OFFLINE and not is_cached:
             raise CsrError(
-                f"{option}: {name} is not on this disk, and HF_HUB_OFFLINE is set",
+                f"{option}: there is no folder {name} here, nor is it in the hub's cache, and HF_HUB_OFFLINE is set",
                 "give a directory, or download it where there is a network: hf download NAME",
             )
         return
     if not is_cached:
         raise CsrError(
-            f"{option}: {name} is not on this disk, and {constants.ENDPOINT} does not respond",
+            f"{option}: there is no folder {name} here, and {constants.ENDPOINT} does not respond",
             "give a directory, or download it where there is a network: hf download NAME",
         )
     constants.HF_HUB_OFFLINE = True
@@ -70,7 +70,7 @@ def require_reachable(option: str, name: str) -> None:
 
     if not constants.HF_HUB_OFFLINE and not is_reachable(constants.ENDPOINT):
         raise CsrError(
-            f"{option}: {name} is not on this disk, and {constants.ENDPOINT} does not respond",
+            f"{option}: there is no folder {name} here, and {constants.ENDPOINT} does not respond",
             "give a path, or download it where there is a network: hf download --repo-type dataset NAME",
         )
 

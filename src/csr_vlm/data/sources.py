@@ -147,6 +147,8 @@ def detect_format(name: str) -> str:
         head = handle.read(512)
     if head.startswith(b"PAR1"):
         return "parquet"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise CsrError(f"{path} is in UTF-16, as PowerShell writes it", "save it as UTF-8")
     if head[257:262] == b"ustar":
         return "webdataset"
     first_character = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]

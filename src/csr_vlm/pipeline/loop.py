@@ -23,6 +23,7 @@ from csr_vlm.core.progress import Reporter
 from csr_vlm.models.devices import free_memory
 from csr_vlm.pipeline import gates, stages
 from csr_vlm.pipeline.schedule import Step, schedule
+from csr_vlm.pipeline.tracking import Tracking
 from csr_vlm.report.card import write_card
 from csr_vlm.scale.executor import LOCAL, Executor
 from csr_vlm.store.progress_file import record_progress
@@ -45,15 +46,17 @@ def align(run: Run, reporter: Reporter, executor: Executor = LOCAL) -> None:
         run.restore_manifest()
         if unverified := run.unverified_stages():
             recorder.log(f"no checksums were recorded for {', '.join(unverified)}: changes of their files go unnoticed")
+        tracking = Tracking(run, recorder.log)
         for step in schedule(run):
             stops = _stops_after(step, run, recorder, executor)
+            tracking.log_iterations()
             free_memory()
             if stops:
                 break
         stages.export(run, recorder)
         if run.final:
             write_card(run)
-        stages.report(run)
+        tracking.finish(stages.report(run))
 
 
 def _stops_after(step: Step, run: Run, reporter: Reporter, executor: Executor) -> bool:

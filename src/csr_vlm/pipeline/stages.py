@@ -56,7 +56,7 @@ def check_inputs(run: Run, reporter: Reporter) -> None:
             checked.
     """
     if run.is_done(0, "prompts"):
-        require_trackers(run.config.training)
+        require_trackers(run.config)
         _require_same_prompts(run)
         return
     with reporter.stage("opening model and scorer", 1) as progress:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from csr_vlm.config.schema import GenerationConfig, RunConfig, TrainingConfig
+from csr_vlm.config.schema import GenerationConfig, RunConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.hub import require_on_disk_or_reachable, require_reachable
 from csr_vlm.core.installing import install_command
@@ -50,20 +50,23 @@ def require_libraries(config: RunConfig, *, offline: bool = False) -> None:
 
     check_arguments(config.training)
     if not offline:
-        require_trackers(config.training)
+        require_trackers(config)
         require_engine(config.generation)
 
 
-def require_trackers(config: TrainingConfig) -> None:
+def require_trackers(config: RunConfig) -> None:
     """Verify that the experiment trackers can be used.
 
     Raises:
         CsrError: A tracker is not supported, or its package is not installed.
     """
-    if "report_to" in config.trl:
+    for name in config.tracking.to:
+        if find_spec(name) is None:
+            raise CsrError(f"tracking.to: {name} is not installed", f"pip install {name}")
+    if "report_to" in config.training.trl:
         from csr_vlm.training.reporting import require_services
 
-        require_services(config.trl["report_to"])
+        require_services(config.training.trl["report_to"])
 
 
 def require_engine(config: GenerationConfig) -> None:
