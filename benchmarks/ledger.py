@@ -84,7 +84,7 @@ def make_run(root: Path, num_prompts: int) -> Run:
         "scorer": {"path": "none"},
         "data": {"prompts": str(root.parent / "prompts")},
         "evaluation": {"heldout": 0},
-        "method": {"pairs": {"questions": {"pattern": ""}}},  # claim questions would need a model
+        "method": {"pairs": {"questions": {"per_prompt": 0}}},  # claim questions would need a model
     }
     run = Run.create(root, resolve(layer))
     image = root.parent / "image.png"
