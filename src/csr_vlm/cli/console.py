@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
+_PIPE_WIDTH = 10_000
+"""Columns of a file or a pipe, where no name is cut to fit a screen."""
 _LINE_EVERY = 30.0
 """Seconds between two lines of progress if stderr is not a terminal."""
 
@@ -211,6 +213,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     output = terminal()
+    if not output.is_terminal:
+        output.width = _PIPE_WIDTH
     if title:
         output.print(Text(title, style="italic"), soft_wrap=True)
     output.print(table)
