@@ -118,7 +118,7 @@ def test_another_scorer_is_added_to_the_ledger(finished: Path) -> None:
     first = csr("pairs", finished, "scorer.name=clip", "--json").stdout
     assert csr("pairs", finished, "scorer.name=second", "--json").stdout == first
     unknown = csr("pairs", finished, "scorer.name=third", check=False)
-    assert "has no score by 'third'" in unknown.stderr
+    assert "the claims have no score by 'third'" in unknown.stderr
 
 
 @pytest.mark.parametrize(

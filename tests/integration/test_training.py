@@ -31,6 +31,7 @@ from csr_vlm.method.search import search
 from csr_vlm.models.loading import load_base, load_policy
 from csr_vlm.pipeline.loop import align
 from csr_vlm.pipeline.stages import check_inputs
+from csr_vlm.scoring.claim_scorer import ClaimScorer
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.store.run import Run
 from csr_vlm.store.tables import PairFiles
@@ -65,6 +66,7 @@ def pairs(config, prompts: list[Prompt], policy) -> list[Pair]:
         iteration=1,
         seed=0,
         scorer="clip",
+        score_claims=ClaimScorer(scorer, config.method.claims),
     )
     results = [make_pairs(t.prompt, t.nodes, config.method, "clip", 0) for t in trees]
     return [result[0] for result in results if not isinstance(result, str)]
@@ -154,15 +156,17 @@ def test_adapter_on_the_base_and_merged_model_give_the_same_logits(pairs, config
     assert not torch.allclose(adapted, unadapted, atol=1e-3)
 
 
-def test_the_completion_mask_marks_exactly_the_response(pairs, config) -> None:
+def test_the_completion_mask_marks_the_response_after_the_tokens_that_both_sides_share(pairs, config) -> None:
     policy = load_policy(config.model, None)
-    (batch,) = PairCollator(policy, 8192).passes(pairs[:2])
+    two = sorted(pairs, key=lambda pair: -pair.shared_tokens)[:2]
+    assert two[0].shared_tokens > 0
+    (batch,) = PairCollator(policy, 8192).passes(two)
     assert batch["input_ids"].shape[0] == 4
-    responses = [pairs[0].chosen, pairs[1].chosen, pairs[0].rejected, pairs[1].rejected]
-    for row, response in enumerate(responses):
+    for row, (pair, response) in enumerate([*((p, p.chosen) for p in two), *((p, p.rejected) for p in two)]):
         marked = batch["input_ids"][row][batch["completion_mask"][row].bool()]
-        assert tuple(marked.tolist()) == response.token_ids
-    assert batch["ref_chosen_logps"].tolist() == pytest.approx([p.chosen.logprob for p in pairs[:2]])
+        assert tuple(marked.tolist()) == response.token_ids[pair.shared_tokens :]
+    expected = [pair.chosen.logprob - pair.shared_logprob for pair in two]
+    assert batch["ref_chosen_logps"].tolist() == pytest.approx(expected)
 
 
 def test_the_projector_trains_at_its_own_learning_rate(pairs, config, tmp_path: Path) -> None:
