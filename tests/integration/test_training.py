@@ -162,6 +162,7 @@ def test_the_completion_mask_marks_the_response_after_the_tokens_that_both_sides
     assert two[0].shared_tokens > 0
     (batch,) = PairCollator(policy, 8192).passes(two)
     assert batch["input_ids"].shape[0] == 4
+    two.sort(key=lambda pair: batch["prompt_ids"].index(pair.prompt.prompt_id))
     for row, (pair, response) in enumerate([*((p, p.chosen) for p in two), *((p, p.rejected) for p in two)]):
         marked = batch["input_ids"][row][batch["completion_mask"][row].bool()]
         assert tuple(marked.tolist()) == response.token_ids[pair.shared_tokens :]
