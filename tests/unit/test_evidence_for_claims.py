@@ -133,7 +133,7 @@ def test_pairs_cross_the_zero_line_and_follow_a_clean_context() -> None:
 
 def test_ending_is_preferred_to_false_claims_alone() -> None:
     without_true = [n for n in tree() if n.node_id != "0.2"]
-    assert ("0.0", "0.1") in preferred(without_true)
+    assert ("0.0", "0.1") in preferred(without_true, min_margin=0.1)
     weak = [n for n in tree(true=4.0) if n.node_id != "0.1"]
     assert ("0.0", "0.2") not in preferred(weak)
 

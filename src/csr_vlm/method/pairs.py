@@ -22,6 +22,8 @@ from csr_vlm.method.reward import (
     sentence_rewards,
 )
 
+_END_MARGIN = 1.5
+"""Factor on the margin where ending is preferred (``reward.unit: claim``): what is not said is not corrected later."""
 _LEAVES = (NodeStatus.FINISHED, NodeStatus.TRUNCATED)
 
 
@@ -34,6 +36,8 @@ class _Option:
     """Highest reward that the tree reaches after it; None if it was not expanded, or is not looked ahead of."""
     worth: float = 0.0
     """What the claims of its last sentence are worth (``reward.unit: claim``); 0 for ending."""
+    ends: bool = False
+    """Whether it only ends the response, without a sentence."""
 
     @property
     def value(self) -> float:
@@ -76,7 +80,8 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
 
     With ``reward.unit: claim``, what a partial response says before must not contain a sentence that
     is judged false (R_I < 0), and a pair must cross the zero line: claims without evidence against
-    them over claims without evidence for them. So ending is preferred to false claims alone.
+    them over claims without evidence for them. So ending is preferred to false claims alone, and only by
+    one and a half times the margin, since nothing corrects what is not said.
 
     Pairs are sorted by decreasing margin if ``selection`` is ``extremes``.
 
@@ -186,7 +191,10 @@ def _sibling_options(
     return [
         [
             _Option(
-                _response(node, by_id, reward(node)), future_reward(node) if config.look_ahead else None, worth(node)
+                _response(node, by_id, reward(node)),
+                future_reward(node) if config.look_ahead else None,
+                worth(node),
+                ends=not node.sentence,
             )
             for node in siblings
         ]
@@ -231,11 +239,12 @@ def _preferences(
         return [(chosen, other) for other in rejected]
     expanded = [option for option in options if option.future_reward is not None]
     best = max(expanded or options, key=lambda option: option.value)
-    others = [other for other in options if other is not best]
+    others, margin = [other for other in options if other is not best], min_margin
     if method.reward.unit == "claim":
+        margin *= _END_MARGIN if best.ends else 1.0
         others = [other for other in others if best.worth >= 0 >= other.worth]
     preferences = [_with_values(best, other) for other in others]
-    preferences = [(chosen, other) for chosen, other in preferences if chosen.reward - other.reward > min_margin]
+    preferences = [(chosen, other) for chosen, other in preferences if chosen.reward - other.reward > margin]
     return sorted(preferences, key=_negative_margin)
 
 
