@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from csr_vlm.config.load import resolve
 from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import Prompt
 from csr_vlm.pipeline.loop import align
 from csr_vlm.pipeline.stages import report as write_report
 from csr_vlm.store import files, tables
 from csr_vlm.store.run import Run
-from csr_vlm.world.demo import demo_config
+from csr_vlm.world.demo import demo_settings
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -44,8 +45,8 @@ def browser() -> Iterator[Browser]:
 def run(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Run one iteration of the demo in a folder whose name contains markup; skipped without a browser."""
     root = tmp_path_factory.mktemp("browser") / FOLDER
-    config = demo_config(root, seed=0, num_prompts=21, num_scenes=60)
-    run = Run.create(root, config.model_copy(update={"iterations": 1}))
+    settings = demo_settings(root, seed=0, num_prompts=21, num_scenes=60)
+    run = Run.create(root, resolve(settings | {"preset": "sentences", "iterations": 1}))
     align(run, Silent())
     _insert_markup(run)
     return run

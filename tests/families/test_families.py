@@ -134,9 +134,9 @@ def trained_on(
     kept: dict[str, torch.Tensor] = {}
     save = dpo.save_adapter
 
-    def keep_and_save(model: Any, weights: Any, directory: Path) -> None:
+    def keep_and_save(model: Any, weights: Any, directory: Path, processor: Any = None) -> None:
         kept.update({key: value.detach().clone() for key, value in model.named_parameters()})
-        save(model, weights, directory)
+        save(model, weights, directory, processor)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo, "save_adapter", keep_and_save)

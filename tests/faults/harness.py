@@ -26,7 +26,11 @@ def tiny_run(root: Path, **changes: Any) -> Run:
         "model": {"path": str(assets() / "llava"), "device": "cpu"},
         "scorer": {"path": str(assets() / "clip")},
         "data": {"prompts": str(data / "prompts.jsonl")},
-        "method": {"search": {"max_sentences": 2, "num_candidates": 3}, "pairs": {"require_complete": False}},
+        "method": {
+            "search": {"max_sentences": 2, "num_candidates": 3},
+            "claims": {"caption": HARBOUR.template.format("{a} {0}")},
+            "pairs": {"require_complete": False, "min_margin": 0.5},
+        },
         "generation": {"prompts_per_part": 3},
         "training": {
             "checkpoint_minutes": 0,

@@ -56,7 +56,7 @@ def test_a_conversation_reads_questions_and_commands(run: Run) -> None:
     assert shown.stdout.count("\nbase model\n") == 2
     assert shown.stdout.count("\niteration 1\n") == 1, "after /policies, only the base model answers"
     assert "evidence in nats" in shown.stdout
-    assert "Is there a boat in the image?" in shown.stdout
+    assert "Is there a boat in this picture?" in shown.stdout
     assert [line for line in shown.stderr.splitlines() if line.startswith("error:")] == [
         "error: 'x' is not a policy of this run",
         "error: the picture x cannot be used: missing",

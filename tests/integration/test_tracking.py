@@ -48,7 +48,7 @@ def test_every_number_of_an_iteration_is_logged(run: Run) -> None:
     values = iteration_values(run, 1)
     audit, gate = run.result(1, "audit")["metrics"], run.result(1, "gate")["metrics"]
     assert {f"audit/{name}" for name in audit} | {f"gate/{name}" for name in gate} <= values.keys()
-    assert values["audit/scorer_agreement/stop"] < values["audit/scorer_agreement/warn"]
+    assert values["audit/claim_agreement/stop"] < values["audit/claim_agreement/warn"]
     heldout = run.result(1, "evaluate")["heldout"]["words"]
     assert (values["heldout/words"], values["heldout/words/low"]) == (heldout["value"], heldout["low"])
     assert values["pairs/pairs"] == run.result(1, "pairs")["pairs"]

@@ -59,7 +59,9 @@ def test_a_scorer_that_sees_nothing_gives_no_evidence() -> None:
     evidence = Evidence.of(nodes, CLAIM.model_copy(update={"consistency": 1.0}), "clip")
     assert set(evidence.nats.values()) == {0.0}
     assert evidence.zero_line is None
-    assert Evidence.of([node("0")], CLAIM, "clip").nats == {}
+    empty = Evidence.of([node("0")], CLAIM, "clip")
+    assert empty.nats == {}
+    assert empty.weigh(columns(3.0)) == 0.0, "a tree without claims says nothing about those of others"
 
 
 def test_several_scorers_count_by_their_mean() -> None:

@@ -288,7 +288,7 @@ class PairsConfig(_Section):
         default=0.0,
         ge=0,
         description="Reward difference that a pair must exceed, in units of the spread of the prompt's sentence "
-        "rewards; with reward.unit: claim, in nats.",
+        "rewards; with reward.unit: claim, in nats, times lambda.",
     )
     require_complete: bool = Field(
         default=True, description="Use only responses, or sentences, that were not cut off by a limit."

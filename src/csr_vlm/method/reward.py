@@ -225,14 +225,14 @@ def _baseline(image: Sequence[float], text: Sequence[float], method: MethodConfi
 
 
 def reward_scale(rewards: Iterable[SentenceReward], method: MethodConfig) -> float:
-    """Return max R(s) - min R(s) over a prompt's sentences, the unit of penalties and margins; 1 nat by claim.
+    """Return max R(s) - min R(s) over a prompt's sentences, the unit of penalties and margins; by claim, lambda.
 
     Repeated sentences are left out. With the baseline ``half_best`` the minimum includes the
     reward of a sentence unrelated to the image, -lambda max(R_I) / 2. Otherwise the scale
     would shrink, and small differences would count as large ones, where all sentences are good.
     """
     if method.reward.unit == "claim":
-        return 1.0
+        return method.lambda_
     distinct = [reward for reward in rewards if not reward.repeated]
     if not distinct:
         return 0.0
