@@ -110,7 +110,10 @@ class Evidence:
         Raises:
             CsrError: The claim was not scored, or a score is not finite.
         """
-        return fmean(effect * self.significance(columns, name) - effect**2 / 2 for name, effect in self.effects.items())
+        return fmean(
+            effect * self.significance(columns, name) - effect**2 / 2 if effect else 0.0
+            for name, effect in self.effects.items()
+        )
 
     def significance(self, columns: Mapping[str, float], name: str) -> float:
         """Return z of a claim by one scorer."""
