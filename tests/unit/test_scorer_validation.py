@@ -19,6 +19,7 @@ from scipy.stats import norm
 
 from csr_vlm.cli import validate_scorer as verb
 from csr_vlm.config.load import load_config
+from csr_vlm.config.schema import ClaimsConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import Prompt
@@ -93,6 +94,7 @@ def world(directory: Path, number: int, hallucinates: float = 0.3) -> tuple[Labe
             read_any_captions(write_rows(directory / "captions.jsonl", captions)),
             READER,
             [directory],
+            ClaimsConfig(),
         ),
         truth,
     )
@@ -117,7 +119,7 @@ def test_sentences_and_claims_are_labeled(tmp_path):
     )
     text = "A fork is here. A lamp stands next to a table. In the background, there is a vase.\n- A fork\nAll is calm."
     captions = write_rows(tmp_path / "c.jsonl", [{"image": "a.png", "caption": text}, {"image": "b.png", "text": ""}])
-    found = label_captions(read_labels(labels), read_any_captions(captions), READER, [tmp_path])
+    found = label_captions(read_labels(labels), read_any_captions(captions), READER, [tmp_path], ClaimsConfig())
     assert [(one.kind, one.claims, one.truth) for one in found.sentences] == [
         ("lead", ("fork",), "grounded"),
         ("relation", ("lamp", "table"), "random"),
@@ -365,6 +367,7 @@ def _label(tmp_path: Path, labels: Sequence[Mapping[str, object]], captions: Seq
         read_any_captions(write_rows(tmp_path / "captions.jsonl", captions)),
         READER,
         [tmp_path],
+        ClaimsConfig(),
     )
 
 
@@ -402,7 +405,7 @@ def test_a_synonym_file_of_coco_has_the_special_cases_of_chair(tmp_path):
     own.write_text(lines)
     coco.write_text("\n".join(sorted(set(ObjectTable.coco().objects.values()))))
     claims = [
-        [claim.claims for claim in verb._read(labels, captions, tmp_path, "pattern", path, None).claims]
+        [claim.claims for claim in verb._read(labels, captions, tmp_path, "pattern", path, None, ClaimsConfig()).claims]
         for path in (own, coco)
     ]
     assert claims == [[("dog",), ("train",)], [("dog",)]]

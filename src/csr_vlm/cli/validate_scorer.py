@@ -17,7 +17,7 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.store import files
 
 if TYPE_CHECKING:
-    from csr_vlm.config.schema import RunConfig, ScorerConfig
+    from csr_vlm.config.schema import ClaimsConfig, RunConfig, ScorerConfig
     from csr_vlm.evaluation.labeled_captions import LabeledCaptions
     from csr_vlm.evaluation.scorer_validation import ScoredCaptions
     from csr_vlm.report.scorer_page import Validation
@@ -60,7 +60,7 @@ def validate_scorer(
     """
     config = load_config(None, settings or (), base=_BASE)
     scorers = _scorers(scorer or [DEFAULT_SCORER], trust_import)
-    labeled = _read(annotations, captions, images, words, synonyms, nltk_data)
+    labeled = _read(annotations, captions, images, words, synonyms, nltk_data, config.method.claims)
     console.quiet_libraries()
     from csr_vlm.evaluation.scorer_validation import score_captions
     from csr_vlm.models.devices import resolve_device
@@ -104,7 +104,13 @@ def _scorers(named: Sequence[str], trust_import: bool) -> ScorerConfig:
 
 
 def _read(
-    annotations: Path, captions: Path, images: Path | None, words: str, synonyms: Path | None, nltk_data: Path | None
+    annotations: Path,
+    captions: Path,
+    images: Path | None,
+    words: str,
+    synonyms: Path | None,
+    nltk_data: Path | None,
+    claims: ClaimsConfig,
 ) -> LabeledCaptions:
     from csr_vlm.evaluation.chair import ObjectReader
     from csr_vlm.evaluation.labeled_captions import label_captions, read_any_captions, read_labels
@@ -122,7 +128,7 @@ def _read(
     reader = ObjectReader(word_rule(words, nltk_data), table)
     folder = annotations if annotations.is_dir() else annotations.parent
     roots = [images] if images else [folder, folder / "images", folder.parent, folder.parent / "images"]
-    return label_captions(read, read_any_captions(captions), reader, roots)
+    return label_captions(read, read_any_captions(captions), reader, roots, claims)
 
 
 def _validate(scored: ScoredCaptions, config: RunConfig, protocol: dict[str, Any]) -> Validation:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from csr_vlm.config.schema import ClaimsConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.rows import BadRow, resolve_image_path, row_image
@@ -183,7 +184,11 @@ def _image_of(row: Mapping[str, Any]) -> int | str | None:
 
 
 def label_captions(
-    annotations: Annotations, captions: Sequence[Caption], reader: ObjectReader, image_roots: Sequence[Path]
+    annotations: Annotations,
+    captions: Sequence[Caption],
+    reader: ObjectReader,
+    image_roots: Sequence[Path],
+    claims: ClaimsConfig,
 ) -> LabeledCaptions:
     """Label every sentence and claim of the captions of annotated pictures.
 
@@ -192,6 +197,7 @@ def label_captions(
         captions: Captions; those of other pictures are left out.
         reader: Finds the objects that a text names.
         image_roots: Folders to look for the pictures in.
+        claims: How a claim is worded for the scorer.
 
     Raises:
         CsrError: No caption is about an annotated picture, a picture is missing, or the reader's
@@ -237,7 +243,7 @@ def label_captions(
     return LabeledCaptions(
         pictures,
         tuple(sentences),
-        tuple(_claims(pictures, sentences, suggested)),
+        tuple(_claims(pictures, sentences, suggested, claims)),
         habits_known,
         {
             "annotations": dict(annotations.sources),
@@ -273,7 +279,10 @@ def _sentences(
 
 
 def _claims(
-    pictures: Sequence[LabeledPicture], sentences: Sequence[LabeledText], suggested: Sequence[frozenset[str]]
+    pictures: Sequence[LabeledPicture],
+    sentences: Sequence[LabeledText],
+    suggested: Sequence[frozenset[str]],
+    config: ClaimsConfig,
 ) -> Iterator[LabeledText]:
     """Yield each kind that the captions of a picture name, once, with the first sentence that names it."""
     seen: set[tuple[int, str]] = set()
@@ -285,19 +294,9 @@ def _claims(
             seen.add((sentence.picture, claim))
             truth = truth_of(claim, picture.objects, suggested[sentence.picture])
             yield LabeledText(
-                sentence.picture, sentence.caption, sentence.position, sentence.kind, claim_text(claim), (claim,),
-                truth, picture.sizes.get(claim),
+                sentence.picture, sentence.caption, sentence.position, sentence.kind, config.caption_of(claim),
+                (claim,), truth, picture.sizes.get(claim),
             )  # fmt: skip
-
-
-def claim_text(kind: str) -> str:
-    """Return the text that a claim is scored as.
-
-    Example:
-        >>> claim_text("umbrella")
-        'a photo of an umbrella'
-    """
-    return f"a photo of {'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _sizes(annotations: Annotations, image_id: int | str, reader: ObjectReader) -> dict[str, Size]:

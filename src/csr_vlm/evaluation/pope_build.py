@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.formatting import article
 from csr_vlm.evaluation.pope import SETTINGS, Question
 
 
@@ -85,8 +86,7 @@ def build_questions(
 
 def question_about(name: str) -> str:
     """Return POPE's question about an object."""
-    article = "an" if name[:1].lower() in "aeiou" else "a"
-    return f"Is there {article} {name} in the image?"
+    return f"Is there {article(name)} {name} in the image?"
 
 
 def rows(questions: Sequence[Question]) -> Iterator[dict[str, object]]:

@@ -146,7 +146,7 @@ PAIR_BOUNDS = {
         "(0.5 is chance)",
     ),
     "prompts_with_pairs": Bound(
-        warn=0.05, stop=0.01, higher_is_worse=False, reason="too few prompts yield pairs: {value:.2f} of them"
+        warn=0.10, stop=0.03, higher_is_worse=False, reason="too few prompts yield pairs: {value:.2f} of them"
     ),
 }
 """Bounds of the metrics of an iteration's pairs, in display order."""

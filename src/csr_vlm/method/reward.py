@@ -106,11 +106,6 @@ def contrast(cosines: Mapping[str, float], scorer: str, location: str) -> float:
     )
 
 
-def contrasts(nodes: Iterable[Node], scorer: str) -> dict[str, float]:
-    """Return the :func:`contrast` of each node's sentence, by node id."""
-    return {node.node_id: contrast(node.cosines, scorer, _location(node)) for node in nodes}
-
-
 def _location(node: Node) -> str:
     return f"prompt {node.prompt_id}: sentence {node.node_id}"
 

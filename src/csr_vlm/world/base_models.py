@@ -29,8 +29,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from csr_vlm.core.formatting import article
 from csr_vlm.models.checkpoints import rename_as_published
-from csr_vlm.world.corpus import DESCRIBE, article, sentence, yes_no_question
+from csr_vlm.world.corpus import DESCRIBE, sentence, yes_no_question
 from csr_vlm.world.scenes import CELL, GRID, World
 
 IMAGE_SIZE = GRID * CELL

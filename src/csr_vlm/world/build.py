@@ -24,9 +24,10 @@ from PIL import Image
 from transformers import CLIPModel, LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.formatting import article
 from csr_vlm.core.progress import Reporter
 from csr_vlm.world import base_models
-from csr_vlm.world.corpus import Style, Turn, article, dialogue, sentence
+from csr_vlm.world.corpus import Style, Turn, dialogue, sentence
 from csr_vlm.world.scenes import Scene, Split, World, make_scenes, random_stream, render
 
 Mentions = tuple[tuple[str, str | None], ...]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from csr_vlm.core.formatting import article
 from csr_vlm.world.scenes import Companion, Scene, World, random_stream
 
 DESCRIBE = (
@@ -44,10 +45,6 @@ class Turn:
 def sentence(world: World, *mentions: tuple[str, str]) -> str:
     """Return a caption sentence that names objects, given as (kind, color)."""
     return world.template.format(" and ".join(f"{article(color)} {color} {kind}" for kind, color in mentions))
-
-
-def article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
 
 
 def yes_no_question(kind: str) -> str:

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from csr_vlm.core.formatting import article
 from csr_vlm.world import prose_wordings as words
-from csr_vlm.world.corpus import Turn, article, questions
+from csr_vlm.world.corpus import Turn, questions
 from csr_vlm.world.prose_scenes import COLORS, COMPANIONS, LARGE, PROSE, SETTINGS, SMALL, SYNONYMS, Group, ProseScene
 from csr_vlm.world.scenes import random_stream
 

@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from csr_vlm.config.schema import ModelConfig, ScorerConfig
+from csr_vlm.config.schema import ClaimsConfig, ModelConfig, ScorerConfig
 from csr_vlm.core.batching import batched
 from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Finish, Prompt, negatives_column
 from csr_vlm.evaluation import chair
-from csr_vlm.evaluation.labeled_captions import claim_text
 from csr_vlm.evaluation.statistics import Metric, auc, pooled
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.models.loading import load_policy
@@ -165,7 +164,7 @@ def score_texts(scorer: ScorerGroup, responses: Sequence[Response], by_claim: bo
                 checked = chair.check_mentions(reader.read(part), one.scene.kinds)
                 if by_claim:
                     for name in dict.fromkeys(checked.mentioned):
-                        items.append((one.prompt, claim_text(name)))
+                        items.append((one.prompt, ClaimsConfig().caption_of(name)))
                         labels.append((kind, position, name not in checked.hallucinated))
                 else:
                     items.append((one.prompt, part.removeprefix("- ")))

@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional
 from transformers import CLIPModel
 
+from csr_vlm.core.formatting import article
 from csr_vlm.world.build import Progress, pixels, train_loop
-from csr_vlm.world.corpus import article
 from csr_vlm.world.prose_captions import side_of
 from csr_vlm.world.prose_scenes import PROSE, SETTINGS, SYNONYMS, Group, ProseScene
 from csr_vlm.world.prose_wordings import ANYWHERE, SIDES, plural
