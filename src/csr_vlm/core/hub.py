@@ -25,7 +25,7 @@ def require_on_disk_or_reachable(
 ) -> None:
     """Verify that a model is a local path, in the hub's cache, or can be downloaded.
 
-    If it is in the cache and the hub does not respond, the hub's library is told not to try.
+    If it is in the cache and the hub does not respond, the hub's library does not try.
 
     Args:
         option: Option that names the model, for the message.

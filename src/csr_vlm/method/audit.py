@@ -10,16 +10,15 @@ bounds were derived from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from itertools import combinations
 from statistics import correlation, fmean
 from typing import Any
 
 from csr_vlm.config.schema import MethodConfig
-from csr_vlm.core.records import Node, Pair, Response, nearest_column, negatives_column
-from csr_vlm.method.claim_evidence import Evidence
+from csr_vlm.core.records import Node, Pair, Response, negatives_column
+from csr_vlm.method.claim_signs import ClaimSigns, claim_signs
 from csr_vlm.method.pairs import responses
 from csr_vlm.method.reward import (
     NOT_CANDIDATES,
@@ -82,17 +81,16 @@ class Bound:
 
 
 _NEVER = math.inf
-_SCORER_BOUND = Bound(
-    warn=0.75,
-    stop=0.55,
-    higher_is_worse=False,
-    reason="the scorer rates only {value:.2f} of the sentences higher for their own image than for negative images "
-    "(0.5 is chance): the model does not describe its images, or another scorer is needed (docs/scorers.md)",
-)
-"""Bound of ``scorer_agreement``, derived from scorers of graded quality (docs/evidence): one with an AUC of 0.63 had
-0.73 and reduced recall, those with an AUC of at least 0.82 had at least 0.84."""
 PAIR_BOUNDS = {
-    "scorer_agreement": _SCORER_BOUND,
+    # Derived from scorers of graded quality (docs/evidence): one with an AUC of 0.63 had 0.73 and reduced recall, those
+    # with an AUC of at least 0.82 had at least 0.84.
+    "scorer_agreement": Bound(
+        warn=0.75,
+        stop=0.55,
+        higher_is_worse=False,
+        reason="the scorer rates only {value:.2f} of the sentences higher for their own image than for negative images "
+        "(0.5 is chance): the model does not describe its images, or another scorer is needed (docs/scorers.md)",
+    ),
     "relevance_win": Bound(
         warn=0.90,
         stop=0.80,
@@ -221,20 +219,6 @@ class TreeMetrics:
 
 
 @dataclass(frozen=True)
-class ClaimSigns:
-    """Hold (successes, cases) of the signs that are computed from the claims of one tree; ties count 1/2."""
-
-    others: tuple[float, int]
-    """Things whose cosine exceeds the mean over negative images."""
-    nearest: tuple[float, int]
-    """Things whose cosine exceeds the mean over the most similar images."""
-    cues: tuple[float, int]
-    """Pairs of things of which the more frequent one has the higher evidence by the scorer."""
-    second: tuple[float, int]
-    """Pairs of sides of which the second scorer prefers the chosen one."""
-
-
-@dataclass(frozen=True)
 class _Side:
     """Hold the counts of one side of a pair."""
 
@@ -307,47 +291,8 @@ def _claim_metrics(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodC
         repeat_gap=sum(chosen[1] - rejected[1] for chosen, rejected in sides),
         correlation=_length_correlation(nodes, method, scorer) if method.pairs.between == "responses" else None,
         scorer_agreement=None,
-        claims=_claim_signs(nodes, pairs, method, scorer),
+        claims=claim_signs(nodes, pairs, method, scorer),
     )
-
-
-def _claim_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfig, scorer: str) -> ClaimSigns:
-    evidence = Evidence.of(nodes, method.reward, scorer)
-    names = scorer.split("+")
-    things = {thing: evidence.scores[thing] for thing in evidence.mentions}
-
-    frequent = fmean(evidence.mentions.values()) if things else 0.0
-
-    def above(column: Callable[[str], str], least: float = 0.0) -> tuple[float, int]:
-        gaps = {
-            thing: sum(row[name] - row[column(name)] for name in names)
-            for thing, row in things.items()
-            if evidence.mentions[thing] >= least and all(column(name) in row for name in names)
-        }
-        return _successes(gap for thing, gap in gaps.items() for _ in range(evidence.mentions[thing]))
-
-    compared = [
-        (evidence.mentions[a] - evidence.mentions[b]) * (evidence.weigh(things[a]) - evidence.weigh(things[b]))
-        for a, b in combinations(sorted(things), 2)
-        if evidence.mentions[a] != evidence.mentions[b]
-    ]
-    columns = {column for row in things.values() for column in row if ":" not in column}
-    second = sorted(columns - set(names))
-    gaps: list[float] = []
-    if second and pairs:
-        judged = sentence_rewards(nodes, method, second[0])
-
-        def value(response: Response) -> float:
-            return judged[response.node_id].image if response.node_id in judged else 0.0
-
-        gaps = [value(pair.chosen) - value(pair.rejected) for pair in pairs]
-    return ClaimSigns(above(negatives_column), above(nearest_column, frequent), _successes(compared), _successes(gaps))
-
-
-def _successes(gaps: Iterable[float]) -> tuple[float, int]:
-    """Return the number of positive gaps, ties counting 1/2, and the number of all."""
-    values = list(gaps)
-    return sum((gap > 0) + (gap == 0) / 2 for gap in values), len(values)
 
 
 def pair_metrics(trees: Iterable[TreeMetrics]) -> dict[str, float]:
