@@ -313,8 +313,8 @@ def pair_metrics(trees: Iterable[TreeMetrics]) -> dict[str, float]:
     a fraction whose null, 0.5, is what a scorer gives that sees nothing of the image:
 
     - ``claim_agreement``: things whose cosine exceeds the mean over negative images
-    - ``nearest_agreement``: things whose cosine exceeds the mean over the most similar images,
-      which did not choose the pairs
+    - ``nearest_agreement``: things that are mentioned often and whose cosine exceeds the mean over
+      the most similar images
     - ``cue_agreement``: pairs of things of which the one that the policy mentions more often has
       the higher evidence by the scorer
     - ``second_win``: pairs whose chosen side has the higher evidence by a second scorer, which did

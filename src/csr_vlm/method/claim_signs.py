@@ -1,6 +1,8 @@
-"""Compare the claims of a tree with cues that did not choose its pairs: the signs of the audit by claim.
+"""Compare the claims of a tree with other images and other cues: the signs of the audit by claim.
 
-Each sign is a fraction whose null, 0.5, is what a scorer gives that sees nothing of the image.
+Each sign is a fraction whose null, 0.5, is what a scorer gives that sees nothing of the image. Only a
+second scorer is independent of the pairs: the other signs share with their rewards the cosine with the
+image, or the number of samples that make a claim.
 """
 
 from __future__ import annotations

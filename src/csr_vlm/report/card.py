@@ -115,7 +115,7 @@ def _picture_note(max_image_tokens: int | None) -> str:
         return ""
     return (
         f"\nPictures had at most {max_image_tokens} tokens in training (`model.max_image_tokens`). The processor "
-        "in this folder limits them alike; other programs need the same limit, such as vLLM by `--mm-processor-kwargs`.\n"
+        "in this folder limits them alike; other programs need the same limit (vLLM: `--mm-processor-kwargs`).\n"
     )
 
 
