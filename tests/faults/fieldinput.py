@@ -110,9 +110,7 @@ def image_fields(folder: Path, rng: random.Random) -> WrittenCase:
     for name in ("a.png", "img/a b.png"):
         (folder / name).write_bytes(content)
     encoded = base64.b64encode(content).decode()
-    path = rng.choice(
-        ("a.png", "./a.png", "img/a b.png", "img\\a b.png", (folder / "a.png").as_uri(), str(folder / "a.png"))
-    )
+    path = rng.choice(("a.png", "./a.png", "img/a b.png", "img\\a b.png", (folder / "a.png").as_uri(), "img/a%20b.png"))
     options: tuple[dict[str, Any], ...] = (
         {"image": path},
         {"image_path": path},
@@ -124,6 +122,9 @@ def image_fields(folder: Path, rng: random.Random) -> WrittenCase:
         {"image": f"data:image/png;base64,{encoded}"},
         {"image": encoded},
         {"image": {"url": f"data:image/png;base64,{encoded}"}},
+        {"image": f"DATA:image/png;charset=x;base64,{encoded[:40]}\n{encoded[40:]}"},
+        {"image": encoded.rstrip("=").replace("+", "-").replace("/", "_")},
+        {"images": json.dumps([path])},
         {"image": "", "image_path": path},
         {
             "messages": [
@@ -205,11 +206,19 @@ def png_with(chunk: bytes, body: bytes, rng: random.Random) -> bytes:
     return png[:33] + added + png[33:]
 
 
+def webp_with_odd_metadata(rng: random.Random) -> bytes:
+    """Return a WebP whose metadata has no meaning, one part of it perhaps with another length."""
+    content = picture(rng, "WEBP", exif=b"Exif\0\0" + rng.randbytes(30), xmp=rng.randbytes(9), icc_profile=b"icc!")
+    start = content.index(rng.choice((b"EXIF", b"XMP ", b"ICCP"))) + 4
+    length = rng.choice((content[start : start + 4], b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\3\0\0\0"))
+    return content[:start] + length + content[start + 4 :]
+
+
 def metadata(folder: Path, rng: random.Random) -> WrittenCase:
     """Write pictures with damaged or huge metadata; their pixels are whole."""
     size = rng.choice((100, 1_100_000, 4_000_000))
     zipped = zlib.compress(b"x" * size)
-    kind = rng.randrange(6)
+    kind = rng.randrange(9)
     if kind == 0:
         content = png_with(b"iCCP", b"p\0\0" + zipped, rng)
     elif kind == 1:
@@ -218,6 +227,20 @@ def metadata(folder: Path, rng: random.Random) -> WrittenCase:
         content = png_with(b"iTXt", b"key\0\1\0\0\0" + zipped, rng)
     elif kind == 3:
         content = png_with(b"eXIf", rng.randbytes(60), rng)
+    elif kind == 4:
+        content = webp_with_odd_metadata(rng)
+    elif kind == 5:
+        content = picture(rng, "GIF")
+        start = 13 + (3 << ((content[10] & 7) + 1))
+        block = rng.randbytes(rng.randint(1, 200))
+        content = content[:start] + b"!" + rng.randbytes(1) + bytes([len(block)]) + block + b"\0" + content[start:]
+    elif kind == 6:
+        content = picture(rng, "JPEG")
+        body = rng.choice((b"JFIF\0", b"Adobe\0", b"MPF\0II*\0", b"ICC_PROFILE\0", b"")) + rng.randbytes(
+            rng.randint(0, 9)
+        )
+        marker = bytes((0xFF, rng.choice((0xE1, 0xE2, 0xED, 0xFE))))
+        content = content[:2] + marker + (2 + len(body)).to_bytes(2, "big") + body + content[2:]
     else:
         exif = Image.Exif()
         exif[0x0112] = rng.choice((1, 3, 6, 8))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
@@ -140,3 +143,121 @@ def test_a_pointer_in_place_of_a_picture_says_what_it_is(tmp_path: Path) -> None
     (tmp_path / "p.jsonl").write_text('{"image": "a.jpg", "text": "What is it?"}')
     _, report = prompts(tmp_path / "p.jsonl")
     assert report.dropped == {"a Git LFS pointer; fetch the images with git lfs pull": 1}
+
+
+ASKED = [{"role": "user", "content": "<image>What is it?"}]
+ANSWERS = {
+    "chosen": [{"role": "assistant", "content": "A boat."}],
+    "rejected": [{"role": "assistant", "content": "A fish."}],
+}
+TURNS = {name: [*ASKED, *answer] for name, answer in ANSWERS.items()}
+
+
+def one_pair(tmp_path: Path, row: dict[str, Any]) -> tuple[list[tuple[str, str, str]], InputReport]:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"images": ["a.jpg"], **row}))
+    found, report = pairs(tmp_path / "p.jsonl")
+    return [(pair.prompt.text, pair.chosen, pair.rejected) for pair in found], report
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "<image>What is it?", "response": "A boat.", "rejected_response": "A fish."},
+        {"messages": json.dumps(TURNS["chosen"]), "rejected_response": "A fish."},
+        {"messages": TURNS["chosen"], "rejected_messages": json.dumps(TURNS["rejected"])},
+        {"prompt": json.dumps(ASKED), **{name: json.dumps(answer) for name, answer in ANSWERS.items()}},
+        {name: json.dumps(turns) for name, turns in TURNS.items()},
+        {"text": "\ufeff" + json.dumps({"question": "What is it?", "chosen": "A boat.", "rejected": "A fish."})},
+        {"images": '["a.jpg"]', "question": "What is it?", "chosen": "A boat.", "rejected": "A fish."},
+        {"conversations": [{"from": "Human", "value": "What is it?"}], **{k: v[0] for k, v in ANSWERS.items()}},
+    ],
+)
+def test_pairs_of_older_releases_and_json_in_tables_are_read(tmp_path: Path, row: dict[str, Any]) -> None:
+    found, report = one_pair(tmp_path, row)
+    assert (found, report.dropped) == ([("What is it?", "A boat.", "A fish.")], {})
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"chosen": TURNS["chosen"], "rejected": [{"role": "user", "content": "And?"}, *ANSWERS["rejected"]]},
+            "chosen and rejected answer different questions",
+        ),
+        (
+            {"messages": TURNS["chosen"], "rejected_response": "A fish.", "rejected_images": ["b.jpg"]},
+            "another image for the rejected response",
+        ),
+        ({"text": '{"question": "What is it?", "chosen": "A bo'}, "text is a JSON object that is not complete"),
+        ({"chosen": "What is it? A boat.", "rejected": "What is it? A fish."}, "empty prompt"),
+    ],
+)
+def test_pairs_that_would_be_misread_have_a_reason(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    found, report = one_pair(tmp_path, row)
+    assert (found, report.dropped) == ([], {reason: 1})
+
+
+def image_row(tmp_path: Path, image: Any) -> tuple[list[Prompt], InputReport]:
+    for name in ("a b.png", "\u00fc.png"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": 1, "image": image, "text": "What is it?"}))
+    return prompts(tmp_path / "p.jsonl")
+
+
+def encoded_png() -> str:
+    """Return a PNG in Base64 with padding and with both characters that the URL-safe form replaces."""
+    buffer = BytesIO()
+    Image.frombytes("RGB", (8, 8), bytes(range(192))).save(buffer, "PNG")
+    padding = b"\xff" * (3 - len(buffer.getvalue()) % 3) + b"\xff\xff\xff\xfb\xef\xbe\0"
+    return base64.b64encode(buffer.getvalue() + padding).decode()
+
+
+ENCODED = encoded_png()
+assert ENCODED.endswith("=")
+assert {"+", "/"} <= set(ENCODED)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        *("a%20b.png", "file:///{folder}/a%20b.png", "file:{folder}/a%20b.png", "u\u0308.png", "./a b.png"),
+        f"DATA:image/png;charset=x;BASE64,{ENCODED}",
+        f"data:image/png;base64,{quote(ENCODED, safe='')}",
+        f"data:image/png;base64,{ENCODED[:76]}\n{ENCODED[76:]}",
+        ENCODED.rstrip("="),
+        ENCODED.replace("+", "-").replace("/", "_"),
+    ],
+)
+def test_paths_and_encodings_that_are_obvious_are_read(tmp_path: Path, image: str) -> None:
+    found, report = image_row(tmp_path, image.replace("{folder}", str(tmp_path)))
+    assert (len(found), report.dropped) == (1, {})
+
+
+@pytest.mark.parametrize(
+    ("image", "reason", "example"),
+    [
+        ("hdfs://x/a.png", "image is a URL, which is not fetched; download it", ""),
+        (5, "image that is neither a path nor bytes", "in image"),
+        ({"filename": "a b.png"}, "image that is neither a path nor bytes", "in image"),
+        (None, "no image", "the row has id, image, text"),
+    ],
+)
+def test_an_image_that_is_not_read_has_a_reason_of_its_own(
+    tmp_path: Path, image: Any, reason: str, example: str
+) -> None:
+    found, report = image_row(tmp_path, image)
+    assert (found, report.dropped) == ([], {reason: 1})
+    assert report.examples[0].endswith(example)
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [({"question": ["x"]}, "no question in question"), ({"caption": "x"}, "the row has image, caption")],
+)
+def test_a_missing_question_names_the_keys(tmp_path: Path, row: dict[str, Any], example: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"image": "a.png", **row}))
+    _, report = prompts(tmp_path / "p.jsonl")
+    assert report.dropped == {"empty prompt": 1}
+    assert report.examples[0].endswith(example)

@@ -268,6 +268,55 @@ def test_metadata_of_a_png_costs_neither_pixels_nor_orientation(tmp_path, chunk)
     assert load_image(tmp_path / "a.png", PLENTY).tobytes() == image.transpose(Image.Transpose.ROTATE_180).tobytes()
 
 
+@pytest.mark.parametrize("name", [b"ICCP", b"EXIF", b"XMP "])
+@pytest.mark.parametrize("length", [0, 3, 2**31 - 1])
+def test_a_wrong_length_of_metadata_in_a_webp_costs_no_pixels(tmp_path, name, length):
+    image = noise(16).crop((0, 0, 16, 8))
+    content = saved(
+        image, tmp_path / "a", format="WEBP", lossless=True, exif=exif_block(6, b""), xmp=b"<x/>", icc_profile=b"icc!"
+    ).read_bytes()
+    start = content.index(name) + 4
+    damaged = content[:start] + length.to_bytes(4, "little") + content[start + 4 :]
+    loaded = load_image(damaged, PLENTY)
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    assert loaded.tobytes() in (upright.tobytes(), image.tobytes())
+    assert name == b"EXIF" or loaded.tobytes() == upright.tobytes()
+
+
+def test_a_truncated_webp_is_still_rejected_after_the_second_reading(tmp_path):
+    for options in ({"lossless": True}, {"exif": exif_block(6, b"")}):
+        content = saved(noise(), tmp_path / "a", format="WEBP", **options).read_bytes()
+        pixels = content.index(b"VP8", 16 if options.get("exif") else 12)
+        end = pixels + 8 + int.from_bytes(content[pixels + 4 : pixels + 8], "little")
+        for length in range(40, end, 7):
+            with pytest.raises(BadImage):
+                load_image(content[:length], PLENTY)
+
+
+@pytest.mark.parametrize(
+    "extension", [b"!\xf9\x01\x04\0", b"!\xfe\x03abc\0", b"!\xff\x02ab\0", b"!\xff\x0bNETSCAPE2.0\x01\x01\0"]
+)
+def test_extensions_of_a_gif_cost_no_pixels(tmp_path, extension):
+    content = saved(noise().convert("P"), tmp_path / "a", format="GIF").read_bytes()
+    start = 13 + (3 << ((content[10] & 7) + 1))
+    assert (
+        load_image(content[:start] + extension + content[start:], PLENTY).tobytes()
+        == load_image(content, PLENTY).tobytes()
+    )
+
+
+def test_segments_and_chunks_that_decoders_ignore_cost_no_pixels(tmp_path):
+    jpeg = saved(noise(), tmp_path / "a", format="JPEG").read_bytes()
+    png = saved(noise(), tmp_path / "b", format="PNG").read_bytes()
+    for good, damaged in (
+        (jpeg, jpeg[:2] + b"\xff\xe0\0\x07JFIF\0" + jpeg[2:]),
+        (jpeg, jpeg[:2] + b"\xff\xee\0\x08Adobe\0" + jpeg[2:]),
+        (jpeg, jpeg[:2] + b"\xff\xe2\0\x0eMPF\0II*\0\xff\xff\xff\xff" + jpeg[2:]),
+        (png, with_chunk(png, b"tRNS", b"\0")),
+    ):
+        assert load_image(damaged, PLENTY).tobytes() == load_image(good, PLENTY).tobytes()
+
+
 def test_damaged_pixels_are_still_rejected_after_the_second_reading(tmp_path):
     buffer = io.BytesIO()
     noise(64).save(buffer, "PNG")

@@ -103,7 +103,6 @@ def test_empty_prompts_are_dropped(folder, text):
     [
         {"prompt_id": "x", "text": "Q"},
         row(image=None),
-        row(image=3),
         row(image=""),
         row(image=float("nan")),
     ],
@@ -306,14 +305,14 @@ def test_all_drops_are_counted_and_the_first_twenty_are_examples(folder):
     prompts, report = read(folder, *[row(str(i), text="") for i in range(30)], row("x", image="gone.png"), row("good"))
     assert len(prompts) == report.accepted == 1
     assert report.dropped == {"empty prompt": 30, "missing": 1}
-    assert report.examples == [f"prompts.jsonl line {i}: empty prompt" for i in range(1, 21)]
+    assert report.examples == [f"prompts.jsonl line {i}: empty prompt: no question in text" for i in range(1, 21)]
     assert json.loads(json.dumps(report.dump()))["dropped"] == {"empty prompt": 30, "missing": 1}
 
 
 def test_a_refused_row_is_located_in_the_error(folder):
     with pytest.raises(CsrError) as caught:
         read(folder, row("a"), row("b", text=""), on_bad_input="refuse")
-    assert caught.value.message == "prompts.jsonl line 2: empty prompt"
+    assert caught.value.message == "prompts.jsonl line 2: empty prompt: no question in text"
     assert "on_bad_input=skip" in caught.value.hint
 
 

@@ -14,9 +14,9 @@ from csr_vlm.data.checking import ModelCheck, map_in_order, num_threads
 from csr_vlm.data.formats import hadpo, sentinel
 from csr_vlm.data.images import BadImage, load_image
 from csr_vlm.data.placeholders import remove_placeholders
-from csr_vlm.data.preference import Responses, num_user_turns
+from csr_vlm.data.preference import Responses, num_user_turns, require_one_prompt
 from csr_vlm.data.prompts import InputReport, stored_image
-from csr_vlm.data.rows import MAX_TEXT_CHARS, BadRow, Row, parse_row, unpacked
+from csr_vlm.data.rows import MAX_TEXT_CHARS, BadRow, Row, empty_prompt, parse_row, unpacked
 from csr_vlm.data.sources import PAIR_READERS, open_source
 
 
@@ -131,9 +131,10 @@ def _text_pair(row: Row | BadRow, root: Path | None, config: DataConfig) -> tupl
     parsed = parse_row(row, root, follow_links=config.follow_links)
     assert not isinstance(row, BadRow)
     if not parsed.text:
-        raise BadRow("empty prompt")
+        raise empty_prompt(row)
     if sentinel.responses(row) is None and num_user_turns(row) > 1:
         raise BadRow("several turns")
+    require_one_prompt(row)
     chosen, rejected = (text.strip() for text in _responses(row, config.pairs_format))
     chosen_ends, rejected_ends = sentinel.ends(row)
     if not chosen or not rejected:

@@ -104,13 +104,17 @@ def _decode(file: IO[bytes], max_pixels: int) -> Image.Image:
         return _decode_once(file, formats, max_pixels)
     except (BadImage, Image.DecompressionBombError):
         raise
-    except Exception:
+    except Exception as error:
+        first_error = error
         file.seek(0)
         _refuse_heif(file)
         stripped = without_metadata(file)
         if stripped is None:
             raise
-    image = _decode_once(BytesIO(stripped.content), formats, max_pixels)
+    try:
+        image = _decode_once(BytesIO(stripped.content), formats, max_pixels)
+    except UnidentifiedImageError:
+        raise first_error from None
     return image if stripped.exif is None else _upright(image, _orientation_of_block(stripped.exif))
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Pair
-from csr_vlm.data.rows import Row, message_texts
+from csr_vlm.data.rows import CONVERSATIONS, MESSAGES, BadRow, Row, message_texts, strip_placeholders
 from csr_vlm.method.sentences import SentenceRule
 from csr_vlm.store.files import read_json
 
@@ -165,12 +165,27 @@ def last_responses(chosen: Any, rejected: Any) -> Responses:
 
 def num_user_turns(row: Row) -> int:
     """Count the questions of a row's conversation; 1 if the question is plain text."""
-    conversations = [row.get(name) for name in ("prompt", "conversations", "messages", "chosen")]
+    conversations = [row.get(name) for name in CONVERSATIONS]
     if isinstance(row.get("history"), list) and row["history"]:
         return 1 + len(row["history"])
     return max(
         [len(message_texts(value, "human", "user")) for value in conversations if isinstance(value, list)], default=1
     )
+
+
+def require_one_prompt(row: Row) -> None:
+    """Verify that both responses of a row answer the same question about the same image.
+
+    Raises:
+        BadRow: They do not.
+    """
+    conversations = [message_texts(row[name], "human", "user") for name in MESSAGES if isinstance(row.get(name), list)]
+    asked = [[strip_placeholders(text) for text in texts] for texts in conversations if texts]
+    if any(texts != asked[0] for texts in asked):
+        raise BadRow("chosen and rejected answer different questions")
+    rejected = row.get("rejected_images")
+    if rejected and rejected != row.get("images"):
+        raise BadRow("another image for the rejected response")
 
 
 def read_registry(path: Path, empty: Any) -> Any:

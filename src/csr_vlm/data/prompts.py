@@ -22,7 +22,7 @@ from csr_vlm.core.records import Prompt
 from csr_vlm.data.checking import ModelCheck, map_in_order, num_threads
 from csr_vlm.data.images import BadImage, load_image, suffix_of
 from csr_vlm.data.placeholders import remove_placeholders
-from csr_vlm.data.rows import BadRow, ParsedRow, Row, parse_row, strip_placeholders
+from csr_vlm.data.rows import BadRow, ParsedRow, Row, empty_prompt, parse_row, strip_placeholders
 from csr_vlm.data.sources import Source, open_source
 from csr_vlm.store.files import store_content
 
@@ -243,7 +243,7 @@ def _drafts(config: DataConfig, seed: int, placeholders: Sequence[str]) -> Itera
                 parsed = parse_row(row, source.root, follow_links=config.follow_links)
                 assert not isinstance(row, BadRow)
                 draft = replace(draft, row=row, image=parsed.image)
-                for question in _questions(parsed, config.questions, placeholders):
+                for question in _questions(parsed, row, config.questions, placeholders):
                     unique_id = names.unique(question.prompt_id, question.text, parsed.image)
                     if (unique_id or question.prompt_id) not in sample:
                         continue
@@ -276,7 +276,9 @@ def _required(question: _Question, image: Image.Image, model: ModelCheck) -> _Qu
     return question
 
 
-def _questions(parsed: ParsedRow, questions: tuple[str, ...], placeholders: Sequence[str]) -> Iterator[_Question]:
+def _questions(
+    parsed: ParsedRow, row: Row, questions: tuple[str, ...], placeholders: Sequence[str]
+) -> Iterator[_Question]:
     """Yield the questions of a row without placeholders; ids are numbered only if there are several.
 
     Raises:
@@ -286,7 +288,7 @@ def _questions(parsed: ParsedRow, questions: tuple[str, ...], placeholders: Sequ
     for number, text in enumerate(texts, start=1):
         cleaned, removed = remove_placeholders(strip_placeholders(text), placeholders)
         if not cleaned:
-            raise BadRow("empty prompt")
+            raise empty_prompt(row)
         yield _Question(f"{parsed.row_id}#{number}" if len(texts) > 1 else parsed.row_id, cleaned, removed)
 
 
@@ -358,7 +360,8 @@ class _Sample:
             for _, row in source.rows():
                 try:
                     parsed = parse_row(row, source.root, follow_links=config.follow_links)
-                    for question in _questions(parsed, config.questions, self._placeholders):
+                    assert not isinstance(row, BadRow)
+                    for question in _questions(parsed, row, config.questions, self._placeholders):
                         unique_id = names.unique(question.prompt_id, question.text, parsed.image)
                         if unique_id is not None:
                             yield self._value(unique_id)

@@ -7,7 +7,7 @@ between files; the first of these that is present is used::
     id       prompt_id, id, question_id, idx, image_id, __key__ (the row's number, set by the formats)
     image    image, images (a list of one), file_name, image_path, or the image inside prompt or messages:
              a path, file:// address, data URI, Base64, bytes, or {"bytes": ..., "path": ...}
-    text     text, question, instruction, input, prompt, conversations, messages, chosen (their first question)
+    text     text, question, instruction, input, prompt, query, conversations, messages, chosen (their first question)
 
 Empty values and NaN count as absent.
 """
@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -35,23 +36,28 @@ Row = Mapping[str, Any]
 """Row of a source file, under the file's own field names."""
 ID_FIELDS = ("prompt_id", "id", "question_id", "idx", "image_id", "__key__")
 IMAGE_FIELDS = ("image", "images", "file_name", "image_path")
-TEXT_FIELDS = ("text", "question", "instruction", "input", "prompt", "conversations", "messages", "chosen")
+CONVERSATIONS = ("prompt", "conversations", "messages", "chosen")
+TEXT_FIELDS = tuple(dict.fromkeys(("text", "question", "instruction", "input", "prompt", "query", *CONVERSATIONS)))
 RESPONSE_FIELDS = (
     *("chosen", "rejected", "reject", "rejected_conversations", "rejected_response", "rejected_messages"),
-    *("context", "y_win", "y_lose", "chosen_ends", "rejected_ends", "system", "history"),
+    *("context", "y_win", "y_lose", "chosen_ends", "rejected_ends", "system", "history", "response", "rejected_images"),
 )
-_CONVERSATIONS = ("prompt", "conversations", "messages", "chosen")
+MESSAGES = (*CONVERSATIONS, "rejected", "rejected_conversations", "rejected_response", "rejected_messages")
+"""Fields that may hold messages, which tables sometimes store as JSON."""
 FIELDS = tuple(dict.fromkeys((*ID_FIELDS, *IMAGE_FIELDS, *TEXT_FIELDS, *RESPONSE_FIELDS)))
 """All fields that are ever read; column formats skip the others."""
+_JOINED = {"instruction": "input", "prompt": "query"}
 IMAGE_PLACEHOLDER = DATA_SET_PLACEHOLDERS[0]
-_URL = re.compile(r"^(?:https?|ftp|s3|gs|hf|az)://", re.IGNORECASE)
-_BASE64 = re.compile(r"^[A-Za-z0-9+/\s]{8,}={0,2}\s*$")
+_URL = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_FILE_URL = re.compile(r"^file:(?=/)", re.IGNORECASE)
+_BASE64 = re.compile(r"^[A-Za-z0-9+/_\s-]{8,}={0,2}\s*$")
 MAX_TEXT_CHARS = 50_000
 """Limit for a prompt or a response; no supported model reads more."""
 MAX_ID_CHARS = 500
 """Limit for an id, which every row of a ledger repeats."""
 MAX_LINE_CHARS = 1 << 24
 """Limit for a line or an array element; a longer one means that line breaks or brackets are missing."""
+_URL_SAFE = str.maketrans("-_", "+/")
 _UNENCODABLE = "text or path that cannot be encoded or resolved"
 _COCO_NAME = re.compile(r"^(?:COCO_[a-z]+\d{4}_)?(\d{9,12}\.(?:jpg|png))$")
 _COCO_SPLITS = (
@@ -102,7 +108,7 @@ def parse_row(row: Row | BadRow, root: Path | None, *, follow_links: bool = True
     row = unpacked(row)
     row_id, image, text = row_id_of(row), row_image(row), row_text(row)
     if image is None:
-        raise BadRow("no image", _missing(IMAGE_FIELDS, row))
+        raise _without_image(row)
     if len(text) > MAX_TEXT_CHARS:
         raise BadRow(f"prompt of more than {MAX_TEXT_CHARS:,} characters")
     try:
@@ -119,18 +125,19 @@ def parse_row(row: Row | BadRow, root: Path | None, *, follow_links: bool = True
 
 
 def unpacked(row: Row) -> Row:
-    """Return a row whose ``text`` is a JSON object, as RLHF-V's is, with that object's fields in its place.
+    """Return a row with its JSON texts read: messages, and a ``text`` that is an object, as RLHF-V's is.
 
     Raises:
-        BadRow: The object has responses but no question.
+        BadRow: The object has responses but no question, or is not complete.
     """
+    messages = {name: _messages(row[name]) for name in MESSAGES if isinstance(row.get(name), str)}
+    row = {**row, **messages} if messages else row
     text = row.get("text")
-    if not isinstance(text, str) or not text.lstrip().startswith("{"):
+    if not isinstance(text, str) or not text.lstrip("\ufeff \t\r\n").startswith("{"):
         return row
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
-        return row
+    fields = _from_json(text)
+    if fields is None and re.match(r'\W*"(question|chosen|rejected)"\s*:', text):
+        raise BadRow("text is a JSON object that is not complete")
     if not isinstance(fields, dict) or not fields.keys() & {"question", *RESPONSE_FIELDS}:
         return row
     if not is_present(fields.get("question")):
@@ -138,6 +145,22 @@ def unpacked(row: Row) -> Row:
     return {name: value for name, value in row.items() if name != "text"} | {
         name: value for name, value in fields.items() if name in FIELDS
     }
+
+
+def _messages(value: str) -> Any:
+    """Return the messages that a text holds as JSON, else the text."""
+    content = _from_json(value) if value.lstrip("\ufeff \t\r\n")[:1] in ("[", "{") else None
+    messages = content if isinstance(content, list) else [content]
+    is_message = [isinstance(item, dict) and bool(item.keys() & {"role", "from"}) for item in messages]
+    return content if is_message and all(is_message) else value
+
+
+def _from_json(text: str) -> Any:
+    """Return what a text holds as JSON; None if it is not JSON."""
+    try:
+        return json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def numbered(row: Row | BadRow, path: Path, number: int) -> Row | BadRow:
@@ -190,8 +213,10 @@ def row_image(row: Row) -> str | bytes | None:
 
 
 def _single_image(value: Any) -> str | bytes | None:
+    if isinstance(value, str) and value.lstrip().startswith('["'):
+        value = _from_json(value) or value
     if isinstance(value, list):
-        if len(value) > 1:
+        if len(value) > 1 and not all(isinstance(item, int) for item in value):
             raise BadRow("several images")
         value = value[0] if value else None
     if isinstance(value, Mapping):
@@ -207,34 +232,37 @@ def _from_text(value: str) -> str | bytes:
     Raises:
         BadRow: It is an address on the web, or a data URI that cannot be decoded.
     """
-    if _URL.match(value):
-        raise BadRow("image is a URL, which is not fetched; download it")
-    if value.startswith("data:"):
-        head, comma, body = value.partition(",")
-        try:
-            if comma and head.endswith(";base64"):
-                return base64.b64decode(body, validate=True)
-        except (binascii.Error, ValueError):
-            pass
-        raise BadRow("image is a data URI that cannot be decoded")
-    if value[:7].lower() == "file://":
+    if _FILE_URL.match(value):
         try:
             return unquote(urlsplit(value).path) or value
         except ValueError:
             raise BadRow(_UNENCODABLE) from None
-    if _BASE64.match(value):
-        try:
-            content = base64.b64decode(value)
-        except (binascii.Error, ValueError):
-            return value
-        return content if suffix_of(content) else value
+    if _URL.match(value):
+        raise BadRow("image is a URL, which is not fetched; download it")
+    if value[:5].lower() == "data:":
+        head, comma, body = value.partition(",")
+        decoded = _from_base64(unquote(body)) if comma and head.lower().endswith(";base64") else None
+        if decoded is None:
+            raise BadRow("image is a data URI that cannot be decoded")
+        return decoded
+    if _BASE64.match(value) and suffix_of(content := _from_base64(value) or b""):
+        return content
     return value
+
+
+def _from_base64(text: str) -> bytes | None:
+    """Decode Base64, also its URL-safe form, with line breaks or without padding; None if that is impossible."""
+    text = "".join(text.split()).rstrip("=").translate(_URL_SAFE)
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return None
 
 
 def _message_images(row: Row) -> list[Any]:
     """List the images inside a row's conversation, as OpenAI's and TRL's messages hold them."""
     found = []
-    for name in _CONVERSATIONS:
+    for name in CONVERSATIONS:
         messages = row.get(name)
         for message in messages if isinstance(messages, list) else ():
             content = message.get("content") if isinstance(message, Mapping) else None
@@ -253,12 +281,15 @@ def _message_images(row: Row) -> list[Any]:
 def row_text(row: Row) -> str:
     """Return the row's question without image placeholders; empty if it has none.
 
-    Alpaca's ``instruction`` and ``input`` are joined by a line break, and a system message is put before the question.
+    Alpaca's ``instruction`` and ``input``, or ``prompt`` and ``query``, are joined by a line break. A system message is
+    put before the question.
     """
     for name in TEXT_FIELDS:
         value = row.get(name)
-        if name == "instruction" and is_present(value) and is_present(row.get("input")):
-            value = f"{value}\n{row['input']}"
+        if name == "chosen" and not isinstance(value, list):  # a response, not a conversation
+            continue
+        if isinstance(value, str) and value.strip() and is_present(rest := row.get(_JOINED.get(name, ""))):
+            value = f"{value}\n{rest}"
         if isinstance(value, list):
             value = next(iter(message_texts(value, "human", "user")), None)
         if isinstance(value, str) and (text := strip_placeholders(value)):
@@ -270,7 +301,7 @@ def _system_messages(row: Row) -> list[str]:
     """List the system message of a row, if it has one."""
     given = row.get("system")
     texts = [given] if isinstance(given, str) else []
-    for name in _CONVERSATIONS:
+    for name in CONVERSATIONS:
         if isinstance(row.get(name), list):
             texts += message_texts(row[name], "system")
     return [text.strip() for text in texts if text.strip()][:1]
@@ -279,6 +310,19 @@ def _system_messages(row: Row) -> list[str]:
 def strip_placeholders(text: str) -> str:
     """Remove the placeholders of data sets, and the white space around the rest, from a text."""
     return remove_placeholders(text, DATA_SET_PLACEHOLDERS)[0]
+
+
+def empty_prompt(row: Row) -> BadRow:
+    """Return the reason for a row without a question, with the keys that were expected."""
+    present = [name for name in TEXT_FIELDS if name in row and name != "chosen"]
+    return BadRow("empty prompt", f"no question in {', '.join(present)}" if present else _missing(TEXT_FIELDS, row))
+
+
+def _without_image(row: Row) -> BadRow:
+    given = [name for name in IMAGE_FIELDS if is_present(row.get(name)) and row[name] not in ([], {})]
+    if given:
+        return BadRow("image that is neither a path nor bytes", f"in {', '.join(given)}")
+    return BadRow("no image", _missing(IMAGE_FIELDS, row))
 
 
 def _missing(expected: Iterable[str], row: Row) -> str:
@@ -295,7 +339,7 @@ def message_texts(messages: Any, *roles: str) -> list[str]:
     """
     texts = []
     for message in messages if isinstance(messages, list) else [messages]:
-        if not isinstance(message, Mapping) or first_field(message, ("from", "role")) not in roles:
+        if not isinstance(message, Mapping) or str(first_field(message, ("from", "role"))).lower() not in roles:
             continue
         content = first_field(message, ("value", "content"))
         if isinstance(content, list):
@@ -306,11 +350,16 @@ def message_texts(messages: Any, *roles: str) -> list[str]:
 
 
 def _image_source(root: Path | None, name: str, *, follow_links: bool) -> Path:
-    """Resolve an image path, also one with Windows separators."""
+    """Resolve an image path, also one with Windows separators, percent escapes or differently composed accents."""
     path = resolve_image_path(root, name, follow_links=follow_links)
-    if "\\" in name and not os.path.exists(path):  # noqa: PTH110
-        return resolve_image_path(root, name.replace("\\", "/"), follow_links=follow_links)
-    return path
+    if os.path.exists(path):  # noqa: PTH110 - Path.exists raises on names that are too long
+        return path
+    slashed = name.replace("\\", "/")
+    others = (slashed, unquote(name), *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")))
+    for other in dict.fromkeys(other for other in others if other != name and "\0" not in other):
+        if os.path.exists(candidate := resolve_image_path(root, other, follow_links=follow_links)):  # noqa: PTH110
+            return candidate
+    return path if slashed == name else resolve_image_path(root, slashed, follow_links=follow_links)
 
 
 def resolve_image_path(root: Path | None, name: str, *, follow_links: bool = True) -> Path:

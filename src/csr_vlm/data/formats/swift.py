@@ -39,7 +39,10 @@ def responses(row: Row) -> Responses | None:
         rejected = (texts or message_texts(rejected, *ASSISTANT_ROLES) or [""])[-1]
     if not isinstance(rejected, str):
         return None
-    return (message_texts(row.get("messages"), *ASSISTANT_ROLES) or [""])[-1], rejected
+    # Releases before 3 have a query and a response, both texts.
+    response = row.get("response")
+    chosen = message_texts(row.get("messages"), *ASSISTANT_ROLES) or [response if isinstance(response, str) else ""]
+    return chosen[-1], rejected
 
 
 def _to_row(exported: ExportedPair) -> dict[str, Any]:
