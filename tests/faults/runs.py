@@ -52,7 +52,7 @@ def write_run(root: Path) -> Run:
         metric = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 1}
         row = {"id": "x", "text": "Three words here.", "words": 3}
         document = {"metrics": {"words": metric}, "protocol": {"n": 1}, "rows": [row]}
-        files.write_json(run.evaluation_path(number, "heldout"), document)
+        files.write_checksummed(run.evaluation_path(number, "heldout"), document)
         run.mark_done(number, "evaluate", heldout=document["metrics"], seconds=1.0)
     return run
 

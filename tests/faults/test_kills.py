@@ -164,7 +164,7 @@ def test_a_full_disk_is_reported_and_the_run_resumes_once_there_is_space(folder:
         zygote.shell(f"mount -t tmpfs -o size=64k none {disk}")
         made = tiny_run(folder / "config-only")
         zygote.shell(
-            f"mkdir {disk}/run && sed 's#{made.root}#{disk}/run#' {made.root}/config.yaml > {disk}/run/config.yaml"
+            f"mkdir {disk}/run && sed '$d;s#{made.root}#{disk}/run#' {made.root}/config.yaml > {disk}/run/config.yaml"
         )
         for size in (64, 128, 256, 384):
             zygote.shell(f"mount -o remount,size={size}k {disk}")

@@ -18,6 +18,7 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.images import load_prompt_image, with_hash
+from csr_vlm.evaluation.compare import read_documents
 from csr_vlm.pipeline import stages
 from csr_vlm.report.html import render
 from csr_vlm.report.pictures import embed_picture
@@ -72,6 +73,9 @@ USES: dict[str, tuple[Callable[[Run], Path], Callable[[Run], object]]] = {
     ),
     "prompts": (lambda run: run.prompts_path, lambda run: stages.check_inputs(run, Silent())),
     "held-out prompts": (lambda run: run.heldout_path, lambda run: stages.check_inputs(run, Silent())),
+    "prompts of trees": (lambda run: run.prompts_path, lambda run: list(ledger.trees(run, 1))),
+    "held-out prompts in the report": (lambda run: run.heldout_path, render),
+    "configuration": (lambda run: run.root / "config.yaml", lambda run: Run.open(run.root)),
 }
 
 
@@ -88,13 +92,41 @@ def test_every_flipped_bit_is_noticed_at_the_next_use(run: Run, name: str) -> No
     use(run)
 
 
-@pytest.mark.parametrize("name", [name for name in USES if "prompts" not in name and "ledger" not in name])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in USES if not any(word in name for word in ("prompts", "ledger", "configuration"))],
+)
 def test_a_missing_file_is_an_error_that_says_what_to_do(run: Run, name: str) -> None:
     path_of, use = USES[name]
     path_of(run).unlink()
     with pytest.raises(CsrError, match="is missing") as error:
         use(run)
     assert "and run again" in error.value.hint
+
+
+def test_a_changed_value_of_an_evaluation_is_noticed(run: Run) -> None:
+    path = run.evaluation_path(1, "heldout")
+    content = path.read_text()
+    path.write_text(content.replace('"value": 0.5', '"value": 0.1'))
+    for use in (render, lambda run: read_documents(run, 1)):
+        with pytest.raises(CsrError, match="was changed after it was written") as error:
+            use(run)
+        assert "csr eval RUN --again" in error.value.hint
+    document = json.loads(content)
+    del document["digest"]  # as earlier versions, and benchmarks of users, write it
+    path.write_text(json.dumps(document))
+    render(run)
+
+
+def test_an_edited_configuration_is_refused_until_its_checksum_is_deleted(run: Run) -> None:
+    path = run.root / "config.yaml"
+    lines = path.read_text().replace("iterations: 1", "iterations: 2").splitlines(keepends=True)
+    path.write_text("".join(lines))
+    with pytest.raises(CsrError, match="was changed after it was written") as error:
+        Run.open(run.root)
+    assert "delete its last line" in error.value.hint
+    path.write_text("".join(lines[:-1]))
+    assert Run.open(run.root).config.iterations == 2
 
 
 def without_checksums(run: Run) -> None:

@@ -188,7 +188,8 @@ def prompts(tmp_path: Path) -> list[Prompt]:
 def complete_run(tmp_path: Path, prompts: list[Prompt]) -> Run:
     run = new_run(tmp_path / "run", preset="sentences")
     tables.write_prompts(run.prompts_path, prompts, 64)
-    run.mark_done(0, "prompts", accepted=3, dropped={"missing": 2}, examples=["line 4: missing"], sha256="ab" * 32)
+    sha256 = files.sha256_of(run.prompts_path)
+    run.mark_done(0, "prompts", accepted=3, dropped={"missing": 2}, examples=["line 4: missing"], sha256=sha256)
     add_evaluation(run, 0, metrics(0.48), [row(0, "fish", "fish"), row(1), row(2, "cup"), row(3)])
     for iteration in (1, 2):
         add_pairs(run, iteration, prompts, "There is a red boat.", "There is a blue teapot and a fish.")
@@ -279,7 +280,7 @@ def test_the_gallery_shows_what_the_reward_uses(
 def test_a_run_without_evaluation(tmp_path: Path, prompts: list[Prompt]) -> None:
     run = new_run(tmp_path / "run", iterations=1, evaluation={"heldout": 0})
     tables.write_prompts(run.prompts_path, prompts, 64)
-    run.mark_done(0, "prompts", accepted=3, dropped={}, examples=[], sha256="00")
+    run.mark_done(0, "prompts", accepted=3, dropped={}, examples=[], sha256=files.sha256_of(run.prompts_path))
     add_pairs(run, 1, prompts, "A.", "B.", ledger=False)
     add_training(run, 1)
     page = Page(write_report(run).read_text(encoding="utf-8"))

@@ -375,7 +375,7 @@ def _store(root: Path, iteration: int | None, answers: Sequence[Path], document:
     stored = {**document, "protocol": {**document["protocol"], **generation_settings(generated)}}
     path = run.evaluation_path(number, str(document["protocol"]["metric"]).lower())
     with run.locked():
-        files.write_json(path, stored)
+        files.write_checksummed(path, stored)
     console.log(f"stored in {path}; next: csr eval {root}; csr compare {root}")
 
 

@@ -50,8 +50,10 @@ def eval_lmms(
             reporter.log(f"{'base model' if number == 0 else f'iteration {number}'}: {', '.join(benchmarks)}")
             path = run.evaluation_path(number, "lmms")
             new = lmms.run_benchmarks(model, benchmarks, include=include, limit=limit)
-            results[number] = lmms.merge_documents(files.read_json(path) if path.is_file() else None, new)
-            files.write_json(path, results[number])
+            results[number] = lmms.merge_documents(
+                run.stored_evaluation(number, "lmms") if path.is_file() else None, new
+            )
+            files.write_checksummed(path, results[number])
     if console.mode.json:
         console.print_json(
             [{"iteration": n, "metrics": r["metrics"], "protocol": r["protocol"]} for n, r in results.items()]

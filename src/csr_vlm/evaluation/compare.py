@@ -8,7 +8,7 @@ An evaluation is stored as ``RUN/iteration-N/eval/NAME.json`` with three keys:
               prompt adds to the metric's numerator and denominator.
 
 To add a benchmark, write a module that returns such a document (:mod:`csr_vlm.evaluation.pope` is the
-shortest example) and a command that stores it with ``files.write_json(run.evaluation_path(iteration,
+shortest example) and a command that stores it with ``files.write_checksummed(run.evaluation_path(iteration,
 NAME), document)``. ``csr eval RUN``, ``csr compare`` and ``stop_if`` then work without a further
 change. A benchmark that lmms-eval has needs one entry in :data:`csr_vlm.evaluation.lmms.BENCHMARKS`
 instead.
@@ -27,7 +27,6 @@ from csr_vlm.config.schema import STOP_RULE
 from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.metrics import metric_spec
 from csr_vlm.evaluation.statistics import Difference, Tally, holm, paired_difference
-from csr_vlm.store import files
 from csr_vlm.store.run import Run, differences
 
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
@@ -88,7 +87,7 @@ def evaluation_paths(run: Run, iteration: int) -> list[Path]:
 
 def read_documents(run: Run, iteration: int) -> dict[str, dict[str, Any]]:
     """Read every stored evaluation of a policy, by name."""
-    return {path.stem: files.read_json(path) for path in evaluation_paths(run, iteration)}
+    return {path.stem: run.stored_evaluation(iteration, path.stem) for path in evaluation_paths(run, iteration)}
 
 
 def compare(before: EvaluatedPolicy, after: EvaluatedPolicy) -> list[Comparison]:

@@ -57,7 +57,7 @@ def check_inputs(run: Run, reporter: Reporter) -> None:
     """
     if run.is_done(0, "prompts"):
         require_trackers(run.config)
-        _require_same_prompts(run)
+        run.require_prompts_unchanged()
         return
     with reporter.stage("opening model and scorer", 1) as progress:
         model = require_start(run.config, reporter.log)
@@ -109,20 +109,6 @@ def store_inputs(run: Run, reporter: Reporter, model: ModelCheck | None) -> None
         checked = offline_pairs.check_pairs(config.data, reporter, run.images_path, content, model)
         result["pairs"] = {**checked.dump(), "digest": content.value}
     run.mark_done(0, "prompts", [run.heldout_path], **result)
-
-
-def _require_same_prompts(run: Run) -> None:
-    """Verify that the stored prompts are those that were checked.
-
-    Raises:
-        CsrError: The file was changed.
-    """
-    if files.sha256_of(run.prompts_path) != run.result(0, "prompts")["sha256"]:
-        raise CsrError(
-            f"{run.prompts_path} was changed after the inputs were checked",
-            f"restore it; or delete {run.iteration(0) / 'done'} and all iterations, and run again",
-        )
-    run.verify(0, "prompts")
 
 
 def generate(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOCAL) -> None:
@@ -354,7 +340,7 @@ def evaluate(run: Run, iteration: int, reporter: Reporter, again: bool = False) 
     adapter, title = run.adapter_path(iteration), policy_name(iteration)
     documents = evaluate_policy(run.config, adapter, run.heldout(), title, reporter)
     for name, document in documents.items():
-        files.write_json(run.evaluation_path(iteration, name), document)
+        files.write_checksummed(run.evaluation_path(iteration, name), document)
     metrics = {name: document["metrics"] for name, document in documents.items()}
     run.mark_done(iteration, "evaluate", **metrics, seconds=_since(started))
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from csr_vlm.evaluation.metrics import METRICS, MetricSpec, headline_metrics, metric_spec
 from csr_vlm.evaluation.statistics import Metric, paired_difference
-from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
 _EVALUATIONS = ("world", "chair", "heldout")
@@ -87,7 +86,7 @@ def read_evaluation(run: Run) -> Evaluation | None:
 def read_named_evaluation(run: Run, name: str) -> Evaluation | None:
     """Read one evaluation of every policy; None if it was not run."""
     paths = {number: run.evaluation_path(number, name) for number in range(run.config.iterations + 1)}
-    stored = {number: files.read_json(path) for number, path in paths.items() if path.is_file()}
+    stored = {number: run.stored_evaluation(number, name) for number, path in paths.items() if path.is_file()}
     if not stored:
         return None
     # Metrics measured under different protocols are not comparable.

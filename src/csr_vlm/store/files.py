@@ -28,6 +28,7 @@ from csr_vlm.core.errors import CsrError
 
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())
+_TEXT_CHECKSUM = "# sha256 of the lines above: "
 _ERROR_NUMBER = re.compile(r"(?:errno |os error )(\d+)", re.IGNORECASE)
 """Matches the system's error number in messages of Arrow and safetensors."""
 
@@ -228,6 +229,26 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, write)
 
 
+def write_checksummed_text(path: Path, text: str) -> None:
+    """Write a text, whose last line becomes a comment with the SHA-256 of the lines above, atomically."""
+    write_text(path, f"{text}{_TEXT_CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}\n")
+
+
+def require_text_unchanged(path: Path, hint: str) -> None:
+    """Verify a text that :func:`write_checksummed_text` wrote; one without that last line is not verified.
+
+    Raises:
+        CsrError: The file cannot be read, or was changed after it was written.
+    """
+    try:
+        with open_regular(path) as handle:
+            text, separator, checksum = handle.read().rpartition(_TEXT_CHECKSUM.encode())
+    except OSError as error:
+        raise CsrError(f"{path} cannot be read: {error.strerror}", hint) from None
+    if separator and checksum.strip() != hashlib.sha256(text).hexdigest().encode():
+        raise CsrError(f"{path} was changed after it was written", f"{hint}; if you changed it, delete its last line")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write plain data as JSON with sorted keys, atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
@@ -278,8 +299,12 @@ def write_checksummed(path: Path, content: dict[str, Any]) -> None:
     write_json(path, {**content, "digest": _checksum(content)})
 
 
-def read_checksummed(path: Path) -> Document:
+def read_checksummed(path: Path, hint: str = "which repeats that stage") -> Document:
     """Read an object that :func:`write_checksummed` wrote; one without a digest is not verified.
+
+    Args:
+        path: File of the object.
+        hint: What running the same command again does after the file was deleted.
 
     Raises:
         CsrError: The file is missing or damaged, or was changed after it was written.
@@ -288,7 +313,7 @@ def read_checksummed(path: Path) -> Document:
     if document.pop("digest", None) not in (None, _checksum(document)):
         raise CsrError(
             f"{path} was changed after it was written",
-            "restore it; or delete it and run the same command again, which repeats that stage",
+            f"restore it; or delete it and run the same command again, {hint}",
         )
     return document
 

@@ -33,6 +33,7 @@ def complete_parts(run: Run, iteration: int) -> list[Path]:
     """
     run.require_generated(iteration)
     run.verify(iteration, "generate")
+    run.require_prompts_unchanged()
     paths, num_items = run.ledger_parts(iteration), tables.count_groups(run.prompts_path)
     num_parts = sum(len(parts.items_of(path)) for path in paths)
     if num_parts != num_items:

@@ -77,7 +77,8 @@ class Run:
         new_directories = None
         if not root.exists() or not any(root.iterdir()):
             new_directories = tuple(path for path in (root, *root.parents) if not path.exists())
-        files.write_text(root / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True)
+        files.write_checksummed_text(root / "config.yaml", text)
         return replace(run, new_directories=new_directories)
 
     @classmethod
@@ -108,13 +109,19 @@ class Run:
         """Open an existing run.
 
         Raises:
-            CsrError: The directory is not a run, or its configuration is invalid.
+            CsrError: The directory is not a run, or its configuration is invalid or was changed.
         """
         root = Path(root)
         path = root / "config.yaml"
         if not path.is_file():
             raise CsrError(f"{root} is not a run directory", _run_hint(root))
-        return cls(root, resolve(read_yaml(path, "restore it, or start a new run")))
+        hint = "restore it, or start a new run"
+        files.require_text_unchanged(path, hint)
+        layer = read_yaml(path, hint)
+        try:
+            return cls(root, resolve(layer))
+        except CsrError as error:
+            raise CsrError(f"{path}: {error.message}", error.hint or hint) from None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -201,10 +208,30 @@ class Run:
         metrics: dict[str, Any] = evaluation.get("world") or evaluation.get("heldout") or {}
         return metrics
 
+    def require_prompts_unchanged(self) -> None:
+        """Verify that the prompts and the held-out prompts are those that were checked.
+
+        Raises:
+            CsrError: A file is missing or was changed.
+        """
+        if not self.is_done(0, "prompts"):
+            return
+        if files.sha256_of(self.prompts_path) != self.result(0, "prompts")["sha256"]:
+            raise CsrError(
+                f"{self.prompts_path} was changed after the inputs were checked",
+                f"restore it; or delete {self.iteration(0) / 'done'} and all iterations, and run again",
+            )
+        self.verify(0, "prompts")
+
     def heldout(self) -> list[Prompt]:
-        """Return the held-out prompts."""
+        """Return the held-out prompts.
+
+        Raises:
+            CsrError: Their file, or that of the other prompts, is missing or was changed.
+        """
         from csr_vlm.store import tables
 
+        self.require_prompts_unchanged()
         return [prompt for group in tables.prompt_groups(self.heldout_path) for prompt in group]
 
     @property
@@ -214,9 +241,14 @@ class Run:
         return int(counts["accepted"]) - int(counts["heldout"])
 
     def prompts(self) -> Iterator[Prompt]:
-        """Yield the prompts to train on, holding one work item in memory."""
+        """Yield the prompts to train on, holding one work item in memory.
+
+        Raises:
+            CsrError: Their file, or that of the held-out prompts, is missing or was changed.
+        """
         from csr_vlm.store import tables
 
+        self.require_prompts_unchanged()
         return (prompt for group in tables.prompt_groups(self.prompts_path) for prompt in group)
 
     def require_generated(self, iteration: int) -> None:
@@ -363,6 +395,15 @@ class Run:
     def evaluation_path(self, iteration: int, name: str) -> Path:
         """Return the path of an evaluation's results."""
         return self.iteration(iteration) / "eval" / f"{name}.json"
+
+    def stored_evaluation(self, iteration: int, name: str) -> files.Document:
+        """Return an evaluation's results.
+
+        Raises:
+            CsrError: The file is missing or damaged, or was changed after it was written.
+        """
+        hint = "which leaves it out; csr eval RUN --again measures it again"
+        return files.read_checksummed(self.evaluation_path(iteration, name), hint)
 
     def is_done(self, iteration: int, stage: str) -> bool:
         """Return whether a stage is finished."""
