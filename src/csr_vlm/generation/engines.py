@@ -28,6 +28,7 @@ from typing import Any, Protocol
 from csr_vlm.config.schema import RunConfig, SearchConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
+from csr_vlm.generation.half_precision import prepare_half_precision
 from csr_vlm.generation.self_check import self_check
 from csr_vlm.generation.streaming import StreamingEngine, TokenStream
 from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -76,6 +77,7 @@ def _open_transformers(
 ) -> Iterator[Engine]:
     policy = load_policy(config.model, adapter, config.data.max_image_pixels)
     self_check(policy, example)
+    prepare_half_precision(policy, example, warn)
     yield TransformersEngine(policy, config.generation.max_rows, config.generation.attention, warn)
 
 

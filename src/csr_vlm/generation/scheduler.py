@@ -21,7 +21,16 @@ import torch
 from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
 from csr_vlm.generation.decoding import PartialCandidate
-from csr_vlm.generation.shared_attention import CacheView, DecodeStep, KVCache, RowLayout, SiblingLayout, padding_mask
+from csr_vlm.generation.shared_attention import (
+    CacheView,
+    DecodeStep,
+    KVCache,
+    RowLayout,
+    SiblingLayout,
+    grid_of,
+    padding_mask,
+    to_device,
+)
 from csr_vlm.generation.shared_model import SharedModel
 from csr_vlm.models.encoding import EncodedPrompt
 
@@ -335,22 +344,27 @@ class Scheduler:
             width=self._group_cache.width,
             device=self._policy.device,
         )
-        device = self._policy.device
-        prompt_layout = RowLayout.of(prompt, _running_count(prompt), len(self._prompt_cache.owners), device)
-        group_layout = RowLayout.of(slot, sibling, len(groups), device)
-        padding = padding_mask(self._prompt_cache.lengths, self._prompt_cache.width, device)
-        mask = sibling_layout.mask(group_layout.shape[1])
-        write_index = self._group_cache.flat_index(*self._tensors(slot, path + step * siblings + sibling))
-        positions, token_index = self._tensors(position + path + step, prompt_length + path + step)
-        return positions, DecodeStep(
-            prompts=CacheView(self._prompt_cache, prompt_layout, padding),
-            groups=CacheView(self._group_cache, group_layout, mask, sibling_layout.token_index()),
-            write_index=write_index,
-            token_index=token_index,
+        *prompt_grid, prompt_shape = grid_of(prompt, _running_count(prompt), len(self._prompt_cache.owners))
+        *group_grid, group_shape = grid_of(slot, sibling, len(groups))
+        token_index = prompt_length + path + step
+        indices = [
+            *prompt_grid,
+            *group_grid,
+            slot,
+            path + step * siblings + sibling,
+            position + path + step,
+            token_index,
+        ]
+        tensors = to_device(indices, self._policy.device)
+        padding = padding_mask(self._prompt_cache.lengths, self._prompt_cache.width, self._policy.device)
+        mask = sibling_layout.mask(group_shape[1])
+        return tensors[6], DecodeStep(
+            prompts=CacheView(self._prompt_cache, RowLayout(tensors[0], tensors[1], prompt_shape), padding),
+            groups=CacheView(self._group_cache, RowLayout(tensors[2], tensors[3], group_shape), mask, sibling_layout),
+            write_index=self._group_cache.flat_index(tensors[4], tensors[5]),
+            token_index=tensors[7],
+            last_token_index=int(token_index.max()),
         )
-
-    def _tensors(self, *arrays: np.ndarray) -> list[torch.Tensor]:
-        return [torch.from_numpy(array).to(self._policy.device) for array in arrays]
 
 
 def _running_count(values: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ beyond rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -36,8 +36,17 @@ from transformers.masking_utils import sdpa_mask
 
 SPARE_TOKENS = 64
 """Extra tokens per slot to allocate whenever a :class:`KVCache` grows in length."""
+TOKEN_MULTIPLE = 16
+"""On a GPU a slot holds a multiple of this many tokens, since fused attention wants rows of its bias aligned."""
+EFFICIENT_DEVICES = {"cuda"}
+"""Types of device that have PyTorch's memory-efficient attention."""
 ATTENTION = "csr_shared"
 """Name under which transformers finds :func:`shared_attention`."""
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Return whether a device is anything but a CPU: launching an operation costs more there than padding."""
+    return device.type != "cpu"
 
 
 class CacheOwner(Protocol):
@@ -67,6 +76,12 @@ class KVCache(Generic[Owner]):
         self.lengths: list[int] = []
         """Number of tokens in each slot."""
         self._data: torch.Tensor | None = None
+        self._flat_layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Every layer's keys and values as (slots * key heads * tokens, head size), views of the storage."""
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Every layer's keys and values as :meth:`layer` returns them, for ``_layers_shape``."""
+        self._layers_shape = (0, 0)
+        """(owners, width) of ``_layers``."""
 
     def insert(self, owner: Owner, kv: torch.Tensor) -> None:
         """Copy an owner's keys and values, of shape (layers, 2, key heads, tokens, head size), into a new slot."""
@@ -75,14 +90,14 @@ class KVCache(Generic[Owner]):
         self.reserve((layers, two, owner.slot + 1, heads, length, size), kv)
         self.owners.append(owner)
         self.lengths.append(length)
-        self.data[:, :, owner.slot, :, :length] = kv
+        self.data[:, :, owner.slot, :, :length].copy_(kv)
 
     def remove(self, owner: Owner) -> None:
         """Free an owner's slot and move the last slot's owner into the gap."""
         last = self.owners.pop()
         length = self.lengths.pop()
         if last is not owner:
-            self.data[:, :, owner.slot, :, :length] = self.data[:, :, last.slot, :, :length]
+            self.data[:, :, owner.slot, :, :length].copy_(self.data[:, :, last.slot, :, :length])
             self.owners[owner.slot], self.lengths[owner.slot] = last, length
             last.slot = owner.slot
 
@@ -96,9 +111,14 @@ class KVCache(Generic[Owner]):
             # Allocate more than needed, so that growing step by step copies little.
             slots = old.shape[2] if slots <= old.shape[2] else min(slots + slots // 2, self._max_owners)
             tokens = old.shape[4] if tokens <= old.shape[4] else tokens + SPARE_TOKENS
+        if is_gpu(like.device):
+            tokens += -tokens % TOKEN_MULTIPLE
         self._data = like.new_zeros((*shape[:2], slots, shape[3], tokens, shape[5]))
         if old is not None:
-            self._data[:, :, : old.shape[2], :, : old.shape[4]] = old
+            self._data[:, :, : old.shape[2], :, : old.shape[4]].copy_(old)
+        flat = self._data.view(*shape[:2], -1, shape[5])
+        self._flat_layers = [_pair(layer) for layer in flat.unbind()]
+        self._layers = []
 
     def set_lengths(self, lengths: list[int]) -> None:
         """Set the number of tokens of each slot; write the new tokens at :meth:`flat_index`."""
@@ -132,8 +152,15 @@ class KVCache(Generic[Owner]):
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a layer's keys and values, each of shape (owners, key heads, width, head size)."""
-        keys, values = self.data[index, :, : len(self.owners), :, : self.width]
-        return keys, values
+        shape = len(self.owners), self.width
+        if not self._layers or self._layers_shape != shape:
+            self._layers = [_pair(layer) for layer in self.data[:, :, : shape[0], :, : shape[1]].unbind()]
+            self._layers_shape = shape
+        return self._layers[index]
+
+    def flat_layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's keys and values, each of shape (slots * key heads * tokens, head size)."""
+        return self._flat_layers[index]
 
     @property
     def width(self) -> int:
@@ -141,12 +168,47 @@ class KVCache(Generic[Owner]):
 
         On a GPU a matrix product over a part of the capacity would copy that part first.
         """
-        return max(self.lengths) if self.data.device.type == "cpu" else self.data.shape[4]
+        return self.data.shape[4] if is_gpu(self.data.device) else max(self.lengths)
+
+
+def _pair(layer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = layer.unbind()
+    return keys, values
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Copy one-dimensional arrays of integers to a device, in one transfer."""
+    if not is_gpu(device):
+        return [torch.from_numpy(array) for array in arrays]
+    together = torch.from_numpy(np.concatenate(arrays)).to(device, non_blocking=True)
+    return list(together.split([len(array) for array in arrays]))
+
+
+def grid_of(owners: np.ndarray, columns: np.ndarray, num_owners: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Arrange rows as a grid of owners and columns.
+
+    Args:
+        owners: Owner of each row, of shape (rows,).
+        columns: Column of each row, of shape (rows,).
+        num_owners: Number of owners.
+
+    Returns:
+        ``row_of``, ``cell_of`` and ``shape`` of the :class:`RowLayout`.
+    """
+    width = int(columns.max()) + 1
+    cell_of = owners * width + columns
+    row_of = np.zeros(num_owners * width, dtype=np.int64)
+    row_of[cell_of] = np.arange(len(cell_of))
+    return row_of, cell_of, (num_owners, width)
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Arrange rows as a grid of (owners, width), so that an owner's rows meet its keys in one matrix product."""
+    """Arrange rows as a grid of (owners, width), so that an owner's rows meet its keys in one matrix product.
+
+    The layout is made once a decoding step. Its indices name heads of rows, so that one operation a
+    layer moves all rows into the grid, and one moves them back.
+    """
 
     row_of: torch.Tensor
     """Row of each grid cell, of shape (owners * width,); an empty cell repeats row 0."""
@@ -154,28 +216,38 @@ class RowLayout:
     """Grid cell of each row, of shape (rows,)."""
     shape: tuple[int, int]
     """(owners, width)."""
+    _indices: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """Indices of :meth:`scatter` and :meth:`gather`, by what they depend on."""
 
-    @classmethod
-    def of(cls, owners: np.ndarray, columns: np.ndarray, num_owners: int, device: torch.device) -> RowLayout:
-        """Build the layout from each row's owner and column, both of shape (rows,)."""
-        width = int(columns.max()) + 1
-        cell_of = owners * width + columns
-        row_of = np.zeros(num_owners * width, dtype=np.int64)
-        row_of[cell_of] = np.arange(len(cell_of))
-        return cls(torch.from_numpy(row_of).to(device), torch.from_numpy(cell_of).to(device), (num_owners, width))
-
-    def scatter(self, rows: torch.Tensor, num_key_heads: int) -> torch.Tensor:
-        """Arrange (rows, heads, size) as (owners, key heads, width * heads per key head, size)."""
+    def scatter(self, rows: torch.Tensor, heads: int, key_heads: int) -> torch.Tensor:
+        """Arrange (rows * heads, size) as (owners, key heads, width * heads per key head, size)."""
         owners, width = self.shape
-        cells = rows.index_select(0, self.row_of).view(owners, width, num_key_heads, -1, rows.shape[-1])
-        return cells.transpose(1, 2).reshape(owners, num_key_heads, -1, rows.shape[-1])
+        index = self._indices.get((heads, key_heads))
+        if index is None:
+            head = torch.arange(heads, device=rows.device).view(1, key_heads, 1, heads // key_heads)
+            index = (self.row_of.view(owners, 1, width, 1) * heads + head).flatten()
+            self._indices[heads, key_heads] = index
+        return rows.index_select(0, index).view(owners, key_heads, -1, rows.shape[-1])
 
-    def gather(self, cells: torch.Tensor) -> torch.Tensor:
-        """Invert :meth:`scatter`: (owners, key heads, width * heads per key head, size) to (rows, heads, size)."""
-        owners, width = self.shape
-        heads, size = cells.shape[1], cells.shape[-1]
-        rows = cells.view(owners, heads, width, -1, size).transpose(1, 2)
-        return rows.reshape(owners * width, -1, size).index_select(0, self.cell_of)
+    def gather(self, cells: torch.Tensor, heads: int) -> torch.Tensor:
+        """Invert :meth:`scatter`: map (owners, key heads, queries, size) to (rows * heads, size).
+
+        ``cells`` must fill its memory without gaps; the order of its dimensions there is free.
+        """
+        size = cells.shape[-1]
+        owner_stride, head_stride, query_stride, _ = cells.stride()
+        key = (heads, *cells.shape, *cells.stride())
+        index = self._indices.get(key)
+        if index is None:
+            key_heads = cells.shape[1]
+            head = torch.arange(heads, device=cells.device)
+            per_key = heads // key_heads
+            offset = (head // per_key) * head_stride + (head % per_key) * query_stride
+            owner, column = self.cell_of // self.shape[1], self.cell_of % self.shape[1]
+            first = owner * owner_stride + column * per_key * query_stride
+            index = ((first[:, None] + offset) // size).flatten()
+            self._indices[key] = index
+        return cells.as_strided((cells.numel() // size, size), (size, 1)).index_select(0, index)
 
 
 @dataclass(frozen=True)
@@ -186,38 +258,43 @@ class CacheView:
     layout: RowLayout
     masked: torch.Tensor | None
     """True where a grid cell must not attend, of shape (owners, 1 or width, tokens); None masks nothing."""
-    token_index: torch.Tensor | None = None
-    """Index of each stored token in its sequence, of shape (owners, tokens); None counts from 0."""
+    siblings: SiblingLayout | None = None
+    """Says the index of each stored token in its sequence; None counts from 0."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, scale: float, earliest: torch.Tensor | None
+        self, layer: int, query: torch.Tensor, heads: int, scale: float, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend to the cache.
 
         Args:
             layer: Index of the layer.
-            query: Queries of shape (rows, heads, size).
+            query: Queries of shape (rows * heads, size).
+            heads: Heads of the queries.
             scale: Factor of the scores.
-            earliest: Index of the first token that each row may attend to, of shape (rows,);
-                None for all tokens.
+            bias: Bias of the scores, from :meth:`bias`.
 
         Returns:
-            The output of shape (rows, heads, size), and the log-sum-exp of the scores of shape
-            (rows, heads, 1).
+            The output of shape (rows * heads, size), and the log-sum-exp of the scores of shape
+            (rows * heads, 1).
         """
         keys, values = self.cache.layer(layer)  # each (owners, key heads, width, size)
-        heads = keys.shape[1]
-        bias = self._bias(earliest, query.shape[1] // heads, keys)
-        output, log_sum_exp = attend(self.layout.scatter(query, heads), keys, values, scale, bias)
-        return self.layout.gather(output), self.layout.gather(log_sum_exp[..., None])
+        output, log_sum_exp = attend(self.layout.scatter(query, heads, keys.shape[1]), keys, values, scale, bias)
+        return self.layout.gather(output, heads), self.layout.gather(log_sum_exp[..., None], heads)
 
-    def _bias(self, earliest: torch.Tensor | None, heads_per_key: int, keys: torch.Tensor) -> torch.Tensor | None:
-        """Build the additive bias of the scores, of a shape that broadcasts to (owners, 1, queries, keys)."""
+    def bias(self, earliest: torch.Tensor | None, heads: int) -> torch.Tensor | None:
+        """Build the additive bias of the scores, of a shape that broadcasts to (owners, 1, queries, keys).
+
+        Args:
+            earliest: Index of the first token that each row may attend to, of shape (rows,); None for all tokens.
+            heads: Heads of the queries.
+        """
+        keys, _ = self.cache.layer(0)
         masked = self.masked
         if earliest is not None:
-            index = self.token_index
-            if index is None:
+            if self.siblings is None:
                 index = torch.arange(keys.shape[2], device=keys.device)[None]
+            else:
+                index = self.siblings.token_index()
             first = earliest.index_select(0, self.layout.row_of).view(self.layout.shape)
             outside = index[:, None, :] < first[:, :, None]
             masked = outside if masked is None else masked | outside
@@ -227,7 +304,7 @@ class CacheView:
         bias = torch.zeros(masked.shape, dtype=keys.dtype, device=keys.device)
         bias.masked_fill_(masked, torch.finfo(keys.dtype).min / 2)
         if bias.shape[1] > 1:
-            bias = bias.repeat_interleave(heads_per_key, dim=1)
+            bias = bias.repeat_interleave(heads // keys.shape[1], dim=1)
         return bias[:, None]
 
 
@@ -236,7 +313,7 @@ class DecodeStep:
     """Hold one decoding step of the live rows: where each row's token is stored and what it attends to.
 
     The step is passed through the model as the keyword ``decode_step``, which reaches
-    :func:`shared_attention`.
+    :func:`shared_attention`. What all layers share is computed by the first of them.
     """
 
     prompts: CacheView
@@ -245,6 +322,10 @@ class DecodeStep:
     """Where each row's keys go in a layer's flattened (slots * key heads * tokens), of shape (rows * key heads,)."""
     token_index: torch.Tensor
     """Index of each row's token in its sequence, of shape (rows,)."""
+    last_token_index: int
+    """Largest of ``token_index``, known without asking the device."""
+    _biases: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]] = field(default_factory=dict)
+    """Bias of the prompts' and of the groups' scores, by heads and sliding window."""
 
     def attend(
         self,
@@ -265,20 +346,32 @@ class DecodeStep:
         Returns:
             The output of shape (rows, heads, size).
         """
-        self._store(layer, key, value)
-        earliest = None
-        if sliding_window is not None:
-            first = self.token_index - sliding_window + 1
-            earliest = first if bool((first > 0).any()) else None
-        prompt_output, prompt_lse = self.prompts.attend(layer, query, scale, earliest)
-        group_output, group_lse = self.groups.attend(layer, query, scale, earliest)
-        weight = torch.sigmoid(prompt_lse - group_lse).to(prompt_output.dtype)  # (rows, heads, 1)
-        return group_output + weight * (prompt_output - group_output)  # (rows, heads, size)
+        rows, heads, size = query.shape
+        for stored, new in zip(self.groups.cache.flat_layer(layer), (key, value), strict=True):
+            stored.index_copy_(0, self.write_index, new.reshape(-1, size))
+        prompt_bias, group_bias = self._bias(heads, sliding_window)
+        flat = query.reshape(-1, size)
+        prompt_output, prompt_lse = self.prompts.attend(layer, flat, heads, scale, prompt_bias)
+        group_output, group_lse = self.groups.attend(layer, flat, heads, scale, group_bias)
+        weight = torch.sigmoid(prompt_lse - group_lse).to(prompt_output.dtype)  # (rows * heads, 1)
+        return _between(group_output, prompt_output, weight).view(rows, heads, size)
 
-    def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        data = self.groups.cache.data[layer]  # (2, slots, key heads, tokens, size)
-        for kind, rows in enumerate((key, value)):
-            data[kind].view(-1, data.shape[-1]).index_copy_(0, self.write_index, rows.reshape(-1, rows.shape[-1]))
+    def _bias(self, heads: int, sliding_window: int | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if sliding_window is None or self.last_token_index < sliding_window:
+            sliding_window = 0
+        biases = self._biases.get((heads, sliding_window))
+        if biases is None:
+            earliest = self.token_index - sliding_window + 1 if sliding_window else None
+            biases = self.prompts.bias(earliest, heads), self.groups.bias(earliest, heads)
+            self._biases[heads, sliding_window] = biases
+        return biases
+
+
+def _between(start: torch.Tensor, end: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute start + weight (end - start)."""
+    if is_gpu(start.device):
+        return torch.lerp(start, end, weight)
+    return start + weight * (end - start)  # lerp rounds differently
 
 
 def padding_mask(lengths: Sequence[int], width: int, device: torch.device) -> torch.Tensor | None:
@@ -347,12 +440,19 @@ def attend(
 
     Returns:
         The output, of shape (owners, heads, queries, size), and the log-sum-exp in float32, of
-        shape (owners, heads, queries).
+        shape (owners, heads, queries or more).
     """
-    if query.device.type == "cpu":
-        # Reads keys in place, however they are strided, and keeps scores in float32.
+    # Both fused kernels read keys in place, however they are strided, and keep scores in float32.
+    if not is_gpu(query.device):
         output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, attn_mask=bias, scale=scale
+        )
+        return output, log_sum_exp
+    if query.device.type in EFFICIENT_DEVICES:
+        if bias is not None:
+            bias = bias.expand(*query.shape[:-1], keys.shape[2])
+        output, log_sum_exp, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, keys, values, bias, compute_log_sumexp=True, scale=scale
         )
         return output, log_sum_exp
     scores = torch.matmul(query * scale, keys.transpose(-1, -2)).float()  # (owners, heads, queries, keys)
