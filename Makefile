@@ -15,7 +15,7 @@ MODELS := $(EVIDENCE)/models
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test check golden docs docs-pages test-eval test-scale test-ray test-vllm test-exports test-newest test-app test-faults audit-dependencies evidence
+.PHONY: demo test check golden docs docs-pages test-eval test-hallucination test-scale test-ray test-vllm test-exports test-newest test-app test-faults audit-dependencies evidence
 .PHONY: lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
@@ -39,6 +39,10 @@ docs-pages: $(VENV)/.installed-dev  ## write the pages that follow from the prog
 
 test-eval: $(EVAL_VENV)/.installed  ## the bridge to lmms-eval, offline, in an environment of its own
 	$(EVAL_VENV)/bin/python -m pytest -q tests/eval
+
+test-hallucination: $(VENV)/.installed-dev  ## every suite of csr eval hallucination, offline: stubs of the formats and a local judge
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/unit/test_judge.py tests/unit/test_hallucination_suites.py \
+		tests/integration/test_hallucination.py
 
 test-scale: $(VENV)/.installed-dev  ## many processes: four ranks, killed and hanging ones, FSDP2, DeepSpeed where it is
 	$(BIN)/python -m pytest -q tests/scale

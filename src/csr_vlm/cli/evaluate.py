@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from csr_vlm.cli import console
 from csr_vlm.cli.arguments import RunArgument
 from csr_vlm.cli.common import RunByDefault
+from csr_vlm.cli.hallucination import eval_hallucination
 from csr_vlm.cli.lmms import eval_lmms
 from csr_vlm.config.load import load_config
 from csr_vlm.core.errors import CsrError
-
-if TYPE_CHECKING:
-    from csr_vlm.core.progress import Progress
-    from csr_vlm.core.records import Finish, Prompt
-    from csr_vlm.evaluation.answers import AnswerSettings, Respond
-    from csr_vlm.store.run import Run
 
 AnnotationsOption = Annotated[
     Path, typer.Option("--annotations", help="Directory with COCO's instances_*.json and captions_*.json.")
@@ -33,7 +28,6 @@ AnsweredBy = Annotated[
     int | None,
     typer.Option("--iteration", min=0, help="Iteration that gave the answers (default: from their protocol file)."),
 ]
-_PROMPTS_PER_CHUNK = 256
 
 app = typer.Typer(
     cls=RunByDefault,
@@ -138,26 +132,18 @@ def chair(
 
     Example: csr eval chair --captions a.jsonl --annotations coco/annotations
     """
-    from csr_vlm.evaluation.annotations import read_annotations
+    from csr_vlm.evaluation.annotations import read_annotations, truth_of
     from csr_vlm.evaluation.answers import read_captions
-    from csr_vlm.evaluation.chair import ObjectReader, by_length, counts, evaluate, summarize
+    from csr_vlm.evaluation.chair import by_length, counts, evaluate, object_reader, summarize
     from csr_vlm.evaluation.chair import evaluation_document as chair_document
-    from csr_vlm.evaluation.objects import ObjectTable
-    from csr_vlm.evaluation.words import word_rule
+    from csr_vlm.evaluation.chair import protocol as chair_protocol
 
     captions_read = read_captions(captions)
-    table = ObjectTable.read(synonyms, of_coco=words != "plain") if synonyms else ObjectTable.coco()
-    reader = ObjectReader(word_rule(words, nltk_data), table)
+    reader, table_name = object_reader(words, synonyms, nltk_data)
     coco = read_annotations(annotations)
-    rows = evaluate(captions_read, _truth(captions_read, coco, reader, captions), reader)
+    rows = evaluate(captions_read, truth_of(captions_read, coco, reader, captions), reader)
     metrics = summarize(rows)
-    protocol = {
-        "metric": "CHAIR",
-        "words": {"rule": words, **reader.rule.source},
-        "synonyms": {"file": synonyms.name if synonyms else "csr-vlm's own", "sha256": table.sha256},
-        "annotations": dict(coco.sources),
-        "interval": "95 % over captions",
-    }
+    protocol = chair_protocol(reader, table_name, coco.sources)
     if store is not None:
         _store(store, iteration, [captions], chair_document(rows, protocol))
     protocol |= _answers_protocol(captions)
@@ -191,20 +177,14 @@ def pope(
     Example: csr eval pope --questions coco_pope_random.json --answers a.jsonl --json
     """
     from csr_vlm.evaluation.pope import evaluate, evaluation_document, match_answers, read_questions
+    from csr_vlm.evaluation.pope import protocol as pope_protocol
 
     question_paths, answer_paths = _files_in(questions), _files_in(answers)
     paired = match_answers([read_questions(path) for path in question_paths], answer_paths)
     parsers = evaluate(paired)
     official = parsers["official"]
     single_setting = next(iter(official["settings"].values())) if len(paired) == 1 else {}
-    protocol: dict[str, Any] = {
-        "metric": "POPE",
-        "questions": [
-            {"setting": file.setting, "file": file.name, "n": len(file.questions), "sha256": file.sha256}
-            for file, _ in paired
-        ],
-        "interval": "95 % over questions",
-    }
+    protocol = pope_protocol([file for file, _ in paired])
     if store is not None:
         _store(store, iteration, answer_paths, evaluation_document(paired, protocol))
     protocol["answers"] = [_answers_protocol(path) for path in answer_paths]
@@ -319,35 +299,37 @@ def answer(
 
     run = Run.open(target)
     number = run.final if iteration is None else iteration
-    _require_policy(run, number)
     console.quiet_libraries()
-    from csr_vlm.evaluation import answers
+    from csr_vlm.evaluation import answers, resumable_answers
     from csr_vlm.evaluation.compare import policy_name
     from csr_vlm.models.loading import load_prompt_encoder
     from csr_vlm.models.prompt_check import ProcessorCheck
 
+    resumable_answers.require_policy(run, number)
+    policies = resumable_answers.SwitchedPolicies(run, [number])
     check = ProcessorCheck(load_prompt_encoder(run.config.model, run.config.data.max_image_pixels))
     read_prompts = answers.read_evaluation_prompts(prompts, images, limit, out.parent / "images", check)
     decoding = answers.AnswerSettings(max_new_tokens, temperature, seed, drop_unfinished=not keep_unfinished)
+    journal = out.with_suffix(".partial.jsonl")
     with console.reporter().stage(f"{policy_name(number)}: answering", len(read_prompts)) as progress:
         rows, protocol = answers.answer_prompts(
             read_prompts,
-            _responder(run, number, decoding, progress),
+            resumable_answers.policy_responder(
+                lambda: policies.using(number),
+                decoding,
+                progress,
+                journal,
+                resumable_answers.identify_policy(run, number),
+            ),
             decoding,
             {"model": run.config.model.path, "run": str(target), "iteration": number},
         )
     answers.write_answers(out, rows, protocol)
+    journal.unlink(missing_ok=True)
     if protocol["unfinished"]:
         console.log(f"{protocol['unfinished']} of {len(rows)} answers reached the limit of {max_new_tokens} tokens")
     then = f"csr eval chair --captions {out} --annotations COCO, or csr eval pope --questions {prompts} --answers {out}"
     console.done(out, then=then, rows=len(rows), protocol=protocol)
-
-
-def _require_policy(run: Run, iteration: int) -> None:
-    if iteration and not run.is_done(iteration, "train"):
-        raise CsrError(
-            f"iteration {iteration} of {run.root} has no adapter", f"the last trained iteration is {run.last_trained}"
-        )
 
 
 def _store(root: Path, iteration: int | None, answers: Sequence[Path], document: dict[str, Any]) -> None:
@@ -357,6 +339,7 @@ def _store(root: Path, iteration: int | None, answers: Sequence[Path], document:
         CsrError: The iteration is unknown, ambiguous or not trained, or a row id is repeated.
     """
     from csr_vlm.evaluation.answers import generation_settings, read_protocol
+    from csr_vlm.evaluation.resumable_answers import require_policy
     from csr_vlm.store import files
     from csr_vlm.store.run import Run
 
@@ -368,7 +351,7 @@ def _store(root: Path, iteration: int | None, answers: Sequence[Path], document:
         named = " and ".join(f"iteration {number}" for number in sorted(recorded)) or "an unknown iteration"
         raise CsrError(f"the answers are by {named}", "give --iteration N and only answers of that policy")
     (number,) = numbers
-    _require_policy(run, number)
+    require_policy(run, number)
     ids = [row["id"] for row in document["rows"]]
     if len(set(ids)) < len(ids):
         raise CsrError(f"repeated row ids: {len(ids) - len(set(ids))}", "every row needs its own id")
@@ -377,45 +360,6 @@ def _store(root: Path, iteration: int | None, answers: Sequence[Path], document:
     with run.locked():
         files.write_checksummed(path, stored)
     console.log(f"stored in {path}; next: csr eval {root}; csr compare {root}")
-
-
-def _responder(run: Run, iteration: int, decoding: AnswerSettings, progress: Progress) -> Respond:
-    """Return a function that answers prompts with the policy of an iteration."""
-    from csr_vlm.core.batching import batched
-    from csr_vlm.generation.transformers_engine import TransformersEngine
-    from csr_vlm.models.loading import load_policy
-
-    policy = load_policy(run.config.model, run.adapter_path(iteration), run.config.data.max_image_pixels)
-    generation = run.config.generation
-    engine = TransformersEngine(policy, generation.max_rows, generation.attention)
-
-    def respond(prompts: Sequence[Prompt]) -> Iterator[tuple[str, Finish]]:
-        for chunk in batched(prompts, _PROMPTS_PER_CHUNK):
-            candidates = engine.respond(chunk, decoding.max_new_tokens, decoding.temperature, decoding.seed)
-            yield from ((candidate.text, candidate.finish) for candidate in candidates)
-            engine.forget()
-            progress.advance(len(chunk))
-
-    return respond
-
-
-def _truth(captions: Sequence[Any], annotations: Any, reader: Any, path: Path) -> Mapping[Any, Any]:
-    """Map the image id of every caption to the objects in the image.
-
-    Raises:
-        CsrError: The annotations lack an image.
-    """
-    from csr_vlm.evaluation.annotations import ground_truth
-
-    ids = {caption.image_id: annotations.find(caption.image_id) for caption in captions}
-    unknown = [str(name) for name, image_id in ids.items() if image_id is None]
-    if unknown:
-        raise CsrError(
-            f"{path}: the annotations lack {len(unknown)} images, such as {', '.join(unknown[:3])}",
-            "image_id must be COCO's number or the file name; check that the annotations are of these images",
-        )
-    truth = ground_truth(annotations, set(ids.values()), reader)
-    return {name: truth[image_id] for name, image_id in ids.items()}
 
 
 def _answers_protocol(path: Path) -> dict[str, Any]:
@@ -483,3 +427,4 @@ app.command("chair")(chair)
 app.command("pope")(pope)
 app.command("world")(evaluate_world)
 app.command("lmms")(eval_lmms)
+app.command("hallucination")(eval_hallucination)

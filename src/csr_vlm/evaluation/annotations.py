@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.evaluation.chair import ObjectReader
+from csr_vlm.evaluation.chair import Caption, ObjectReader
 from csr_vlm.store.files import sha256_of
 
 
@@ -135,6 +135,29 @@ def ground_truth(
             "pass --synonyms a file with one line per category",
         )
     return {image_id: frozenset(_objects(annotations, image_id, reader)) for image_id in set(image_ids)}
+
+
+def truth_of(
+    captions: Sequence[Caption], annotations: Annotations, reader: ObjectReader, source: Path
+) -> dict[int | str, frozenset[str]]:
+    """Map the image id of every caption to the objects in the image.
+
+    Args:
+        source: File of the captions, for messages.
+
+    Raises:
+        CsrError: The annotations lack an image.
+    """
+    ids = {caption.image_id: annotations.find(caption.image_id) for caption in captions}
+    unknown = [str(name) for name, image_id in ids.items() if image_id is None]
+    if unknown:
+        raise CsrError(
+            f"{source}: the annotations lack {len(unknown)} images, such as {', '.join(unknown[:3])}",
+            "image_id must be COCO's number or the file name; check that the annotations are of these images",
+        )
+    known = {name: image_id for name, image_id in ids.items() if image_id is not None}
+    truth = ground_truth(annotations, set(known.values()), reader)
+    return {name: truth[image_id] for name, image_id in known.items()}
 
 
 def _objects(annotations: Annotations, image_id: int | str, reader: ObjectReader) -> Iterator[str]:

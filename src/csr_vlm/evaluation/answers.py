@@ -136,15 +136,8 @@ def answer_prompts(
         kept = complete_sentences(text) if settings.drop_unfinished and finish is Finish.LENGTH else text
         rows.append({"id": item.prompt.prompt_id, "image_id": item.image_id, "caption": kept.strip()})
     texts = sorted({item.prompt.text for item in prompts})
-    identity = {
-        **asdict(settings),
-        "decoding": "greedy" if settings.temperature == 0 else f"sampled at temperature {settings.temperature}",
-        "prompts": files.digest([[str(item.image_id), item.prompt.prompt_id, item.prompt.text] for item in prompts]),
-        "num_prompts": len(prompts),
-    }
     protocol = {
-        "id": files.digest(identity),
-        **identity,
+        **identity_of(prompts, settings),
         "num_different_texts": len(texts),
         "texts": texts[:5],
         "unfinished": num_unfinished,
@@ -152,6 +145,17 @@ def answer_prompts(
         "policy": policy,
     }
     return rows, protocol
+
+
+def identity_of(prompts: Sequence[EvaluationPrompt], settings: AnswerSettings) -> dict[str, Any]:
+    """Return the choices that identify how prompts are answered, and ``id``, their hash."""
+    identity = {
+        **asdict(settings),
+        "decoding": "greedy" if settings.temperature == 0 else f"sampled at temperature {settings.temperature}",
+        "prompts": files.digest([[str(item.image_id), item.prompt.prompt_id, item.prompt.text] for item in prompts]),
+        "num_prompts": len(prompts),
+    }
+    return {"id": files.digest(identity), **identity}
 
 
 def complete_sentences(text: str) -> str:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from csr_vlm.evaluation.objects import ObjectMentions, ObjectTable, find_objects
 from csr_vlm.evaluation.statistics import Metric, Tally, pooled, share_of_sums
-from csr_vlm.evaluation.words import WordRule
+from csr_vlm.evaluation.words import WordRule, word_rule
 
 _LENGTH_BINS = 4
 
@@ -174,6 +175,32 @@ def evaluation_document(scores: Sequence[CaptionScore], protocol: Mapping[str, A
         "metrics": {name: metric.dump() for name, metric in summarize(scores).items()},
         "protocol": dict(protocol),
         "rows": [{**score.dump(), "text": score.caption.text, "tallies": score.tallies} for score in scores],
+    }
+
+
+def object_reader(words: str, synonyms: Path | None = None, nltk_data: Path | None = None) -> tuple[ObjectReader, str]:
+    """Return a reader with a word rule and a synonym file (default: the built-in table of COCO), and the table's name.
+
+    Raises:
+        CsrError: The rule is unknown, or a file cannot be read.
+    """
+    table = ObjectTable.read(synonyms, of_coco=words != "plain") if synonyms else ObjectTable.coco()
+    return ObjectReader(word_rule(words, nltk_data), table), synonyms.name if synonyms else "csr-vlm's own"
+
+
+def protocol(reader: ObjectReader, synonyms: str, annotations: Mapping[str, str]) -> dict[str, Any]:
+    """Return the choices that CHAIR's numbers depend on.
+
+    Args:
+        synonyms: Name of the synonym table.
+        annotations: Name to SHA-256 of the annotation files.
+    """
+    return {
+        "metric": "CHAIR",
+        "words": {"rule": reader.rule.name, **reader.rule.source},
+        "synonyms": {"file": synonyms, "sha256": reader.table.sha256},
+        "annotations": dict(annotations),
+        "interval": "95 % over captions",
     }
 
 

@@ -75,6 +75,35 @@ POPE_METRICS: Mapping[str, MetricSpec] = _by_key(
     MetricSpec("yes_ratio", "Yes ratio", "questions answered yes", "none"),
 )
 """The metrics of POPE, in display order; files of several settings add ``mean_KEY`` and ``KEY_SETTING``."""
+_AMBER_KINDS = ("existence", "attribute", "state", "number", "action", "relation")
+SUITE_METRICS: Mapping[str, MetricSpec] = _by_key(
+    MetricSpec("amber_chair", "AMBER CHAIR", "object mentions that are hallucinated", "lower"),
+    MetricSpec("amber_cover", "AMBER Cover", "annotated objects that are mentioned"),
+    MetricSpec("amber_hal", "AMBER Hal", "responses with a hallucination", "lower"),
+    MetricSpec("amber_cog", "AMBER Cog", "likely hallucinations that are mentioned", "lower"),
+    MetricSpec("amber_accuracy", "AMBER accuracy", "correct answers"),
+    MetricSpec("amber_precision", "AMBER precision", "answers no whose label is no"),
+    MetricSpec("amber_recall", "AMBER recall", "questions labeled no that are answered no"),
+    MetricSpec("amber_f1", "AMBER F1", "harmonic mean of precision and recall of no"),
+    *(
+        MetricSpec(f"amber_{rate.lower()}_{kind}", f"AMBER {rate}, {kind}", f"{rate} on questions of the kind {kind}")
+        for kind in _AMBER_KINDS
+        for rate in ("accuracy", "precision", "recall", "F1")
+    ),
+    MetricSpec("amber_unread", "AMBER unread", "answers that begin with neither yes nor no", "lower"),
+    MetricSpec("hallusion_a_acc", "HallusionBench aAcc", "correct answers"),
+    MetricSpec("hallusion_f_acc", "HallusionBench fAcc", "figures with only correct answers"),
+    MetricSpec("hallusion_q_acc", "HallusionBench qAcc", "questions answered correctly on all their figures"),
+    MetricSpec("hallusion_unread", "HallusionBench unread", "answers that are neither yes nor no", "lower"),
+    MetricSpec("mmhal_score", "MMHal score", "mean rating by the judge, 0 to 6", "higher", 2, 6.0),
+    MetricSpec("mmhal_rate", "MMHal rate", "answers that the judge rates as hallucinated", "lower"),
+    MetricSpec("mmhal_unread", "MMHal unread", "replies of the judge without one rating", "lower"),
+    MetricSpec("objecthal_response", "Object HalBench response", "descriptions that name an absent object", "lower"),
+    MetricSpec("objecthal_mention", "Object HalBench mention", "objects named that are absent", "lower"),
+    MetricSpec("objecthal_recall", "Object HalBench recall", "objects in the image that are named"),
+    MetricSpec("objecthal_unread", "Object HalBench unread", "replies of the judge that are no list", "lower"),
+)
+"""The metrics of ``csr eval hallucination`` besides CHAIR and POPE, in display order."""
 
 
 def headline_metrics(truth_known: bool) -> tuple[str, ...]:
@@ -94,8 +123,11 @@ def metric_spec(key: str, evaluation: str = "") -> MetricSpec:
         ('CHAIR_S', 'F1, adversarial', 'gqa')
     """
     specs = POPE_METRICS if evaluation == "pope" else METRICS
-    if (spec := specs.get(key) or POPE_METRICS.get(key)) is not None:
+    if (spec := specs.get(key) or POPE_METRICS.get(key) or SUITE_METRICS.get(key)) is not None:
         return spec
+    if key.startswith("mmhal_score_"):
+        kind = key.removeprefix("mmhal_score_")
+        return replace(SUITE_METRICS["mmhal_score"], key=key, label=f"MMHal score, {kind}")
     for rate, spec in POPE_METRICS.items():
         if key == f"mean_{rate}":
             return replace(spec, key=key, label=f"{spec.label}, mean")
@@ -111,5 +143,5 @@ def sort_metrics(keys: Iterable[str]) -> list[str]:
         >>> sort_metrics(["words", "zeta", "recall", "accuracy"])
         ['recall', 'words', 'accuracy', 'zeta']
     """
-    positions = {key: index for index, key in enumerate(dict.fromkeys([*METRICS, *POPE_METRICS]))}
+    positions = {key: index for index, key in enumerate(dict.fromkeys([*METRICS, *POPE_METRICS, *SUITE_METRICS]))}
     return sorted(keys, key=lambda key: (positions.get(key, len(positions)), key))

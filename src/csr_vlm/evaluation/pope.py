@@ -205,6 +205,18 @@ def evaluation_document(
     }
 
 
+def protocol(files: Sequence[QuestionFile]) -> dict[str, Any]:
+    """Return which questions POPE's numbers are about."""
+    return {
+        "metric": "POPE",
+        "questions": [
+            {"setting": file.setting, "file": file.name, "n": len(file.questions), "sha256": file.sha256}
+            for file in files
+        ],
+        "interval": "95 % over questions",
+    }
+
+
 def tallies(label: bool, answer: bool | None) -> dict[str, Tally]:
     """Return what one answer adds to the numerator and the denominator of each rate.
 
@@ -230,8 +242,11 @@ def _means(scores: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {name: _mean([rates[name] for rates in scores]) for name in _RATES}
 
 
-def read_questions(path: Path) -> QuestionFile:
+def read_questions(path: Path, setting: str | None = None) -> QuestionFile:
     """Read a POPE question file: JSON lines with question_id, image, text, label.
+
+    Args:
+        setting: Name of the setting (default: the one that the file's name contains, or else its stem).
 
     Raises:
         CsrError: A line is not a valid question, or an id occurs twice.
@@ -258,7 +273,7 @@ def read_questions(path: Path) -> QuestionFile:
     if len(set(ids)) < len(ids):
         raise CsrError(f"{path}: a question_id occurs twice", "number the questions of a file uniquely")
     content = digest([[q.question_id, q.image, q.text, q.label] for q in questions])
-    setting = next((name for name in SETTINGS if name in path.stem.lower()), path.stem)
+    setting = setting or next((name for name in SETTINGS if name in path.stem.lower()), path.stem)
     return QuestionFile(setting, _describe_file(content, setting, len(questions)), questions, content)
 
 
