@@ -166,7 +166,7 @@ def run_suites(
             with reporter.stage(f"{policy_name(number)}: scoring {suite.name}", num_requests) as progress:
                 folder = run.iteration(number) / "eval" / "hallucination"
                 document = suite.score(answered[number, suite.name], Scoring(folder, judge, progress.advance))
-            files.write_json(run.evaluation_path(number, suite.name), document)
+            files.write_checksummed(run.evaluation_path(number, suite.name), document)
             documents[number][suite.name] = document
     return documents
 
