@@ -197,8 +197,10 @@ class Picture:
     sizes: Mapping[str, str]
 
     def truth(self, kind: str) -> Truth:
-        """Return the truth of the claim that a kind is in the picture."""
-        return "grounded" if kind in self.objects else "habit" if kind in self.habits else "random"
+        """Return the truth of the claim that the picture shows a kind, or a place."""
+        if kind in self.objects or kind == place_of(self.setting):
+            return "grounded"
+        return "habit" if kind in self.habits else "random"
 
 
 @dataclass(frozen=True)
@@ -440,6 +442,22 @@ def nouns_in(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def place_of(setting: str) -> str:
+    """Return the noun of a setting.
+
+    Example:
+        >>> place_of("a busy street")
+        'street'
+    """
+    return setting.split(maxsplit=2)[2]
+
+
+def places_in(text: str) -> tuple[str, ...]:
+    """List the places that a text names."""
+    words = text.lower()
+    return tuple(place for place in map(place_of, SETTINGS) if place in words)
+
+
 @dataclass
 class ProfileScorer:
     """Give cosines as a profile's scorer would: the product's ``Scorer`` protocol."""
@@ -471,12 +489,10 @@ class ProfileScorer:
     def _contrast(self, picture: Picture, text: str) -> float:
         sentence = self.world.sentences.get(text)
         if sentence is None:
-            kinds = nouns_in(text)
-            return (
-                sum(self._claim(picture, kind) for kind in kinds) / len(kinds)
-                if kinds
-                else self._unrelated(picture, text)
-            )
+            claims = nouns_in(text) or places_in(text)
+            if not claims:
+                return self._unrelated(picture, text)
+            return sum(self._claim(picture, claim) for claim in claims) / len(claims)
         return self._sentence(picture, sentence)
 
     def _claim(self, picture: Picture, kind: str) -> float:

@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import profile_world
-from profile_world import SETTINGS, Picture, ProfileWorld, nouns_in
+from profile_world import Picture, ProfileWorld, nouns_in, places_in
 
 from csr_vlm.config.load import load_config
 from csr_vlm.config.schema import RunConfig
@@ -196,12 +196,10 @@ def _questions(
 
 def _is_right(pair: Pair, world: ProfileWorld, yes: str) -> bool | None:
     picture, subject = world.picture_of(pair.prompt), pair.prompt.text.lower().rstrip("?") + " "
-    kinds = nouns_in(subject)
-    places = [setting.split()[-1] for setting in SETTINGS if f" {setting.split()[-1]} " in subject]
-    if not kinds and not places:
+    claims = nouns_in(subject) or places_in(subject)
+    if not claims:
         return None
-    is_there = picture.truth(kinds[0]) == "grounded" if kinds else picture.setting.endswith(places[0])
-    return is_there == (pair.chosen.text == yes)
+    return (picture.truth(claims[0]) == "grounded") == (pair.chosen.text == yes)
 
 
 def main() -> int:
