@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -156,6 +157,12 @@ def models_of(job: Job, out: Path) -> Path | None:
     return None if job.models is None else out / "models" / job.models
 
 
+def base_evaluation(job: Job, out: Path, seed: int, temperature: float) -> Path:
+    """Return where the base model's metrics are kept: all jobs on the same scenes share them."""
+    name = f"{job.models or 'shipped'}-{job.world}-{job.split}-{seed}-{job.scenes}-{temperature:g}.json"
+    return out / "base" / name
+
+
 def run_job(job: Job, out: Path) -> None:
     """Run one job; write ``result.json`` last."""
     _one_thread()
@@ -198,8 +205,12 @@ def run_job(job: Job, out: Path) -> None:
             for temperature in temperatures:
                 path = run.evaluation_path(iteration, f"world-{temperature:g}")
                 if not path.exists():
-                    document = evaluate_world(measuring, run.adapter_path(iteration), "", Silent(), temperature)
-                    files.write_json(path, document)
+                    measured = base_evaluation(job, out, seed, temperature) if iteration == 0 else path
+                    if not measured.exists():
+                        document = evaluate_world(measuring, run.adapter_path(iteration), "", Silent(), temperature)
+                        files.write_json(measured, document)
+                    if measured != path:
+                        shutil.copyfile(measured, path)
     files.write_json(root / "result.json", {"seconds": seconds, "commit": _commit()})
 
 

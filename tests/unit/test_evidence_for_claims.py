@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from csr_vlm.config.schema import ClaimsConfig, RewardConfig
+from csr_vlm.config.schema import ClaimsConfig, MethodConfig, RewardConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Finish, Node, NodeStatus, Prompt, negatives_column, spread_column
 from csr_vlm.method import audit
@@ -138,6 +138,57 @@ def test_ending_is_preferred_to_false_claims_alone() -> None:
     assert ("0.0", "0.1") in preferred(without_true, min_margin=0.1)
     weak = [n for n in tree(true=4.0) if n.node_id != "0.1"]
     assert ("0.0", "0.2") not in preferred(weak)
+
+
+def test_a_sentence_beats_ending_only_if_its_most_doubtful_claim_has_the_margin() -> None:
+    # With a delta of 2.3: boat and sail +6.6 nats each, mast +1.9. The sum of sail and mast is beyond any margin below.
+    nodes = [
+        said("0", "A boat.", {"boat": 4.0}, status=NodeStatus.TOP),
+        said("0.0", "", {}, **END),
+        said("0.1", "A sail and a mast.", {"sail": 4.0, "mast": 2.0}),
+    ]
+    settings = config(method={"lambda": 1.0, "reward": {"consistency": 0.0}}).method
+    nats = Evidence.of(nodes, settings.reward, "clip").nats
+    assert nats["sail"] > 6
+    assert 1 < nats["mast"] < 2
+    assert sentence_rewards(nodes, settings, "clip")["0.1"].lowest == pytest.approx(nats["mast"])
+    assert preferred(nodes, min_margin=1.0) == {("0.1", "0.0")}
+    assert preferred(nodes, min_margin=2.5) == set()
+
+
+def test_ending_beats_a_sentence_by_its_most_doubtful_claim() -> None:
+    # The true sail outweighs the shark even at double cost, yet the sentence says something false.
+    nodes = [
+        said("0", "A boat.", {"boat": 4.0}, status=NodeStatus.TOP),
+        said("0.0", "", {}, **END),
+        said("0.1", "A sail and a shark.", {"sail": 4.0, "shark": -0.3}),
+    ]
+    settings = config(method={"lambda": 1.0, "reward": {"consistency": 0.0, "false_cost": 4.0}}).method
+    nats = Evidence.of(nodes, settings.reward, "clip").nats
+    reward = sentence_rewards(nodes, settings, "clip")["0.1"]
+    assert reward.image < 0
+    assert reward.lowest == pytest.approx(nats["shark"]), "the cost is not part of the evidence"
+    made = make_pairs(prompt("p"), nodes, _with_margin(settings, -nats["shark"] - 0.1), "clip", 0)
+    assert [(pair.chosen.node_id, pair.rejected.node_id) for pair in made] == [("0.0", "0.1")]  # type: ignore[union-attr]
+    assert make_pairs(prompt("p"), nodes, _with_margin(settings, -nats["shark"] + 0.1), "clip", 0) == "margin"
+
+
+def _with_margin(method: MethodConfig, margin: float) -> MethodConfig:
+    return method.model_copy(update={"pairs": method.pairs.model_copy(update={"min_margin": margin})})
+
+
+def test_a_sentence_with_a_claim_against_the_evidence_is_never_preferred() -> None:
+    # "A boat, a sail and a shark" is worth most, but the shark is not there: the plain boat is preferred to the fish.
+    nodes = [
+        said("0", "A boat, a sail and a shark.", {"boat": 4.0, "sail": 4.0, "shark": 0.2}),
+        said("1", "A boat.", {"boat": 4.0}),
+        said("2", "A fish.", {"fish": -1.0}),
+    ]
+    settings = config(method={"lambda": 1.0, "reward": {"consistency": 0.0}}).method
+    rewards = sentence_rewards(nodes, settings, "clip")
+    assert rewards["0"].total > rewards["1"].total
+    assert rewards["0"].lowest < 0 < rewards["1"].lowest
+    assert preferred(nodes) == {("1", "2")}
 
 
 def test_reasons_tell_no_evidence_from_a_small_margin() -> None:

@@ -128,6 +128,7 @@ def test_every_status_of_a_hand_worked_tree():
         ("sentence", "2.1", "2.0"),  # 25, 15, 5, 40
         ("response", "0.1", "2.0"),  # 30+25, 30+15, 10+5, 10+40
         ("logprob", "0.2", "0.1"),  # -10/4, -2.2/4, -5/4, -6/4
+        ("sentence_logprobs", "0.2", "0.1"),  # -1-4, -1-0.1, -2-0.5, -2-1
     ],
 )
 def test_steering(steer_by, best, worst):
@@ -142,6 +143,21 @@ def test_steering_by_logprob_counts_tokens():
     lines = {"": [say("Aaaa.", -1.0), say("Bbbb.", -0.5, -0.5, -0.5, -0.5)]}
     actual = statuses(grow(lines, COSINES, steered("logprob", max_sentences=2)))
     assert (actual["0"], actual["1"]) == (NodeStatus.BOTTOM, NodeStatus.TOP)
+
+
+def test_steering_by_sentences_sums_their_means():
+    # After "Aaaa." at -1: one token at -3 makes -4; four at -1 each make -2. Per token of the response, -2 and -1.
+    lines = {"": [say("Aaaa.", -1.0)], "0": [say(" Bbbb.", -3.0), say(" Cccc.", -1.0, -1.0, -1.0, -1.0)]}
+    lines |= {"0.0": [say(" Gggg.", -0.2)], "0.1": [say(" Hhhh.", -2.5)]}
+    one = {"keep_top": 1, "keep_bottom": 1, "max_sentences": 3}
+    # -1-3-0.2 = -4.2 against -1-1-2.5 = -4.5; per token -4.2/3 = -1.4 against -7.5/6 = -1.25.
+    summed = statuses(grow(lines, COSINES, method(search=one | {"keep_bottom": 0, "steer_by": "sentence_logprobs"})))
+    assert summed["0.1"] is NodeStatus.TOP
+    assert summed["0.0"] is NodeStatus.PRUNED
+    both = statuses(grow(lines, COSINES, method(search=one | {"steer_by": "sentence_logprobs", "max_sentences": 4})))
+    assert (both["0.0.0"], both["0.1.0"]) == (NodeStatus.TOP, NodeStatus.BOTTOM)
+    both = statuses(grow(lines, COSINES, method(search=one | {"steer_by": "logprob", "max_sentences": 4})))
+    assert (both["0.0.0"], both["0.1.0"]) == (NodeStatus.BOTTOM, NodeStatus.TOP)
 
 
 def test_only_kept_nodes_are_expanded_from_their_own_tokens():
@@ -226,29 +242,41 @@ def test_ties_go_to_the_earlier_node():
 
 def test_official_filters():
     filters = config(preset="official").method.search.filters
-    assert is_filtered("Abc", [], filters)
-    assert not is_filtered("Abcd", [], filters)
-    assert is_filtered("a\nb\nc\nd\ne\nf\ng", [], filters)
-    assert not is_filtered("a\nb\nc\nd\ne\nfg", [], filters)
-    assert is_filtered("A boat is there.", ["There is a boat."], filters)
-    assert not is_filtered("There are two boats.", ["There is a boat."], filters)
-    for foreign in ("Это лодка.", "有一条船。", "ここに船。", "A boat λ."):
-        assert is_filtered(foreign, [], filters), foreign
-    for latin in ("Ein Café, señor Łukasz!", "3 × 4 = 12 — “naïve” …", "A boat costs 5 €."):
-        assert not is_filtered(latin, [], filters), latin
+    assert is_filtered("Abc", filters)
+    assert not is_filtered("Abcd", filters)
+    assert is_filtered("a\nb\nc\nd\ne\nf\ng", filters)
+    assert not is_filtered("a\nb\nc\nd\ne\nfg", filters)
+    assert is_filtered("A very very very very very very big boat.", filters), "six times"
+    assert not is_filtered("A very very very very very big boat.", filters), "five times"
+    assert is_filtered("Ah, it is a looooooooooong boat.".replace("oooooooooo", "o" * 11), filters)
+    assert not is_filtered("A l" + "o" * 10 + "ng boat.", filters)
+    assert is_filtered("A boat - - - - - - - - - - - there.", filters), "spaces between do not count"
+    for foreign in ("Это лодка.", "ここに船。", "배가 있다.", "A boat \U0001f600.", "A&nbsp;&nbsp;boat."):
+        assert is_filtered(foreign, filters), foreign
+    for accepted in ("Ein Café, señor Łukasz!", "3 × 4 = 12 — “naïve” …", "有一条船。", "A boat λ.", "A&nbsp;boat."):
+        assert not is_filtered(accepted, filters), accepted
 
 
 def test_default_filters_accept_what_the_official_filters_reject():
-    for text in ("Abc", "a\nb\nc\nd\ne\nf\ng", "A boat is there.", "Это лодка."):
-        assert not is_filtered(text, ["There is a boat."], FilterConfig())
+    for text in ("Abc", "a\nb\nc\nd\ne\nf\ng", "Это лодка.", "no " * 6):
+        assert not is_filtered(text, FilterConfig())
 
 
-def test_repeats_are_filtered_along_the_path_only():
-    method_config = method(search={"filters": {"repeats": True}, "keep_top": 2})
-    lines = {"": [say("Aaaa."), say("Bbbb.")], "0": [say(" Aaaa."), say(" Bbbb.")], "1": [STOP]}
-    actual = statuses(grow(lines, COSINES, method_config))
-    assert actual["0.0"] is NodeStatus.FILTERED
-    assert actual["0.1"] is NodeStatus.TOP
+def test_a_sentence_that_is_cut_off_ends_the_response_or_goes_on():
+    lines = {"": [say("Ffff", finish=Finish.LENGTH)], "0": [say(" Aaaa.")]}
+    assert statuses(grow(lines, COSINES, method())) == {"0": NodeStatus.TRUNCATED}
+    actual = statuses(grow(lines, COSINES, method(search={"continue_cut": True})))
+    assert actual == {"0": NodeStatus.TOP, "0.0": NodeStatus.TOP, "0.0.0": NodeStatus.FINISHED}
+
+
+def test_few_partial_responses_are_all_kept():
+    # Three can go on: with places for two, one is pruned, unless fewer than four are all kept.
+    lines = {"": [say("Aaaa."), say("Bbbb."), say("Cccc.")]}
+    one_each = {"keep_top": 1, "keep_bottom": 1}
+    actual = statuses(grow(lines, COSINES, method(1.0, search=one_each | {"keep_all_below": 3})))
+    assert [actual[key] for key in "012"] == [NodeStatus.TOP, NodeStatus.PRUNED, NodeStatus.BOTTOM]
+    actual = statuses(grow(lines, COSINES, method(1.0, search=one_each | {"keep_all_below": 4})))
+    assert [actual[key] for key in "012"] == [NodeStatus.TOP] * 3
 
 
 WORDS = ("Boat.", "Fish.", "Tree.", "A bird sings.", "Лодка.", "ok")
@@ -281,7 +309,7 @@ class RandomModel:
 methods = st.builds(
     lambda weight, fusion, response, repeat_penalty, **settings: method(
         weight,
-        search=settings | {"filters": {"min_chars": 3, "non_latin": True, "repeats": True}},
+        search=settings | {"filters": {"min_chars": 3, "other_scripts": True, "loops": True}},
         reward={"fusion": fusion, "response": response, "repeat_penalty": repeat_penalty},
     ),
     weight=st.floats(0, 1),
@@ -291,7 +319,7 @@ methods = st.builds(
     num_candidates=st.integers(1, 5),
     keep_top=st.integers(1, 3),
     keep_bottom=st.integers(0, 3),
-    steer_by=st.sampled_from(["sentence", "response", "logprob"]),
+    steer_by=st.sampled_from(["sentence", "response", "logprob", "sentence_logprobs"]),
     max_sentences=st.integers(1, 4),
     max_response_chars=st.none() | st.integers(5, 40),
 )

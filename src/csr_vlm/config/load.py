@@ -149,6 +149,8 @@ def _parse_override(text: str, previous: str) -> dict[str, Any]:
 _REMOVED = {
     "method.pairs.questions.pattern": "questions are about the things of method.claims.lexicon now; remove it, and set "
     "method.pairs.questions.per_prompt (0 for none)",
+    "method.search.filters.repeats": "use method.search.filters.loops; method.reward.repeat_penalty rates repeats",
+    "method.search.filters.non_latin": "use method.search.filters.other_scripts",
     "method.pairs.questions.question": "write method.pairs.questions.wordings, a list",
 }
 """Options that this version has no longer, and what to do about each."""

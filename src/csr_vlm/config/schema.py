@@ -63,8 +63,13 @@ class FilterConfig(_Section):
 
     min_chars: int = Field(default=1, ge=1, description="Minimum number of characters of a sentence.")
     max_newlines: int | None = Field(default=None, ge=0, description="Maximum number of line breaks in a sentence.")
-    repeats: bool = Field(default=False, description="Reject a sentence that the response already contains.")
-    non_latin: bool = Field(default=False, description="Reject letters of a non-Latin script.")
+    loops: bool = Field(
+        default=False,
+        description="Reject a sentence in which a word occurs 6 times in a row, or a character 11 times.",
+    )
+    other_scripts: bool = Field(
+        default=False, description="Reject Hangul, kana, Cyrillic letters, emoji, and repeated &nbsp;."
+    )
 
 
 DEFAULT_DELIMITERS = ".!?。！？\n"
@@ -79,10 +84,13 @@ class SearchConfig(_Section):
     )
     keep_top: int = Field(default=2, ge=1, description="Best partial responses kept in each round (top-k).")
     keep_bottom: int = Field(default=2, ge=0, description="Worst partial responses kept in each round (bottom-k).")
-    steer_by: Literal["sentence", "response", "logprob"] = Field(
+    keep_all_below: int = Field(
+        default=0, ge=0, description="Keep every partial response while fewer than this many can go on."
+    )
+    steer_by: Literal["sentence", "response", "logprob", "sentence_logprobs"] = Field(
         default="response",
         description="Score that ranks partial responses: the reward of the new sentence, the reward of the response "
-        "so far, or the mean log-probability per token of the response.",
+        "so far, the mean log-probability per token of the response, or the sum of that mean over its sentences.",
     )
     decoding: Literal["sample", "diverse"] = Field(
         default="sample", description="Independent samples, or diverse siblings that avoid each other's tokens."
@@ -109,6 +117,10 @@ class SearchConfig(_Section):
     )
     max_sentences: int = Field(default=8, ge=1, description="Maximum number of sentences of a response.")
     max_sentence_tokens: int = Field(default=70, ge=2, description="Maximum number of tokens of a sentence.")
+    continue_cut: bool = Field(
+        default=False,
+        description="Go on after a sentence that max_sentence_tokens cut off, instead of ending the response there.",
+    )
     max_response_chars: int | None = Field(
         default=None, ge=1, description="Maximum number of characters of a response."
     )

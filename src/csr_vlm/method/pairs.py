@@ -22,8 +22,6 @@ from csr_vlm.method.reward import (
     sentence_rewards,
 )
 
-_END_MARGIN = 1.5
-"""Factor on the margin where ending is preferred (``reward.unit: claim``): what is not said is not corrected later."""
 _LEAVES = (NodeStatus.FINISHED, NodeStatus.TRUNCATED)
 
 
@@ -36,6 +34,8 @@ class _Option:
     """Highest reward that the tree reaches after it; None if it was not expanded, or is not looked ahead of."""
     worth: float = 0.0
     """What the claims of its last sentence are worth (``reward.unit: claim``); 0 for ending."""
+    lowest: float = 0.0
+    """Evidence for the most doubtful of these claims; 0 for ending."""
     ends: bool = False
     """Whether it only ends the response, without a sentence."""
 
@@ -80,8 +80,10 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
 
     With ``reward.unit: claim``, what a partial response says before must not contain a sentence that
     is judged false (R_I < 0), and a pair must cross the zero line: claims without evidence against
-    them over claims without evidence for them. So ending is preferred to false claims alone, and only by
-    one and a half times the margin, since nothing corrects what is not said.
+    them over claims without evidence for them. No claim of the chosen side may have evidence against it.
+    Where one side only ends the response, the margin is the evidence for the other side's most doubtful
+    claim, so ending is preferred to sentences with a false claim, and a sentence to ending only if all its
+    claims are true.
 
     Pairs are sorted by decreasing margin if ``selection`` is ``extremes``.
 
@@ -178,6 +180,9 @@ def _sibling_options(
     def worth(node: Node) -> float:
         return rewards[node.node_id].image if node.sentence else 0.0
 
+    def lowest(node: Node) -> float:
+        return rewards[node.node_id].lowest if node.sentence else 0.0
+
     def reward(node: Node) -> float:
         return rewards[node.node_id].total if node.sentence else 0.0
 
@@ -194,6 +199,7 @@ def _sibling_options(
                 _response(node, by_id, reward(node)),
                 future_reward(node) if config.look_ahead else None,
                 worth(node),
+                lowest(node),
                 ends=not node.sentence,
             )
             for node in siblings
@@ -237,15 +243,30 @@ def _preferences(
     if method.pairs.selection == "random":
         chosen, *rejected = _shuffled([option.response for option in options], key)
         return [(chosen, other) for other in rejected]
-    expanded = [option for option in options if option.future_reward is not None]
-    best = max(expanded or options, key=lambda option: option.value)
-    others, margin = [other for other in options if other is not best], min_margin
+    preferable = list(options)
     if method.reward.unit == "claim":
-        margin *= _END_MARGIN if best.ends else 1.0
-        others = [other for other in others if best.worth >= 0 >= other.worth]
-    preferences = [_with_values(best, other) for other in others]
-    preferences = [(chosen, other) for chosen, other in preferences if chosen.reward - other.reward > margin]
+        preferable = [option for option in options if option.lowest >= 0]
+        if not preferable:
+            return []
+    expanded = [option for option in preferable if option.future_reward is not None]
+    best = max(expanded or preferable, key=lambda option: option.value)
+    others = [other for other in options if other is not best]
+    if method.reward.unit == "claim":
+        others = [other for other in others if other.worth <= 0]
+    preferences = [_with_values(best, other) for other in others if _margin(best, other, method) > min_margin]
     return sorted(preferences, key=_negative_margin)
+
+
+def _margin(best: _Option, other: _Option, method: MethodConfig) -> float:
+    """Return by how much one option is better than another.
+
+    Against ending only the most doubtful claim counts, either way, since a sentence may say
+    something certain besides. Its evidence counts the same for and against it.
+    """
+    if method.reward.unit == "claim" and (best.ends or other.ends):
+        return method.lambda_ * (best.lowest - other.lowest)
+    chosen, rejected = _with_values(best, other)
+    return chosen.reward - rejected.reward
 
 
 def _with_values(best: _Option, other: _Option) -> tuple[Response, Response]:

@@ -52,6 +52,8 @@ class SentenceReward:
     """R(s), after the baseline and the penalty for repeating."""
     repeated: bool = False
     """Whether an earlier sentence of the response has the same words, or earlier ones made all its claims."""
+    lowest: float = 0.0
+    """Evidence for the most doubtful claim that the sentence adds, in nats; 0 without any (``unit: claim``)."""
 
 
 def text_score(node: Node, config: RewardConfig) -> float:
@@ -166,17 +168,16 @@ def _claim_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> 
         lowest: dict[str, float] = {}
         for claim in node.claims:
             lowest[thing_of(claim)] = min(lowest.get(thing_of(claim), math.inf), evidence[claim])
-        worth = sum(_worth(e, config) for thing, e in lowest.items() if thing not in before)
+        added = [_bounded(e, config) for thing, e in lowest.items() if thing not in before]
+        worth = sum(e if e >= 0 else config.false_cost * e for e in added)
         repeated = (bool(lowest) and before.issuperset(lowest)) or repeats_earlier(node, by_id)
         total = method.lambda_ * worth + (1 - method.lambda_) * r_t - zero - config.repeat_penalty * repeated
-        rewards[node.node_id] = SentenceReward(text=r_t, image=worth, total=total, repeated=repeated)
+        rewards[node.node_id] = SentenceReward(r_t, worth, total, repeated, min(added, default=0.0))
     return rewards
 
 
-def _worth(evidence: float, config: RewardConfig) -> float:
-    """Return w(e) of a claim."""
-    bounded = max(-config.max_evidence, min(evidence, config.max_evidence))
-    return bounded if bounded >= 0 else config.false_cost * bounded
+def _bounded(evidence: float, config: RewardConfig) -> float:
+    return max(-config.max_evidence, min(evidence, config.max_evidence))
 
 
 def _fuse(

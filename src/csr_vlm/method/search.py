@@ -14,7 +14,7 @@ Where the paper leaves it open:
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ from typing import Protocol, TypeVar
 from csr_vlm.config.schema import FilterConfig, MethodConfig, SearchConfig
 from csr_vlm.core.errors import PromptError
 from csr_vlm.core.records import Candidate, Expansion, Finish, Node, NodeStatus, Prompt
-from csr_vlm.method.reward import bag_of_words, path_ids, response_reward, sentence_rewards
+from csr_vlm.method.reward import path_ids, response_reward, sentence_rewards
 
 Propose = Callable[[Sequence[Expansion]], Sequence[Sequence[Candidate]]]
 """Continues each partial response by one sentence, several times."""
@@ -188,32 +188,36 @@ def initial_status(
         return NodeStatus.DUPLICATE
     if not candidate.sentence:  # it only ends the response, if there is one
         return NodeStatus.FINISHED if candidate.finish is Finish.EOS and context else NodeStatus.FILTERED
-    if is_filtered(candidate.sentence, [node.sentence for node in context], config.filters):
+    if is_filtered(candidate.sentence, config.filters):
         return NodeStatus.FILTERED
     if candidate.finish is Finish.EOS:
         return NodeStatus.FINISHED
-    if candidate.finish is Finish.LENGTH or _exceeds_char_limit(candidate, context, config):
+    is_cut = candidate.finish is Finish.LENGTH and not config.continue_cut
+    if is_cut or _exceeds_char_limit(candidate, context, config):
         return NodeStatus.TRUNCATED
     return NodeStatus.PRUNED
 
 
-def is_filtered(sentence: str, context: Sequence[str], filters: FilterConfig) -> bool:
+def is_filtered(sentence: str, filters: FilterConfig) -> bool:
     """Return whether a candidate filter rejects a sentence.
 
     Args:
         sentence: A candidate sentence, without surrounding white space.
-        context: The sentences before it in the response.
         filters: Which filters apply.
     """
     if len(sentence) < filters.min_chars:
         return True
     if filters.max_newlines is not None and sentence.count("\n") > filters.max_newlines:
         return True
-    if filters.repeats and bag_of_words(sentence) in [bag_of_words(earlier) for earlier in context]:
-        return True
-    return filters.non_latin and any(
-        char.isalpha() and not unicodedata.name(char, "LATIN").startswith("LATIN") for char in sentence
-    )
+    return bool((filters.loops and _LOOP.search(sentence)) or (filters.other_scripts and _SCRIPT.search(sentence)))
+
+
+_LOOP = re.compile(r"\b(\w+)(?:\s+\1){5}|(\S)(?:\s*\2){10}")
+"""A word that occurs 6 times in a row, or a character 11 times."""
+_SCRIPT = re.compile(
+    "[\u3130-\u318f\uac00-\ud7af\u3040-\u30ff\u0400-\u04ff\U0001f300-\U0001f64f\U0001f680-\U0001f77f]|(?:&nbsp;){2}"
+)
+"""Hangul, kana, Cyrillic letters, emoji, and repeated non-breaking spaces: what the released code drops."""
 
 
 def _exceeds_char_limit(candidate: Candidate, context: Sequence[Node], config: SearchConfig) -> bool:
@@ -308,6 +312,8 @@ def select_beam(
         starting from the worst.
     """
     scores = steering_scores(nodes, candidates, method, scorer)
+    if len(candidates) < method.search.keep_all_below:
+        return dict.fromkeys((node.node_id for node in candidates), NodeStatus.TOP)
     best_first = sorted(candidates, key=lambda node: -scores[node.node_id])
     top = best_first[: method.search.keep_top]
     rest = best_first[method.search.keep_top :]
@@ -324,9 +330,12 @@ def steering_scores(
     - ``sentence``: R(s_n)
     - ``response``: R(y) of s_1..s_n
     - ``logprob``: log P(s_1..s_n) per token
+    - ``sentence_logprobs``: sum_i log P(s_i) per token of s_i
     """
     by_id = {node.node_id: node for node in nodes}
     paths = {node.node_id: [by_id[ancestor] for ancestor in path_ids(node.node_id)] for node in candidates}
+    if method.search.steer_by == "sentence_logprobs":
+        return {node_id: sum(node.logprob / len(node.token_ids) for node in path) for node_id, path in paths.items()}
     if method.search.steer_by == "logprob":
         return {
             node_id: sum(node.logprob for node in path) / sum(len(node.token_ids) for node in path)
