@@ -20,6 +20,7 @@ PRESETS = {
     "official": "preset=official",
     "only_rt": "preset=only_rt",
     "only_ri": "preset=only_ri",
+    "sentinel": "preset=sentinel",
     "random_pairs": "preset=random_pairs",
     "self-rewarding": "preset=sentences method.lambda=0",
 }

@@ -111,9 +111,14 @@ def baseline_jobs(world: str) -> list[Job]:
     ]
 
 
+PROSE: dict[str, Any] = {"world": "prose", "prompts": 192, "scenes": 500, "measured": (0, 1, 2, 3)}
+
 JOBS = [
     *(Job("calibrated", "main", seed=s, iterations=5, measured=(0, 1, 2, 3, 4, 5), sampled=(0, 3)) for s in range(5)),
     *(Job("descriptions only", "questions", NO_QUESTIONS, seed=s, measured=(0, 1, 2, 3)) for s in range(5)),
+    *(Job("prose", "prose", seed=s, **PROSE) for s in range(5)),
+    *(Job("prose with judge B", "prose", "scorer.use=clip_b", seed=s, **PROSE) for s in SEEDS),
+    *(Job("prose with both judges", "prose", "scorer.use=clip+clip_b", seed=s, **PROSE) for s in SEEDS),
     *_comparison("random_pairs", "preset=random_pairs"),
     *_comparison("only_rt", "preset=only_rt"),
     *_comparison("only_ri", "preset=only_ri"),

@@ -62,6 +62,7 @@ def write(jobs: Sequence[Any], out: Path, to: Path, *, rerun: bool = False, ledg
     steps = LEGEND.format(reference="iteration 0")
     parts = [
         _main(done, to),
+        _prose(done),
         _comparisons(done),
         _final_table(done, "ablations", "Ablations of the calibrated preset", f"500 development scenes, {final}"),
         _final_table(done, "settings", "Other settings", f"500 development scenes, {final}"),
@@ -221,9 +222,28 @@ def _main(done: Sequence[Result], to: Path) -> str:
     runs = {result.job.seed: result for result in done if result.job.group == "main"}
     if not runs:
         return ""
-    seeds = seeds_cell(len(runs), seeds_needed("main"))
-    parts = [f"## The default preset\n\n1,000 test scenes. {_plot_main(list(runs.values()), to)}\n"]
+    scenes = next(iter(runs.values())).job.scenes
+    return _headline(runs, "The default preset", f"{scenes} test scenes. {_plot_main(list(runs.values()), to)}")
+
+
+def _prose(done: Sequence[Result]) -> str:
+    parts = []
+    for name, runs in _by_name(done, "prose").items():
+        job = next(iter(runs.values())).job
+        caption = f"{job.prompts} pictures, {job.scenes} test scenes, the default preset"
+        caption += f" with `{job.overrides}`." if job.overrides else " unchanged."
+        parts.append(_headline(runs, f"Captions in the manner of LLaVA: world {name}", f"{caption}\n"))
+    return "\n".join(parts)
+
+
+def _headline(runs: Mapping[int, Result], title: str, caption: str) -> str:
+    """Format the runs of one configuration: the base model against iteration 3, and every iteration of each run."""
+    job = next(iter(runs.values())).job
+    parts = [f"## {title}\n\n{caption}"]
     for temperature, decoding in ((0.0, "Greedy decoding"), (1.0, "Sampling at temperature 1")):
+        if temperature and not job.sampled:
+            continue
+        seeds = seeds_cell(len(runs), seeds_needed(job.group))
         rows = _main_rows(_at(runs, 0, temperature), _at(runs, 3, temperature), seeds)
         head = ["metric", "seeds", "base", "iteration 3, mean", "over scenes", "over runs"]
         head += ["paired difference", "over scenes", "over runs", "p over scenes (Holm)", "established"]
@@ -233,10 +253,7 @@ def _main(done: Sequence[Result], to: Path) -> str:
         for seed, run in runs.items()
         for i in run.job.measured
     ]
-    parts.append(
-        "Each run, greedy decoding, five iterations:\n\n"
-        + table(["seed", "iteration", *COLUMNS.values(), "gate"], each)
-    )
+    parts.append("Each run, greedy decoding:\n\n" + table(["seed", "iteration", *COLUMNS.values(), "gate"], each))
     return "\n".join(parts)
 
 

@@ -267,7 +267,7 @@ def preset_table() -> str:
             lines.append(
                 f"| `{key}` | {' | '.join('-' if v is None else f'{v}' for v in values)} |".replace("\n", "\\n")
             )
-    unknown = set(presets()) - {*_COMPARED, "sentences", "only_rt", "only_ri", "random_pairs", "external"}
+    unknown = set(presets()) - {*_COMPARED, "sentences", "only_rt", "only_ri", "random_pairs", "sentinel", "external"}
     assert not unknown, f"docs/presets.md says nothing about {unknown}"
     return "\n".join(lines) + "\n"
 

@@ -86,6 +86,8 @@ def test_a_sentence_is_worth_its_new_claims_and_a_false_one_costs_double() -> No
         said("0.0", "The boat again.", {"boat": 4.0}),
         said("0.1", "It is calm.", {}),
         said("0.2", "The boat has a sail.", {"boat": 4.0, "sail": 4.0}),
+        said("0.3", "A fish and a boat.", {"boat": 4.0, "fish": -1.0}),
+        said("0.2.0", "The fish is near the sail.", {"fish": -1.0, "sail": 4.0}),
     ]
     nats = Evidence.of(nodes, settings.reward, "clip").nats
     rewards = sentence_rewards(nodes, settings, "clip")
@@ -94,6 +96,10 @@ def test_a_sentence_is_worth_its_new_claims_and_a_false_one_costs_double() -> No
     assert (rewards["0.0"].total, rewards["0.0"].repeated) == (-1.5, True)
     assert (rewards["0.1"].total, rewards["0.1"].repeated) == (0.0, False)
     assert rewards["0.2"].image == pytest.approx(min(nats["sail"], 8.0)), "what was said before counts once"
+    assert (rewards["0.3"].total, rewards["0.3"].repeated) == (-16.0, True), (
+        "the same words cost as the surest falsehood"
+    )
+    assert (rewards["0.2.0"].total, rewards["0.2.0"].repeated) == (0.0, False), "it relates things of two sentences"
 
 
 def test_a_color_counts_with_the_lower_evidence() -> None:

@@ -178,7 +178,7 @@ class RewardConfig(_Section):
         default=0.0,
         ge=0,
         description="Penalty for a sentence that repeats an earlier one of the response, in units of the spread of "
-        "the prompt's sentence rewards; with unit: claim, for one whose claims were all made before, in nats.",
+        "the prompt's sentence rewards; with unit: claim, for one whose claims an earlier sentence made, in nats.",
     )
 
     @model_validator(mode="after")

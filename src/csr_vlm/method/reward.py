@@ -14,7 +14,8 @@ what the sentence's claims are worth, in nats (:mod:`csr_vlm.method.claim_eviden
     w(e)   = min(e, E) if e >= 0, else -F min(-e, E)      E max_evidence, F false_cost
 
 A thing that the sentence gives a color counts with the lower evidence of the two. A sentence without
-claims is worth 0, as ending is; one whose claims were all made before costs ``repeat_penalty``.
+claims is worth 0, as ending is. One whose claims an earlier sentence made costs ``repeat_penalty``; one
+with the words of an earlier sentence costs F E, as the surest false claim does.
 
 Everything here is a pure function of the ledger, so rewards can be recomputed under other settings
 without generating again.
@@ -51,7 +52,7 @@ class SentenceReward:
     total: float
     """R(s), after the baseline and the penalty for repeating."""
     repeated: bool = False
-    """Whether an earlier sentence of the response has the same words, or earlier ones made all its claims."""
+    """Whether an earlier sentence of the response has the same words, or made all its claims."""
     lowest: float = 0.0
     """Evidence for the most doubtful claim that the sentence adds, in nats; 0 without any (``unit: claim``)."""
 
@@ -170,8 +171,10 @@ def _claim_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> 
             lowest[thing_of(claim)] = min(lowest.get(thing_of(claim), math.inf), evidence[claim])
         added = [_bounded(e, config) for thing, e in lowest.items() if thing not in before]
         worth = sum(e if e >= 0 else config.false_cost * e for e in added)
-        repeated = (bool(lowest) and before.issuperset(lowest)) or repeats_earlier(node, by_id)
-        total = method.lambda_ * worth + (1 - method.lambda_) * r_t - zero - config.repeat_penalty * repeated
+        verbatim = repeats_earlier(node, by_id)
+        repeated = verbatim or repeats_claims(node, by_id)
+        penalty = config.false_cost * config.max_evidence if verbatim else config.repeat_penalty * repeated
+        total = method.lambda_ * worth + (1 - method.lambda_) * r_t - zero - penalty
         rewards[node.node_id] = SentenceReward(r_t, worth, total, repeated, min(added, default=0.0))
     return rewards
 
@@ -270,6 +273,16 @@ def repeats_earlier(node: Node, by_id: Mapping[str, Node]) -> bool:
     """Return whether an earlier sentence on the node's path has the same multiset of words."""
     words = bag_of_words(node.sentence)
     return any(words == bag_of_words(by_id[earlier].sentence) for earlier in path_ids(node.node_id)[:-1])
+
+
+def repeats_claims(node: Node, by_id: Mapping[str, Node]) -> bool:
+    """Return whether one earlier sentence on the node's path made all its claims.
+
+    A sentence that relates things of different sentences is no repetition.
+    """
+    things = {thing_of(claim) for claim in node.claims}
+    earlier = ({thing_of(c) for c in by_id[node_id].claims} for node_id in path_ids(node.node_id)[:-1])
+    return bool(things) and any(things <= those for those in earlier)
 
 
 @lru_cache(maxsize=1 << 12)  # the sentences of a tree are compared with each other many times
