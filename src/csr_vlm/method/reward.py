@@ -14,8 +14,7 @@ what the sentence's claims are worth, in nats (:mod:`csr_vlm.method.claim_eviden
     w(e)   = min(e, E) if e >= 0, else -F min(-e, E)      E max_evidence, F false_cost
 
 A thing that the sentence gives a color counts with the lower evidence of the two. A sentence without
-claims is worth 0, as ending is. One whose claims an earlier sentence made costs ``repeat_penalty``; one
-with the words of an earlier sentence costs F E, as the surest false claim does.
+claims is worth 0, as ending is; one whose claims an earlier sentence made costs ``repeat_penalty``.
 
 Everything here is a pure function of the ledger, so rewards can be recomputed under other settings
 without generating again.
@@ -171,9 +170,8 @@ def _claim_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> 
             lowest[thing_of(claim)] = min(lowest.get(thing_of(claim), math.inf), evidence[claim])
         added = [_bounded(e, config) for thing, e in lowest.items() if thing not in before]
         worth = sum(e if e >= 0 else config.false_cost * e for e in added)
-        verbatim = repeats_earlier(node, by_id)
-        repeated = verbatim or repeats_claims(node, by_id)
-        penalty = config.false_cost * config.max_evidence if verbatim else config.repeat_penalty * repeated
+        repeated = repeats_claims(node, by_id) or repeats_earlier(node, by_id)
+        penalty = config.repeat_penalty * repeated
         total = method.lambda_ * worth + (1 - method.lambda_) * r_t - zero - penalty
         rewards[node.node_id] = SentenceReward(r_t, worth, total, repeated, min(added, default=0.0))
     return rewards
