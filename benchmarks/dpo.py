@@ -4,10 +4,12 @@
 
 A step consists of collating the pairs of one prompt (siblings) and its claim questions, the loss and
 its gradients. ``stock`` is trl.DPOTrainer: one row per response, policy and reference, with the image
-in every row. ``pair rows`` shares tokens within a pair only, as version 0.1 did; ``trees`` is this
+in every row; ``--stock-pairs`` divides its step into batches that fit the memory, whose gradients add up
+(``gradient_accumulation_steps``). ``pair rows`` shares tokens within a pair only, as version 0.1 did; ``trees`` is this
 package. Both have the reference log-probabilities from the ledger. All train the same adapter on the
 same weights and pairs. They are timed alternately, so that other load on the machine affects all;
-medians and the medians of the ratios are reported. Loss and gradients are compared before anything is
+medians and the medians of the ratios are reported. With ``--stock-repeats`` stock is timed in fewer turns, or
+with 0 in its first step alone, which the others do not count. Loss and gradients are compared before anything is
 timed; in float32 the benchmark fails if they differ by more than rounding errors.
 
 ``tiny`` is the embedded world's model, with 36 image tokens. ``mid`` has random weights, a language
@@ -35,9 +37,10 @@ from stock import stock_batch, stock_trainer
 
 from csr_vlm.cli.console import quiet_libraries
 from csr_vlm.config.schema import ModelConfig, TrainingConfig
+from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Pair, Prompt, Response
+from csr_vlm.models.passes import Block
 from csr_vlm.models.policy import Policy
-from csr_vlm.models.prefix_tree import Block
 from csr_vlm.store import tables
 from csr_vlm.store.files import write_json
 from csr_vlm.store.run import versions
@@ -83,8 +86,9 @@ class Side:
         batches = self.passes()
         num_pairs = sum(len(batch["ref_chosen_logps"]) for batch in batches)
         for batch in batches:
-            self.trainer._weight = len(batch["ref_chosen_logps"]) / num_pairs
-            loss = self.trainer.compute_loss(self.trainer.model, self.trainer._prepare_inputs(batch))
+            weight = len(batch["ref_chosen_logps"]) / num_pairs
+            self.trainer._weight = 1.0
+            loss = weight * self.trainer.compute_loss(self.trainer.model, self.trainer._prepare_inputs(batch))
             loss.backward()
             total += float(loss.detach())
         return total
@@ -131,7 +135,7 @@ def make_pairs(policy: Policy, prompt: Prompt, num_pairs: int, num_questions: in
     return siblings + [pair(question, (draw(2), draw(2))) for question in asked]
 
 
-def make_side(kind: str, checkpoint: Path, dtype: str, pairs: list[Pair], work: Path) -> Side:
+def make_side(kind: str, checkpoint: Path, dtype: str, pairs: list[Pair], work: Path, stock_pairs: int) -> Side:
     """Create a trainer, and move its policy slightly away from the reference."""
     torch.manual_seed(0)
     policy = trainable_policy(ModelConfig(path=str(checkpoint), dtype=dtype), TRAINING, None)
@@ -152,7 +156,7 @@ def make_side(kind: str, checkpoint: Path, dtype: str, pairs: list[Pair], work: 
         if "lora_B.default" in name:
             parameter.data += 0.01 * torch.randn(parameter.shape, generator=noise).to(parameter)
     if kind == "stock":
-        return Side(trainer, lambda: [stock_batch(policy, pairs)])
+        return Side(trainer, lambda: [stock_batch(policy, part) for part in batched(pairs, stock_pairs)])
     return Side(trainer, lambda: collator.passes(pairs))
 
 
@@ -169,7 +173,7 @@ def difference(ours: tuple[float, Gradients], stock: tuple[float, Gradients]) ->
     return {"loss": abs(loss - expected_loss) / abs(expected_loss), "gradients": furthest / largest}
 
 
-def measure(step: Callable[[], float]) -> tuple[float, float]:
+def measure(step: Callable[[], object]) -> tuple[float, float]:
     """Run a step; return its seconds, and the peak increase of memory in MB, of the GPU if there is one.
 
     Without a GPU these are CPU seconds of the process, which other load on the machine hardly changes.
@@ -211,23 +215,35 @@ def compare(
         pairs = make_pairs(first, prompt, num_pairs, num_questions, arguments.tokens or SENTENCE[size])
         distinct = distinct_tokens(first, pairs)
         del first
-        sides = {kind: make_side(kind, checkpoint, dtype, pairs, work) for kind in KINDS}
-        outcomes = {kind: (side.step(), side.gradients()) for kind, side in sides.items()}
-        measured = [{kind: measure(side.step) for kind, side in sides.items()} for _ in range(arguments.repeats)]
-        turns = [{kind: turn[kind][0] for kind in KINDS} for turn in measured]
+        stock_pairs = arguments.stock_pairs or len(pairs)
+        sides = {kind: make_side(kind, checkpoint, dtype, pairs, work, stock_pairs) for kind in KINDS}
+        losses: dict[str, float] = {}
+        first = {kind: measure(lambda k=kind, s=side: losses.update({k: s.step()})) for kind, side in sides.items()}
+        outcomes = {kind: (losses[kind], side.gradients()) for kind, side in sides.items()}
+        turns = []
+        for number in range(arguments.repeats):
+            has_stock = number < (arguments.repeats if arguments.stock_repeats is None else arguments.stock_repeats)
+            turns.append({kind: measure(side.step) for kind, side in sides.items() if kind != "stock" or has_stock})
         tokens = {kind: side.tokens() for kind, side in sides.items()}
     tokens["stock"] *= 2  # policy and reference
+    measured = {kind: [turn[kind] for turn in turns if kind in turn] or [first[kind]] for kind in KINDS}
+    seconds = {kind: statistics.median(second for second, _ in values) for kind, values in measured.items()}
+    ratios = {
+        kind: [turn[kind][0] / turn["trees"][0] for turn in turns if kind in turn] or [seconds[kind] / seconds["trees"]]
+        for kind in KINDS[:2]
+    }
     return {
         "size": size,
         "dtype": dtype,
         "pairs": num_pairs,
         "questions": num_questions,
+        "stock_pairs": stock_pairs,
         "distinct_tokens": distinct,
         "tokens": tokens,
-        "seconds": {kind: statistics.median(turn[kind] for turn in turns) for kind in KINDS},
-        "speedup": {kind: statistics.median(turn[kind] / turn["trees"] for turn in turns) for kind in KINDS[:2]},
-        "turns": turns,
-        "peak_megabytes": {kind: max(turn[kind][1] for turn in measured) for kind in KINDS},
+        "seconds": seconds,
+        "speedup": {kind: statistics.median(values) for kind, values in ratios.items()},
+        "turns": [{kind: second for kind, (second, _) in turn.items()} for turn in turns],
+        "peak_megabytes": {kind: max(peak for _, peak in values) for kind, values in measured.items()},
         "difference": {kind: difference(outcomes[kind], outcomes["stock"]) for kind in KINDS[1:]},
     }
 
@@ -255,7 +271,9 @@ def main() -> None:
     parser.add_argument("--questions", nargs="+", type=int, default=[0, 4], help="claim questions; at most 4")
     parser.add_argument("--tokens", type=int, help="tokens per sentence; 8 for tiny and 20 for mid by default")
     parser.add_argument("--layers", type=int, help="layers of mid's language model; 12 by default")
+    parser.add_argument("--stock-pairs", type=int, help="pairs of a batch of stock TRL; all by default")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--stock-repeats", type=int, help="turns in which stock TRL is timed; all by default")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     quiet_libraries()

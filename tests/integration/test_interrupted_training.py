@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
+import statistics
 import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from benchmarks.memory import megabytes
+from transformers import TrainingArguments
 
 from csr_vlm.config.schema import LoraConfig, TrainingConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import Pair, Prompt
+from csr_vlm.models.encoding import PromptEncoder
 from csr_vlm.models.policy import Policy
 from csr_vlm.pipeline import stages
 from csr_vlm.store.run import Run
 from csr_vlm.training import dpo
-from csr_vlm.training.dpo import explained, train, use_one_device
-from csr_vlm.training.steps import StepDataset
+from csr_vlm.training.dpo import explained, train, trainer_arguments, use_one_device
+from csr_vlm.training.steps import StepDataset, StepLoader
 from csr_vlm.training.trainer import CsrTrainer
 from tests.integration.conftest import small_config
 from tests.integration.training_setup import MODEL, response, write_pairs
@@ -76,9 +84,9 @@ def interrupted_before(step: int) -> Iterator[None]:
             yield
 
 
-def train_in(directory: Path, files: Sequence[Path], config: TrainingConfig = CONFIG) -> dict[str, Any]:
+def train_in(directory: Path, files: Sequence[Path], config: TrainingConfig = CONFIG, **limits: int) -> dict[str, Any]:
     paths = {"adapter": directory / "adapter", "work": directory / "trainer"}
-    return train(files, MODEL, config, previous=None, seed=1, **paths)
+    return train(files, MODEL, config, previous=None, seed=1, **paths, **limits)
 
 
 def weights(directory: Path) -> bytes:
@@ -163,6 +171,37 @@ def test_nothing_of_a_training_remains_in_memory(
         gc.enable()
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_peak_memory_hardly_grows_with_the_number_of_pairs(files: list[Path], tmp_path: Path) -> None:
+    trl = {**CONFIG.trl, "max_steps": 2, "per_device_train_batch_size": 16}
+    config = CONFIG.model_copy(update={"checkpoint_minutes": 10.0, "reference_tolerance": 1e6, "trl": trl})
+    peaks = []
+    for num_pairs in (1_000, 100_000):
+        path = tmp_path / f"{num_pairs}.parquet"
+        repeat_pairs(files[0], path, num_pairs)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        assert train_in(tmp_path / str(num_pairs), [path], config)["num_pairs"] == num_pairs
+        peaks.append(megabytes("VmHWM"))
+    assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+def repeat_pairs(source: Path, path: Path, num_pairs: int, per_image: int = 10) -> None:
+    """Write many pairs about copies of the images of a few; each of those has two pairs in the source."""
+    few, folder = pq.read_table(source), path.with_suffix("")
+    column = few.schema.get_field_index("image")
+    folder.mkdir()
+    for number in range(num_pairs // per_image):
+        os.link(few["image"][2 * number % len(few)].as_py(), folder / f"{number}.png")
+    with pq.ParquetWriter(path, few.schema) as writer:
+        for start in range(0, num_pairs, 1_000):
+            numbers = range(start, start + 1_000)
+            copies = [f"{folder}/{number // per_image}.png" for number in numbers]
+            table = few.take([(2 * (number // per_image) + number % 2) % len(few) for number in numbers])
+            writer.write_table(table.set_column(column, "image", [copies]))
+
+
 def test_a_worker_that_dies_is_reported(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = os.getpid()
     original = StepDataset.__getitem__
@@ -181,28 +220,37 @@ def test_a_worker_that_dies_is_reported(files: list[Path], tmp_path: Path, monke
 def test_the_trainer_hardly_waits_for_images(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two images of 20 ms a step are prepared while a step of 200 ms runs."""
-    original = StepDataset.__getitem__
-    waited, last = [], [0.0]
+    """Images of 20 ms each, two of them a step of 200 ms, are prepared while the steps before run."""
+    process, iterate = PromptEncoder.process, StepLoader.__iter__
+    waited: list[float] = []
 
-    def slow(self: StepDataset, step: int) -> dict[str, Any]:
-        time.sleep(0.04)
-        return original(self, step)
+    def slow(self: PromptEncoder, prompt: Prompt) -> Any:
+        time.sleep(0.02)
+        return process(self, prompt)
+
+    def timed(self: StepLoader) -> Iterator[Any]:
+        steps = iterate(self)
+        for _ in range(len(self)):
+            started = time.perf_counter()
+            step = next(steps)
+            waited.append(time.perf_counter() - started)
+            yield step
 
     def training_step(self: CsrTrainer, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
-        waited.append(time.perf_counter() - last[0])
         time.sleep(0.2)
         self._metrics["train"]["num_tokens"] = [0]
-        last[0] = time.perf_counter()
         return sum(p.sum() for p in model.parameters() if p.requires_grad).detach() * 0
 
-    monkeypatch.setattr(StepDataset, "__getitem__", slow)
+    monkeypatch.setattr(PromptEncoder, "process", slow)
+    monkeypatch.setattr(StepLoader, "__iter__", timed)
     monkeypatch.setattr(CsrTrainer, "training_step", training_step)
-    config = CONFIG.model_copy(update={"checkpoint_minutes": 10.0, "trl": {**CONFIG.trl, "num_train_epochs": 1}})
-    train_in(tmp_path, files, config)
-    # The first step waits for the worker, and what the trainer itself does between steps is not waiting.
+    trl = {**CONFIG.trl, "num_train_epochs": 1, "per_device_train_batch_size": 4}
+    train_in(tmp_path, files, CONFIG.model_copy(update={"checkpoint_minutes": 10.0, "trl": trl}))
+    # The first step of an epoch waits for the worker to start.
     assert len(waited) == NUM_STEPS // 2
-    assert max(waited[1:]) < 0.04
+    print(f"waited {statistics.median(waited[1:]) / 0.2:.1%} of a step")
+    assert statistics.median(waited[1:]) < 0.02
+    assert waited[0] > 0.04, "the images are prepared by the loader"
 
 
 @pytest.mark.parametrize("message", ["DataLoader worker (pid 7) is killed", "Failed to find C compiler", "unknown"])
@@ -219,14 +267,52 @@ def test_memory_that_runs_out_is_reported_with_the_numbers(policy: Policy, monke
     assert "training.max_tokens" in raised.value.hint
 
 
-def test_one_process_uses_one_of_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_trains_on_one_of_several_gpus(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a launcher, transformers counts the visible GPUs, and TRL refuses to train on more than one."""
+    set_up = TrainingArguments._setup_devices.func
+
+    def two_gpus(self: TrainingArguments) -> torch.device:
+        device: torch.device = set_up(self)
+        self._n_gpu = 2
+        return device
+
+    devices = cached_property(two_gpus)
+    devices.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
+    config = CONFIG.model_copy(update={"trl": {**CONFIG.trl, "max_steps": 1}})
+    assert len(train_in(tmp_path / "one", files, config)["log"]) == 1
+    monkeypatch.setattr(dpo, "use_one_device", lambda *_: None)
+    with pytest.raises(ValueError, match="DataParallel"):
+        train_in(tmp_path / "all", files, config)
+
+
+def test_the_trainer_uses_the_gpu_that_the_model_is_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    state = SimpleNamespace(device=torch.device("cuda:0"))
-    arguments = SimpleNamespace(n_gpu=4, _n_gpu=4, distributed_state=state)
-    use_one_device(arguments, torch.device("cuda:1"))
-    assert arguments._n_gpu == 1
-    assert chosen == [torch.device("cuda:1")] == [state.device] == [arguments._setup_devices]
+    arguments, gpu = trainer_arguments(CONFIG, tmp_path, 0, "cpu"), torch.device("cuda:1")
+    try:
+        use_one_device(arguments, gpu)
+        assert chosen == [gpu] == [arguments.device] == [Accelerator().device]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_log_of_a_long_training_has_the_means_of_several_steps(
+    files: list[Path], undisturbed: tuple[dict[str, Any], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpo, "_MAX_LOG_ENTRIES", 4)
+    log = train_in(tmp_path, files, CONFIG.model_copy(update={"checkpoint_minutes": 10.0}))["log"]
+    assert [entry["step"] for entry in log] == [2, 4, 6]
+    every = undisturbed[0]["log"]
+    means = [(one["loss"] + two["loss"]) / 2 for one, two in zip(every[::2], every[1::2], strict=True)]
+    assert [entry["loss"] for entry in log] == pytest.approx(means, abs=1e-6)
+
+
+def test_images_over_the_limit_of_the_run_are_refused(files: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(CsrError, match=r"too large \(over 100 pixels\)"):
+        train_in(tmp_path, files, max_image_pixels=100)
 
 
 def test_a_training_step_is_tried_before_the_first_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

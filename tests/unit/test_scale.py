@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +55,24 @@ def meet(root: Path, processes: int, progress: Progress, word: str) -> str:
     return word.upper()
 
 
-TARGETS = {"Letters": Letters, "meet": meet}
+class Model:
+    """Refer to itself, as a model with a replaced method does."""
+
+    def __init__(self) -> None:
+        self.forward = self
+
+
+class Holder(Letters):
+    """Hold such a model."""
+
+    def __init__(self, root: Path, text: str, log: Callable[[str], None]) -> None:
+        super().__init__(root, text, log)
+        self._model = Model()
+        MODELS.append(weakref.ref(self._model))
+
+
+MODELS: list[weakref.ref[Model]] = []
+TARGETS = {"Letters": Letters, "meet": meet, "Holder": Holder}
 
 
 class Ranks:
@@ -133,6 +152,22 @@ def test_run_all_runs_in_every_process_and_returns_the_leaders_result(tmp_path: 
     executor.end()
     ranks.join()
     assert len(list(tmp_path.glob("now-3-*"))) == 3
+
+
+def test_followers_free_their_models_before_the_next_order(tmp_path: Path) -> None:
+    ranks = Ranks(3)
+    executor = ranks.start()
+    MODELS.clear()
+    gc.disable()
+    try:
+        executor.map(Task(Holder, tmp_path, {"text": "abcdef"}, 6), SilentProgress(), discard)
+        assert len(MODELS) == 3
+        # The leader's loop frees its own.
+        assert sum(reference() is not None for reference in MODELS) <= 1
+    finally:
+        gc.enable()
+    executor.end()
+    ranks.join()
 
 
 def test_a_failure_in_one_process_ends_all_with_its_message(tmp_path: Path) -> None:

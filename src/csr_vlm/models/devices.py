@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import sys
-
 from csr_vlm.core.errors import CsrError
 
 
@@ -51,17 +48,6 @@ def count_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def free_memory() -> None:
-    """Free what a finished stage leaves to the garbage collector, and the memory that torch caches on the GPU.
-
-    Replaced methods, hooks and tracebacks refer to their model, so it is freed only by a collection.
-    """
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def resolve_dtype(name: str, device: str) -> str:

@@ -15,14 +15,12 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.models.encoding import MAX_IMAGE_PIXELS, EncodedPrompt, PromptEncoder, batch_rows, image_tensors
 from csr_vlm.models.families import NOT_EXTRA_INPUTS, Family
+from csr_vlm.models.passes import Block, join_blocks, make_blocks
 from csr_vlm.models.prefix_tree import (
     MAX_TARGETS,
     MAX_TOKENS,
-    Block,
     Continuation,
     attention_window,
-    join_blocks,
-    make_blocks,
     model_inputs_of,
     only_predictors,
     row_tensors,
@@ -191,7 +189,7 @@ class Policy:
         *,
         sharing: bool = True,
     ) -> list[Block]:
-        """Arrange units of responses about one image in rows; see :func:`csr_vlm.models.prefix_tree.make_blocks`.
+        """Arrange units of responses about one image in rows; see :func:`csr_vlm.models.passes.make_blocks`.
 
         Args:
             units: Number and responses of each unit.
@@ -227,9 +225,8 @@ class Policy:
             images = self._image_inputs([with_features[id(item)] for item in block.images])
             with only_predictors(self.base_model, batch["predictor_index"]):
                 output = self.model(**model_inputs_of(self.base_model, batch), **images, use_cache=False)
-            targets = batch["targets"].clamp(min=0)
-            logits = output.logits.float()  # (rows, targets, vocabulary)
-            logprobs = logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
+            logits = output.logits.float()  # (1, targets, vocabulary)
+            logprobs = logits.gather(-1, batch["targets"][..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
             flat = logprobs.flatten().cpu()
             for unit, index in zip(block.units, target_index(block.rows, block.order(0)), strict=True):
                 results[unit] = flat[index[index >= 0]]

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -226,120 +227,6 @@ class PrefixTree:
         return order
 
 
-@dataclass(frozen=True)
-class Block:
-    """Hold rows that are computed in one pass, with the units that they contain."""
-
-    rows: tuple[Row, ...]
-    units: tuple[int, ...]
-    """Numbers of the units, such as pairs."""
-    places: tuple[tuple[tuple[int, int], ...], ...]
-    """For each unit, the row and the number in the row of each of its responses."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Return the number of tokens, padding included."""
-        return len(self.rows) * max(map(len, self.rows))
-
-    @property
-    def num_targets(self) -> int:
-        """Return the number of distinct response tokens, padding included."""
-        return len(self.rows) * max(len(row.target_nodes) for row in self.rows)
-
-    @property
-    def images(self) -> list[EncodedPrompt]:
-        """Return a prompt for each image in the rows, in their order."""
-        return [image for row in self.rows for image in row.images]
-
-    def order(self, member: int) -> list[tuple[int, int]]:
-        """Return the places of the units' responses with a number, such as 0 for chosen."""
-        return [unit[member] for unit in self.places]
-
-
-def make_blocks(
-    units: Sequence[tuple[int, Sequence[Continuation]]],
-    image_token_ids: Sequence[int],
-    max_tokens: int,
-    max_targets: int,
-    window: int | None,
-    *,
-    is_tree: bool,
-) -> list[Block]:
-    """Arrange units about one image in rows.
-
-    Args:
-        units: Number and responses of each unit; the responses of a unit stay in one block.
-        image_token_ids: Token ids that stand for images.
-        max_tokens: Token budget of a tree, which is exceeded only by a single unit.
-        max_targets: The same for distinct response tokens.
-        window: Longest path of a tree; units with longer ones get rows of their own.
-        is_tree: Whether to share tokens; otherwise each response gets a row of its own.
-    """
-    blocks: list[Block] = []
-    tree = PrefixTree(image_token_ids)
-    numbers: list[int] = []
-    places: list[tuple[tuple[int, int], ...]] = []
-
-    def finish() -> None:
-        if numbers:
-            blocks.append(Block((tree.row(is_tree=True),), tuple(numbers), tuple(places)))
-
-    for number, unit in units:
-        longest = max(len(prompt.input_ids) + len(response) for prompt, response in unit)
-        if not is_tree or (window is not None and longest > window):
-            blocks.append(_separate_rows(number, unit, image_token_ids))
-            continue
-        num_targets = sum(len(response) for _, response in unit)
-        num_new = tree.num_new_tokens(unit)
-        if numbers and (len(tree) + num_new > max_tokens or tree.num_targets + num_targets > max_targets):
-            finish()
-            tree, numbers, places = PrefixTree(image_token_ids), [], []
-        places.append(tuple((0, tree.num_responses + index) for index in range(len(unit))))
-        numbers.append(number)
-        for continuation in unit:
-            tree.add(*continuation)
-    finish()
-    return blocks
-
-
-def _separate_rows(number: int, unit: Sequence[Continuation], image_token_ids: Sequence[int]) -> Block:
-    """Give each response of a unit a row of its own."""
-    rows = []
-    for continuation in unit:
-        tree = PrefixTree(image_token_ids)
-        tree.add(*continuation)
-        rows.append(tree.row(is_tree=False))
-    return Block(tuple(rows), (number,), (tuple((index, 0) for index in range(len(unit))),))
-
-
-def join_blocks(blocks: Iterable[Block], max_tokens: int, max_targets: int | None = None) -> Iterator[Block]:
-    """Join blocks to as few as the budgets of tokens and targets, padding included, allow.
-
-    Blocks of similar width are joined. A block over a budget remains alone.
-    """
-    joined: list[Block] = []
-    for block in sorted(blocks, key=lambda block: (block.rows[0].is_tree, max(map(len, block.rows)))):
-        if joined:
-            both = _concatenate([*joined, block])
-            fits = both.num_tokens <= max_tokens and (max_targets is None or both.num_targets <= max_targets)
-            if not fits or block.rows[0].is_tree != joined[0].rows[0].is_tree:
-                yield _concatenate(joined)
-                joined = []
-        joined.append(block)
-    if joined:
-        yield _concatenate(joined)
-
-
-def _concatenate(blocks: Sequence[Block]) -> Block:
-    rows: list[Row] = []
-    places: list[tuple[tuple[int, int], ...]] = []
-    for block in blocks:
-        first = len(rows)
-        places += [tuple((first + row, index) for row, index in unit) for unit in block.places]
-        rows += block.rows
-    return Block(tuple(rows), tuple(number for block in blocks for number in block.units), tuple(places))
-
-
 def row_tensors(rows: Sequence[Row], pad_id: int) -> dict[str, torch.Tensor]:
     """Pad rows on the right to one width.
 
@@ -348,15 +235,15 @@ def row_tensors(rows: Sequence[Row], pad_id: int) -> dict[str, torch.Tensor]:
         (3, rows, width) for M-RoPE; and
 
         - ``ends`` (rows, width) for trees, whose mask :func:`model_inputs_of` makes, or ``attention_mask``.
-        - ``targets`` (rows, targets): every distinct response token once, padded with -100.
-        - ``predictor_index`` (rows, targets): index in the row of the token that predicts it.
+        - ``targets`` (1, targets): every distinct response token of all rows once.
+        - ``predictor_index`` (1, targets): index in the flattened rows of the token that predicts it.
     """
     width = max(map(len, rows))
     batch = {
         "input_ids": stack_padded([row.input_ids for row in rows], width, pad_id),
         "position_ids": stack_padded([row.positions for row in rows], width, 0, dim=-2),
-        "targets": _pad([row.input_ids[row.target_nodes] for row in rows], -100),
-        "predictor_index": _pad([row.predictors for row in rows], 0),
+        "targets": torch.cat([row.input_ids[row.target_nodes] for row in rows])[None],
+        "predictor_index": torch.cat([row.predictors + index * width for index, row in enumerate(rows)])[None],
     }
     if rows[0].is_tree:
         # Padding attends to itself only, since a softmax over nothing is undefined.
@@ -376,14 +263,11 @@ def target_index(rows: Sequence[Row], order: Sequence[tuple[int, int]]) -> torch
         order: Row and number in the row of each response.
 
     Returns:
-        Indices into the flattened ``targets`` of :func:`row_tensors`, padded with -1.
+        Indices into the ``targets`` of :func:`row_tensors`, padded with -1.
     """
-    width = max(len(row.target_nodes) for row in rows)
-    return _pad([row * width + rows[row].responses[number] for row, number in order], -1)
-
-
-def _pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+    starts = [0, *accumulate(len(row.target_nodes) for row in rows)]
+    indices = [starts[row] + rows[row].responses[number] for row, number in order]
+    return torch.nn.utils.rnn.pad_sequence(indices, batch_first=True, padding_value=-1)
 
 
 def tree_mask(ends: torch.Tensor) -> torch.Tensor:
@@ -423,12 +307,11 @@ def model_inputs_of(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, tor
 
 @contextmanager
 def only_predictors(model: Any, predictor_index: torch.Tensor) -> Iterator[None]:
-    """Make a model's output layer see only the hidden states that predict a target, (rows, targets, width)."""
+    """Make a model's output layer see only the hidden states that predict a target, (1, targets, width)."""
 
     def keep_predictors(_module: Any, _args: Any, output: Any) -> Any:
         hidden_states = output.last_hidden_state  # (rows, width, hidden size)
-        rows = torch.arange(len(hidden_states), device=hidden_states.device)[:, None]
-        output.last_hidden_state = hidden_states[rows, predictor_index.to(hidden_states.device)]
+        output.last_hidden_state = hidden_states.flatten(0, 1)[predictor_index.to(hidden_states.device)]
         return output
 
     hook = model.base_model.register_forward_hook(keep_predictors)

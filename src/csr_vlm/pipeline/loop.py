@@ -19,8 +19,8 @@ can be resumed.
 
 from __future__ import annotations
 
+from csr_vlm.core.memory import free_memory
 from csr_vlm.core.progress import Reporter
-from csr_vlm.models.devices import free_memory
 from csr_vlm.pipeline import gates, stages
 from csr_vlm.pipeline.schedule import Step, schedule
 from csr_vlm.pipeline.tracking import Tracking

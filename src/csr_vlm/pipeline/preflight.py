@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import ModelConfig, RunConfig
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.memory import free_memory
 from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.prompts import InputReport, read_prompts
@@ -119,7 +120,6 @@ def _check_policy(config: RunConfig, prompt: Prompt) -> tuple[Policy, float]:
 
 
 def _try_training(config: RunConfig, prompts: list[Prompt]) -> None:
-    from csr_vlm.models.devices import free_memory
     from csr_vlm.training.trial import try_training
 
     free_memory()

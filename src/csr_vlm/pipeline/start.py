@@ -11,6 +11,7 @@ from csr_vlm.config.schema import GenerationConfig, RunConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.hub import require_on_disk_or_reachable, require_reachable
 from csr_vlm.core.installing import install_command
+from csr_vlm.core.memory import free_memory
 from csr_vlm.data.checking import ModelCheck
 from csr_vlm.data.sources import is_hub_id
 
@@ -24,7 +25,6 @@ def require_start(config: RunConfig, log: Callable[[str], None]) -> ModelCheck:
     Raises:
         CsrError: Something is missing or does not fit together.
     """
-    from csr_vlm.models.devices import free_memory
     from csr_vlm.models.prompt_check import ProcessorCheck
     from csr_vlm.pipeline.tasks import load_engine_and_scorer
 

@@ -111,6 +111,7 @@ def _train_point(
             work=root / "trainer",
             seed=config.seed * 1000 + iteration,
             callbacks=[count_steps(progress)],
+            max_image_pixels=config.data.max_image_pixels,
         )
     shutil.rmtree(root / "trainer", ignore_errors=True)
     documents = evaluate_policy(config, root / "adapter", run.heldout(), title, reporter)

@@ -254,6 +254,7 @@ def train_policy(root: Path, iteration: int, processes: int, progress: Progress)
         seed=run.config.seed * 1000 + iteration,
         callbacks=[count_steps(progress)],
         processes=processes,
+        max_image_pixels=run.config.data.max_image_pixels,
     )
 
 

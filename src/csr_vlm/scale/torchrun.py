@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csr_vlm.core.errors import CsrError, reason_of
+from csr_vlm.core.memory import free_memory
 from csr_vlm.core.progress import Progress, SilentProgress
 from csr_vlm.scale.executor import Counts, Task, add_counts, discard_log, require_marker, write_marker
 
@@ -309,6 +310,7 @@ def _follow(client: StoreClient, targets: Mapping[str, Callable[..., Any]]) -> N
             else:
                 with _explain_lost_process(client, [_LEADER]):
                     task.target(task.root, processes=client.size, progress=SilentProgress(), **task.settings)
+            free_memory()  # The next order loads other models.
         client.put(f"{number}/counts/{client.rank}", counts)
         if order["kind"] == "end":
             return

@@ -9,8 +9,9 @@ import torch
 
 from csr_vlm.core.records import Pair
 from csr_vlm.models.encoding import image_tensors
+from csr_vlm.models.passes import Block, join_blocks
 from csr_vlm.models.policy import Policy
-from csr_vlm.models.prefix_tree import Block, join_blocks, row_tensors, target_index
+from csr_vlm.models.prefix_tree import row_tensors, target_index
 
 
 class PairCollator:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
-from math import isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from trl import DPOConfig
 from csr_vlm.config.schema import ModelConfig, TrainingConfig
 from csr_vlm.core.errors import CsrError, reason_of, suggestion
 from csr_vlm.models.checkpoints import rename_as_published
+from csr_vlm.models.encoding import MAX_IMAGE_PIXELS
 from csr_vlm.models.families import family_of
 from csr_vlm.models.loading import load_adapter, load_base
 from csr_vlm.models.policy import Policy
@@ -64,6 +65,8 @@ _ORDER_OPTIONS = (
     "precompute_ref_log_probs",
 )
 """Options of TRL without effect: the run decides the order of the pairs, the checkpoints and the reference."""
+_MAX_LOG_ENTRIES = 1000
+"""Entries of a training's log, which is held in memory and written into every checkpoint."""
 
 
 def train(
@@ -77,6 +80,7 @@ def train(
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
     processes: int = 1,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> dict[str, Any]:
     """Train one iteration and write its adapter, continuing from the last checkpoint in ``work``.
 
@@ -91,6 +95,7 @@ def train(
         callbacks: Callbacks of the trainer.
         processes: Number of processes that call this at the same time with the same arguments. A
             step takes the same pairs for any number; the first process writes the adapter.
+        max_image_pixels: Larger images are rejected without decoding.
 
     Returns:
         The source of the reference, the largest difference found in its check (nats), the loss
@@ -119,7 +124,7 @@ def train(
         if recorded["inputs"] == digest:
             return dict(recorded["result"])
     set_seed(seed)
-    policy = trainable_policy(model_config, config, previous)
+    policy = trainable_policy(model_config, config, previous, max_image_pixels)
     trainer, result = _trainer(policy, rows, config, work, seed, callbacks, processes, digest)
     checkpoint = resume(trainer, work)
     trainer.add_callback(TimedCheckpoints(trainer, config.checkpoint_minutes))
@@ -157,6 +162,9 @@ def _trainer(
     disable_vision_gradients(policy.base_model)
     remove_absent_no_split_modules(policy.base_model)
     arguments = trainer_arguments(config, work, seed, policy.device.type)
+    if "logging_steps" not in config.trl:
+        num_steps = arguments.max_steps if arguments.max_steps > 0 else plan.num_steps * arguments.num_train_epochs
+        arguments.logging_steps = ceil(num_steps / _MAX_LOG_ENTRIES)
     if processes == 1:
         use_one_device(arguments, policy.device)
     trainer = CsrTrainer(policy, steps, arguments, callbacks)
@@ -234,7 +242,12 @@ def _write_result(trainer: CsrTrainer, processor: Any, adapter: Path) -> list[di
     return history
 
 
-def trainable_policy(model_config: ModelConfig, config: TrainingConfig, previous: Path | None) -> Policy:
+def trainable_policy(
+    model_config: ModelConfig,
+    config: TrainingConfig,
+    previous: Path | None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+) -> Policy:
     """Load the policy with a trainable adapter: a new one, or the last iteration's.
 
     Raises:
@@ -257,7 +270,7 @@ def trainable_policy(model_config: ModelConfig, config: TrainingConfig, previous
                 "set training.lora.target_modules if this is intended, or merge the adapter into the model and start "
                 "from there",
             )
-    return Policy(model, processor)
+    return Policy(model, processor, max_image_pixels)
 
 
 def _add_adapter(model: Any, config: TrainingConfig) -> PeftModel:

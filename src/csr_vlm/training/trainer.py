@@ -15,7 +15,7 @@ from transformers import PrinterCallback, TrainerCallback, default_data_collator
 from trl import DPOConfig, DPOTrainer
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.models.devices import free_memory
+from csr_vlm.core.memory import free_memory
 from csr_vlm.models.policy import Policy
 from csr_vlm.training.distribution import max_over_processes
 from csr_vlm.training.steps import StepDataset, StepLoader

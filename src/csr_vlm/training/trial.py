@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
-from csr_vlm.config.schema import ModelConfig, RunConfig
+from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.records import Pair, Prompt, Response
 from csr_vlm.models.devices import resolve_device
+from csr_vlm.models.encoding import PromptEncoder
 from csr_vlm.models.loading import load_prompt_encoder
 from csr_vlm.store import tables
 from csr_vlm.training.dpo import train
@@ -24,18 +25,19 @@ def try_training(prompts: Sequence[Prompt], config: RunConfig, previous: Path | 
     On a CPU the tree is one short pair.
 
     Args:
-        prompts: Some prompts of the run; the one with the largest image file is used.
+        prompts: Some prompts of the run; the longest one is used.
         config: Configuration of the run.
         previous: Adapter that training starts from.
 
     Raises:
         CsrError: Training fails; see :func:`csr_vlm.training.dpo.train`.
     """
-    prompt = max(prompts, key=lambda prompt: Path(prompt.image).stat().st_size)
+    encoder = load_prompt_encoder(config.model, config.data.max_image_pixels)
+    prompt = max(prompts, key=lambda prompt: _num_tokens(encoder, prompt))
     on_cpu = resolve_device(config.model.device) == "cpu"
     length = _SHORT if on_cpu else config.method.search.max_sentence_tokens
     budget = 0 if on_cpu else config.training.max_tokens
-    pairs = list(_invented_pairs(config.model, prompt, length, budget))
+    pairs = list(_invented_pairs(encoder, prompt, length, budget))
     trl = {**config.training.trl, "max_steps": 1, "per_device_train_batch_size": len(pairs), "report_to": "none"}
     training = config.training.model_copy(
         update={"reference": "model", "trl": {**trl, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0}}
@@ -45,15 +47,27 @@ def try_training(prompts: Sequence[Prompt], config: RunConfig, previous: Path | 
         path = Path(directory) / "pairs.parquet"
         tables.write_pairs(path, pairs)
         adapter = Path(directory) / "adapter"
-        train([path], config.model, training, previous=previous, adapter=adapter, work=work, seed=config.seed)
+        train(
+            [path],
+            config.model,
+            training,
+            previous=previous,
+            adapter=adapter,
+            work=work,
+            seed=config.seed,
+            max_image_pixels=config.data.max_image_pixels,
+        )
 
 
-def _invented_pairs(model: ModelConfig, prompt: Prompt, length: int, budget: int) -> Iterator[Pair]:
+def _num_tokens(encoder: PromptEncoder, prompt: Prompt) -> int:
+    return int(encoder.process(prompt)["input_ids"].shape[1])
+
+
+def _invented_pairs(encoder: PromptEncoder, prompt: Prompt, length: int, budget: int) -> Iterator[Pair]:
     """Yield pairs of responses without meaning, until their tree has the budget of tokens."""
-    encoder = load_prompt_encoder(model)
     excluded = {*encoder.image_token_ids, *encoder.eos_ids, *encoder.tokenizer.all_special_ids}
     words = [token for token in range(len(encoder.tokenizer)) if token not in excluded]
-    num_tokens = int(encoder.process(prompt)["input_ids"].shape[1])
+    num_tokens = _num_tokens(encoder, prompt)
     for number in count():
         sides = [
             tuple(words[(side * 7919 + index) % len(words)] for index in range(length))
