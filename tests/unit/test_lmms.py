@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata, util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,7 +40,8 @@ def read(name: str, found: dict[str, Any], unanswered: int = 0, limit: int | Non
 def test_every_published_benchmark_of_lmms_eval_is_measured():
     measured = {metric.name for benchmark in BENCHMARKS.values() for metric in benchmark.metrics}
     sources = [source for benchmark in published().benchmarks.values() for source in benchmark.sources]
-    assert measured == {name for evaluation, name, _ in sources if evaluation == "lmms"}
+    named = {name for evaluation, name, _ in sources if evaluation == "lmms"}
+    assert measured == named - {"seed", "vizwiz"}, "the names that version 0.1 gave to SEED's images and to VizWiz"
 
 
 def test_a_mean_over_questions_gets_an_interval_and_rows():
@@ -56,7 +59,7 @@ def test_a_metric_that_is_not_a_mean_over_questions_gets_no_interval():
     samples = [{"mme_perception_score": {"score": 1.0}}, {"mme_cognition_score": {"score": 0.0}}]
     scores = {"mme_perception_score": 1510.7, "mme_cognition_score": 348.2}
     found = read("mme", results("mme", scores, samples))
-    assert found["metrics"]["mme_p"] == {"value": 1510.7, "low": None, "high": None, "n": 2}
+    assert found["metrics"]["mme_p"] == {"value": 1510.7, "low": None, "high": None, "n": 1}, "one of two questions"
     other = read("gqa", results("gqa", {"exact_match": 0.9}, [{"exact_match": 1.0}, {"exact_match": 0.0}]))
     assert other["metrics"]["gqa"]["low"] is None, "0.9 is not the mean of 1 and 0: no interval of another number"
 
@@ -81,8 +84,17 @@ def test_unanswered_questions_are_refused_where_the_metric_includes_them():
     found = results("gqa", {"exact_match": 0.0}, [{"exact_match": 0.0}])
     with pytest.raises(CsrError, match="1 questions do not have exactly one image"):
         read("gqa", found, unanswered=1)
-    seed = read("seed", results("seedbench", {"seed_image": 0.6, "seed_all": 0.5}, [{"seed_image": {}}]), unanswered=1)
-    assert seed["metrics"]["seed"]["value"] == 0.6, "the images' own number leaves videos out"
+    samples = [
+        {"seed_image": {"pred": pred, "answer": "B"}, "seed_all": {"pred": pred, "answer": "B"}} for pred in ("b", "A")
+    ]
+    video = {"seed_video": {"pred": "", "answer": "C"}, "seed_all": {"pred": "", "answer": "C"}}
+    numbers = {"seed_image": 0.5, "seed_all": 0.33}
+    seed = read("seed", results("seedbench", numbers, [*samples, video]), unanswered=1)
+    metric = seed["metrics"]["seed_image"]
+    assert (metric["value"], metric["n"]) == (0.5, 2), "the images' own number leaves videos out"
+    assert metric["low"] < 0.5 < metric["high"]
+    assert [row["tallies"] for row in seed["rows"]] == [{"seed_image": (1.0, 1.0)}, {"seed_image": (0.0, 1.0)}, {}]
+    assert "seed" not in seed["metrics"], "the paper's SEED has videos: another key"
     assert seed["protocol"]["seed"]["left_out"] == 1
 
 
@@ -104,7 +116,40 @@ def test_a_failed_judge_is_refused():
         read("llava_w", results("llava_in_the_wild", {"gpt_eval_llava_all": 100.0}, samples))
     fine = read("llava_w", results("llava_in_the_wild", {"gpt_eval_llava_all": 87.5}, samples[:1]))
     assert fine["metrics"]["llava_w"]["value"] == 87.5
-    assert "judge" in fine["protocol"]["llava_w"]
+    assert fine["protocol"]["llava_w"]["judge"] == "not stated"
+
+
+def test_judged_questions_get_intervals_and_the_judges_name():
+    pairs = [{"gpt_eval_llava_all": {"scores": [8, 7], "eval_model": "gpt-x"}}] * 2 + [
+        {"gpt_eval_llava_all": {"scores": [9, 3], "eval_model": "gpt-x"}}
+    ]
+    found = read("llava_w", results("llava_in_the_wild", {"gpt_eval_llava_all": 68.0}, pairs))
+    metric = found["metrics"]["llava_w"]  # 17 of 25 points
+    assert (metric["value"], metric["n"]) == (68.0, 3)
+    assert metric["low"] < 68.0 < metric["high"]
+    assert found["protocol"]["llava_w"]["judge"] == "gpt-x"
+    scores = [{"gpt_eval_score": {"score": score, "eval_model": "gpt-y-2026"}} for score in (1.0, 0.5, 0.0)]
+    vet = read("mm_vet", results("mmvet", {"gpt_eval_score": 50.0}, scores))
+    assert vet["metrics"]["mm_vet"]["low"] < 50.0 < vet["metrics"]["mm_vet"]["high"]
+    assert vet["protocol"]["mm_vet"]["judge"] == "gpt-y-2026"
+    assert "step by step" in vet["protocol"]["mm_vet"]["note"]
+
+
+def test_answers_to_which_a_judge_gives_no_score_are_noticed(monkeypatch):
+    """lmms-eval logs them and counts 0; the stand-in has the two functions of loguru that are used."""
+    sinks: dict[int, Any] = {}
+
+    def add(sink: Any, **_: Any) -> int:
+        sinks[len(sinks)] = sink
+        return len(sinks) - 1
+
+    logger = SimpleNamespace(add=add, remove=sinks.pop)
+    monkeypatch.setitem(sys.modules, "loguru", SimpleNamespace(logger=logger))
+    with lmms.unscored_answers() as found:
+        for line in ("Reach to max trials, v1_3 failed to get a score.", "Overall Score: 31.00"):
+            sinks[0](line)
+    assert len(found) == 1
+    assert sinks == {}, "nothing is left behind"
 
 
 def test_an_answer_without_a_score_is_refused():

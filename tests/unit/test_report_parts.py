@@ -127,6 +127,11 @@ def test_three_benchmarks_get_a_radar_chart(tmp_path: Path) -> None:
     assert panel is not None
     assert panel.figure is not None
     assert panel.figure.svg.count('<polygon class="line"') == 2
+    add_document(run, 2, "chair", chair_s=0.0, chair_i=0.0)
+    perfect = benchmark_panel(run)
+    assert perfect is not None
+    assert perfect.figure is not None
+    assert perfect.figure.svg.count('<polygon class="line"') == 2, "a perfect 0.0 is a measurement"
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert "benchmarks" in {section.get("id") for section in page.all("section")}
 

@@ -92,6 +92,67 @@ def test_results_on_coco_take_precedence_and_those_on_drawn_scenes_are_marked(tm
     assert "not the paper's numbers" in text
 
 
+def test_other_data_of_the_same_name_stand_apart(tmp_path):
+    """SEED's images and VizWiz's validation split are not the paper's SEED and VizWiz, also in a run of version 0.1."""
+    new = new_run(tmp_path / "new", {0: {"lmms": {"seed_image": 0.68, "vizwiz_val": 0.5}}})
+    old = new_run(tmp_path / "old", {0: {"lmms": {"seed": 0.68, "vizwiz": 0.5}}})
+    for run in (new, old):
+        found = collect_results(run).by_iteration[0]
+        assert found.keys() == {"seed_image", "vizwiz_val"}
+        page = Page(render([run]))
+        assert re.search(rf"{run.root.name}, base model\s*68\.067\.0 to 69\.0\s*50\.0", page.text)
+        assert "Measured apart" in page.text
+        assert "has been evaluated on 0 of" not in page.text
+    assert "Measured apart" not in render([new_run(tmp_path / "none", {})])
+
+
+def test_pope_shows_accuracy_and_f1_where_the_paper_leaves_open_which_it_is(tmp_path):
+    run = new_run(tmp_path, {0: {"pope": {"mean_accuracy": 0.86, "mean_f1": 0.84}}})
+    text = Page(render([run])).text
+    assert "accuracy 86.0, F1 84.0" in text
+    assert "evaluated on 1 of the paper's 12 benchmarks" in text
+
+
+def test_a_number_under_another_protocol_is_marked_and_not_drawn(tmp_path):
+    run = new_run(tmp_path / "judged", {0: {"lmms": {"mm_vet": 30.0, "gqa": 0.62}}})
+    html = render([run])
+    assert "30.0 ‡" in html
+    assert "62.0 ‡" not in html
+    assert "think step by step" in html
+    series = html.split("<title>judged</title>")[1].split("</g>")[0]
+    assert series.count("<circle") == 1, "GQA, but not MM-Vet"
+
+
+def test_a_perfect_chair_keeps_its_spoke(tmp_path):
+    run = new_run(tmp_path / "perfect", {0: {"chair": {"chair_s": 0.0, "chair_i": 0.0}}})
+    series = render([run]).split("<title>perfect</title>")[1].split("</g>")[0]
+    assert series.count("<circle") == 2
+
+
+def test_every_quoted_number_has_a_source_and_says_whether_it_was_read():
+    table = published().hallucination
+    assert set(table.columns) <= published().benchmarks.keys()
+    for row in table.rows:
+        assert set(row.values) <= set(table.columns)
+        assert row.source
+        assert row.protocol
+        assert row.status in ("read", "unread")
+    (row,) = [row for row in table.rows if row.name == "HA-DPO" and row.status == "read"]
+    # The means of the three settings in its README: random, popular, adversarial.
+    assert row.values["pope_accuracy"] == pytest.approx((90.53 + 87.90 + 81.46) / 3, abs=0.005)
+    assert row.values["pope_f1"] == pytest.approx((90.25 + 87.81 + 82.54) / 3, abs=0.005)
+
+
+def test_quoted_numbers_stand_beside_the_runs(tmp_path):
+    measured = {"mmhal": {"mmhal_score": 2.5}, "hallusion": {"hallusion_a_acc": 0.48}}
+    page = Page(render([new_run(tmp_path / "mine", {0: measured})]))
+    assert (
+        "RLAIF-V (reading notes on table 1 of SENTINEL, arXiv 2507.12455; not stated in the notes; unread)" in page.text
+    )
+    assert "48.0 ‡" in page.text
+    assert "mDPO, OPA-DPO, TPR, IRIS and AVES-DPO" in page.text
+
+
 def test_departures_are_limited_to_settings_of_the_method(tmp_path):
     paper = new_run(tmp_path / "paper", {}, preset="paper", seed=7)
     assert departures(paper) == []

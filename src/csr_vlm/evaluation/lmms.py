@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -26,11 +26,14 @@ from typing import Any
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.installing import install_command
 from csr_vlm.evaluation.statistics import Metric, Tally, ratio
+from csr_vlm.store.files import sha256_of
 
 _KEY_VARIABLES = {"openai": "OPENAI_API_KEY", "azure": "AZURE_API_KEY"}
 """Kind of judge (API_TYPE) to the environment variable that holds its key."""
 _LETTER_GUESSING = ("mmbench_en", "mmbench_cn", "mmbench_ko", "mmbench_ru")
 """Prefixes of tasks that guess a letter where their judge does not answer."""
+_ROUNDED = 0.06
+"""Largest difference between a number above 1 and the ratio of its questions' sums: LLaVA-W is rounded to 0.1."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class BenchmarkMetric:
     """Name in stored evaluations, which ``published.yaml`` refers to."""
     lmms_name: str
     """Name in lmms-eval's results, without the filter suffix."""
+    tally: Callable[[Any], Tally] | None = None
+    """Returns what a question's score adds to the metric, where it is no number and the metric is a ratio of sums."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,22 @@ class LmmsBenchmark:
     """Remark on how it is measured, for the protocol."""
 
 
+def _letters_agree(score: Mapping[str, Any]) -> Tally:
+    """Return SEED-Bench's: whether the answered letter is the right one."""
+    return float(score["pred"].lower().strip() == score["answer"].lower().strip()), 1.0
+
+
+def _against_the_reference(score: Mapping[str, Any]) -> Tally:
+    """Return LLaVA-in-the-wild's: 100 times the answer's points, over those of the reference answer."""
+    reference, answer = score["scores"]
+    return 100.0 * answer, float(reference)
+
+
+def _points_of_hundred(score: Mapping[str, Any]) -> Tally:
+    """Return MM-Vet's: the share of the points that the judge gives."""
+    return 100.0 * score["score"], 1.0
+
+
 BENCHMARKS: Mapping[str, LmmsBenchmark] = {
     "mme": LmmsBenchmark(
         "mme",
@@ -68,12 +89,16 @@ BENCHMARKS: Mapping[str, LmmsBenchmark] = {
     "seed": LmmsBenchmark(
         "seedbench",
         "seedbench",
-        (BenchmarkMetric("seed", "seed_image"),),
+        (BenchmarkMetric("seed_image", "seed_image", _letters_agree),),
         skips=True,
         note="images only, videos left out",
     ),
     "llava_w": LmmsBenchmark(
-        "llava_in_the_wild", "llava-in-the-wild", (BenchmarkMetric("llava_w", "gpt_eval_llava_all"),), judged=True
+        "llava_in_the_wild",
+        "llava-in-the-wild",
+        (BenchmarkMetric("llava_w", "gpt_eval_llava_all", _against_the_reference),),
+        judged=True,
+        note="the judge is named as it was asked for: lmms-eval does not keep the name in the replies",
     ),
     "mmb": LmmsBenchmark(
         "mmbench_en_dev_static",
@@ -81,12 +106,18 @@ BENCHMARKS: Mapping[str, LmmsBenchmark] = {
         (BenchmarkMetric("mmb", "gpt_eval_score"),),
         note="English development split; letters read by rule, no judge",
     ),
-    "mm_vet": LmmsBenchmark("mmvet", "mmvet", (BenchmarkMetric("mm_vet", "gpt_eval_score"),), judged=True),
+    "mm_vet": LmmsBenchmark(
+        "mmvet",
+        "mmvet",
+        (BenchmarkMetric("mm_vet", "gpt_eval_score", _points_of_hundred),),
+        judged=True,
+        note="the question is preceded by a request to think step by step",
+    ),
     "sqa": LmmsBenchmark("scienceqa_img", "scienceqa", (BenchmarkMetric("sqa", "exact_match"),)),
     "vizwiz": LmmsBenchmark(
         "vizwiz_vqa_val",
         "vizwiz_vqa",
-        (BenchmarkMetric("vizwiz", "exact_match"),),
+        (BenchmarkMetric("vizwiz_val", "exact_match"),),
         note="validation split, scored locally",
     ),
     "gqa": LmmsBenchmark("gqa", "gqa", (BenchmarkMetric("gqa", "exact_match"),)),
@@ -160,7 +191,11 @@ def run_benchmarks(
     if unknown:
         raise CsrError(f"lmms-eval has no task {unknown[0]!r}", f"expected one of: {', '.join(manager.all_tasks[:8])}")
     # Tasks print to stdout and write submission files to the output path.
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        contextlib.redirect_stdout(sys.stderr),
+        unscored_answers() as unscored,
+    ):
         results = simple_evaluate(
             model=model,
             tasks=tasks,
@@ -172,7 +207,33 @@ def run_benchmarks(
             process_docs_parallel=1,
             cli_args=Namespace(output_path=scratch, process_with_media=True),
         )
-    return read_results(results, benchmarks, model.unanswered, model.limits, limit)
+    if unscored:
+        raise CsrError(
+            f"the judge gave no score to {len(unscored)} answers, which would count as 0", "use another judge model"
+        )
+    document = read_results(results, benchmarks, model.unanswered, model.limits, limit)
+    for name, benchmark in benchmarks.items():
+        if benchmark.folder:  # the task's code has its prompts, for the policy and for the judge
+            document["protocol"][name]["task_code"] = sha256_of(home / benchmark.folder / "utils.py")
+    return document
+
+
+@contextlib.contextmanager
+def unscored_answers() -> Iterator[list[str]]:
+    """Collect what lmms-eval logs about answers to which a judge gave no score; MM-Vet then counts 0."""
+    from loguru import logger
+
+    found: list[str] = []
+
+    def note(message: str) -> None:
+        if "failed to get a score" in message:
+            found.append(message)
+
+    sink = logger.add(note, level="INFO", format="{message}")
+    try:
+        yield found
+    finally:
+        logger.remove(sink)
 
 
 def read_results(
@@ -201,7 +262,7 @@ def read_results(
         _refuse_untrustworthy(name, benchmark, samples, unanswered.get(task, 0))
         values = results["results"][task]
         task_metrics = benchmark.metrics or _all_metrics(name, values)
-        columns = {metric.name: _tallies(samples, metric.lmms_name) for metric in task_metrics}
+        columns = {metric.name: _tallies(samples, metric) for metric in task_metrics}
         for metric in task_metrics:
             value = values.get(f"{metric.lmms_name},none")
             if not isinstance(value, int | float):
@@ -209,10 +270,12 @@ def read_results(
                     f"lmms-eval returned no {metric.lmms_name} for {name}",
                     f"install lmms-eval 0.7: {install_command('eval')}",
                 )
-            metrics[metric.name] = _metric(float(value), columns[metric.name], len(samples)).dump()
+            counted = [sample for sample in samples if sample.get(metric.lmms_name) is not None]
+            metrics[metric.name] = _metric(float(value), columns[metric.name], len(counted)).dump()
         protocol[name] = _protocol(benchmark, results, limits.get(task), limit, unanswered.get(task, 0))
+        protocol[name] |= _judge_names(benchmark, samples)
         for index, sample in enumerate(samples):
-            tallies = {key: column[index] for key, column in columns.items() if column is not None}
+            tallies = {key: column[index] for key, column in columns.items() if index in column}
             rows.append({"id": f"{name}/{sample['doc_id']}", "text": _answer(sample), "tallies": tallies})
     return {"metrics": metrics, "protocol": protocol, "rows": rows}
 
@@ -249,21 +312,36 @@ def _all_metrics(name: str, values: Mapping[str, Any]) -> tuple[BenchmarkMetric,
     )
 
 
-def _tallies(samples: Sequence[Mapping[str, Any]], metric: str) -> list[Tally] | None:
-    """Return each question's tally for a metric that is a mean over questions; None for any other."""
-    values = [sample.get(metric) for sample in samples]
-    if not values or not all(isinstance(value, int | float) for value in values):
-        return None
-    return [(float(value), 1.0) for value in values if isinstance(value, int | float)]
+def _tallies(samples: Sequence[Mapping[str, Any]], metric: BenchmarkMetric) -> dict[int, Tally]:
+    """Return the tally of each question that has the metric; empty if the metric is no ratio of sums."""
+    values = {index: sample.get(metric.lmms_name) for index, sample in enumerate(samples)}
+    found = {index: value for index, value in values.items() if value is not None}
+    if metric.tally is not None:
+        try:
+            return {index: metric.tally(value) for index, value in found.items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return {}  # another version's form of a score
+    if not all(isinstance(value, int | float) for value in found.values()):
+        return {}
+    return {index: (float(value), 1.0) for index, value in found.items()}
 
 
-def _metric(value: float, tallies: Sequence[Tally] | None, number: int) -> Metric:
-    """Attach an interval to the value where it equals the mean of the questions' scores."""
-    if tallies is not None:
-        mean = ratio([a for a, _ in tallies], [b for _, b in tallies])
-        if mean.value is not None and abs(mean.value - value) < 1e-6:
-            return mean
+def _metric(value: float, tallies: Mapping[int, Tally], number: int) -> Metric:
+    """Attach an interval to the value where it equals the ratio of the questions' sums, up to a rounded digit."""
+    if tallies:
+        mean = ratio([a for a, _ in tallies.values()], [b for _, b in tallies.values()])
+        if mean.value is not None and abs(mean.value - value) <= (_ROUNDED if value > 1 else 1e-6):
+            return Metric(value, mean.low, mean.high, number)
     return Metric(value, None, None, number)
+
+
+def _judge_names(benchmark: LmmsBenchmark, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the judge's name as the scores state it; empty without a judge."""
+    if not benchmark.judged:
+        return {}
+    scores = [sample.get(metric.lmms_name) for sample in samples for metric in benchmark.metrics]
+    names = {score.get("eval_model") for score in scores if isinstance(score, Mapping)} - {None}
+    return {"judge": ", ".join(sorted(map(str, names))) or "not stated"}
 
 
 def _protocol(
@@ -280,8 +358,6 @@ def _protocol(
         "max_new_tokens": max_new_tokens,
         "decoding": "as the task asks, through the run's own engine",
     }
-    if benchmark.judged:
-        protocol["judge"] = os.environ.get("MODEL_VERSION", "the default of lmms-eval")
     if limit is not None:
         protocol["limit"] = f"the first {limit} questions only"
     if unanswered:

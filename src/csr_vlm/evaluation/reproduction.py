@@ -42,6 +42,12 @@ class PublishedBenchmark:
     note: str = ""
     digits: int = 1
     """Number of decimals that the paper prints."""
+    apart: str = ""
+    """Why a run's number stands beside no published one; empty if it does."""
+    shows: tuple[str, ...] = ()
+    """Benchmarks whose results stand together in this column, where the paper leaves open which it means."""
+    differs: str = ""
+    """What is known to differ from the paper; empty if nothing is."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,28 @@ class PublishedTable:
     rows: Mapping[Any, tuple[float, ...]]
     """Name of a row to its values, one per column."""
     model: str = ""
+
+
+@dataclass(frozen=True)
+class QuotedRow:
+    """Hold numbers of one method from one source."""
+
+    name: str
+    source: str
+    protocol: str
+    status: Literal["read", "unread"]
+    """Whether the source itself was read, or was seen second-hand only."""
+    values: Mapping[str, float]
+    """Key of a benchmark to its number."""
+
+
+@dataclass(frozen=True)
+class QuotedTable:
+    """Hold numbers from several sources for one model."""
+
+    model: str
+    columns: tuple[str, ...]
+    rows: tuple[QuotedRow, ...]
 
 
 @dataclass(frozen=True)
@@ -69,6 +97,10 @@ class Published:
     iterations: PublishedTable
     lambdas: PublishedTable
     ablation: PublishedTable
+    hallucination: QuotedTable
+    """Benchmarks and methods beyond the paper."""
+    not_found: tuple[str, ...]
+    """What was looked for and not found in a source that can be named."""
 
     def main_table(self, model_path: str) -> PublishedTable:
         """Return the main table for the model that a path names: VILA, a 13B, otherwise LLaVA-1.5-7B."""
@@ -124,7 +156,10 @@ def published() -> Published:
     text = resources.files("csr_vlm.evaluation").joinpath("published.yaml").read_text(encoding="utf-8")
     raw = yaml.safe_load(text)
     benchmarks = {
-        item["key"]: PublishedBenchmark(**item | {"sources": tuple(tuple(source) for source in item["sources"])})
+        item["key"]: PublishedBenchmark(
+            **item
+            | {"sources": tuple(tuple(source) for source in item["sources"]), "shows": tuple(item.get("shows", ()))}
+        )
         for item in raw["benchmarks"]
     }
     return Published(
@@ -136,6 +171,12 @@ def published() -> Published:
         _table(raw["iterations"]),
         _table(raw["lambda"]),
         _table(raw["ablation"]),
+        QuotedTable(
+            raw["hallucination"]["model"],
+            tuple(raw["hallucination"]["columns"]),
+            tuple(QuotedRow(**row) for row in raw["hallucination"]["rows"]),
+        ),
+        tuple(raw["not_found"]),
     )
 
 

@@ -63,7 +63,9 @@ def _figure(paper: Published, numbers: RunResults, keys: Sequence[str]) -> Figur
         Spoke(
             paper.benchmarks[key].name,
             paper.benchmarks[key].better == "lower",
-            [values[column[key]] for values in main.rows.values()] if key in column else (),
+            [values[column[key]] for values in main.rows.values()]
+            if key in column and not paper.benchmarks[key].differs
+            else (),
         )
         for key in keys
     ]

@@ -48,7 +48,7 @@ def render(runs: Sequence[Run]) -> str:
     return render_page(
         "reproduction.html.j2",
         published=paper,
-        summary=_summary(numbers[0], main),
+        summary=_summary(paper, numbers[0], main),
         main_tables=[_main_table(paper, table, numbers if table is main else []) for table in paper.main],
         radar=_radar(paper, main, numbers[0]),
         figures=_iteration_figures(paper, numbers[0]),
@@ -58,16 +58,24 @@ def render(runs: Sequence[Run]) -> str:
             _ablation_table(paper, numbers),
             _reward_table(numbers),
         ],
+        apart=_apart_table(paper, numbers),
+        quoted=_quoted_table(paper, numbers),
         protocols=_protocols(paper, numbers[0]),
-        notes=[(benchmark.name, benchmark.note) for benchmark in paper.benchmarks.values() if benchmark.note],
+        notes=[
+            (benchmark.name, note)
+            for benchmark in paper.benchmarks.values()
+            for note in (benchmark.note, benchmark.apart, benchmark.differs and f"‡ {benchmark.differs}.")
+            if note
+        ],
         departures=[(str(item.run.root), departures(item.run)) for item in numbers],
         runs=[(item.run, provenance(item.run)) for item in numbers],
     )
 
 
-def _summary(item: RunResults, main: PublishedTable) -> str:
-    measured = [key for key in main.columns if key in item.result]
-    comparable = [key for key in measured if item.result[key].same_data]
+def _summary(paper: Published, item: RunResults, main: PublishedTable) -> str:
+    columns = [(key, *paper.benchmarks[key].shows) for key in main.columns]
+    measured = [keys for keys in columns if any(key in item.result for key in keys)]
+    comparable = [keys for keys in measured if all(item.result[key].same_data for key in keys if key in item.result)]
     num_benchmarks = plural(len(main.columns), "benchmark")
     if not measured:
         return f"{item.run.root} has not been evaluated on any of the paper's {num_benchmarks} yet."
@@ -84,8 +92,20 @@ def _cell(obtained: RunResult | None) -> tuple[str, str]:
     return fixed(obtained.metric.value, 1) + mark, format_interval(obtained.metric, 1)
 
 
-def _run_row(name: str, values: Mapping[str, RunResult], columns: Sequence[str]) -> TableRow:
-    return TableRow(name, [_cell(values.get(key)) for key in columns], highlighted=True)
+def _run_row(paper: Published, name: str, values: Mapping[str, RunResult], columns: Sequence[str]) -> TableRow:
+    return TableRow(name, [_run_cell(paper, key, values) for key in columns], highlighted=True)
+
+
+def _run_cell(paper: Published, key: str, values: Mapping[str, RunResult]) -> tuple[str, str]:
+    """Return a run's number for a column; several numbers where the paper leaves open which one it means."""
+    benchmark = paper.benchmarks[key]
+    shown = [part for part in benchmark.shows if part in values]
+    if shown:
+        short = [paper.benchmarks[part].name.removeprefix(f"{benchmark.name} ") for part in shown]
+        cells = [_run_cell(paper, part, values) for part in shown]
+        return ", ".join(f"{name} {value}" for name, (value, _) in zip(short, cells, strict=True)), ""
+    value, interval = _cell(values.get(key))
+    return value + (" ‡" if benchmark.differs and key in values else ""), interval
 
 
 def _published_cells(paper: Published, columns: Sequence[str], values: Sequence[float]) -> list[tuple[str, str]]:
@@ -97,8 +117,52 @@ def _main_table(paper: Published, table: PublishedTable, numbers: Sequence[RunRe
     for item in numbers:
         for iteration in sorted({0, item.run.final} & item.by_iteration.keys()):
             name = f"{item.run.root.name}, {policy_name(iteration)}"
-            rows.append(_run_row(name, item.by_iteration[iteration], table.columns))
+            rows.append(_run_row(paper, name, item.by_iteration[iteration], table.columns))
     return NumberTable(table.model, "Model", benchmark_headings(paper, table.columns), rows)
+
+
+def _apart_table(paper: Published, numbers: Sequence[RunResults]) -> NumberTable | None:
+    """Tabulate the runs' numbers that stand beside no published one; None without any."""
+    columns = [
+        key
+        for key, benchmark in paper.benchmarks.items()
+        if benchmark.apart and any(key in values for item in numbers for values in item.by_iteration.values())
+    ]
+    if not columns:
+        return None
+    rows = [
+        _run_row(paper, f"{item.run.root.name}, {policy_name(iteration)}", values, columns)
+        for item in numbers
+        for iteration, values in item.by_iteration.items()
+        if any(key in values for key in columns)
+    ]
+    note = "These are other data than the paper’s benchmarks of these names, so no published number stands beside them."
+    return NumberTable("Measured apart", "Policy", benchmark_headings(paper, columns), rows, note)
+
+
+def _quoted_table(paper: Published, numbers: Sequence[RunResults]) -> NumberTable:
+    """Tabulate numbers from several sources, and the runs' own."""
+    table = paper.hallucination
+    rows = [
+        TableRow(
+            f"{row.name} ({row.source}; {row.protocol}; {row.status})",
+            [
+                (f"{row.values[key]:.{paper.benchmarks[key].digits}f}", "") if key in row.values else _NO_CELL
+                for key in table.columns
+            ],
+        )
+        for row in table.rows
+    ]
+    for item in numbers:
+        for iteration in sorted({0, item.run.final} & item.by_iteration.keys()):
+            values = item.by_iteration[iteration]
+            if any(key in values for key in table.columns):
+                rows.append(_run_row(paper, f"{item.run.root.name}, {policy_name(iteration)}", values, table.columns))
+    note = (
+        f"The published rows are of {table.model}. Their protocols differ from one source to the next, and so do the "
+        "judges of MMHal and Object HalBench. Unread: seen second-hand only."
+    )
+    return NumberTable("Hallucination benchmarks", "Model", benchmark_headings(paper, table.columns), rows, note)
 
 
 def _radar(paper: Published, main: PublishedTable, item: RunResults) -> Figure:
@@ -108,15 +172,20 @@ def _radar(paper: Published, main: PublishedTable, item: RunResults) -> Figure:
         for style, name in enumerate(_RADAR_MODELS)
         if name in main.rows
     ]
-    run_values = {key: obtained.metric.value for key, obtained in item.result.items() if obtained.same_data}
-    known = {key: value for key, value in run_values.items() if value}
+    known = {
+        key: obtained.metric.value
+        for key, obtained in item.result.items()
+        if obtained.same_data and obtained.metric.value is not None and not paper.benchmarks[key].differs
+    }
+    if "pope_accuracy" in known:
+        known["pope"] = known["pope_accuracy"]
     if any(key in known for key in main.columns):
         series.append(RadarSeries(item.run.root.name, values_by_column(main.columns, known), 3))
     text = f"{main.model}: " + ", ".join(line.name for line in series)
     hint = (
         "Each axis has its own scale, from the worst value on it (inside) to the best (at the rim); both ends are "
         "given under its name. Compare values along one axis only: a large gap in the chart can be a small one in "
-        "points."
+        "points. Of a run, only numbers of the paper’s kind are drawn; on the axis POPE, its accuracy."
     )
     svg = radar(text, spokes, series)
     return Figure(f"{main.model}, all benchmarks", "farther out is better", hint, svg, radar_legend(series))
@@ -157,7 +226,7 @@ def _iteration_table(paper: Published, numbers: Sequence[RunResults]) -> NumberT
     for item in numbers:
         for iteration in sorted(item.by_iteration):
             name = f"{item.run.root.name}, {policy_name(iteration)}"
-            rows.append(_run_row(name, item.by_iteration[iteration], table.columns))
+            rows.append(_run_row(paper, name, item.by_iteration[iteration], table.columns))
     note = f"The paper’s model is {table.model}."
     return NumberTable("Results by iteration", "Policy", benchmark_headings(paper, table.columns), rows, note)
 
@@ -169,7 +238,7 @@ def _lambda_table(paper: Published, numbers: Sequence[RunResults]) -> NumberTabl
         if value in table.rows:
             rows.append(TableRow(f"paper, λ = {value:g}", _published_cells(paper, table.columns, table.rows[value])))
         rows += [
-            _run_row(f"{item.run.root.name}, λ = {value:g}", item.result, table.columns)
+            _run_row(paper, f"{item.run.root.name}, λ = {value:g}", item.result, table.columns)
             for item in with_lambda(numbers, value)
         ]
     note = "λ = 0 uses the model’s own probability only, λ = 1 image relevance only (eq. 4)."
