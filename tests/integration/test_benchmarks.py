@@ -37,3 +37,10 @@ def test_the_overrides_of_every_evidence_job_are_valid(monkeypatch: pytest.Monke
     jobs = importlib.import_module("evidence").JOBS
     resolved = [load_config(None, job.overrides.split(), base=REQUIRED) for job in jobs]
     assert len(resolved) > 40
+
+
+def test_a_stream_of_work_items_keeps_the_rows_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    found = importlib.import_module("occupancy").measure(num_prompts=48, part=8, rows=48)
+    assert found["as one stream"]["share"] >= 0.85
+    assert found["item by item"]["share"] < 0.6, "the measure must be able to fail"

@@ -512,6 +512,11 @@ class GenerationConfig(_Section):
     prompts_per_part: int = Field(
         default=64, ge=1, description="Number of prompts in a work item, which is one ledger part."
     )
+    across_items: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Decode prompts of several work items at once, so that no row idles at the end of an item; auto: "
+        "on GPUs and with vLLM. It changes no token beyond floating-point ties, no log-probability beyond rounding.",
+    )
 
     @model_validator(mode="after")
     def _check_engine_settings(self) -> GenerationConfig:

@@ -49,6 +49,15 @@ class Engine(Protocol):
         """Drop cached images; called between work items."""
         ...
 
+    @property
+    def gains_from_more_prompts(self) -> bool:
+        """Return whether prompts of several work items decode faster together."""
+        ...
+
+    def shrink(self) -> int | None:
+        """Use less memory from now on; return the most rows decoded at once, or None if that is not possible."""
+        ...
+
 
 Opener = Callable[[RunConfig, Path | None, Prompt, Callable[[str], None]], AbstractContextManager[Engine]]
 """Start an engine; the arguments are those of :func:`open_engine`."""
@@ -90,7 +99,7 @@ def _open_vllm(
 
     image_options = _image_options(config, prompt_encoder)
     with vllm_engine(config.model, config.generation, adapter, image_options) as engine:
-        yield _checked(VllmStream(engine, prompt_encoder, adapter), prompt_encoder, example)
+        yield _checked(VllmStream(engine, prompt_encoder, adapter), prompt_encoder, example, config)
 
 
 @contextmanager
@@ -104,7 +113,7 @@ def _open_server(
     if image_options := _image_options(config, prompt_encoder):
         warn(f"the server must limit pictures alike: start it with --mm-processor-kwargs '{json.dumps(image_options)}'")
     with server_stream(config.generation.server, prompt_encoder, adapter, config.generation.max_rows) as stream:
-        yield _checked(stream, prompt_encoder, example)
+        yield _checked(stream, prompt_encoder, example, config)
 
 
 def _image_options(config: RunConfig, prompt_encoder: PromptEncoder) -> dict[str, Any]:
@@ -131,7 +140,7 @@ _OPENERS: Mapping[str, Opener] = {
 }
 
 
-def _checked(stream: TokenStream, prompt_encoder: PromptEncoder, example: Prompt) -> StreamingEngine:
-    engine = StreamingEngine(stream, prompt_encoder)
+def _checked(stream: TokenStream, prompt_encoder: PromptEncoder, example: Prompt, config: RunConfig) -> StreamingEngine:
+    engine = StreamingEngine(stream, prompt_encoder, config.generation.max_rows)
     engine.check(example)
     return engine

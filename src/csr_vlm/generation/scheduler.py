@@ -177,6 +177,10 @@ class Scheduler:
         """Drop a prompt and its cache."""
         self._prompt_cache.remove(self._active.pop(prompt_id))
 
+    def wants_prompts(self) -> bool:
+        """Return whether no prompt waits to be prefilled."""
+        return not self._waiting
+
     @torch.inference_mode()
     def collect(self) -> list[tuple[Expansion, list[Candidate]]]:
         """Decode until some prompts have all their requests answered, and return those answers."""

@@ -73,9 +73,14 @@ class TokenStream(Protocol):
 
 
 class StreamingEngine:
-    """Propose sentences through a stream of tokens (a :class:`csr_vlm.generation.engines.Engine`)."""
+    """Propose sentences through a stream of tokens (a :class:`csr_vlm.generation.engines.Engine`).
 
-    def __init__(self, stream: TokenStream, prompt_encoder: PromptEncoder) -> None:
+    Args:
+        max_live: Candidates that the engine decodes at once.
+    """
+
+    def __init__(self, stream: TokenStream, prompt_encoder: PromptEncoder, max_live: int = 512) -> None:
+        self._max_live = max_live
         self.prompt_encoder = prompt_encoder
         self._stream = stream
         self._request_ids = map(str, count())
@@ -84,13 +89,22 @@ class StreamingEngine:
     def proposer(self, config: SearchConfig, example: Prompt) -> Proposer:
         """Return a proposer of sentences for a search."""
         decoding = DecodingSettings.from_search(config)
-        self._proposers.append(StreamProposer(self._stream, self.prompt_encoder, decoding, self._request_ids))
-        return self._proposers[-1]
+        proposer = StreamProposer(self._stream, self.prompt_encoder, decoding, self._request_ids, self._max_live)
+        self._proposers.append(proposer)
+        return proposer
 
     def forget(self) -> None:
         """Abort what a search that failed left running; only the engine itself caches anything between work items."""
         while self._proposers:
             self._proposers.pop().abort()
+
+    @property
+    def gains_from_more_prompts(self) -> bool:
+        """Return True: the engine batches whatever it is given."""
+        return True
+
+    def shrink(self) -> None:
+        """Return None: the engine has reserved its memory when it started."""
 
     def check(self, prompt: Prompt) -> None:
         """Check that the engine reads a prompt, and a partial response to it, as the same tokens as training.
@@ -121,6 +135,7 @@ class StreamProposer:
 
     Args:
         request_ids: Ids that no other request to the stream has.
+        max_live: Candidates that the engine decodes at once.
     """
 
     def __init__(
@@ -129,10 +144,12 @@ class StreamProposer:
         prompt_encoder: PromptEncoder,
         decoding: DecodingSettings,
         request_ids: Iterator[str] | None = None,
+        max_live: int = 512,
     ) -> None:
         self._stream = stream
         self._prompt_encoder = prompt_encoder
         self._decoding = decoding
+        self._max_live = max_live
         self._tracker = SentenceTracker(prompt_encoder, decoding)
         self._next_ids = map(str, count()) if request_ids is None else request_ids
         self._short_ids: dict[str, list[int]] = {}
@@ -176,6 +193,10 @@ class StreamProposer:
         """Drop a prompt and its cached image."""
         del self._short_ids[prompt_id]
         self._stream.release(prompt_id)
+
+    def wants_prompts(self) -> bool:
+        """Return whether fewer candidates are in progress than the engine decodes at once."""
+        return len(self._live) < self._max_live
 
     def abort(self) -> None:
         """Abort all requests that are not answered, and drop their prompts."""

@@ -14,11 +14,15 @@ from csr_vlm.generation.counters import Counters
 from csr_vlm.generation.decoding import DecodingSettings, TokenSampler
 from csr_vlm.generation.plain_decoder import PlainDecoder
 from csr_vlm.generation.scheduler import Scheduler
+from csr_vlm.generation.shared_attention import is_gpu
 from csr_vlm.generation.shared_attention_check import shared_attention_problem
 from csr_vlm.generation.shared_model import SharedModel
 from csr_vlm.method.search import Proposer, RoundProposer
 from csr_vlm.models.policy import Policy
 
+PROMPTS_PER_FULL_BEAM = 2
+"""Prompts in progress on a GPU for each full beam that the rows have room for. A beam is full at the start of a round
+and nearly empty at its end: with one prompt each, half of the rows are live on average, with two nearly all."""
 Attention = Literal["auto", "shared", "plain"]
 
 
@@ -86,8 +90,23 @@ class TransformersEngine:
             return RoundProposer(lambda requests: self._plain_decoder.answer(requests, sampler))
         if self._shared_model is None:
             self._shared_model = SharedModel(self.policy, self.counters)
-        max_prompts = max(self.max_rows // rows_per_prompt, 1)
+        # Sentences of a round end at different steps; on a GPU other prompts use the rows meanwhile.
+        per_row = PROMPTS_PER_FULL_BEAM if self.gains_from_more_prompts else 1
+        max_prompts = max(per_row * self.max_rows // rows_per_prompt, 1)
         return Scheduler(self._shared_model, sampler, max_rows=self.max_rows, max_prompts=max_prompts)
+
+    @property
+    def gains_from_more_prompts(self) -> bool:
+        """Return whether the model is on a GPU, which decodes many rows in the time of few."""
+        return is_gpu(self.policy.device)
+
+    def shrink(self) -> int | None:
+        """Halve the rows; return their number, or None if there is only one."""
+        if self.max_rows == 1:
+            return None
+        self.max_rows //= 2
+        self._plain_decoder = PlainDecoder(self.policy, self.max_rows, self.counters)
+        return self.max_rows
 
     def _check_shared_attention(self, example: Prompt) -> bool:
         """Return whether shared attention works for the policy, checked on a prompt.

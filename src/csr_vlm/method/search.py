@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from types import MappingProxyType
@@ -56,6 +56,10 @@ class Proposer(Protocol):
         """Free what is held for a prompt whose requests are all answered."""
         ...
 
+    def wants_prompts(self) -> bool:
+        """Return whether prompts submitted now would begin before others end."""
+        ...
+
 
 class RoundProposer:
     """Turn a function into a proposer that answers everything submitted so far at once."""
@@ -73,6 +77,10 @@ class RoundProposer:
 
     def release(self, prompt_id: str) -> None:
         pass
+
+    def wants_prompts(self) -> bool:
+        """Return False: rounds answer everything together, whoever asks."""
+        return False
 
 
 @dataclass
@@ -225,6 +233,80 @@ def _exceeds_char_limit(candidate: Candidate, context: Sequence[Node], config: S
     return config.max_response_chars is not None and num_chars > config.max_response_chars
 
 
+class Search:
+    """Grow trees, one sentence a round, until all their responses have ended; prompts may be added at any time.
+
+    A tree enters its next round as soon as its own requests are answered. It depends only on
+    its prompt, the iteration, the seed and the settings, not on the other prompts.
+
+    Args:
+        proposer: Proposes candidate sentences.
+        score: Scores sentences against images.
+        method: Settings of search and reward.
+        iteration: Stored with every node, and part of the seed.
+        seed: Random seed of the run.
+        scorer: Columns that the reward uses.
+        score_claims: Finds and scores the claims of sentences; by default none are looked for.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        score: Score,
+        method: MethodConfig,
+        *,
+        iteration: int,
+        seed: int,
+        scorer: str,
+        score_claims: ScoreClaims | None = None,
+    ) -> None:
+        self._proposer = proposer
+        self._score = score
+        self._score_claims = score_claims
+        self._method = method
+        self._iteration = iteration
+        self._seed = seed
+        self._scorer = scorer
+        self._live: dict[str, Tree] = {}
+
+    @property
+    def is_idle(self) -> bool:
+        """Return whether no tree is growing."""
+        return not self._live
+
+    def add(self, prompts: Sequence[Prompt]) -> None:
+        """Begin the trees of prompts."""
+        trees = {prompt.prompt_id: Tree(prompt, self._iteration) for prompt in prompts}
+        self._live |= trees
+        self._submit(trees.values())
+
+    def step(self) -> list[Tree]:
+        """Wait for answers and grow the answered trees by a round; return those that have ended.
+
+        Raises:
+            CsrError: A log-probability or a cosine is not finite, or a cosine is missing.
+        """
+        candidates: dict[str, dict[str, Sequence[Candidate]]] = defaultdict(dict)
+        for request, siblings in self._proposer.collect():
+            candidates[request.prompt.prompt_id][request.node_id] = siblings
+        answered = [self._live[prompt_id] for prompt_id in candidates]
+        cosines = _score_distinct(answered, candidates, self._score)
+        claims = _score_distinct(answered, candidates, self._score_claims) if self._score_claims else {}
+        ended = []
+        for tree in answered:
+            prompt_id = tree.prompt.prompt_id
+            found = claims.get(prompt_id, NO_CLAIMS)
+            tree.grow(candidates[prompt_id], cosines[prompt_id], self._method, self._scorer, found)
+            if not tree.frontier:
+                self._proposer.release(prompt_id)
+                ended.append(self._live.pop(prompt_id))
+        self._submit(answered)
+        return ended
+
+    def _submit(self, trees: Iterable[Tree]) -> None:
+        self._proposer.submit([request for tree in trees for request in tree.expansions(self._method, self._seed)])
+
+
 def search(
     prompts: Sequence[Prompt],
     proposer: Proposer | Propose,
@@ -236,10 +318,7 @@ def search(
     scorer: str,
     score_claims: ScoreClaims | None = None,
 ) -> list[Tree]:
-    """Grow a tree for each prompt, one sentence a round, until all responses have ended.
-
-    A tree enters its next round as soon as its own requests are answered. It depends only on
-    its prompt, the iteration, the seed and the settings, not on the other prompts.
+    """Grow a tree for each prompt; see :class:`Search`.
 
     Args:
         prompts: Prompts to respond to.
@@ -257,26 +336,20 @@ def search(
     Raises:
         CsrError: A log-probability or a cosine is not finite, or a cosine is missing.
     """
-    if callable(proposer):
-        proposer = RoundProposer(proposer)
-    trees = {prompt.prompt_id: Tree(prompt, iteration) for prompt in prompts}
-    live = set(trees)
-    proposer.submit([request for tree in trees.values() for request in tree.expansions(method, seed)])
-    while live:
-        candidates: dict[str, dict[str, Sequence[Candidate]]] = defaultdict(dict)
-        for request, siblings in proposer.collect():
-            candidates[request.prompt.prompt_id][request.node_id] = siblings
-        answered = [trees[prompt_id] for prompt_id in candidates]
-        cosines = _score_distinct(answered, candidates, score)
-        claims = _score_distinct(answered, candidates, score_claims) if score_claims else {}
-        for tree in answered:
-            prompt_id = tree.prompt.prompt_id
-            tree.grow(candidates[prompt_id], cosines[prompt_id], method, scorer, claims.get(prompt_id, NO_CLAIMS))
-            if not tree.frontier:
-                proposer.release(prompt_id)
-                live.remove(prompt_id)
-        proposer.submit([request for tree in answered for request in tree.expansions(method, seed)])
-    return list(trees.values())
+    growing = Search(
+        RoundProposer(proposer) if callable(proposer) else proposer,
+        score,
+        method,
+        iteration=iteration,
+        seed=seed,
+        scorer=scorer,
+        score_claims=score_claims,
+    )
+    growing.add(prompts)
+    ended: dict[str, Tree] = {}
+    while not growing.is_idle:
+        ended |= {tree.prompt.prompt_id: tree for tree in growing.step()}
+    return [ended[prompt_id] for prompt_id in dict.fromkeys(prompt.prompt_id for prompt in prompts)]
 
 
 def _score_distinct(

@@ -52,7 +52,12 @@ def is_of_one_prompt(error: Exception) -> bool:
     """Return whether an error can be the fault of a single prompt."""
     if isinstance(error, CsrError):
         return isinstance(error, PromptError)
-    return not isinstance(error, MemoryError | OSError | ImportError) and type(error).__name__ != "OutOfMemoryError"
+    return not isinstance(error, MemoryError | OSError | ImportError) and not is_out_of_memory(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether a GPU ran out of memory; torch need not be loaded for the answer."""
+    return type(error).__name__ == "OutOfMemoryError"
 
 
 def require_few_failures(run: Run, failed: Mapping[str, str], iteration: int) -> None:

@@ -18,13 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from csr_vlm.config.load import scorer_config
 from csr_vlm.config.schema import RunConfig
+from csr_vlm.core.memory import free_memory
 from csr_vlm.core.progress import Progress
 from csr_vlm.core.records import Node, Prompt
-from csr_vlm.method.search import Tree, search
+from csr_vlm.method.search import Proposer, Score, ScoreClaims, Search, Tree, search
 from csr_vlm.pipeline.claim_questions import ClaimQuestioner
-from csr_vlm.pipeline.failed_prompts import require_few_failures, search_or_drop
+from csr_vlm.pipeline.failed_prompts import (
+    is_of_one_prompt,
+    is_out_of_memory,
+    require_few_failures,
+    search_or_drop,
+)
+from csr_vlm.pipeline.item_stream import ItemStream, OpenItem
 from csr_vlm.scale.executor import ItemResult
-from csr_vlm.scoring.scorer import with_gray_image
+from csr_vlm.scoring.scorer import ScorerGroup, with_gray_image
 from csr_vlm.store import files, ledger, parts, tables
 from csr_vlm.store.run import Run
 
@@ -32,7 +39,10 @@ if TYPE_CHECKING:
     from csr_vlm.generation.engines import Engine
     from csr_vlm.generation.transformers_engine import TransformersEngine
     from csr_vlm.scoring.claim_scorer import ClaimScorer
-    from csr_vlm.scoring.scorer import ScorerGroup
+
+
+_ITEMS_BETWEEN_CLEARING = 64
+"""Items of a stream after which the scorers' cached images are dropped, so that memory does not grow."""
 
 
 class SearchWorker:
@@ -46,7 +56,7 @@ class SearchWorker:
         self._iteration = iteration
         self._groups = tables.PromptGroups(self._run.prompts_path)
         self._filler_prompts = self._groups[0]
-        self._log, self._failed = log, dict[str, str]()
+        self._log, self._failed, self._num_opened = log, dict[str, str](), 0
         config, adapter = self._run.config, self._run.adapter_path(iteration - 1)
         self._device = device_name(config.model.device)
         self._scorer = load_run_scorer(config, adapter)
@@ -55,35 +65,133 @@ class SearchWorker:
         example = next(usable_prompts(self._filler_prompts, config), self._filler_prompts[0])
         self._engine = self._resources.enter_context(open_engine(config, adapter, example, log))
 
+    def run_items(self, items: Iterator[int]) -> Iterator[ItemResult]:
+        """Write the ledger parts of groups, several at once where the engine gains from it.
+
+        Raises:
+            CsrError: More prompts failed than ``data.max_failed_share`` allows.
+        """
+        across = self._run.config.generation.across_items
+        if across == "off" or (across == "auto" and not self._engine.gains_from_more_prompts):
+            yield from map(self.run_item, items)
+            return
+        stream = ItemStream(self._begin)
+        while True:
+            while stream.wants_item() and (item := next(items, None)) is not None:
+                if self._part(item).exists():
+                    yield self.run_item(item)
+                else:
+                    stream.add(self._open(item))
+            if stream.is_idle:
+                break
+            yield from self._advance(stream)
+        self._engine.forget()
+        self._scorer.forget()
+
     def run_item(self, item: int) -> ItemResult:
         """Write the ledger part of a group unless it exists; count its prompts and node statuses.
 
         Raises:
             CsrError: More prompts failed than ``data.max_failed_share`` allows.
         """
-        prompts, config = self._groups[item], self._run.config
-        part = self._run.iteration(self._iteration) / "ledger" / part_name(item, prompts, config, self._iteration)
-        failures = self._run.failures_path(self._iteration, item)
-        if part.exists():
-            nodes = list(tables.read_nodes(part))
-            self._failed |= files.read_document(failures) if failures.exists() else {}
-        else:
+        prompts, part = self._groups[item], self._part(item)
+        if not part.exists():
             trees, failed = search_or_drop(prompts, lambda some: self._search(some, prompts))
-            self._note(failed, failures)
-            nodes = [node for tree in trees for node in tree.nodes]
-            tables.write_nodes(part, nodes)
+            return self._finish(item, trees, failed)
+        failures = self._run.failures_path(self._iteration, item)
+        self._failed |= files.read_document(failures) if failures.exists() else {}
+        return self._result(item, list(tables.read_nodes(part)))
+
+    def _part(self, item: int) -> Path:
+        folder = self._run.iteration(self._iteration) / "ledger"
+        return folder / part_name(item, self._groups[item], self._run.config, self._iteration)
+
+    def _finish(self, item: int, trees: Sequence[Tree], failed: dict[str, str]) -> ItemResult:
+        """Write the part of an item that was searched."""
+        self._note(failed, self._run.failures_path(self._iteration, item))
+        nodes = [node for tree in trees for node in tree.nodes]
+        tables.write_nodes(self._part(item), nodes)
+        return self._result(item, nodes)
+
+    def _result(self, item: int, nodes: Sequence[Node]) -> ItemResult:
+        num_prompts = len(self._groups[item])
         sentences = [node.sentence for node in nodes if node.sentence]
         tally = {
             "statuses": Counter(node.status.value for node in nodes),
             "sentences_over_length": Counter(self._scorer.num_over_length(sentences)),
-            "devices": Counter({self._device: len(prompts)}),
-            "workers": Counter({f"{socket.gethostname()}:{os.getpid()}": len(prompts)}),
+            "devices": Counter({self._device: num_prompts}),
+            "workers": Counter({f"{socket.gethostname()}:{os.getpid()}": num_prompts}),
         }
-        return ItemResult(len(prompts), tally)
+        return ItemResult(num_prompts, tally)
 
     def _search(self, prompts: Sequence[Prompt], group: Sequence[Prompt]) -> list[Tree]:
         fillers, config = self._filler_prompts, self._run.config
-        return search_trees(prompts, fillers, self._engine, self._scorer, config, self._iteration, group=group)
+        while True:
+            try:
+                return search_trees(prompts, fillers, self._engine, self._scorer, config, self._iteration, group=group)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = error.with_traceback(None)  # a traceback holds the tensors of the search
+            self._shrink(failure)
+
+    def _begin(self, example: Prompt, score: Score, score_claims: ScoreClaims | None) -> tuple[Search, Proposer]:
+        config = self._run.config
+        proposer = self._engine.proposer(config.method.search, example)
+        search = Search(
+            proposer,
+            score,
+            config.method,
+            iteration=self._iteration,
+            seed=config.seed,
+            scorer=config.scorer.used,
+            score_claims=score_claims,
+        )
+        return search, proposer
+
+    def _open(self, item: int) -> OpenItem:
+        """Prepare an item for the stream, with negative images of its own."""
+        prompts, config = self._groups[item], self._run.config
+        if self._num_opened % _ITEMS_BETWEEN_CLEARING == 0:
+            self._scorer.forget()
+        self._num_opened += 1
+        scorer = ScorerGroup(self._scorer.scorers)
+        scorer.set_negative_images(with_gray_image([*prompts, *self._filler_prompts]), config.scorer.others)
+        return OpenItem(item, prompts, scorer.score, claim_scorer(scorer, config))
+
+    def _advance(self, stream: ItemStream) -> Iterator[ItemResult]:
+        """Grow the trees of the stream; write the parts that ended."""
+        try:
+            ended = list(stream.step())
+        except Exception as error:
+            if not is_out_of_memory(error) and not is_of_one_prompt(error):
+                raise
+            failure = error.with_traceback(None)
+        else:
+            for opened in ended:
+                yield self._finish(opened.item, opened.trees(), {})
+            return
+        unfinished = stream.abandon()
+        self._engine.forget()
+        if is_out_of_memory(failure):
+            self._shrink(failure)
+            for opened in unfinished:
+                stream.add(self._open(opened.item))
+        else:  # Item by item, the prompt at fault is found.
+            for opened in unfinished:
+                yield self.run_item(opened.item)
+
+    def _shrink(self, failure: Exception) -> None:
+        """Decode fewer rows from now on.
+
+        Raises:
+            Exception: The failure, if the engine cannot.
+        """
+        num_rows = self._engine.shrink()
+        if num_rows is None:
+            raise failure
+        free_memory()
+        self._log(f"out of memory in the search: at most {num_rows} rows are decoded at once from now on")
 
     def _note(self, failed: dict[str, str], path: Path) -> None:
         """Store the prompts of an item that failed, before its part; nothing remains of an earlier attempt.

@@ -20,7 +20,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +47,10 @@ class ItemResult(NamedTuple):
 
 
 class Worker(Protocol):
-    """Run the items of a stage by their indices. Running a finished item again changes nothing."""
+    """Run the items of a stage by their indices. Running a finished item again changes nothing.
+
+    A worker that can work on several items at once has ``run_items`` as well; see :func:`results_of`.
+    """
 
     def run_item(self, item: int) -> ItemResult:
         """Run one item, from 0 to the task's ``num_items`` - 1."""
@@ -56,6 +59,20 @@ class Worker(Protocol):
     def close(self) -> None:
         """Release models and processes."""
         ...
+
+
+class StreamingWorker(Worker, Protocol):
+    """Run items as one stream."""
+
+    def run_items(self, items: Iterator[int]) -> Iterator[ItemResult]:
+        """Take items whenever there is room for another, and yield a result for each, in any order."""
+        ...
+
+
+def results_of(worker: Worker, items: Iterator[int]) -> Iterator[ItemResult]:
+    """Run items and yield their results; an item is taken from the iterator, and so claimed, when it begins."""
+    run_items: Callable[[Iterator[int]], Iterator[ItemResult]] | None = getattr(worker, "run_items", None)
+    return map(worker.run_item, items) if run_items is None else run_items(items)
 
 
 @dataclass(frozen=True)
@@ -101,8 +118,7 @@ class LocalExecutor:
     def map(self, task: Task, progress: Progress, log: Callable[[str], None]) -> Counts:
         counts: Counts = {}
         with closing(task.target(task.root, log=log, **task.settings)) as worker:
-            for item in range(task.num_items):
-                result = worker.run_item(item)
+            for result in results_of(worker, iter(range(task.num_items))):
                 add_counts(counts, result.counts)
                 progress.advance(result.num_finished)
         return counts

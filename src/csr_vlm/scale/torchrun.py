@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from csr_vlm.core.errors import CsrError, reason_of
 from csr_vlm.core.memory import free_memory
 from csr_vlm.core.progress import Progress, SilentProgress
-from csr_vlm.scale.executor import Counts, Task, add_counts, discard_log, require_marker, write_marker
+from csr_vlm.scale.executor import Counts, Task, add_counts, discard_log, require_marker, results_of, write_marker
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -321,9 +321,13 @@ def _run_items(
 ) -> Counts:
     """Claim and run items of order ``number`` until none is left; return this process's counts."""
     counts: Counts = {}
-    with closing(task.target(task.root, log=log, **task.settings)) as worker:
+
+    def claims() -> Iterator[int]:
         while (item := client.add(f"{number}/next", 1) - 1) < task.num_items:
-            result = worker.run_item(item)
+            yield item
+
+    with closing(task.target(task.root, log=log, **task.settings)) as worker:
+        for result in results_of(worker, claims()):
             add_counts(counts, result.counts)
             client.add(f"{number}/finished", result.num_finished)
             after_item()
