@@ -20,7 +20,7 @@ from csr_vlm.cli.app import app
 from csr_vlm.config.load import load_config, resolve
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Pair, Response
-from csr_vlm.core.secrets import redact, without_secrets
+from csr_vlm.core.secrets import is_secret_name, redact, without_secrets
 from csr_vlm.report.card import render_card
 from csr_vlm.store import files, tables
 from csr_vlm.store.lock import lock_directory
@@ -261,6 +261,24 @@ def test_a_link_that_appears_after_the_check_is_not_followed(tmp_path, monkeypat
         ("Authorization: Bearer abc.def-123456", "Authorization: Bearer (redacted)"),
         ("sk-" + "x" * 20, "(redacted)"),
         ("AKIA" + "A" * 16, "(redacted)"),
+        *(
+            (f"x_{token} y", "x_(redacted) y")
+            for token in ("ASIA" + "B" * 16, "npm_" + "a1" * 18, "sk_live_" + "a1" * 10)
+        ),
+        ("wandb_v1_" + "aB3_" * 9, "(redacted)"),
+        (
+            "https://b.s3.amazonaws.com/k?X-Amz-Signature=0a1b2c3d&X-Amz-Date=2026",
+            "https://b.s3.amazonaws.com/k?X-Amz-Signature=(redacted)&X-Amz-Date=2026",
+        ),
+        (
+            "https://a.blob.core.windows.net/c?sv=2024&sig=ab%2Fcd%3D&se=1",
+            "https://a.blob.core.windows.net/c?sv=2024&sig=(redacted)&se=1",
+        ),
+        ("--hub-token abcdef123 --seed 1234567", "--hub-token (redacted) --seed 1234567"),
+        ('"hubToken": "abcdef123", "accountKey=abcdef12"', '"hubToken": "(redacted)", "accountKey=(redacted)"'),
+        ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic (redacted)"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nabc\ndef\n-----END RSA PRIVATE KEY-----\nrest", "(redacted)\nrest"),
+        ("tokenizer=LlamaTokenizerFast key=validation signature: forward", None),
         ("pad_token: <|endoftext|>\nimage_token: 151655\neos_token: null", None),
         ("max_tokens=100000, num_tokens: 1234567, user@example.org", None),
     ],
@@ -273,8 +291,34 @@ def test_values_of_secret_environment_variables_are_redacted(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "plain words")
     monkeypatch.setenv("HF_TOKEN", "short")
     assert redact("it said plain words, in short") == "it said (redacted), in short"
+    monkeypatch.setenv("SMTP_PASS", "one word more")
+    monkeypatch.setenv("GOOGLE_KEY", str(Path(__file__)))
+    assert redact(f"one word more in {__file__}") == f"(redacted) in {__file__}"
     monkeypatch.setenv("VLLM_API_KEY", "one&two<three")
     assert redact("a page says one&amp;two&lt;three") == "a page says (redacted)"
+
+
+@pytest.mark.parametrize(
+    "name", ["mlflow_tracking_token", "github_token", "GOOGLE_API_KEY", "ssh_passphrase", "id_token"]
+)
+def test_names_of_secrets(name):
+    assert is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf_tokenizer",
+        "pad_token",
+        "image_token_id",
+        "max_new_tokens",
+        "num_user_tokens",
+        "key",
+        "eos_token",
+    ],
+)
+def test_names_that_are_no_secrets(name):
+    assert not is_secret_name(name)
 
 
 @pytest.mark.parametrize("override", ["training.trl.hub_token=abc", f"training.trl.push_to_hub_token={TOKEN}"])
