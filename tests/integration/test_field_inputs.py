@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -246,12 +247,21 @@ def without_weights(folder: Path) -> str:
     return str(copy)
 
 
+def broken_engine(folder: Path) -> list[str]:
+    """Install a vLLM that was built for another machine, until the test ends."""
+    (folder / "site" / "vllm").mkdir(parents=True)
+    (folder / "site" / "vllm" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open it')")
+    sys.path.insert(0, str(folder / "site"))
+    return ["generation.engine=vllm"]
+
+
 STARTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "model": (lambda folder: ["model.path=./nowhere"], "there is no such directory"),
     "weights": (lambda folder: [f"model.path={without_weights(folder)}"], "cannot be loaded"),
     "adapter": (lambda folder: [f"model.adapter={folder}"], "there is no adapter"),
     "scorer": (lambda folder: ["scorer.path=./nowhere"], "the scorer ./nowhere cannot be loaded"),
     "tracker": (lambda folder: ["training.trl.report_to=[nothing]"], "is not a valid tracker"),
+    "broken engine": (broken_engine, "vllm is installed but cannot be imported: libcudart.so.13: cannot open"),
     "engine": (lambda folder: ["generation.engine=vllm"], "vllm is not installed"),
     "server": (lambda folder: ["generation.engine=server", "generation.server=http://127.0.0.1:9"], "no response from"),
     "prompts": (lambda folder: [f"data.prompts={folder / 'none.jsonl'}"], "cannot be opened"),
@@ -260,7 +270,10 @@ STARTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 
 
 @pytest.mark.parametrize("kind", STARTS)
-def test_a_failed_start_leaves_nothing_behind_and_is_found_by_check(tmp_path: Path, kind: str) -> None:
+def test_a_failed_start_leaves_nothing_behind_and_is_found_by_check(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "runs" / "new"
     recipe.write_text(yaml.safe_dump(small_config(tmp_path, iterations=1).dump()))
     make, message = STARTS[kind]

@@ -167,6 +167,6 @@ def test_four_bits_need_a_gpu_and_bitsandbytes(tmp_path: Path, monkeypatch: pyte
         loading.load_base(config.model)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    monkeypatch.setattr(loading, "is_installed", lambda _: False)
     with pytest.raises(CsrError, match="bitsandbytes"):
         loading.load_base(config.model.model_copy(update={"device": "cuda"}))

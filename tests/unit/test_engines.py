@@ -120,7 +120,7 @@ def test_the_maximum_lora_rank_fits_the_adapter(tmp_path: Path, rank: int, allow
 def test_a_missing_vllm_has_a_hint_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     config = GenerationConfig(engine="vllm")
-    with pytest.raises(CsrError, match="needs vLLM") as caught, vllm_engine(LLAVA, config, None):
+    with pytest.raises(CsrError, match="vllm is not installed") as caught, vllm_engine(LLAVA, config, None):
         pass
     assert "pip install 'vllm>=" in caught.value.hint
 

@@ -64,3 +64,10 @@ def test_a_cached_model_is_used_without_asking_the_hub_again(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", [".", "./nowhere", "/nowhere", "a/b/c", "~/x"])
 def test_a_path_is_no_hub_id(name: str) -> None:
     hub.require_on_disk_or_reachable("model.path", name)
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "nowhere.jsonl", "*.tar", __file__])
+def test_a_source_that_cannot_be_read_is_found_before_anything_is_opened(path: str) -> None:
+    settings = {"model": {"path": "."}, "scorer": {"path": "."}, "data": {"prompts": path}}
+    with pytest.raises(CsrError, match=r"there is no file|cannot be opened|no file matches|unknown format"):
+        require_sources(resolve(settings))

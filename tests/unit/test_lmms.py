@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from importlib import metadata, util
+from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +21,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("OPENAI_API_KEY", "AZURE_API_KEY", "API_TYPE", "MODEL_VERSION"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(metadata, "version", lambda name: "0.7.3")
-    monkeypatch.setattr(util, "find_spec", lambda name: object())
+    monkeypatch.setattr(lmms, "is_installed", lambda name: True)
 
 
 def results(task: str, numbers: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def test_untrustworthy_and_unknown_tasks_are_refused(name, message):
 
 
 def test_a_missing_lmms_eval_is_reported(monkeypatch):
-    monkeypatch.setattr(lmms.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(lmms, "is_installed", lambda name: False)
     with pytest.raises(CsrError, match="not installed"):
         select_benchmarks(["gqa"], None)
 

@@ -111,7 +111,7 @@ def test_vllm_is_chosen_where_it_is_installed_and_supports_the_run(
     images: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert proposed(images).config.generation.engine == "transformers"
-    monkeypatch.setattr(recipe_proposal, "find_spec", lambda _name: object())
+    monkeypatch.setattr(recipe_proposal, "is_installed", lambda _name: True)
     assert proposed(images).config.generation.engine == "vllm"
     assert proposed(images, gpu="24gb").config.generation.engine == "transformers"  # quantized
     assert proposed(images, engine="transformers").config.generation.engine == "transformers"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from csr_vlm.cli import console
 from csr_vlm.cli.arguments import RunArgument, complete_run
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.installing import install_command
+from csr_vlm.core.installing import install_command, is_installed
 from csr_vlm.store.run import Run
 
 
@@ -36,7 +35,7 @@ def try_page(
 
     Example: csr try runs/d0 --open
     """
-    if find_spec("gradio") is None:
+    if not is_installed("gradio"):
         raise CsrError("csr try needs Gradio", f"{install_command('app')}; csr chat does the same in the terminal")
     runs = [Run.open(path) for path in (target, other) if path is not None]
     console.quiet_libraries()

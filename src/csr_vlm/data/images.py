@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import IO
@@ -17,6 +16,7 @@ from typing import IO
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.installing import is_installed
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.image_metadata import without_metadata
 from csr_vlm.store.files import open_regular, sha256_of
@@ -169,7 +169,7 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 @cache
 def _has_heif_plugin() -> bool:
     """Register Pillow's HEIF plugin if it is installed."""
-    if find_spec("pillow_heif") is None:
+    if not is_installed("pillow_heif"):
         return False
     import pillow_heif
 

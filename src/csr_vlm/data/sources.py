@@ -114,6 +114,17 @@ def open_source(path: str, format_name: str, split: str, image_root: str | None)
         )
 
 
+def require_source(path: str, format_name: str) -> None:
+    """Verify in an instant that the first file of a source exists and has a known format; folders are not listed.
+
+    Raises:
+        CsrError: It does not, or has not.
+    """
+    first = _expand(path)[0]
+    if format_name == "auto" and not os.path.isdir(first):  # noqa: PTH112 - Path.is_dir raises on some names
+        detect_format(first)
+
+
 def is_local(path: str) -> bool:
     """Return whether everything that a path, a glob or a range refers to is on this disk, not on the hub."""
     try:

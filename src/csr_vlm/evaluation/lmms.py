@@ -19,12 +19,12 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.installing import install_command
+from csr_vlm.core.installing import install_command, is_installed
 from csr_vlm.evaluation.statistics import Metric, Tally, ratio
 from csr_vlm.store.files import sha256_of
 
@@ -150,7 +150,7 @@ def select_benchmarks(names: Sequence[str], include: Path | None) -> dict[str, L
         selected[name] = BENCHMARKS.get(name) or LmmsBenchmark(name, "", ())
         if selected[name].judged:
             _require_judge(name)
-    if util.find_spec("lmms_eval") is None:
+    if not is_installed("lmms_eval"):
         raise CsrError("lmms-eval is not installed", install_command("eval"))
     return selected
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from csr_vlm.config.schema import GenerationConfig, ModelConfig
 from csr_vlm.core.errors import CsrError, PromptError
-from csr_vlm.core.installing import install_command
+from csr_vlm.core.installing import install_command, require_import
 from csr_vlm.core.records import Prompt
 from csr_vlm.generation.streaming import TokenChunk, TokenRequest
 from csr_vlm.models.devices import resolve_device, resolve_dtype
@@ -120,6 +120,20 @@ class PromptImages:
         self._loaded.pop(prompt_id, None)
 
 
+def require_vllm(model: ModelConfig, generation: GenerationConfig) -> None:
+    """Verify that vLLM can be imported and accepts the options of ``generation.vllm``.
+
+    Raises:
+        CsrError: It cannot, or does not.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    require_import("generation.engine=vllm", "vllm", install_command("vllm"))
+    from vllm import EngineArgs
+
+    engine_arguments(model, generation, None, [field.name for field in dataclasses.fields(EngineArgs)])
+
+
 @contextmanager
 def vllm_engine(
     model: ModelConfig,
@@ -136,13 +150,10 @@ def vllm_engine(
     Raises:
         CsrError: vLLM is not installed, an option is not valid, or vLLM does not start.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        from vllm import EngineArgs, LLMEngine
-        from vllm.distributed import cleanup_dist_env_and_memory
-    except ImportError as error:
-        raise CsrError(f"generation.engine=vllm needs vLLM: {_reason(error)}", install_command("vllm")) from None
+    require_vllm(model, generation)
+    from vllm import EngineArgs, LLMEngine
+    from vllm.distributed import cleanup_dist_env_and_memory
+
     valid_options = [field.name for field in dataclasses.fields(EngineArgs)]
     arguments = engine_arguments(model, generation, adapter, valid_options, image_options)
     engine = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import (
 from csr_vlm.config.schema import ModelConfig
 from csr_vlm.core.errors import CsrError, reason_of
 from csr_vlm.core.hub import require_on_disk_or_reachable
-from csr_vlm.core.installing import install_command
+from csr_vlm.core.installing import install_command, is_installed
 from csr_vlm.models.checkpoints import file_tensors
 from csr_vlm.models.devices import resolve_device, resolve_dtype
 from csr_vlm.models.encoding import MAX_IMAGE_PIXELS, PromptEncoder
@@ -175,7 +174,7 @@ def _nf4_options(device: str, dtype: torch.dtype) -> dict[str, Any]:
     """
     if not device.startswith("cuda"):
         raise CsrError("model.quantization=nf4 needs a CUDA device", "leave it out, or run on a GPU")
-    if find_spec("bitsandbytes") is None:
+    if not is_installed("bitsandbytes"):
         raise CsrError("model.quantization=nf4 needs bitsandbytes", "pip install bitsandbytes")
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,

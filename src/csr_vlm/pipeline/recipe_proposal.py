@@ -10,7 +10,6 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import yaml
@@ -18,7 +17,7 @@ import yaml
 from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import ModelConfig, RunConfig, presets, size_class
 from csr_vlm.core.errors import CsrError, suggestion
-from csr_vlm.core.installing import install_command
+from csr_vlm.core.installing import install_command, is_installed
 from csr_vlm.data.sources import detect_format
 from csr_vlm.models.architecture import Architecture, local_directory, read_architecture
 from csr_vlm.models.devices import resolve_device
@@ -298,7 +297,7 @@ def _training(facts: ModelFacts, settings: Sequence[Setting], wishes: Wishes) ->
 
 def _generation(wishes: Wishes, facts: ModelFacts, settings: Sequence[Setting], notes: list[str]) -> Iterator[Setting]:
     is_quantized = any(setting.key == "model.quantization" for setting in settings)
-    has_vllm = find_spec("vllm") is not None
+    has_vllm = is_installed("vllm")
     engine = wishes.engine
     if engine is None and has_vllm and wishes.gpu_gb is not None and not is_quantized:
         engine = "vllm"

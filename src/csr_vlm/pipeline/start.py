@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
-from csr_vlm.config.schema import GenerationConfig, RunConfig
+from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.hub import require_on_disk_or_reachable, require_reachable
-from csr_vlm.core.installing import install_command
+from csr_vlm.core.installing import require_import
 from csr_vlm.core.memory import free_memory
 from csr_vlm.data.checking import ModelCheck
-from csr_vlm.data.sources import is_hub_id
+from csr_vlm.data.sources import is_hub_id, require_source
 
 
 def require_start(config: RunConfig, log: Callable[[str], None]) -> ModelCheck:
@@ -51,7 +50,7 @@ def require_libraries(config: RunConfig, *, offline: bool = False) -> None:
     check_arguments(config.training)
     if not offline:
         require_trackers(config)
-        require_engine(config.generation)
+        require_engine(config)
 
 
 def require_trackers(config: RunConfig) -> None:
@@ -61,27 +60,28 @@ def require_trackers(config: RunConfig) -> None:
         CsrError: A tracker is not supported, or its package is not installed.
     """
     for name in config.tracking.to:
-        if find_spec(name) is None:
-            raise CsrError(f"tracking.to: {name} is not installed", f"pip install {name}")
+        require_import("tracking.to", name, f"pip install {name}")
     if "report_to" in config.training.trl:
         from csr_vlm.training.reporting import require_services
 
         require_services(config.training.trl["report_to"])
 
 
-def require_engine(config: GenerationConfig) -> None:
+def require_engine(config: RunConfig) -> None:
     """Verify that the engine is installed, or that the vLLM server responds.
 
     Raises:
-        CsrError: It is not, or does not.
+        CsrError: It cannot be imported, or does not respond.
     """
-    if config.engine == "vllm" and find_spec("vllm") is None:
-        raise CsrError("generation.engine=vllm: vllm is not installed", install_command("vllm"))
-    if config.engine == "server":
+    if config.generation.engine == "vllm":
+        from csr_vlm.generation.vllm import require_vllm
+
+        require_vllm(config.model, config.generation)
+    if config.generation.engine == "server":
         from csr_vlm.generation.vllm_server import require_server
 
-        assert config.server is not None
-        require_server(config.server)
+        assert config.generation.server is not None
+        require_server(config.generation.server)
 
 
 def require_sources(config: RunConfig) -> None:
@@ -95,6 +95,7 @@ def require_sources(config: RunConfig) -> None:
         if ":" not in scorer.path:
             require_on_disk_or_reachable("scorer.path", scorer.path, scorer.revision)
     for source in config.data.all_sources:
+        require_source(source, "auto" if source == config.data.pairs else config.data.format)
         if is_hub_id(source):
             require_reachable("data.pairs" if source == config.data.pairs else "data.prompts", source)
 
