@@ -231,6 +231,7 @@ def test_a_symbolic_link_in_place_of_the_lock_is_not_followed(run, tmp_path, tar
     target = tmp_path / "precious"
     if target_exists:
         target.write_text("content")
+    (run.root / ".lock").unlink()
     (run.root / ".lock").symlink_to(target)
     with pytest.raises(CsrError, match="is a symbolic link"), run.locked():
         pytest.fail("the lock followed the link")

@@ -249,6 +249,23 @@ def test_a_link_that_appears_after_the_check_is_not_followed(tmp_path, monkeypat
     assert (tmp_path / "precious").read_text() == "content"
 
 
+def test_a_second_command_leaves_the_configuration_of_a_working_run(tmp_path):
+    run = Run.create(tmp_path / "new", resolve(REQUIRED))
+    before = (run.root / "config.yaml").read_bytes()
+    with run.locked(), pytest.raises(CsrError, match="in use by another process"):
+        Run.create(run.root, resolve(REQUIRED | {"seed": 7}))
+    assert (run.root / "config.yaml").read_bytes() == before
+    assert Run.create(run.root, resolve(REQUIRED | {"seed": 7})).config.seed == 7, "nothing was finished"
+
+
+def test_a_link_in_place_of_a_temporary_file_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("content")
+    files._temporary(tmp_path / "new.json").symlink_to(tmp_path / "precious")
+    files.write_json(tmp_path / "new.json", 1)
+    assert (tmp_path / "precious").read_text() == "content"
+    assert (tmp_path / "new.json").read_text() == "1\n"
+
+
 # Secrets
 
 

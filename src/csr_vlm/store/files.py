@@ -43,6 +43,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     try:
         with disk_errors(path, temporary):
             _make_directory(path.parent)
+            temporary.unlink(missing_ok=True)  # a link that waits there would be followed
             write(temporary)
             _sync(temporary)
             temporary.replace(path)

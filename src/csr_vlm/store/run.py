@@ -71,14 +71,17 @@ class Run:
         If a new run fails under its lock (:meth:`locked`) before it finishes a stage, its directory is deleted.
 
         Raises:
-            CsrError: The directory holds a run with other settings that has finished a stage.
+            CsrError: The directory holds a run with other settings that has finished a stage, or is in use.
         """
         run = cls.planned(root, config)
         new_directories = None
         if not root.exists() or not any(root.iterdir()):
             new_directories = tuple(path for path in (root, *root.parents) if not path.exists())
         text = yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True)
-        files.write_checksummed_text(root / "config.yaml", text)
+        with files.disk_errors(root):
+            root.mkdir(parents=True, exist_ok=True)
+        with lock_directory(root):  # never replace the configuration of a run that is working
+            files.write_checksummed_text(root / "config.yaml", text)
         return replace(run, new_directories=new_directories)
 
     @classmethod
