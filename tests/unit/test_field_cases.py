@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from csr_vlm.config.schema import DataConfig
+from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.external_pairs import TextPair, read_text_pairs
 from csr_vlm.data.images import load_image
 from csr_vlm.data.prompts import InputReport, read_prompts
-from csr_vlm.evaluation.answers import read_evaluation_prompts
+from csr_vlm.evaluation.answers import read_captions, read_evaluation_prompts
 from csr_vlm.evaluation.pope import read_answers, read_questions
 
 FIELD = Path(__file__).parents[1] / "data" / "field"
@@ -107,6 +108,53 @@ def test_a_byte_order_mark_in_evaluation_files_is_ignored() -> None:
     folder = FIELD / "14-bom-in-evaluation-files"
     assert [question.text for question in read_questions(folder / "q.json").questions] == ["Is there a boat?"]
     assert list(read_answers(folder / "a.jsonl")) == ["1"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question_id": 1.0, "image": {"path": "a.jpg"}, "question": "<image>Is there a boat?", "label": "Yes"},
+        {"question_id": "1", "images": ["a.jpg"], "text": "Is there a boat?", "answer": "yes"},
+    ],
+)
+def test_benchmark_questions_are_read_as_prompts_are(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    (question,) = read_questions(tmp_path / "q.jsonl").questions
+    assert (question.question_id, question.image, question.text, question.label) == (
+        "1",
+        "a.jpg",
+        "Is there a boat?",
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "missing"),
+    [
+        ({"id": 1, "text": "x?", "label": "yes"}, "question_id is missing"),
+        ({"question_id": 1, "text": "x?", "gt": "yes"}, "label is missing, or neither yes nor no"),
+        ({"question_id": 1, "caption": "x?", "label": "no"}, "text is missing"),
+    ],
+)
+def test_a_benchmark_question_names_its_row_and_keys(tmp_path: Path, row: dict[str, Any], missing: str) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    with pytest.raises(CsrError, match=f"row 1: {missing}") as error:
+        read_questions(tmp_path / "q.jsonl")
+    assert error.value.hint.endswith(f"the row has {', '.join(row)}")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image_id": 42.0},
+        {"image_id": 42},
+        {"image": "COCO_val2014_000000000042.jpg"},
+        {"file_name": "x\\000000000042.jpg"},
+    ],
+)
+def test_captions_name_their_image_as_prompts_do(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps({**row, "caption": "A boat."}))
+    assert [caption.image_id for caption in read_captions(tmp_path / "c.jsonl")] == [42]
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,8 @@ def test_answers_are_matched_with_their_questions(tmp_path):
         ("{", "not in JSON Lines format"),
         ("1", "is not a JSON object"),
         ("", "contains no questions"),
-        ('{"question_id": 1, "text": "?", "label": "maybe"}', "label other than yes or no"),
-        ('{"question_id": 1, "label": "yes"}', "has no 'text'"),
+        ('{"question_id": 1, "text": "?", "label": "maybe"}', "label is missing, or neither yes nor no"),
+        ('{"question_id": 1, "label": "yes"}', "text is missing"),
         ('{"question_id": 1, "text": "?", "label": "yes"}\n' * 2, "occurs twice"),
     ],
 )
@@ -138,8 +138,8 @@ def test_bad_questions_are_refused(tmp_path, text, complaint):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ('{"question_id": 1}', "lacks question_id or answer"),
-        ('{"answer": "a"}', "lacks question_id or answer"),
+        ('{"question_id": 1}', "question_id or answer is missing"),
+        ('{"answer": "a"}', "question_id or answer is missing"),
         ('{"question_id": 1, "answer": "a"}\n' * 2, "answered twice"),
     ],
 )

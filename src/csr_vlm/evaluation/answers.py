@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Finish, Prompt
 from csr_vlm.data.checking import ModelCheck
 from csr_vlm.data.prompts import InputReport, read_prompt_rows
-from csr_vlm.data.rows import Row, row_image
+from csr_vlm.data.rows import BadRow, Row, row_image
 from csr_vlm.evaluation.chair import Caption
 from csr_vlm.evaluation.pope import read_rows
 from csr_vlm.store import files
@@ -199,6 +199,20 @@ def generation_settings(protocols: Sequence[dict[str, Any] | None]) -> dict[str,
     return {name: values[0] if values.count(values[0]) == len(values) else values for name, values in columns.items()}
 
 
+def _captioned_image(row: Mapping[str, Any]) -> int | str | None:
+    """Return the ``image_id`` of a caption, which a table may hold as a float, or the id in the image's name."""
+    given = row.get("image_id")
+    if isinstance(given, float) and given.is_integer():
+        return int(given)
+    if isinstance(given, int | str) and given != "":
+        return given
+    try:
+        name = row_image(row)
+    except BadRow:
+        return None
+    return image_id_of(name.replace("\\", "/")) if isinstance(name, str) else None
+
+
 def read_captions(path: Path) -> list[Caption]:
     """Read captions from JSON lines with ``image_id``, ``caption`` and optionally ``id`` (default: ``image_id``).
 
@@ -207,9 +221,13 @@ def read_captions(path: Path) -> list[Caption]:
     """
     captions = []
     for number, row in enumerate(read_rows(path), start=1):
-        image_id, text = row.get("image_id"), row.get("caption")
-        if not isinstance(image_id, int | str) or not isinstance(text, str):
-            raise CsrError(f"{path}, row {number}: image_id or caption is missing", f"write rows {_CAPTION_EXAMPLE}")
+        image_id, text = _captioned_image(row), row.get("caption")
+        if image_id is None or not isinstance(text, str):
+            found = ", ".join(map(str, row))[:200]
+            raise CsrError(
+                f"{path}, row {number}: image_id or caption is missing",
+                f"write rows {_CAPTION_EXAMPLE}; the row has {found}",
+            )
         captions.append(Caption(row.get("id", image_id), image_id, text))
     if not captions:
         raise CsrError(f"{path} contains no captions", f"write one row per caption, {_CAPTION_EXAMPLE}")

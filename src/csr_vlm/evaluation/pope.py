@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.data.rows import BadRow, row_id_of, row_image
+from csr_vlm.data.rows import BadRow, first_field, is_present, row_id_of, row_image, row_text
 from csr_vlm.evaluation.statistics import Metric, Tally, pooled, share_of_sums
 from csr_vlm.evaluation.words import letters
-from csr_vlm.store.files import digest
+from csr_vlm.store.files import digest, open_regular
 
 SETTINGS = ("random", "popular", "adversarial")
 _NEGATIONS = frozenset("not none nothing never neither nor cannot without nope".split())
@@ -251,22 +251,7 @@ def read_questions(path: Path, setting: str | None = None) -> QuestionFile:
     Raises:
         CsrError: A line is not a valid question, or an id occurs twice.
     """
-    rows = read_rows(path)
-    try:
-        questions = tuple(
-            Question(
-                question_id=row_id_of({"question_id": row["question_id"]}),
-                image=_image_name(row),
-                text=str(row["question"] if "question" in row and "text" not in row else row["text"]),
-                label=_LABELS[str(row["label"]).strip().lower()],
-            )
-            for row in rows
-        )
-    except (KeyError, BadRow) as error:
-        raise CsrError(
-            f"{path}: a question has no {error}, or a label other than yes or no",
-            "write question_id, image, text and label in each line",
-        ) from None
+    questions = tuple(_question(row, f"{path}, row {number}") for number, row in enumerate(read_rows(path), start=1))
     if not questions:
         raise CsrError(f"{path} contains no questions", "pass a POPE question file")
     ids = [question.question_id for question in questions]
@@ -275,6 +260,27 @@ def read_questions(path: Path, setting: str | None = None) -> QuestionFile:
     content = digest([[q.question_id, q.image, q.text, q.label] for q in questions])
     setting = setting or next((name for name in SETTINGS if name in path.stem.lower()), path.stem)
     return QuestionFile(setting, _describe_file(content, setting, len(questions)), questions, content)
+
+
+def _question(row: Mapping[str, Any], position: str) -> Question:
+    """Read a question; lmms-eval's label is called answer.
+
+    Raises:
+        CsrError: Its id, text or label is missing.
+    """
+    hint = f"write question_id, image, text and label in each line; the row has {', '.join(map(str, row))[:200]}"
+    label = _LABELS.get(str(first_field(row, ("label", "answer"))).strip().lower())
+    if not is_present(row.get("question_id")):
+        raise CsrError(f"{position}: question_id is missing", hint)
+    if label is None:
+        raise CsrError(f"{position}: label is missing, or neither yes nor no", hint)
+    try:
+        question_id, text = row_id_of({"question_id": row["question_id"]}), row_text(row)
+    except BadRow as error:
+        raise CsrError(f"{position}: {error}", hint) from None
+    if not text:
+        raise CsrError(f"{position}: text is missing", hint)
+    return Question(question_id, _image_name(row), text, label)
 
 
 def _image_name(row: Mapping[str, Any]) -> str:
@@ -311,7 +317,7 @@ def read_answers(path: Path) -> dict[str, str]:
         CsrError: A line lacks one of these, or an id occurs twice.
     """
     answers: dict[str, str] = {}
-    for row in read_rows(path):
+    for number, row in enumerate(read_rows(path), start=1):
         answer = row.get("answer", row.get("text"))
         try:
             key = row_id_of({"question_id": row.get("question_id")})
@@ -319,7 +325,8 @@ def read_answers(path: Path) -> dict[str, str]:
             key = ""
         if not key or not isinstance(answer, str):
             raise CsrError(
-                f"{path}: a line lacks question_id or answer", 'write rows such as {"question_id": 1, "answer": "Yes"}'
+                f"{path}, row {number}: question_id or answer is missing",
+                'write rows such as {"question_id": 1, "answer": "Yes"}',
             )
         if key in answers:
             raise CsrError(f"{path}: question {key} is answered twice", "keep one answer per question")
@@ -379,7 +386,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         CsrError: The file cannot be read, or a row is not a JSON object.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file:
+            text = file.read().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CsrError(f"{path} cannot be read: {error}", "pass a file of JSON lines in UTF-8") from None
     try:
