@@ -68,14 +68,14 @@ def _insert_markup(run: Run) -> None:
         ]
         tables.write_nodes(part, nodes)
     path = run.evaluation_path(1, "world")
-    document = files.read_json(path)
+    document = files.read_checksummed(path)
     for row in document["rows"]:
         row["text"] += MARKUP
         row["sentences"] = [[f"{text} {MARKUP}", relevance] for text, relevance in row["sentences"]]
     hallucinating = next(row for row in document["rows"] if row["hallucinated"])
     clean = next(row for row in document["rows"] if not row["hallucinated"])
     hallucinating["hallucinated"], clean["hallucinated"] = [], ["fish"]
-    files.write_json(path, document)
+    files.write_checksummed(path, document)
     for stage in ("generate", "pairs"):  # the files were changed on purpose: no checksums, as in version 0.1
         marker = run.iteration(1) / "done" / f"{stage}.json"
         result = files.read_json(marker)

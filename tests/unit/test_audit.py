@@ -256,7 +256,7 @@ def test_the_most_severe_verdict_decides(verdicts):
 
 def test_checks_are_dumped_as_plain_data():
     kept = audit.dump([Check("unfinished_gain", 0.5, Verdict.STOP, "why")])
-    assert kept == [{"metric": "unfinished_gain", "value": 0.5, "verdict": "stop", "reason": "why"}]
+    assert kept == [{"metric": "unfinished_gain", "value": 0.5, "verdict": "stop", "reason": "why", "n": None}]
     assert type(kept[0]["verdict"]) is str
 
 

@@ -32,7 +32,7 @@ def audit(
     number = iteration or last_generated(run)
     config = load_config(None, overrides or (), base=run.config.dump())
     metrics = gates.pair_metrics(run, number, config, console.reporter())
-    checks = quality.pair_checks(metrics, {} if overrides else gates.first_pair_metrics(run, number))
+    checks = gates.pair_checks(run, metrics, {} if overrides else gates.first_pair_metrics(run, number))
     if not overrides and run.is_done(number, "evaluate"):
         response_metrics, response_checks = gates.response_checks(run, number)
         metrics |= response_metrics
@@ -43,14 +43,26 @@ def audit(
             {"iteration": number, "verdict": verdict.value, "metrics": metrics, "checks": quality.dump(checks)}
         )
     else:
-        verdicts = {check.metric: check.verdict.value for check in checks}
+        verdicts = {check.metric: quality.shown_verdict(check.verdict.value, check.n) for check in checks}
+        numbers = {check.metric: str(check.n) for check in checks if check.n is not None}
+        num_few = list(verdicts.values()).count(quality.TOO_FEW)
         bounds = {name: str(bound) for name, bound in {**quality.PAIR_BOUNDS, **quality.RESPONSE_BOUNDS}.items()}
         rows = [
-            [metric, f"{value:.3f}", verdicts.get(metric, ""), bounds.get(metric, "") if metric in verdicts else ""]
+            [
+                metric,
+                f"{value:.3f}",
+                numbers.get(metric, ""),
+                verdicts.get(metric, ""),
+                bounds.get(metric, "") if metric in verdicts else "",
+            ]
             for metric, value in metrics.items()
         ]
-        rows += [[check.metric, "-", check.verdict.value, ""] for check in checks if check.value is None]
-        console.print_table(f"iteration {number}: {verdict.value}", ["metric", "value", "verdict", "bounds"], rows)
+        undefined = [check for check in checks if check.value is None]
+        rows += [[check.metric, "-", numbers.get(check.metric, ""), check.verdict.value, ""] for check in undefined]
+        title = f"iteration {number}: {verdict.value}"
+        if num_few:
+            title += f"; {num_few} of {len(checks)} checks had fewer than {quality.FEWEST} cases, which is too few"
+        console.print_table(title, ["metric", "value", "n", "verdict", "bounds"], rows)
         for check in checks:
             if check.reason:
                 print(f"{check.verdict.value}: {check.reason}")

@@ -18,8 +18,8 @@ from csr_vlm.core.records import Prompt
 from csr_vlm.store.run import Run
 
 if TYPE_CHECKING:
+    from csr_vlm.method.claim_places import Mark
     from csr_vlm.playground.answering import Sampling
-    from csr_vlm.playground.evidence import Mark
     from csr_vlm.playground.session import Playground
 
 _HELP = """\

@@ -47,6 +47,23 @@ class Check:
     verdict: Verdict
     reason: str
     """Why the metric warns or stops; empty for ``go``."""
+    n: int | None = None
+    """Number of pairs, prompts or responses that the metric is the mean of; None if it was not recorded."""
+
+
+def shown_verdict(verdict: str, n: int | None) -> str:
+    """Return a verdict as people read it: passing on a handful of cases says nothing.
+
+    Example:
+        >>> shown_verdict("go", 2), shown_verdict("go", 20), shown_verdict("warn", 2)
+        ('too few', 'go', 'warn')
+    """
+    return TOO_FEW if verdict == Verdict.GO and n is not None and n < FEWEST else verdict
+
+
+TOO_FEW = "too few"
+FEWEST = 8
+"""Number of cases below which a check that passes is not called ``go``, and one that fails stops no run."""
 
 
 @dataclass(frozen=True)

@@ -164,17 +164,37 @@ def _claim_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> 
     zero = (1 - method.lambda_) * fmean(text) if text else 0.0
     rewards = {}
     for node, r_t in zip(sentences, text, strict=True):
-        before = {thing_of(claim) for earlier in path_ids(node.node_id)[:-1] for claim in by_id[earlier].claims}
-        lowest: dict[str, float] = {}
-        for claim in node.claims:
-            lowest[thing_of(claim)] = min(lowest.get(thing_of(claim), math.inf), evidence[claim])
-        added = [_bounded(e, config) for thing, e in lowest.items() if thing not in before]
-        worth = sum(e if e >= 0 else config.false_cost * e for e in added)
+        claims = new_claims(node, by_id, evidence)
+        added = [_bounded(evidence[claim], config) for claim in claims]
+        worth = sum(worth_of(evidence[claim], config) for claim in claims)
         repeated = repeats_claims(node, by_id) or repeats_earlier(node, by_id)
         penalty = config.repeat_penalty * repeated
         total = method.lambda_ * worth + (1 - method.lambda_) * r_t - zero - penalty
         rewards[node.node_id] = SentenceReward(r_t, worth, total, repeated, min(added, default=0.0))
     return rewards
+
+
+def new_claims(node: Node, by_id: Mapping[str, Node], evidence: Mapping[str, float]) -> list[str]:
+    """List the claims that a node makes first on its path; a thing with a color counts with the lower evidence of both.
+
+    Args:
+        node: Node of a tree.
+        by_id: All nodes of the tree.
+        evidence: Evidence for each claim of the tree.
+    """
+    before = {thing_of(claim) for earlier in path_ids(node.node_id)[:-1] for claim in by_id[earlier].claims}
+    lowest: dict[str, str] = {}
+    for claim in node.claims:
+        thing = thing_of(claim)
+        if thing not in before and (thing not in lowest or evidence[claim] < evidence[lowest[thing]]):
+            lowest[thing] = claim
+    return list(lowest.values())
+
+
+def worth_of(evidence: float, config: RewardConfig) -> float:
+    """Return w(e) of a claim."""
+    bounded = _bounded(evidence, config)
+    return bounded if bounded >= 0 else config.false_cost * bounded
 
 
 def _bounded(evidence: float, config: RewardConfig) -> float:

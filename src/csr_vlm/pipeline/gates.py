@@ -24,9 +24,6 @@ from csr_vlm.method.pairs import make_pairs
 from csr_vlm.store import ledger
 from csr_vlm.store.run import Run
 
-_MIN_RESPONSES = 8
-"""With fewer held-out responses than this, the gate warns of a metric beyond its bound instead of stopping the run."""
-
 
 def audit(run: Run, iteration: int, reporter: Reporter) -> bool:
     """Check an iteration's pairs before training on them.
@@ -41,8 +38,15 @@ def audit(run: Run, iteration: int, reporter: Reporter) -> bool:
         return False  # offline pairs have no ledger
     if not run.is_done(iteration, "audit"):
         metrics = pair_metrics(run, iteration, run.config, reporter)
-        _record(run, iteration, "audit", metrics, quality.pair_checks(metrics, first_pair_metrics(run, iteration)))
+        _record(run, iteration, "audit", metrics, pair_checks(run, metrics, first_pair_metrics(run, iteration)))
     return _report_outcome(run, iteration, "audit", reporter)
+
+
+def pair_checks(run: Run, metrics: Mapping[str, float], first: Mapping[str, float]) -> list[quality.Check]:
+    """Check the metrics of pairs; each check knows how many pairs, or prompts, it is about."""
+    numbers = {"prompts_with_pairs": run.num_prompts}
+    num_pairs = int(metrics.get("pairs", 0))
+    return [replace(check, n=numbers.get(check.metric, num_pairs)) for check in quality.pair_checks(metrics, first)]
 
 
 def first_pair_metrics(run: Run, iteration: int) -> dict[str, float]:
@@ -71,7 +75,8 @@ def gate(run: Run, iteration: int, reporter: Reporter) -> bool:
     """
     if not run.is_done(iteration, "gate"):
         metrics, checks = response_checks(run, iteration)
-        if _num_heldout_responses(run) < _MIN_RESPONSES:
+        # With few responses, warn of a metric beyond its bound instead of stopping the run.
+        if _num_heldout_responses(run) < quality.FEWEST:
             beyond = {check.metric for check in checks if check.verdict is Verdict.STOP and check.value is not None}
             checks = [replace(check, verdict=Verdict.WARN) if check.metric in beyond else check for check in checks]
         against = 0 if run.config.evaluation.stop_against == "base" else iteration - 1
@@ -94,7 +99,10 @@ def response_checks(run: Run, iteration: int) -> tuple[dict[str, float], list[qu
         return {}, []
     log = run.result(iteration, "train")["log"] if run.is_done(iteration, "train") else []
     metrics = quality.response_metrics(base, policy, _chosen_change(run, log))
-    return metrics, quality.response_checks(metrics, base, policy)
+    numbers = {"chosen_drop": run.result(iteration, "train").get("num_pairs")} if log else {}
+    num_responses = _num_heldout_responses(run)
+    found = quality.response_checks(metrics, base, policy)
+    return metrics, [replace(check, n=numbers.get(check.metric, num_responses)) for check in found]
 
 
 def _values(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:

@@ -6,50 +6,17 @@ without self-consistency.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 
 from csr_vlm.config.schema import MethodConfig
 from csr_vlm.core.records import Prompt
-from csr_vlm.method.claim_evidence import Evidence, claim_key, thing_of, words_of
+from csr_vlm.method.claim_evidence import Evidence, thing_of, words_of
+from csr_vlm.method.claim_places import Mark, claim_places
 from csr_vlm.method.claims import claim_finder
-from csr_vlm.method.lexicon import Claim
 from csr_vlm.method.sentences import SentenceRule
 from csr_vlm.scoring.claim_scorer import ClaimScorer
 from csr_vlm.scoring.scorer import ScorerGroup
-
-_CLEAR = 1.0
-"""Nats from which the evidence for or against a claim is clear."""
-
-
-class Level(StrEnum):
-    """Enumerate what the evidence says of a claim."""
-
-    SUPPORTED = "supported"
-    UNCLEAR = "unclear"
-    DOUBTED = "doubted"
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Hold a claim at its place in a text."""
-
-    start: int
-    end: int
-    thing: str
-    """Name of what is claimed, with its color if the text gives one."""
-    nats: float
-    """Evidence for it; negative against it."""
-
-    @property
-    def level(self) -> Level:
-        """Return what the evidence says: clearly for the claim, clearly against it, or neither."""
-        if abs(self.nats) < _CLEAR:
-            return Level.UNCLEAR
-        return Level.SUPPORTED if self.nats > 0 else Level.DOUBTED
 
 
 class ClaimMarker:
@@ -82,13 +49,10 @@ class ClaimMarker:
         position = 0
         for sentence in self._rule.cut(text):
             position = text.index(sentence, position)
-            for claim in self._finder.find(sentence):
-                places += (
-                    (position + match.start(), position + match.end(), claim_key(claim.name, claim.color))
-                    for match in _pattern(claim).finditer(sentence)
-                )
+            found = claim_places(sentence, self._finder.find(sentence))
+            places += ((position + start, position + end, key) for start, end, key in found)
             position += len(sentence)
-        return _without_overlaps(places)
+        return places
 
     def _evidence(self, prompt: Prompt, keys: Sequence[str]) -> dict[str, float]:
         """Return the evidence of each claim; a thing with its color has the lower of both.
@@ -104,20 +68,3 @@ class ClaimMarker:
         things = Counter(dict.fromkeys(map(thing_of, claims), 1))
         evidence = Evidence(dict(zip(claims, rows, strict=True)), things, self._used, self._reward)
         return {key: min(evidence.nats[key], evidence.nats[thing_of(key)]) for key in keys}
-
-
-def _pattern(claim: Claim) -> re.Pattern[str]:
-    """Compile a pattern of a claim's wording, with its color where that stands before it."""
-    wording = re.escape(claim.wording).replace(r"\ ", r"\s+").replace("'", "['’]")
-    color = rf"(?:{re.escape(claim.color)}\s+)?" if claim.color else ""
-    bounds = (r"(?<!\w)", r"(?!\w)") if claim.wording.isascii() else ("", "")
-    return re.compile(f"{bounds[0]}{color}{wording}{bounds[1]}", re.IGNORECASE)
-
-
-def _without_overlaps(places: Sequence[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
-    """Sort places and keep the longer of two that overlap."""
-    kept: list[tuple[int, int, str]] = []
-    for place in sorted(places, key=lambda place: (place[0], -place[1])):
-        if not kept or place[0] >= kept[-1][1]:
-            kept.append(place)
-    return kept

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from csr_vlm.playground.evidence import Level, Mark
+from csr_vlm.method.claim_places import Level, Mark
 
 _MEANINGS = {
     Level.SUPPORTED: "the scorer sees it",

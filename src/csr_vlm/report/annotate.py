@@ -26,6 +26,8 @@ class AnnotatedSentence:
     """R_I, 0 to 100; None if it was not measured."""
     in_both: bool = False
     """Whether the chosen and the rejected response both start with the sentences up to this one."""
+    reward: float | None = None
+    """R(s), where claims are marked instead of the relevance of the whole sentence."""
 
 
 @dataclass(frozen=True)

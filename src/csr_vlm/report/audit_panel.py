@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csr_vlm.core.formatting import UNKNOWN, fixed, signed
+from csr_vlm.method.audit import TOO_FEW, shown_verdict
 from csr_vlm.store.run import Run
 from csr_vlm.store.stage_names import GATES
 
@@ -40,7 +41,9 @@ class CheckCell:
 
     value: str
     verdict: str
-    """go, warn or stop; empty if the metric was not checked."""
+    """go, too few, warn or stop; empty if the metric was not checked."""
+    n: int | None = None
+    """Number of cases that the value is the mean of; None if it was not recorded."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class AuditPanel:
     groups: Sequence[tuple[str, Sequence[CheckRow]]]
     """(when the checks ran, checks)."""
     problems: Sequence[Problem]
+
+    @property
+    def num_few(self) -> int:
+        """Return the number of checks that passed on too few cases to tell."""
+        return sum(cell.verdict == TOO_FEW for _, rows in self.groups for row in rows for cell in row.cells)
 
 
 def audit_panel(run: Run) -> AuditPanel | None:
@@ -104,7 +112,8 @@ def _cell(metric: str, check: Mapping[str, Any] | None) -> CheckCell:
     if check is None:
         return CheckCell(UNKNOWN, "")
     write = fixed if metric in _UNSIGNED else signed
-    return CheckCell(write(check["value"], 2), check["verdict"])
+    n = check.get("n")
+    return CheckCell(write(check["value"], 2), shown_verdict(check["verdict"], n), n)
 
 
 def _problems(stage: str, number: int, result: Mapping[str, Any]) -> Iterator[Problem]:

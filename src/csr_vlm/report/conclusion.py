@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from csr_vlm.core.formatting import fixed, plural, relative_change, signed
@@ -56,6 +57,28 @@ def _conclude(run: Run, evaluation: Evaluation | None) -> Conclusion:
         name = "the base model" if evaluation.first == 0 else policy_name(evaluation.first)
         return Conclusion(f"Only {name} has been evaluated so far: {spec.label} is {value}.", "none", notes)
     return _conclude_hallucination(run, evaluation) if evaluation.truth_known else _conclude_relevance(run, evaluation)
+
+
+def subject(run: Run, evaluation: Evaluation | None) -> str:
+    """Say in one sentence what was trained on, and on what and by what it was measured."""
+    sources = " and ".join(map(_short, run.config.data.sources[:2]))
+    trained = f"Trained on preference pairs of the model's own responses about the pictures of {sources}"
+    if run.config.data.pairs is not None:
+        trained = f"Trained on the preference pairs of {_short(run.config.data.pairs)}"
+    if evaluation is None:
+        return f"{trained}; not measured."
+    protocol, n = evaluation.protocol, evaluation.metric(evaluation.last, evaluation.headline[0].key).n
+    if evaluation.name == "world":
+        what = f"{n:,} {protocol.get('split', 'test')} scenes of the toy world {protocol.get('world', '')}".rstrip()
+        return f"{trained}; measured on {what}, whose drawn pictures are known completely. This is a demonstration."
+    if evaluation.truth_known:
+        return f"{trained}; measured by CHAIR on captions of {plural(n, 'image')} with annotated objects."
+    return f"{trained}; measured by the scorer on {plural(n, 'held-out prompt')}, without knowing what the images show."
+
+
+def _short(source: str) -> str:
+    """Return the last two parts of a path."""
+    return "/".join(part for part in Path(source).parts[-2:] if part != "/")
 
 
 def _elapsed(run: Run, last: int) -> str:

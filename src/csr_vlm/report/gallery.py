@@ -17,6 +17,7 @@ from csr_vlm.report.annotate import AnnotatedSentence, ColorScale, annotate
 from csr_vlm.report.limits import Sample, shorten
 from csr_vlm.report.pictures import Picture, embed_picture
 from csr_vlm.report.search_tree import SearchTree, search_tree
+from csr_vlm.report.why import ClaimReasons, Why
 from csr_vlm.store import ledger
 from csr_vlm.store.run import Run
 
@@ -38,6 +39,8 @@ class ShownPair:
 
     chosen: PairResponse
     rejected: PairResponse
+    why: Why | None = None
+    """Claims and their evidence; None if the rewards are not by claim, or cannot be computed."""
 
     @property
     def margin(self) -> float:
@@ -81,6 +84,8 @@ class PairGallery:
     scale: ColorScale
     truth_known: bool
     has_trees: bool
+    by_claim: bool
+    """Whether claims are marked by their evidence, rather than sentences by their relevance."""
 
 
 def pair_gallery(run: Run, sample: Sample, truth_of: TruthOf = no_truth) -> PairGallery | None:
@@ -115,7 +120,8 @@ def pair_gallery(run: Run, sample: Sample, truth_of: TruthOf = no_truth) -> Pair
     scale = ColorScale.of(sentence for response in responses for sentence in response.sentences)
     truth_known = any(truth_of(card.prompt_id) is not None for card in cards)
     has_trees = any(item.tree is not None for item in shown)
-    return PairGallery(cards, iterations, len(prompt_ids), scale, truth_known, has_trees)
+    by_claim = any(pair.why is not None for item in shown for pair in item.pairs)
+    return PairGallery(cards, iterations, len(prompt_ids), scale, truth_known, has_trees, by_claim)
 
 
 def _prompt_ids(run: Run, iteration: int) -> list[str]:
@@ -141,12 +147,26 @@ def _iteration_pairs(
     known = truth_of(pairs[0].prompt.prompt_id)
     absent = known.absent if known is not None else frozenset()
     by_id = {node.node_id: node for node in nodes}
-    shown = []
+    reasons, shown = _claim_reasons(nodes, run), []
     for pair in pairs:
         num_in_both = _num_in_both(pair)
-        responses = (_response(run, side, by_id, absent, num_in_both) for side in (pair.chosen, pair.rejected))
-        shown.append(ShownPair(*responses))
+        sides = (pair.chosen, pair.rejected)
+        chosen, rejected = (_response(run, side, by_id, absent, num_in_both, reasons) for side in sides)
+        is_explained = reasons is not None and all(side.node_id in by_id for side in sides)
+        shown.append(ShownPair(chosen, rejected, reasons.pair(*sides) if reasons and is_explained else None))
     return IterationPairs(iteration, shown, search_tree(nodes, pairs, run.config) if nodes else None)
+
+
+def _claim_reasons(nodes: Sequence[Node], run: Run) -> ClaimReasons | None:
+    """Return the reasons of a tree; None if rewards are not by claim, or the ledger lacks nodes or scores."""
+    ids = {node.node_id for node in nodes}
+    is_whole = bool(nodes) and all(ids.issuperset(path_ids(node.node_id)) for node in nodes)
+    if run.config.method.reward.unit != "claim" or not is_whole:
+        return None
+    try:
+        return ClaimReasons(nodes, run.config)
+    except CsrError:
+        return None
 
 
 def _num_in_both(pair: Pair) -> int:
@@ -156,15 +176,26 @@ def _num_in_both(pair: Pair) -> int:
 
 
 def _response(
-    run: Run, response: Response, nodes: Mapping[str, Node], absent: Collection[str], num_in_both: int
+    run: Run,
+    response: Response,
+    nodes: Mapping[str, Node],
+    absent: Collection[str],
+    num_in_both: int,
+    reasons: ClaimReasons | None,
 ) -> PairResponse:
     ids = path_ids(response.node_id)
     path = [nodes[node_id] for node_id in ids if node_id in nodes]
     # Without the ledger, the text of the response is all there is.
     has_nodes = len(path) == len(ids)
-    rows = [(node.sentence, _relevance(run, node)) for node in path] if has_nodes else [(response.text, None)]
     ends_here = has_nodes and not path[-1].sentence
-    sentences = annotate(rows, absent, num_in_both if has_nodes else 0)
+    if reasons is not None and has_nodes:
+        said = [node for node in path if node.sentence]
+        sentences: Sequence[AnnotatedSentence] = [
+            reasons.sentence(node, absent, index < num_in_both) for index, node in enumerate(said)
+        ]
+    else:
+        rows = [(node.sentence, _relevance(run, node)) for node in path] if has_nodes else [(response.text, None)]
+        sentences = annotate(rows, absent, num_in_both if has_nodes else 0)
     return PairResponse(response.reward, sentences, response.complete, ends_here)
 
 

@@ -16,13 +16,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from csr_vlm.core import formatting
 from csr_vlm.core.secrets import redact
 from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
+from csr_vlm.method.audit import FEWEST
 from csr_vlm.report import panels, search_tree
 from csr_vlm.report.annotate import NUM_COLORS
 from csr_vlm.report.audit_panel import audit_panel
 from csr_vlm.report.before_after import CLEAN, before_after
 from csr_vlm.report.benchmark_panel import benchmark_panel
 from csr_vlm.report.charts import NUM_STYLES
-from csr_vlm.report.conclusion import conclude
+from csr_vlm.report.conclusion import conclude, subject
 from csr_vlm.report.evaluations import Evaluation, read_evaluation, read_named_evaluation
 from csr_vlm.report.gallery import pair_gallery
 from csr_vlm.report.introspection_panel import introspection_panel
@@ -30,6 +31,7 @@ from csr_vlm.report.lambda_panel import lambda_panel
 from csr_vlm.report.limits import MAX_BYTES, Sample, shorten
 from csr_vlm.report.next_steps import next_steps
 from csr_vlm.report.provenance import provenance
+from csr_vlm.report.why import MEANINGS
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 from csr_vlm.store.stage_names import LABELS, TIMED_STAGES
@@ -104,11 +106,13 @@ def _content(run: Run, evaluation: Evaluation | None, truth_of: TruthOf) -> dict
     return {
         "run": run,
         "config": run.config,
+        "run_name": run.root.resolve().name or "run",
         "model_name": _model_name(run.config.model.path),
         "scorer_name": _model_name(run.config.scorer.path),
         "num_prompts": prompts.get("accepted"),
         "num_heldout": prompts.get("heldout"),
         "finished": finished,
+        "subject": subject(run, evaluation),
         "conclusion": conclude(run, evaluation),
         "evaluation": evaluation,
         "tiles": panels.headline_tiles(evaluation) if evaluation else panels.pair_tiles(pairs),
@@ -116,10 +120,11 @@ def _content(run: Run, evaluation: Evaluation | None, truth_of: TruthOf) -> dict
         "metrics": panels.metric_table(evaluation) if evaluation else None,
         "heldout": panels.metric_table(heldout) if heldout else None,
         "audit": audit_panel(run),
+        "fewest": FEWEST,
         "pairs": pairs,
         "pair_figures": panels.pair_figures(pairs),
         "training": training,
-        "training_figures": panels.training_figures(training),
+        "training_figures": panels.training_figures(training, run.config.training.trl),
         "lambdas": lambdas,
         "benchmarks": benchmarks,
         "introspection": introspection_panel(run),
@@ -136,6 +141,7 @@ def _sampled_content(run: Run, evaluation: Evaluation | None, sample: Sample, tr
         "not_shown": CLEAN,
         "gallery": pair_gallery(run, sample, truth_of),
         "num_colors": NUM_COLORS,
+        "claim_meanings": MEANINGS,
         "node_outlines": search_tree.OUTLINES,
         "node_legend": search_tree.LEGEND,
     }

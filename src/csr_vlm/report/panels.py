@@ -212,7 +212,7 @@ def training_results(run: Run) -> dict[int, dict[str, Any]]:
 
 
 _CURVES = (
-    ("loss", "Loss", "training loss; dotted line: ln 2, the DPO loss without a preference"),
+    ("loss", "Loss", ""),
     ("rewards/accuracies", "Accuracy", "pairs with a higher implicit reward for chosen"),
     ("rewards/margins", "Margin", "implicit reward of chosen minus rejected"),
 )
@@ -224,9 +224,29 @@ def _mean(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
     return fmean(values) if values else None
 
 
-def training_figures(results: Mapping[int, Mapping[str, Any]]) -> list[Figure]:
-    """Draw the trainer's log over the optimizer steps, one line per iteration."""
+def _loss_meaning(trl: Mapping[str, Any]) -> tuple[str, bool]:
+    """Say what the logged loss is, and whether it is DPO's sigmoid loss alone, which is ln 2 without a preference."""
+    kinds = trl.get("loss_type", "sigmoid")
+    kinds = list(kinds) if isinstance(kinds, list | tuple) else [kinds]
+    weights = trl.get("loss_weights") or [1.0] * len(kinds)
+    if kinds == ["sigmoid"] and weights == [1.0] and not trl.get("label_smoothing"):
+        return "training loss; dotted line: ln 2, the DPO loss without a preference", True
+    parts = " + ".join(
+        f"{kind}" if weight == 1 else f"{weight:g} {kind}" for kind, weight in zip(kinds, weights, strict=False)
+    )
+    only = "; only the sigmoid part is ln 2 without a preference" if "sigmoid" in kinds else ""
+    return f"training loss: {parts}{only}", False
+
+
+def training_figures(results: Mapping[int, Mapping[str, Any]], trl: Mapping[str, Any]) -> list[Figure]:
+    """Draw the trainer's log over the optimizer steps, one line per iteration.
+
+    Args:
+        results: Results of :func:`training_results`.
+        trl: Arguments of TRL's trainer, which say what the loss is.
+    """
     figures = []
+    loss_meaning, is_sigmoid = _loss_meaning(trl)
     legend = [(number - 1, f"iteration {number}") for number in results] if len(results) > 1 else []
     for key, label, meaning in _CURVES:
         series = [
@@ -235,11 +255,11 @@ def training_figures(results: Mapping[int, Mapping[str, Any]]) -> list[Figure]:
         axes = Axes(
             from_zero=key == "rewards/accuracies",
             upper_bound=1.0 if key == "rewards/accuracies" else None,
-            horizontal_line=log(2) if key == "loss" else None,
+            horizontal_line=log(2) if key == "loss" and is_sigmoid else None,
             label_points=False,
         )
         ends = "; ".join(f"iteration {n} ends at {fixed(result['end'][key])}" for n, result in results.items())
-        figure = Figure(label, meaning, "", chart(f"{label} over steps: {ends}", series, axes), legend)
+        figure = Figure(label, meaning or loss_meaning, "", chart(f"{label} over steps: {ends}", series, axes), legend)
         if figure.svg:
             figures.append(figure)
     return figures
