@@ -80,19 +80,6 @@ def open_engine(
     return _OPENERS[config.generation.engine](config, adapter, example, warn)
 
 
-def require_vllm_starts(config: RunConfig, adapter: Path | None) -> None:
-    """Start vLLM with a run's model, and stop it again.
-
-    Raises:
-        CsrError: It does not start.
-    """
-    prompt_encoder = load_prompt_encoder(config.model, config.data.max_image_pixels)
-    from csr_vlm.generation.vllm import vllm_engine
-
-    with vllm_engine(config.model, config.generation, adapter, _image_options(config, prompt_encoder)):
-        pass
-
-
 @contextmanager
 def _open_transformers(
     config: RunConfig, adapter: Path | None, example: Prompt, warn: Callable[[str], None]

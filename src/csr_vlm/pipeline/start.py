@@ -32,10 +32,6 @@ def require_start(config: RunConfig, log: Callable[[str], None]) -> ModelCheck:
     adapter = None if config.model.adapter is None else Path(config.model.adapter)
     load_engine_and_scorer(config, adapter, log)
     free_memory()
-    if config.generation.engine == "vllm":
-        from csr_vlm.generation.engines import require_vllm_starts
-
-        require_vllm_starts(config, adapter)
     return check
 
 

@@ -93,11 +93,19 @@ class ClaimReasons:
             for name, nodes, made in zip(("chosen", "rejected"), sides, claims, strict=True)
             if (note := self._note(name, nodes, made))
         ]
-        least = self._config.method.pairs.min_margin * self._config.method.lambda_
-        margin = f"R {fixed(chosen.reward, 1)} against {fixed(rejected.reward, 1)}: a margin of "
-        margin += f"{fixed(chosen.reward - rejected.reward, 1)}, where at least {fixed(least, 1)} is needed."
+        margin = self._margin(sides, chosen.reward, rejected.reward)
         first, second = ([self._weighed(claim) for claim in side] for side in own)
         return Why(first, second, " ".join([*notes, margin]))
+
+    def _margin(self, sides: Sequence[Sequence[Node]], chosen: float, rejected: float) -> str:
+        """Say by how much one side is better; against ending, its most doubtful claim alone counts."""
+        method = self._config.method
+        least = f"where more than {fixed(method.pairs.min_margin * method.lambda_, 1)} is needed."
+        if any(nodes and not nodes[-1].sentence for nodes in sides):
+            doubts = [self.rewards[nodes[-1].node_id].lowest for nodes in sides if nodes and nodes[-1].sentence]
+            margin = method.lambda_ * abs(min(doubts, default=0.0))
+            return f"Against ending, only the most doubtful claim counts: a margin of {fixed(margin, 1)}, {least}"
+        return f"R {fixed(chosen, 1)} against {fixed(rejected, 1)}: a margin of {fixed(chosen - rejected, 1)}, {least}"
 
     def _note(self, side: str, nodes: Sequence[Node], claims: Sequence[str]) -> str:
         """Say what a side is worth that makes no new claim."""
@@ -108,7 +116,7 @@ class ClaimReasons:
         if any((reward := self.rewards.get(node.node_id)) is not None and reward.repeated for node in nodes):
             cost = fixed(self._config.method.reward.repeat_penalty, 1)
             return f"The {side} side says again what was said before, which costs {cost}."
-        return f"The {side} side claims nothing that can be checked, which is worth 0."
+        return f"The {side} side claims nothing new that can be checked, which is worth 0."
 
     def _weighed(self, claim: str) -> WeighedClaim:
         reward, nats = self._config.method.reward, self._nats[claim]
