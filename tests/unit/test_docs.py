@@ -201,3 +201,12 @@ def test_every_page_is_in_the_menu():
 def test_a_note_holds_for_its_line_or_for_what_follows():
     block = Block(Path("p.md"), 0, "console", "csr a   # needs a GPU\ncsr b\n# needs the network\ncsr c\n")
     assert [noted for _, noted in block.lines()] == [True, False, True]
+
+
+def test_the_messages_of_the_faq_are_the_programs() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py")))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    messages = re.findall(r"^\| `([^`]+)` \|", (HERE / "faq.md").read_text(encoding="utf-8"), re.MULTILINE)
+    pieces = [piece.strip(" :,") for message in messages for piece in message.split("…")]
+    assert len(messages) > 10
+    assert [piece for piece in pieces if piece not in source] == []
