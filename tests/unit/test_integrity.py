@@ -118,6 +118,18 @@ def test_a_changed_value_of_an_evaluation_is_noticed(run: Run) -> None:
     render(run)
 
 
+def test_every_bit_of_a_checksummed_text_counts(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    files.write_checksummed_text(path, "a: 1\nb: null\n")
+    for bit in range(8 * path.stat().st_size):
+        flip(path, bit)
+        with pytest.raises(CsrError, match="was changed after"):
+            files.require_text_unchanged(path, "restore it")
+        flip(path, bit)
+    path.write_text("a: 1\nb: null\n")  # as earlier versions wrote it
+    files.require_text_unchanged(path, "restore it")
+
+
 def test_an_edited_configuration_is_refused_until_its_checksum_is_deleted(run: Run) -> None:
     path = run.root / "config.yaml"
     lines = path.read_text().replace("iterations: 1", "iterations: 2").splitlines(keepends=True)

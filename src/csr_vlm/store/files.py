@@ -28,7 +28,7 @@ from csr_vlm.core.errors import CsrError
 
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())
-_TEXT_CHECKSUM = "# sha256 of the lines above: "
+_ENDS_IN_SHA256 = re.compile(rb"[0-9a-f]{64}$")
 _ERROR_NUMBER = re.compile(r"(?:errno |os error )(\d+)", re.IGNORECASE)
 """Matches the system's error number in messages of Arrow and safetensors."""
 
@@ -232,7 +232,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_checksummed_text(path: Path, text: str) -> None:
     """Write a text, whose last line becomes a comment with the SHA-256 of the lines above, atomically."""
-    write_text(path, f"{text}{_TEXT_CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}\n")
+    write_text(path, f"{text}{_checksum_line(text.encode())}")
+
+
+def _checksum_line(text: bytes) -> str:
+    return f"# sha256 of the lines above: {hashlib.sha256(text).hexdigest()}\n"
 
 
 def require_text_unchanged(path: Path, hint: str) -> None:
@@ -243,10 +247,13 @@ def require_text_unchanged(path: Path, hint: str) -> None:
     """
     try:
         with open_regular(path) as handle:
-            text, separator, checksum = handle.read().rpartition(_TEXT_CHECKSUM.encode())
+            content = handle.read()
     except OSError as error:
         raise CsrError(f"{path} cannot be read: {error.strerror}", hint) from None
-    if separator and checksum.strip() != hashlib.sha256(text).hexdigest().encode():
+    above, newline, last = content.removesuffix(b"\n").rpartition(b"\n")
+    # Damage in the line itself leaves one of its marks.
+    is_checksum = last.startswith(b"#") or _ENDS_IN_SHA256.search(last)
+    if is_checksum and content != above + newline + _checksum_line(above + newline).encode():
         raise CsrError(f"{path} was changed after it was written", f"{hint}; if you changed it, delete its last line")
 
 
