@@ -15,7 +15,7 @@ MODELS := $(EVIDENCE)/models
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test check golden docs docs-pages test-eval test-hallucination test-scale test-ray test-vllm test-exports test-newest test-app test-faults audit-dependencies evidence
+.PHONY: demo test check golden docs docs-pages test-eval test-hallucination test-scale test-ray test-vllm test-exports test-newest test-app test-faults audit-dependencies audit-code evidence
 .PHONY: lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
@@ -68,10 +68,16 @@ test-app: $(APP_VENV)/.installed  ## csr try in a real browser, and the trackers
 test-faults: $(VENV)/.installed-dev  ## a hundred kills, failing disks, a thousand bad inputs (about half an hour)
 	CSR_FAULTS=all $(BIN)/pytest -q -s -p no:xdist tests/faults
 
-audit-dependencies:  ## known vulnerabilities of the pinned packages; needs the network
+.venv-audit/.installed:
 	$(PYTHON) -m venv .venv-audit
-	.venv-audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
+	.venv-audit/bin/python -m pip install -q --disable-pip-version-check bandit==1.9.4 pip-audit==2.10.1
+	touch $@
+
+audit-dependencies: .venv-audit/.installed  ## known vulnerabilities of the pinned packages; needs the network
 	.venv-audit/bin/pip-audit --progress-spinner off --disable-pip --no-deps -r constraints.txt
+
+audit-code: .venv-audit/.installed  ## bandit over the package; what it may not report is in pyproject.toml, with reasons
+	.venv-audit/bin/bandit -q -r src -c pyproject.toml --severity-level medium
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -20,7 +20,9 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.data import json_array
 from csr_vlm.data.formats import jsonl
 from csr_vlm.data.rows import BadRow, parse_row
+from csr_vlm.evaluation import judge as judge_module
 from csr_vlm.evaluation import pope
+from csr_vlm.evaluation.hallucination import amber, hallusion, mmhal, objecthal
 from csr_vlm.method.sentences import SentenceRule
 
 ROOT = Path(__file__).parent.resolve()
@@ -65,6 +67,21 @@ def settings(content: bytes) -> None:
         load_config(None, [text], base=required)
 
 
+def judge(content: bytes) -> None:
+    """Check that a judge's reply is a chat completion or none, and that what it says is read or is not."""
+    with suppress(judge_module._NotAnAnswerError):
+        answer = judge_module._answer(content)
+        assert isinstance(answer["reply"], str)
+        assert isinstance(answer["served_by"], str)
+    text = content.decode("utf-8", "replace")
+    assert mmhal.read_rating(text) in {None, *range(7)}
+    found = objecthal.read_object_list(text)
+    assert found is None or all(isinstance(item, str) for item in found)
+    assert hallusion.read_yes_or_no(text) in {None, True, False}
+    with suppress(CsrError):
+        assert all(value >= 0 for value in amber.read_output(text).values())
+
+
 def sentences(content: bytes) -> None:
     """Check that splitting a text into sentences keeps each word once."""
     text = content.decode("utf-8", "replace")
@@ -85,7 +102,7 @@ def answers(content: bytes) -> None:
 
 
 PARSERS: dict[str, Callable[[bytes], None]] = {
-    parser.__name__: parser for parser in (array, lines, settings, sentences, shown, answers)
+    parser.__name__: parser for parser in (array, lines, settings, sentences, shown, answers, judge)
 }
 
 

@@ -58,8 +58,8 @@ def test_help_is_quick_and_names_every_verb() -> None:
         shown = csr("--help").stdout
         times.append(processor_seconds() - before)
     verbs = (
-        "run demo check generate score pairs audit train sweep eval compare watch reproduce analyze show report merge "
-        "push export convert compact env world version help"
+        "run demo check generate score pairs audit train sweep ablate eval compare watch reproduce analyze show report "
+        "merge push export convert compact env world version help"
     ).split()
     assert all(f"  {verb} " in shown for verb in verbs)
     assert "More:" not in shown, "give the new verb its place in csr_vlm.cli.common.SECTIONS"

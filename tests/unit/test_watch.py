@@ -74,6 +74,25 @@ def test_a_running_run_shows_its_stage_rate_and_log(run: Run) -> None:
     assert status.samples[0].source == "base model, world"
 
 
+def test_a_clock_that_is_set_back_shows_no_negative_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    with run.locked(), record_progress(run.root, Silent()) as reporter, reporter.stage("searching", 10) as progress:
+        time.sleep(0.1)
+        progress.advance(4)
+        monkeypatch.setattr(time, "time", lambda: now - 3600)
+        before = Watcher(run).read()
+        reporter.write()
+        after = Watcher(run).read()
+    for status in (before, after):
+        assert status.state == "running"
+        assert status.quiet_for == 0
+        assert status.current is not None
+        assert status.current.seconds >= 0
+    assert after.current is not None
+    assert after.current.left is not None
+    assert after.current.left <= 6 / after.current.rate, "an hour back adds no hour"
+
+
 def test_the_rate_ignores_items_that_a_resumed_stage_skips(run: Run) -> None:
     with record_progress(run.root, Silent()) as reporter, reporter.stage("searching", 1000) as progress:
         progress.advance(900)

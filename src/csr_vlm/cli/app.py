@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from csr_vlm.cli import INTERRUPTED, error_messages, evaluate, world
+from csr_vlm.cli.ablate import ablate
 from csr_vlm.cli.analyze import analyze
 from csr_vlm.cli.audit import audit
 from csr_vlm.cli.chat import chat
@@ -74,7 +75,7 @@ _VERBS: Sequence[Callable[..., None]] = (
     *(show, chat, report, audit, analyze),
     *(compare, reproduce, validate_scorer),
     *(export, merge, push),
-    *(generate, score, pairs, train, sweep, convert, compact, env, version),
+    *(generate, score, pairs, train, sweep, ablate, convert, compact, env, version),
 )
 for _verb in _VERBS:
     app.command()(_verb)

@@ -20,7 +20,7 @@ SECTIONS = {
     "Evaluate": ("eval", "compare", "reproduce", "validate-scorer"),
     "Share": ("export", "merge", "push"),
     "Advanced": (
-        *("generate", "score", "pairs", "train", "sweep"),
+        *("generate", "score", "pairs", "train", "sweep", "ablate"),
         *("convert", "compact", "world", "env", "version", "help"),
     ),
 }

@@ -182,7 +182,7 @@ def print_json(value: Any) -> None:
 def log(text: str) -> None:
     """Print one line to stderr, unless --quiet is given."""
     if not mode.quiet:
-        print(redact(text), file=sys.stderr)
+        print(printable(redact(text)), file=sys.stderr)
 
 
 def done(*written: Path | str, then: str = "", **facts: Any) -> None:
@@ -209,14 +209,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, name in enumerate(columns):
-        table.add_column(Text(name), justify="right" if index else "left", no_wrap=True)
+        table.add_column(Text(printable(name)), justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     output = terminal()
     if not output.is_terminal:
         output.width = _PIPE_WIDTH
     if title:
-        output.print(Text(title, style="italic"), soft_wrap=True)
+        output.print(Text(printable(title), style="italic"), soft_wrap=True)
     output.print(table)
 
 

@@ -182,6 +182,14 @@ def estimate(
     return Estimate(data, report.accepted, config.iterations, plan, warnings)
 
 
+def plan_of_variant(costs: Estimate, config: RunConfig) -> Plan | None:
+    """Return the plan of a configuration with the same inputs, model and hardware; None if there is none for them."""
+    if costs.plan is None:
+        return None
+    known = costs.plan
+    return _make_plan(config, known.architecture, known.hardware, known.lengths, costs.prompts, known.measured)[0]
+
+
 def _check_data(
     config: RunConfig, report: InputReport, reporter: Reporter, sample: list[Prompt], model: ModelCheck | None
 ) -> dict[str, Any]:

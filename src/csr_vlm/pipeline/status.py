@@ -109,7 +109,7 @@ class Watcher:
             iterations=run.config.iterations,
             current=current,
             left=seconds_left(steps, current.left if current else None) if state == "running" else None,
-            quiet_for=time.time() - progress.updated if progress is not None and state == "running" else None,
+            quiet_for=_since(progress.updated) if progress is not None and state == "running" else None,
             stages=_durations(run, steps),
             metrics={number: run.metrics(number) for number in run.iterations_done("evaluate")},
             said=progress.said if progress is not None else (),
@@ -143,15 +143,20 @@ def _why(run: Run, state: RunState, progress: ProgressRecord | None) -> str:
     return {"gone": "the process exited unexpectedly", "waiting": "idle"}.get(state, "")
 
 
+def _since(moment: float) -> float:
+    """Return the seconds since a moment of the clock; 0 if the clock was set back meanwhile."""
+    return max(time.time() - moment, 0.0)
+
+
 def _current(progress: ProgressRecord) -> CurrentStage | None:
     stage = progress.stage
     if stage is None:
         return None
     left = None
     if stage.total and stage.rate:
-        elapsed = time.time() - progress.updated if progress.state == "working" else 0.0
+        elapsed = _since(progress.updated) if progress.state == "working" else 0.0
         left = max((stage.total - stage.done) / stage.rate - elapsed, 0.0)
-    seconds = progress.updated - stage.started
+    seconds = max(progress.updated - stage.started, 0.0)
     return CurrentStage(stage.title, stage.done, stage.total, stage.rate, seconds, left, stage.numbers)
 
 

@@ -68,24 +68,45 @@ def sweep(run: Run, axes: Sequence[str], iteration: int, out: Path, reporter: Re
     rows = []
     for overrides in points(axes):
         config = load_config(None, overrides, base=run.config.dump())
-        changed = list(differences(run.config.dump(), config.dump()))
-        ledger_keys = [key for key in changed if key.startswith(_LEDGER_KEYS)]
-        if ledger_keys:
+        key = changed_ledger_key(run.config, config)
+        if key in _SCORER_KEYS:
             raise CsrError(
-                f"{ledger_keys[0]} determines the ledger and cannot be swept", "start a run for each value instead"
-            )
-        scorer_keys = [key for key in changed if key in _SCORER_KEYS]
-        if scorer_keys and config.scorer.used == run.config.scorer.used:
-            raise CsrError(
-                f"{scorer_keys[0]} determines the ledger's column {config.scorer.used!r} and cannot be swept",
+                f"{key} determines the ledger's column {config.scorer.used!r} and cannot be swept",
                 "csr score RUN --scorer PATH --name NAME adds a column; then sweep scorer.use",
             )
+        if key is not None:
+            raise CsrError(f"{key} determines the ledger and cannot be swept", "start a run for each value instead")
         root = out / files.digest({"overrides": overrides, "iteration": iteration})
-        if not (root / "result.json").exists():
-            result = _train_point(run, config, iteration, root, " ".join(overrides), reporter)
-            files.write_json(root / "result.json", {"overrides": overrides, "iteration": iteration, **result})
-        rows.append(files.read_json(root / "result.json"))
+        rows.append(train_on_ledger(run, config, overrides, iteration, root, reporter))
     return rows
+
+
+def changed_ledger_key(config: RunConfig, changed: RunConfig) -> str | None:
+    """Return a setting that determines the ledger, or its column in use, and differs; None if none does."""
+    keys = list(differences(config.dump(), changed.dump()))
+    ledger_keys = [key for key in keys if key.startswith(_LEDGER_KEYS)]
+    scorer_keys = [key for key in keys if key in _SCORER_KEYS and changed.scorer.used == config.scorer.used]
+    return next(iter((*ledger_keys, *scorer_keys)), None)
+
+
+def train_on_ledger(
+    run: Run, config: RunConfig, overrides: Sequence[str], iteration: int, root: Path, reporter: Reporter
+) -> dict[str, Any]:
+    """Train and evaluate one configuration on an iteration's ledger, unless its result is there.
+
+    Args:
+        run: Run with the ledger.
+        overrides: What the configuration changes, for the result.
+        root: Directory of the result.
+
+    Raises:
+        CsrError: The configuration yields no pairs.
+    """
+    if not (root / "result.json").exists():
+        result = _train_point(run, config, iteration, root, " ".join(overrides), reporter)
+        files.write_json(root / "result.json", {"overrides": list(overrides), "iteration": iteration, **result})
+    found: dict[str, Any] = files.read_json(root / "result.json")
+    return found
 
 
 def _train_point(

@@ -26,6 +26,7 @@ from csr_vlm.evaluation.hallucination.suite import (
     Suite,
     SuitePart,
     evaluation_document,
+    questions_in,
     required_file,
 )
 from csr_vlm.evaluation.pope import parse_strict, read_rows
@@ -67,7 +68,7 @@ class AmberSuite(Suite):
         self._images = images or folder / "image"
         self._python = python or Path(sys.executable)
         annotated = {row.get("id"): row for row in read_rows(self._annotations)}
-        self._rows = read_rows(self._queries)
+        self._rows = questions_in(self._queries)
         for number, row in enumerate(self._rows, start=1):
             if not isinstance(row.get("query"), str) or not isinstance(row.get("id"), int):
                 raise CsrError(f"{self._queries}, query {number} lacks id or query", "check the checkout")

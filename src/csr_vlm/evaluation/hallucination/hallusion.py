@@ -24,9 +24,9 @@ from csr_vlm.evaluation.hallucination.suite import (
     Suite,
     SuitePart,
     evaluation_document,
+    questions_in,
     required_file,
 )
-from csr_vlm.evaluation.pope import read_rows
 from csr_vlm.evaluation.words import letters
 from csr_vlm.store.files import sha256_of
 
@@ -52,7 +52,7 @@ class HallusionSuite(Suite):
     def __init__(self, folder: Path, limit: int | None = None) -> None:
         self._folder = folder
         self._file = required_file(folder, ["HallusionBench.json"], "questions")
-        rows = read_rows(self._file)
+        rows = questions_in(self._file)
         for number, row in enumerate(rows, start=1):
             missing = [name for name in _FIELDS if name not in row]
             if missing or str(row["gt_answer"]) not in {"0", "1"}:

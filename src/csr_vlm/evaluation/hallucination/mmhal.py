@@ -24,11 +24,11 @@ from csr_vlm.evaluation.hallucination.suite import (
     constant_text,
     evaluation_document,
     judged_outcome,
+    questions_in,
     required_file,
     unread_tally,
 )
 from csr_vlm.evaluation.judge import Judgment
-from csr_vlm.evaluation.pope import read_rows
 from csr_vlm.evaluation.statistics import Tally
 from csr_vlm.store.files import digest, sha256_of
 
@@ -70,7 +70,7 @@ class MMHalSuite(Suite):
                 "use the script of the benchmark's repository",
             )
         self._images = folder / "images"
-        self._questions = read_rows(self._file)[:limit]
+        self._questions = questions_in(self._file, limit)
         for number, row in enumerate(self._questions, start=1):
             texts = (row.get("question"), row.get("gt_answer"), row.get("question_type"))
             if not all(isinstance(text, str) for text in texts) or not isinstance(row.get("image_content"), list):

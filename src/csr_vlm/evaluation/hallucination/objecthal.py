@@ -29,12 +29,12 @@ from csr_vlm.evaluation.hallucination.suite import (
     constant_text,
     evaluation_document,
     judged_outcome,
+    questions_in,
     required_file,
     unread_tally,
 )
 from csr_vlm.evaluation.judge import Judgment
 from csr_vlm.evaluation.objects import ObjectTable
-from csr_vlm.evaluation.pope import read_rows
 from csr_vlm.evaluation.statistics import Tally
 from csr_vlm.evaluation.words import word_rule
 from csr_vlm.store.files import digest, sha256_of
@@ -78,7 +78,7 @@ class ObjectHalSuite(Suite):
         pairs = {word: word for word in table.objects if word.count(" ") == 1}
         self._reader = ObjectReader(word_rule("pattern"), ObjectTable(table.objects, {**pairs, **table.pairs}, True))
         self._images = images if images is not None else self._file.parent
-        self._questions = read_rows(self._file)[:limit]
+        self._questions = questions_in(self._file, limit)
         self._coco: Annotations = read_annotations(annotations)
         self._ids = [self._coco.find(_image_id(row, self._file)) for row in self._questions]
         if None in self._ids:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.answers import generation_settings, read_protocol
 from csr_vlm.evaluation.judge import Judge
-from csr_vlm.evaluation.pope import read_answers
+from csr_vlm.evaluation.pope import read_answers, read_rows
 from csr_vlm.evaluation.statistics import Metric, Tally, pooled
 
 PROTOCOL = "csr-hallucination-1"
@@ -138,6 +138,18 @@ def required_file(folder: Path, names: Sequence[str], what: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise CsrError(f"{folder} has no {what}", f"expected one of: {', '.join(names)}")
+
+
+def questions_in(file: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Read the rows of a question file, up to a limit.
+
+    Raises:
+        CsrError: It cannot be read, or has none.
+    """
+    rows = read_rows(file)[:limit]
+    if not rows:
+        raise CsrError(f"{file} has no questions", "use the file of the benchmark's repository")
+    return rows
 
 
 def constant_text(script: Path, name: str) -> str:
