@@ -24,6 +24,8 @@ from csr_vlm.store.run import Run, differences
 
 BOTH = "both"
 """Name of the recipe itself, in whose run the base model is evaluated too."""
+_WITHOUT_REWARD = ("logprob", "sentence_logprobs")
+"""Values of ``method.search.steer_by`` with which the search depends on no reward."""
 _STEERING = ("method.lambda", "method.reward", "method.claims", "scorer")
 """Settings that the search depends on where the reward steers it."""
 _SHARED_STAGES = ("pairs", "reference", "training", "evaluation", "loading")
@@ -89,7 +91,7 @@ def needs_own_run(recipe: RunConfig, variant: RunConfig) -> str | None:
         return "each iteration generates with its own policy"
     if (key := changed_ledger_key(recipe, variant)) is not None:
         return f"{key} determines the ledger"
-    if recipe.method.search.steer_by != "logprob":
+    if recipe.method.search.steer_by not in _WITHOUT_REWARD:
         changed = [key for key in differences(recipe.dump(), variant.dump()) if key.startswith(_STEERING)]
         if changed:
             return f"{changed[0]} steers the search"
