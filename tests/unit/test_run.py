@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
@@ -224,6 +225,18 @@ def test_a_lock_file_left_by_a_killed_process_does_not_lock(run):
     with run.locked():
         assert run.in_use()
     assert not run.in_use()
+
+
+def test_a_run_of_an_earlier_version_opens_if_its_former_options_were_off(run):
+    path = run.root / "config.yaml"
+    layer = yaml.safe_load(path.read_text())
+    layer["method"]["search"]["filters"]["non_latin"] = False
+    path.write_text(yaml.safe_dump(layer))
+    assert Run.open(run.root).config == run.config
+    layer["method"]["search"]["filters"]["non_latin"] = True
+    path.write_text(yaml.safe_dump(layer))
+    with pytest.raises(CsrError, match=r"is an option of version 0\.1"):
+        Run.open(run.root)
 
 
 @pytest.mark.parametrize("target_exists", [True, False])

@@ -6,6 +6,7 @@ recipe file and the overrides, in this order. Unknown keys are rejected with the
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
@@ -154,6 +155,24 @@ _REMOVED = {
     "method.pairs.questions.question": "write method.pairs.questions.wordings, a list",
 }
 """Options that this version has no longer, and what to do about each."""
+
+
+def without_unused_options(layer: Any) -> Any:
+    """Return a run's stored configuration without options that this version has no longer and that were off.
+
+    Example:
+        >>> without_unused_options({"method": {"search": {"filters": {"repeats": False, "min_chars": 1}}}})
+        {'method': {'search': {'filters': {'min_chars': 1}}}}
+    """
+    kept = copy.deepcopy(layer)
+    for key in _REMOVED:
+        *sections, name = key.split(".")
+        section = kept
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and name in section and not section[name]:
+            del section[name]
+    return kept
 
 
 def _quoted(key: str) -> str:

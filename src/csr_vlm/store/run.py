@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from csr_vlm.config.load import resolve
+from csr_vlm.config.load import resolve, without_unused_options
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.config.yaml import read_yaml
 from csr_vlm.core.errors import CsrError
@@ -122,7 +122,7 @@ class Run:
         files.require_text_unchanged(path, hint)
         layer = read_yaml(path, hint)
         try:
-            return cls(root, resolve(layer))
+            return cls(root, resolve(without_unused_options(layer)))
         except CsrError as error:
             raise CsrError(f"{path}: {error.message}", error.hint or hint) from None
 
