@@ -23,13 +23,12 @@ import numpy as np
 import torch
 
 from csr_vlm.config.schema import MethodConfig
-from csr_vlm.core.batching import batched
+from csr_vlm.core.batching import PROMPTS_PER_FULL_BEAM, batched
 from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
 from csr_vlm.generation.counters import Counters
 from csr_vlm.generation.decoding import PartialCandidate
 from csr_vlm.generation.sampling import uniforms
 from csr_vlm.generation.scheduler import Scheduler
-from csr_vlm.generation.transformers_engine import PROMPTS_PER_FULL_BEAM
 from csr_vlm.method.search import Proposer, Score, ScoreClaims, Search, Tree
 from csr_vlm.pipeline.item_stream import ItemStream, OpenItem
 

@@ -7,6 +7,9 @@ from itertools import islice
 from typing import TypeVar
 
 Item = TypeVar("Item")
+PROMPTS_PER_FULL_BEAM = 2
+"""Prompts in a search on a GPU for each full beam that the rows have room for. A beam is full at the start of a round
+and nearly empty at its end: with one prompt each, half of the rows are live on average, with two nearly all."""
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from csr_vlm.config.schema import SearchConfig
+from csr_vlm.core.batching import PROMPTS_PER_FULL_BEAM
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Candidate, Expansion, Prompt
 from csr_vlm.generation.counters import Counters
@@ -20,9 +21,6 @@ from csr_vlm.generation.shared_model import SharedModel
 from csr_vlm.method.search import Proposer, RoundProposer
 from csr_vlm.models.policy import Policy
 
-PROMPTS_PER_FULL_BEAM = 2
-"""Prompts in progress on a GPU for each full beam that the rows have room for. A beam is full at the start of a round
-and nearly empty at its end: with one prompt each, half of the rows are live on average, with two nearly all."""
 Attention = Literal["auto", "shared", "plain"]
 
 

@@ -1,7 +1,8 @@
 """Simulate how many rows decode at once in a search, without a model.
 
-The scheduler admits the rows of a partial response together, waits for all sentences of a prompt before it continues
-the prompt, and works on one work item at a time, so a budget of 80 rows is not kept busy by 80 rows.
+The scheduler admits the rows of a partial response together and waits for all sentences of a prompt before it continues
+the prompt, so a budget of 80 rows is not kept busy by the prompts whose full beams have 80 rows; and at the end of a
+work item, or of a stream of them, rows run empty.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class SearchShape:
     beam: int
     """Partial responses that are continued in every round but the first."""
     prompts: int
-    """Prompts of a work item."""
+    """Prompts of a work item, or of a stream of them."""
     max_rows: int
     max_prompts: int
     """Most prompts in progress."""

@@ -44,7 +44,7 @@ def cached_tokens(costs: StageCosts) -> float:
     search = config.method.search
     beam = search.keep_top + search.keep_bottom
     rows = min(config.generation.max_rows, costs.num_prompts * beam * search.num_candidates)
-    prompts = max(rows // (beam * search.num_candidates), 1)
+    prompts = max(costs.prompts_per_beam * rows // (beam * search.num_candidates), 1)
     groups = rows / search.num_candidates
     longest = min(case.max_tokens, search.max_sentence_tokens)
     path = min(case.max_sentences, search.max_sentences) * costs.sentence_tokens

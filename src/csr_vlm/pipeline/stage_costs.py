@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from csr_vlm.config.schema import RunConfig
+from csr_vlm.core.batching import PROMPTS_PER_FULL_BEAM
 from csr_vlm.models.architecture import Architecture, scorer_shape
 from csr_vlm.pipeline.assumptions import Case
 from csr_vlm.pipeline.hardware import Hardware
@@ -28,7 +29,7 @@ STAGES = (
     "checking", "prefill", "search", "scoring", "claims", "pairs", "reference", "training", "evaluation", "loading",
 )  # fmt: skip
 _SIMULATED_PROMPTS = 1024
-"""Prompts of a work item that are simulated at most; larger items keep the rows no busier."""
+"""Prompts that are simulated at most; more keep the rows no busier."""
 _QUESTION_TOKENS = 20
 """Tokens of a claim question and its answers."""
 _CLAIM_SENTENCES = 64
@@ -127,10 +128,23 @@ class StageCosts:
         tokens = self._capped(self.case.min_tokens, self.case.max_tokens, search.max_sentence_tokens)
         rows = self.config.generation.max_rows
         in_vllm = self.config.generation.engine != "transformers"
-        prompts = min(self.config.generation.prompts_per_part, self.num_prompts, _SIMULATED_PROMPTS)
+        prompts = min(self.prompts_together, self.num_prompts, _SIMULATED_PROMPTS)
         # vLLM admits single candidates, whatever prompt they belong to.
-        active = prompts if in_vllm else max(rows // (candidates * beam), 1)
+        active = prompts if in_vllm else max(self.prompts_per_beam * rows // (candidates * beam), 1)
         return simulate(SearchShape(candidates, beam, prompts, rows, active, sentences, tokens))
+
+    @property
+    def prompts_per_beam(self) -> int:
+        """Return the prompts in progress for each full beam that the rows have room for."""
+        return 1 if self.hardware.is_cpu else PROMPTS_PER_FULL_BEAM
+
+    @property
+    def prompts_together(self) -> int:
+        """Return the prompts after which the rows run empty: those of a process, or of one work item."""
+        across = self.config.generation.across_items
+        if across == "off" or (across == "auto" and self.hardware.is_cpu):
+            return self.config.generation.prompts_per_part
+        return max(math.ceil(self.num_prompts * self._share_of_items()), 1)
 
     @property
     def sentence_tokens(self) -> float:
