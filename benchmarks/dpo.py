@@ -1,6 +1,7 @@
 """Compare a DPO step on prefix trees with stock TRL and with one row per pair.
 
     python benchmarks/dpo.py --sizes tiny mid --pairs 2 4 12 --questions 0 4 --out build/dpo.json
+    python benchmarks/dpo.py --count RUN
 
 A step consists of collating the pairs of one prompt (siblings) and its claim questions, the loss and
 its gradients. ``stock`` is trl.DPOTrainer: one row per response, policy and reference, with the image
@@ -9,12 +10,16 @@ in every row; ``--stock-pairs`` divides its step into batches that fit the memor
 package. Both have the reference log-probabilities from the ledger. All train the same adapter on the
 same weights and pairs. They are timed alternately, so that other load on the machine affects all;
 medians and the medians of the ratios are reported. With ``--stock-repeats`` stock is timed in fewer turns, or
-with 0 in its first step alone, which the others do not count. Loss and gradients are compared before anything is
+with 0 in its first step alone, which the others do not count; with ``--without-stock`` trees are compared with
+pair rows alone. Loss and gradients are compared before anything is
 timed; in float32 the benchmark fails if they differ by more than rounding errors.
 
 ``tiny`` is the embedded world's model, with 36 image tokens. ``mid`` has random weights, a language
 model of 162M parameters and 576 image tokens. Siblings share a prefix of sentences and differ in one:
 pair number i begins with i mod 4 common sentences, and its two sides end with one of their own.
+
+``--count`` counts the tokens of an epoch of a run's first training instead: those that the model computes,
+padding included, those that are distinct, and those of one row per response.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +36,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from memory import megabytes
 from models import SIZES, make_policy
@@ -39,13 +46,15 @@ from csr_vlm.cli.console import quiet_libraries
 from csr_vlm.config.schema import ModelConfig, TrainingConfig
 from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Pair, Prompt, Response
+from csr_vlm.models.loading import load_policy
 from csr_vlm.models.passes import Block
 from csr_vlm.models.policy import Policy
 from csr_vlm.store import tables
 from csr_vlm.store.files import write_json
-from csr_vlm.store.run import versions
+from csr_vlm.store.run import Run, versions
 from csr_vlm.store.tables import PairFiles
 from csr_vlm.training.collator import PairCollator
+from csr_vlm.training.distribution import pairs_per_step
 from csr_vlm.training.dpo import trainable_policy, trainer_arguments
 from csr_vlm.training.steps import StepDataset, StepPlan
 from csr_vlm.training.trainer import CsrTrainer
@@ -204,6 +213,31 @@ def distinct_tokens(policy: Policy, pairs: Sequence[Pair]) -> int:
     return len(prefixes)
 
 
+def count_tokens(run: Run) -> dict[str, Any]:
+    """Count the tokens of an epoch of a run's first training."""
+    files, training = PairFiles(run.training_paths(1)), run.config.training
+    policy = load_policy(run.config.model, None, run.config.data.max_image_pixels)
+    plan = StepPlan(files.group_sizes, pairs_per_step(training.trl), 0)
+    steps = StepDataset(files, plan, PairCollator(policy, training.max_tokens))
+    passes = [batch for step in range(len(steps)) for batch in steps[step]["passes"]]
+    distinct = separate = 0
+    for image in np.split(np.arange(len(files)), np.cumsum(files.group_sizes)[:-1]):
+        pairs = files[image]
+        distinct += distinct_tokens(policy, pairs)
+        lengths = {pair.prompt: len(policy.encode(pair.prompt).input_ids) for pair in pairs}
+        sides = [(pair.prompt, side.token_ids) for pair in pairs for side in (pair.chosen, pair.rejected)]
+        separate += sum(lengths[prompt] + len(ids) for prompt, ids in sides)
+    computed = sum(batch["rows"]["input_ids"].numel() for batch in passes)
+    return {
+        "pairs": len(files),
+        "images": len(files.group_sizes),
+        "passes": len(passes),
+        "distinct": distinct,
+        "computed / distinct": round(computed / distinct, 4),
+        "separate / distinct": round(separate / distinct, 2),
+    }
+
+
 def compare(
     checkpoint: Path, size: str, dtype: str, num_pairs: int, num_questions: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
@@ -216,7 +250,8 @@ def compare(
         distinct = distinct_tokens(first, pairs)
         del first
         stock_pairs = arguments.stock_pairs or len(pairs)
-        sides = {kind: make_side(kind, checkpoint, dtype, pairs, work, stock_pairs) for kind in KINDS}
+        kinds = KINDS[1:] if arguments.without_stock else KINDS
+        sides = {kind: make_side(kind, checkpoint, dtype, pairs, work, stock_pairs) for kind in kinds}
         losses: dict[str, float] = {}
         first = {kind: measure(lambda k=kind, s=side: losses.update({k: s.step()})) for kind, side in sides.items()}
         outcomes = {kind: (losses[kind], side.gradients()) for kind, side in sides.items()}
@@ -225,12 +260,13 @@ def compare(
             has_stock = number < (arguments.repeats if arguments.stock_repeats is None else arguments.stock_repeats)
             turns.append({kind: measure(side.step) for kind, side in sides.items() if kind != "stock" or has_stock})
         tokens = {kind: side.tokens() for kind, side in sides.items()}
-    tokens["stock"] *= 2  # policy and reference
-    measured = {kind: [turn[kind] for turn in turns if kind in turn] or [first[kind]] for kind in KINDS}
+    if "stock" in tokens:
+        tokens["stock"] *= 2  # policy and reference
+    measured = {kind: [turn[kind] for turn in turns if kind in turn] or [first[kind]] for kind in kinds}
     seconds = {kind: statistics.median(second for second, _ in values) for kind, values in measured.items()}
     ratios = {
         kind: [turn[kind][0] / turn["trees"][0] for turn in turns if kind in turn] or [seconds[kind] / seconds["trees"]]
-        for kind in KINDS[:2]
+        for kind in kinds[:-1]
     }
     return {
         "size": size,
@@ -244,19 +280,19 @@ def compare(
         "speedup": {kind: statistics.median(values) for kind, values in ratios.items()},
         "turns": [{kind: second for kind, (second, _) in turn.items()} for turn in turns],
         "peak_megabytes": {kind: max(peak for _, peak in values) for kind, values in measured.items()},
-        "difference": {kind: difference(outcomes[kind], outcomes["stock"]) for kind in KINDS[1:]},
+        "difference": {kind: difference(outcomes[kind], outcomes[kinds[0]]) for kind in kinds[1:]},
     }
 
 
 def print_row(row: dict[str, Any]) -> None:
     """Print a row as one line of text."""
-    timing, memory, speedup = row["seconds"], row["peak_megabytes"], row["speedup"]
+    values = "  ".join(
+        f"{kind} {seconds:.3f} s {row['peak_megabytes'][kind]:.0f} MB" for kind, seconds in row["seconds"].items()
+    )
+    ratios = " ".join(f"{ratio:.2f}" for ratio in row["speedup"].values())
     print(
-        f"{row['size']:<5} {row['dtype']:<9} {row['pairs']:2} pairs {row['questions']} questions  "
-        f"stock {timing['stock']:8.3f}  pair rows {timing['pair rows']:8.3f}  trees {timing['trees']:8.3f} s  "
-        f"ratio {speedup['stock']:5.2f} {speedup['pair rows']:5.2f}  "
-        f"tokens / distinct {row['tokens']['trees'] / row['distinct_tokens']:.3f}  "
-        f"peak {memory['stock']:6.0f} {memory['pair rows']:6.0f} {memory['trees']:6.0f} MB  "
+        f"{row['size']:<5} {row['dtype']:<9} {row['pairs']:2} pairs {row['questions']} questions  {values}  "
+        f"ratio {ratios}  tokens / distinct {row['tokens']['trees'] / row['distinct_tokens']:.3f}  "
         f"loss {row['difference']['trees']['loss']:.1e}  gradients {row['difference']['trees']['gradients']:.1e}",
         flush=True,
     )
@@ -273,10 +309,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="layers of mid's language model; 12 by default")
     parser.add_argument("--stock-pairs", type=int, help="pairs of a batch of stock TRL; all by default")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without-stock", action="store_true", help="do not run stock TRL")
     parser.add_argument("--stock-repeats", type=int, help="turns in which stock TRL is timed; all by default")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--count", type=Path, metavar="RUN", help="count the tokens of a run's training")
     arguments = parser.parse_args()
     quiet_libraries()
+    if arguments.count is not None:
+        print(json.dumps(count_tokens(Run.open(arguments.count)), indent=1))
+        return
     rows = []
     with TemporaryDirectory() as directory:
         for size in arguments.sizes:

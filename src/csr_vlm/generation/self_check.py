@@ -88,7 +88,7 @@ def logprobs_from_pixels(policy: Policy, prompt: Prompt, token_ids: Sequence[int
     encoded = policy.encode(prompt)
     inputs = policy.model_inputs([encoded], [token_ids], "right")
     del inputs["position_ids"]
-    logits = policy.model(**inputs, use_cache=False).logits[0].float()
-    start = len(encoded.input_ids)
-    predicted = torch.log_softmax(logits[start - 1 : start - 1 + len(token_ids)], dim=-1)
+    # Every response token is predicted at the position before it.
+    logits = policy.model(**inputs, use_cache=False, logits_to_keep=len(token_ids) + 1).logits[0, :-1]
+    predicted = torch.log_softmax(logits.float(), dim=-1)
     return predicted.gather(-1, torch.tensor(list(token_ids), device=predicted.device)[:, None]).squeeze(-1).cpu()

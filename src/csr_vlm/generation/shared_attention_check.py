@@ -95,7 +95,7 @@ def _difference(policy: Policy, prompt: Prompt) -> float:
     # The end of the first sentence is recorded twice: for that sentence and for its continuation.
     shared_logprobs = torch.stack([*sampler.logprobs[: len(first)], *sampler.logprobs[len(first) + 1 :]])
     inputs = policy.model_inputs(encoded, [[*first, *second]], "right")
-    logits = policy.model(**inputs, use_cache=False).logits[0, -len(shared_logprobs) :]
+    logits = policy.model(**inputs, use_cache=False, logits_to_keep=len(shared_logprobs)).logits[0]
     ordinary_logprobs = torch.log_softmax(logits.float(), dim=-1)  # (steps, vocabulary)
     is_likely = ordinary_logprobs > ordinary_logprobs.amax(dim=-1, keepdim=True) - _LIKELY
     absolute = (shared_logprobs - ordinary_logprobs).abs() * is_likely
