@@ -134,12 +134,14 @@ def preferred(nodes: list[Node], **pairs: object) -> set[tuple[str, str]]:
 
 
 def test_pairs_cross_the_zero_line_and_follow_a_clean_context() -> None:
-    assert preferred(tree()) == {("0", "1"), ("0", "2"), ("0.2", "0.0"), ("0.2", "0.1")}, "nothing after the false one"
+    # Nothing follows the false one, and what claims nothing is not rejected.
+    assert preferred(tree(), false_below=-1.0) == {("0", "1"), ("0.2", "0.0"), ("0.2", "0.1")}
+    assert preferred(tree(), false_below=-50.0) == {("0.2", "0.0")}, "no sentence is false enough to be rejected"
 
 
 def test_ending_is_preferred_to_false_claims_alone() -> None:
     without_true = [n for n in tree() if n.node_id != "0.2"]
-    assert ("0.0", "0.1") in preferred(without_true, min_margin=0.1)
+    assert ("0.0", "0.1") in preferred(without_true, min_margin=0.1, false_below=-0.1)
     weak = [n for n in tree(true=4.0) if n.node_id != "0.1"]
     assert ("0.0", "0.2") not in preferred(weak)
 

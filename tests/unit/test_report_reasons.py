@@ -45,7 +45,9 @@ def test_a_pair_is_explained_by_the_claims_that_differ() -> None:
         "−0.7 nats; scorer −0.7; made by 1 of 2 sampled sentences (0.0); worth −1.4, since"
     )
     assert rejected.facts.endswith("evidence against a claim counts 2 times")
-    assert why.summary == "R 2.3 against −1.4: a margin of 3.6, where more than 2.0 is needed."
+    assert why.summary == (
+        "The most doubtful claims decide: +2.3 against −0.7 nats, a margin of 3.0, where more than 2.0 is needed."
+    )
 
 
 def test_ends_repetitions_and_empty_sentences_are_named() -> None:
@@ -55,7 +57,7 @@ def test_ends_repetitions_and_empty_sentences_are_named() -> None:
     summaries = [
         reasons.pair(response(side.node_id, 1.0), response("0.3", 0.0)).summary for side in (end, again, empty)
     ]
-    assert summaries[0].startswith("The chosen side ends here, which is worth 0. Against ending, only the most ")
+    assert summaries[0].startswith("The chosen side ends here, which is worth 0. The most doubtful claims decide: 0.0 ")
     assert summaries[0].endswith("a margin of 0.7, where more than 2.0 is needed.")
     assert summaries[1].startswith("The chosen side says again what was said before, which costs 4.0.")
     assert summaries[2].startswith("The chosen side claims nothing new that can be checked, which is worth 0.")

@@ -302,6 +302,12 @@ class PairsConfig(_Section):
         description="Reward difference that a pair must exceed, in units of the spread of the prompt's sentence "
         "rewards; with reward.unit: claim, in nats, times lambda.",
     )
+    false_below: float = Field(
+        default=-2.0,
+        le=0,
+        description="Evidence for a sentence's most doubtful claim, in nats, at which it is judged false; other "
+        "sentences are not rejected (reward.unit: claim).",
+    )
     require_complete: bool = Field(
         default=True, description="Use only responses, or sentences, that were not cut off by a limit."
     )

@@ -32,10 +32,10 @@ class _Option:
     response: Response
     future_reward: float | None
     """Highest reward that the tree reaches after it; None if it was not expanded, or is not looked ahead of."""
-    worth: float = 0.0
-    """What the claims of its last sentence are worth (``reward.unit: claim``); 0 for ending."""
+    repeats: bool = False
+    """Whether its last sentence repeats an earlier one."""
     lowest: float = 0.0
-    """Evidence for the most doubtful of these claims; 0 for ending."""
+    """Evidence for the most doubtful claim that its last sentence adds; 0 for ending."""
     ends: bool = False
     """Whether it only ends the response, without a sentence."""
 
@@ -79,11 +79,11 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
     was not expanded are compared by R(s) alone. Ending the response is worth 0.
 
     With ``reward.unit: claim``, what a partial response says before must not contain a sentence that
-    is judged false (R_I < 0), and a pair must cross the zero line: claims without evidence against
-    them over claims without evidence for them. No claim of the chosen side may have evidence against it.
-    Where one side only ends the response, the margin is the evidence for the other side's most doubtful
-    claim, so ending is preferred to sentences with a false claim, and a sentence to ending only if all its
-    claims are true.
+    is judged false (R_I < 0), no claim of the chosen side may have evidence against it, and only three
+    kinds of options are rejected: a sentence with a claim that is judged false (``false_below``), one that
+    repeats an earlier one, and ending. Where one side only ends the response, the margin is the evidence
+    for the other side's most doubtful claim, so ending is preferred to sentences with a false claim, and
+    a sentence to ending only if all its claims are true.
 
     Pairs are sorted by decreasing margin if ``selection`` is ``extremes``.
 
@@ -177,8 +177,8 @@ def _sibling_options(
             rewards[node_id].image >= 0 for node_id in path_ids(parent_id) if node_id in rewards
         )
 
-    def worth(node: Node) -> float:
-        return rewards[node.node_id].image if node.sentence else 0.0
+    def repeats(node: Node) -> bool:
+        return bool(node.sentence) and rewards[node.node_id].repeated
 
     def lowest(node: Node) -> float:
         return rewards[node.node_id].lowest if node.sentence else 0.0
@@ -198,7 +198,7 @@ def _sibling_options(
             _Option(
                 _response(node, by_id, reward(node)),
                 future_reward(node) if config.look_ahead else None,
-                worth(node),
+                repeats(node),
                 lowest(node),
                 ends=not node.sentence,
             )
@@ -243,30 +243,30 @@ def _preferences(
     if method.pairs.selection == "random":
         chosen, *rejected = _shuffled([option.response for option in options], key)
         return [(chosen, other) for other in rejected]
-    preferable = list(options)
     if method.reward.unit == "claim":
-        preferable = [option for option in options if option.lowest >= 0]
-        if not preferable:
-            return []
-    expanded = [option for option in preferable if option.future_reward is not None]
-    best = max(expanded or preferable, key=lambda option: option.value)
-    others = [other for other in options if other is not best]
-    if method.reward.unit == "claim":
-        others = [other for other in others if other.worth <= 0]
-    preferences = [_with_values(best, other) for other in others if _margin(best, other, method) > min_margin]
+        return _claim_preferences(options, method, min_margin)
+    expanded = [option for option in options if option.future_reward is not None]
+    best = max(expanded or options, key=lambda option: option.value)
+    preferences = [_with_values(best, other) for other in options if other is not best]
+    preferences = [(chosen, other) for chosen, other in preferences if chosen.reward - other.reward > min_margin]
     return sorted(preferences, key=_negative_margin)
 
 
-def _margin(best: _Option, other: _Option, method: MethodConfig) -> float:
-    """Return by how much one option is better than another.
+def _claim_preferences(
+    options: Sequence[_Option], method: MethodConfig, min_margin: float
+) -> list[tuple[Response, Response]]:
+    """Return (chosen, rejected) for one group whose sentences are as good as their most doubtful claims.
 
-    Against ending only the most doubtful claim counts, either way, since a sentence may say
-    something certain besides. Its evidence counts the same for and against it.
+    A sum would let a certain claim carry a doubtful one, and prefer sentences that claim more.
     """
-    if method.reward.unit == "claim" and (best.ends or other.ends):
-        return method.lambda_ * (best.lowest - other.lowest)
-    chosen, rejected = _with_values(best, other)
-    return chosen.reward - rejected.reward
+    best = max(options, key=lambda option: (option.lowest, option.value))
+    margins = {
+        id(other): method.lambda_ * (best.lowest - other.lowest)
+        for other in options
+        if other is not best and (other.ends or other.repeats or other.lowest <= method.pairs.false_below)
+    }
+    rejected = [other for other in options if margins.get(id(other), 0.0) > min_margin]
+    return [_with_values(best, other) for other in sorted(rejected, key=lambda other: -margins[id(other)])]
 
 
 def _with_values(best: _Option, other: _Option) -> tuple[Response, Response]:

@@ -98,14 +98,16 @@ class ClaimReasons:
         return Why(first, second, " ".join([*notes, margin]))
 
     def _margin(self, sides: Sequence[Sequence[Node]], chosen: float, rejected: float) -> str:
-        """Say by how much one side is better; against ending, its most doubtful claim alone counts."""
+        """Say by how much one side is better; between sentences, their most doubtful claims decide."""
         method = self._config.method
-        least = f"where more than {fixed(method.pairs.min_margin * method.lambda_, 1)} is needed."
-        if any(nodes and not nodes[-1].sentence for nodes in sides):
-            doubts = [self.rewards[nodes[-1].node_id].lowest for nodes in sides if nodes and nodes[-1].sentence]
-            margin = method.lambda_ * abs(min(doubts, default=0.0))
-            return f"Against ending, only the most doubtful claim counts: a margin of {fixed(margin, 1)}, {least}"
-        return f"R {fixed(chosen, 1)} against {fixed(rejected, 1)}: a margin of {fixed(chosen - rejected, 1)}, {least}"
+        needed = f"where more than {fixed(method.pairs.min_margin * method.lambda_, 1)} is needed."
+        if method.pairs.between == "responses":
+            compared, margin = f"R {fixed(chosen, 1)} against {fixed(rejected, 1)}", chosen - rejected
+        else:
+            good, bad = (self.rewards[s[-1].node_id].lowest if s and s[-1].sentence else 0.0 for s in sides)
+            compared = f"The most doubtful claims decide: {signed(good, 1)} against {signed(bad, 1)} nats"
+            margin = method.lambda_ * (good - bad)
+        return f"{compared}, a margin of {fixed(margin, 1)}, {needed}"
 
     def _note(self, side: str, nodes: Sequence[Node], claims: Sequence[str]) -> str:
         """Say what a side is worth that makes no new claim."""
