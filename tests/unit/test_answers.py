@@ -236,7 +236,9 @@ def test_pope_is_stored_by_setting_and_as_the_mean(tmp_path):
     assert (values["f1_random"], values["f1_popular"], values["mean_f1"]) == (2 / 3, 0.0, 1 / 3)
     assert (values["mean_accuracy"], values["precision_popular"], values["mean_precision"]) == (0.5, None, None)
     assert stored["rows"][0]["tallies"]["f1_random"] == [2, 2]
-    assert collect_results(run_).by_iteration[0]["pope"].metric.value == pytest.approx(100 / 3)
+    collected = collect_results(run_).by_iteration[0]
+    assert collected["pope_f1"].metric.value == pytest.approx(100 / 3)
+    assert collected["pope_accuracy"].metric.value == pytest.approx(50)
 
 
 @pytest.mark.parametrize(

@@ -279,3 +279,11 @@ def test_signs_of_claims_are_computed_from_cues_that_did_not_choose_the_pairs() 
     assert metrics["second_win"] == 1.0
     assert "relevance_win" not in metrics
     assert not [check for check in audit.pair_checks(metrics, {}) if check.value is None]
+
+
+def test_whole_responses_are_compared_by_their_rewards() -> None:
+    nodes = [
+        said("0", "A boat.", {"boat": 4.0}, finish=Finish.EOS, status=NodeStatus.FINISHED),
+        said("1", "A fish.", {"fish": -2.0}, finish=Finish.EOS, status=NodeStatus.FINISHED),
+    ]
+    assert preferred(nodes, between="responses", per_prompt=1) == {("0", "1")}

@@ -75,8 +75,9 @@ def test_a_stopped_run_has_only_the_steps_that_were_done(tmp_path: Path) -> None
 def test_without_evaluation_the_steps_are_the_same_and_take_no_time(tmp_path: Path) -> None:
     """The stage still writes its marker, so that the gate and the manifest find it."""
     run = planned(tmp_path, iterations=1, evaluation={"heldout": 0})
-    run.mark_done(0, "prompts", accepted=4, heldout=0, sha256="")
-    tables.write_prompts(run.heldout_path, [], 4)
+    for path in (run.prompts_path, run.heldout_path):
+        tables.write_prompts(path, [], 4)
+    run.mark_done(0, "prompts", accepted=4, heldout=0, sha256=files.sha256_of(run.prompts_path))
     stages.evaluate(run, 0, Silent())
     assert run.result(0, "evaluate")["seconds"] < 1
     for stage, seconds in (("generate", 2.0), ("pairs", 1.0), ("train", 60.0)):

@@ -243,7 +243,8 @@ def _preferences(
     if method.pairs.selection == "random":
         chosen, *rejected = _shuffled([option.response for option in options], key)
         return [(chosen, other) for other in rejected]
-    if method.reward.unit == "claim":
+    # With lambda 0, R_T alone decides.
+    if method.reward.unit == "claim" and method.pairs.between == "siblings" and method.lambda_ > 0:
         return _claim_preferences(options, method, min_margin)
     expanded = [option for option in options if option.future_reward is not None]
     best = max(expanded or options, key=lambda option: option.value)
@@ -260,6 +261,8 @@ def _claim_preferences(
     A sum would let a certain claim carry a doubtful one, and prefer sentences that claim more.
     """
     best = max(options, key=lambda option: (option.lowest, option.value))
+    if best.lowest < 0:
+        return []
     margins = {
         id(other): method.lambda_ * (best.lowest - other.lowest)
         for other in options
