@@ -133,7 +133,6 @@ JOBS = [
     *_ablation("repeats cost nothing", "method.reward.repeat_penalty=0"),
     *_ablation("margin 3", "method.pairs.min_margin=3"),
     *_ablation("whole responses in pairs", WHOLE_RESPONSES),
-    *_ablation("look-ahead", "method.pairs.look_ahead=true"),
     *_ablation("no questions", NO_QUESTIONS),
     *_ablation("no greedy candidate", "method.search.greedy_first=false"),
     *_ablation("no SFT term", "training.trl.loss_weights=[1.0,0.0]"),

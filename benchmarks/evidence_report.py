@@ -121,7 +121,7 @@ def write_baseline(rows: Sequence[baseline.Row], jobs: Sequence[Any], out: Path,
     commits = sorted({row["commit"] for row in rows} | {result.info["commit"] for result in done})
     pictures = rows[0]["key"][-1]
     head = (
-        "# Baseline\n\nWhat the presets do as they are, before any repair. Only the profile `world` is like the scenes "
+        "# Baseline\n\nWhat the presets do as they are. Only the profile `world` is like the scenes "
         "on which the default was chosen. Written by `python benchmarks/evidence.py baseline` (commits "
         f"{', '.join(commits)}).\n\n"
         f"## Profiles\n\n{pictures} pictures for each profile and seed, {baseline.NUM_SEEDS} seeds. Intervals are "

@@ -43,17 +43,17 @@ def audit(
             {"iteration": number, "verdict": verdict.value, "metrics": metrics, "checks": quality.dump(checks)}
         )
     else:
-        verdicts = {check.metric: quality.shown_verdict(check.verdict.value, check.n) for check in checks}
+        shown = {check.metric: quality.shown_verdict(check.verdict.value, check.n) for check in checks}
         numbers = {check.metric: str(check.n) for check in checks if check.n is not None}
-        num_few = list(verdicts.values()).count(quality.TOO_FEW)
+        num_few = list(shown.values()).count(quality.TOO_FEW)
         bounds = {name: str(bound) for name, bound in {**quality.PAIR_BOUNDS, **quality.RESPONSE_BOUNDS}.items()}
         rows = [
             [
                 metric,
                 f"{value:.3f}",
                 numbers.get(metric, ""),
-                verdicts.get(metric, ""),
-                bounds.get(metric, "") if metric in verdicts else "",
+                shown.get(metric, ""),
+                bounds.get(metric, "") if metric in shown else "",
             ]
             for metric, value in metrics.items()
         ]

@@ -294,7 +294,8 @@ class PairsConfig(_Section):
     )
     look_ahead: bool = Field(
         default=True,
-        description="Add to a sentence's reward the highest reward that the tree reaches after it (between: siblings).",
+        description="Add to a sentence's reward the highest reward that the tree reaches after it "
+        "(between: siblings, unit: sentence).",
     )
     min_margin: float = Field(
         default=0.0,
@@ -317,7 +318,13 @@ class PairsConfig(_Section):
 class MethodConfig(_Section):
     """Configure the method; the presets override these defaults."""
 
-    lambda_: float = Field(default=0.5, ge=0, le=1, alias="lambda", description="Weight of R_I in R(s) (eq. 4).")
+    lambda_: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        alias="lambda",
+        description="Weight of R_I in R(s) (eq. 4). With unit: claim it matters in the search alone, unless it is 0.",
+    )
     search: SearchConfig = SearchConfig()
     claims: ClaimsConfig = ClaimsConfig()
     reward: RewardConfig = RewardConfig()
@@ -327,6 +334,12 @@ class MethodConfig(_Section):
     def uses_claims(self) -> bool:
         """Return whether claims are found and scored: for the reward, or to ask about them."""
         return self.reward.unit == "claim" or self.pairs.questions.per_prompt > 0
+
+    @property
+    def compares_claims(self) -> bool:
+        """Return whether a pair compares the most doubtful claims of its sides instead of their rewards."""
+        by_claim = (self.reward.unit, self.pairs.between, self.pairs.selection) == ("claim", "siblings", "extremes")
+        return by_claim and self.lambda_ > 0
 
 
 class DataConfig(_Section):

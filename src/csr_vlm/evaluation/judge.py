@@ -40,7 +40,6 @@ _MOST_BYTES = 1 << 20
 """Limit for a reply: a judge writes a few hundred words."""
 _CHARS_PER_TOKEN = 4
 _T = TypeVar("_T")
-_S = TypeVar("_S")
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ class Judge:
             "max_tokens": self.settings.max_tokens,
         }
 
-    def _judge(self, question: str, read: Callable[[str], _S | None]) -> Judgment[_S]:
+    def _judge(self, question: str, read: Callable[[str], _T | None]) -> Judgment[_T]:
         for reading in range(_READINGS):
             entry = self._reply(question, reading)
             value = read(entry["reply"])

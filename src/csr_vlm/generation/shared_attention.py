@@ -323,7 +323,7 @@ class DecodeStep:
     token_index: torch.Tensor
     """Index of each row's token in its sequence, of shape (rows,)."""
     last_token_index: int
-    """Largest of ``token_index``, known without asking the device."""
+    """Largest of ``token_index``, known without a read from the device."""
     _biases: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor | None]] = field(default_factory=dict)
     """Bias of the prompts' and of the groups' scores, by heads and sliding window."""
 

@@ -51,6 +51,11 @@ class Check:
     """Number of pairs, prompts or responses that the metric is the mean of; None if it was not recorded."""
 
 
+TOO_FEW = "too few"
+FEWEST = 8
+"""Number of cases below which a check that passes is shown as too few; with fewer responses, a gate only warns."""
+
+
 def shown_verdict(verdict: str, n: int | None) -> str:
     """Return a verdict as people read it: passing on a handful of cases says nothing.
 
@@ -59,11 +64,6 @@ def shown_verdict(verdict: str, n: int | None) -> str:
         ('too few', 'go', 'warn')
     """
     return TOO_FEW if verdict == Verdict.GO and n is not None and n < FEWEST else verdict
-
-
-TOO_FEW = "too few"
-FEWEST = 8
-"""Number of cases below which a check that passes is not called ``go``, and one that fails stops no run."""
 
 
 @dataclass(frozen=True)

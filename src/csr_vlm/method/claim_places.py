@@ -36,9 +36,19 @@ class Mark:
     @property
     def level(self) -> Level:
         """Return what the evidence says: clearly for the claim, clearly against it, or neither."""
-        if abs(self.nats) < _CLEAR:
-            return Level.UNCLEAR
-        return Level.SUPPORTED if self.nats > 0 else Level.DOUBTED
+        return level_of(self.nats)
+
+
+def level_of(nats: float) -> Level:
+    """Return what evidence says of a claim.
+
+    Example:
+        >>> str(level_of(3.0)), str(level_of(0.5)), str(level_of(-3.0))
+        ('supported', 'unclear', 'doubted')
+    """
+    if abs(nats) < _CLEAR:
+        return Level.UNCLEAR
+    return Level.SUPPORTED if nats > 0 else Level.DOUBTED
 
 
 def claim_places(sentence: str, claims: Iterable[Claim]) -> list[tuple[int, int, str]]:

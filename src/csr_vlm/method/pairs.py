@@ -78,12 +78,11 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
     so that omitting something that is never said later has a cost. Two siblings of which one
     was not expanded are compared by R(s) alone. Ending the response is worth 0.
 
-    With ``reward.unit: claim``, what a partial response says before must not contain a sentence that
-    is judged false (R_I < 0), no claim of the chosen side may have evidence against it, and only three
-    kinds of options are rejected: a sentence with a claim that is judged false (``false_below``), one that
-    repeats an earlier one, and ending. Where one side only ends the response, the margin is the evidence
-    for the other side's most doubtful claim, so ending is preferred to sentences with a false claim, and
-    a sentence to ending only if all its claims are true.
+    With ``reward.unit: claim``, a sentence is as good as its most doubtful claim: the margin is the
+    difference in the evidence for these claims, and ending, or claiming nothing, counts 0. No sentence
+    of the partial response may be judged false (R_I < 0), and no claim of the chosen side may have
+    evidence against it. Rejected are only a sentence with a claim that is judged false
+    (``false_below``), a sentence that repeats an earlier one, and ending.
 
     Pairs are sorted by decreasing margin if ``selection`` is ``extremes``.
 
@@ -243,8 +242,7 @@ def _preferences(
     if method.pairs.selection == "random":
         chosen, *rejected = _shuffled([option.response for option in options], key)
         return [(chosen, other) for other in rejected]
-    # With lambda 0, R_T alone decides.
-    if method.reward.unit == "claim" and method.pairs.between == "siblings" and method.lambda_ > 0:
+    if method.compares_claims:
         return _claim_preferences(options, method, min_margin)
     expanded = [option for option in options if option.future_reward is not None]
     best = max(expanded or options, key=lambda option: option.value)
@@ -263,13 +261,13 @@ def _claim_preferences(
     best = max(options, key=lambda option: (option.lowest, option.value))
     if best.lowest < 0:
         return []
-    margins = {
-        id(other): method.lambda_ * (best.lowest - other.lowest)
+    rejected = [
+        other
         for other in options
-        if other is not best and (other.ends or other.repeats or other.lowest <= method.pairs.false_below)
-    }
-    rejected = [other for other in options if margins.get(id(other), 0.0) > min_margin]
-    return [_with_values(best, other) for other in sorted(rejected, key=lambda other: -margins[id(other)])]
+        if (other.ends or other.repeats or other.lowest <= method.pairs.false_below)
+        and method.lambda_ * (best.lowest - other.lowest) > min_margin
+    ]
+    return [_with_values(best, other) for other in sorted(rejected, key=lambda other: other.lowest)]
 
 
 def _with_values(best: _Option, other: _Option) -> tuple[Response, Response]:

@@ -11,7 +11,7 @@ from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.formatting import fixed, signed
 from csr_vlm.core.records import Node, Response
 from csr_vlm.method.claim_evidence import Evidence, thing_of, words_of
-from csr_vlm.method.claim_places import Level, Mark, claim_places
+from csr_vlm.method.claim_places import Level, Mark, claim_places, level_of
 from csr_vlm.method.claims import claim_finder
 from csr_vlm.method.reward import SentenceReward, new_claims, path_ids, sentence_rewards, worth_of
 from csr_vlm.report.annotate import AnnotatedSentence, mark_absent
@@ -101,7 +101,7 @@ class ClaimReasons:
         """Say by how much one side is better; between sentences, their most doubtful claims decide."""
         method = self._config.method
         needed = f"where more than {fixed(method.pairs.min_margin * method.lambda_, 1)} is needed."
-        if method.pairs.between == "responses":
+        if not method.compares_claims:
             compared, margin = f"R {fixed(chosen, 1)} against {fixed(rejected, 1)}", chosen - rejected
         else:
             good, bad = (self.rewards[s[-1].node_id].lowest if s and s[-1].sentence else 0.0 for s in sides)
@@ -137,4 +137,4 @@ class ClaimReasons:
             rules.append(f"evidence against a claim counts {reward.false_cost:g} times")
         if rules:
             facts.append(f"worth {signed(worth, 1)}, since {' and '.join(rules)}")
-        return WeighedClaim(words_of(claim), Mark(0, 0, "", nats).level, "; ".join(facts))
+        return WeighedClaim(words_of(claim), level_of(nats), "; ".join(facts))
