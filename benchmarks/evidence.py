@@ -407,15 +407,14 @@ def run_all(out: Path, workers: int, only: str | None, purpose: str, rerun: int 
         vary_prior(out)
 
 
-def try_settings(setting: str, seeds: list[int], out: Path) -> None:
+def try_settings(setting: str, seeds: list[int], out: Path, world: str, prompts: int) -> None:
     """Run ``label: key=value ...`` and print one row of metrics per iteration."""
     from evidence_report import COLUMNS, Result, cells
 
     label, _, overrides = setting.partition(":")
+    size: dict[str, Any] = {"world": world, "prompts": prompts, "scenes": 500, "split": "development"}
     for seed in seeds:
-        job = Job(
-            label.strip(), "tried", overrides.strip(), seed, measured=(0, 1, 2, 3), scenes=500, split="development"
-        )
+        job = Job(label.strip(), "tried", overrides.strip(), seed, measured=(0, 1, 2, 3), **size)
         run_job(job, out)
         print(f"{job.name}, seed {seed}:", ", ".join(COLUMNS.values()))
         for iteration in job.measured:
@@ -450,12 +449,14 @@ def _arguments() -> argparse.Namespace:
         if name == "try":
             verb.add_argument("setting", help="'label: key=value ...', overrides of the default preset")
             verb.add_argument("--seeds", type=int, nargs="+", default=[0])
+            verb.add_argument("--prompts", type=int, default=256, help="number of images")
         if name in ("write", "baseline"):
             verb.add_argument("--to", type=Path, default=Path("docs/evidence"))
         if name == "write":
             verb.add_argument("--rerun", action="store_true", help="report a used test seed, marked as a rerun")
+        if name in ("try", "baseline"):
+            verb.add_argument("--world", default="harbour" if name == "try" else "prose", help="world of the runs")
         if name == "baseline":
-            verb.add_argument("--world", default="prose", help="world of the runs")
             verb.add_argument("--profiles-only", action="store_true", help="measure profiles only: no model, minutes")
     return parser.parse_args()
 
@@ -470,7 +471,7 @@ def main() -> int:
         elif arguments.verb == "job":
             run_job(job_of(arguments.key), out)
         elif arguments.verb == "try":
-            try_settings(arguments.setting, arguments.seeds, out)
+            try_settings(arguments.setting, arguments.seeds, out, arguments.world, arguments.prompts)
         elif arguments.verb == "baseline":
             run_baseline(out, arguments.to, arguments.jobs, arguments.world, arguments.profiles_only)
         else:
