@@ -33,11 +33,13 @@ from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Node, Pair, Response
 from csr_vlm.evaluation.scorer_profile import Profile, read_profile
+from csr_vlm.evaluation.statistics import auc
 from csr_vlm.method import audit as quality
+from csr_vlm.method.claim_evidence import Evidence
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.questions import select_informative
 from csr_vlm.method.reward import path_ids
-from csr_vlm.method.search import search
+from csr_vlm.method.search import Tree, search
 from csr_vlm.pipeline.claim_questions import text_pairs
 from csr_vlm.scoring.claim_scorer import ClaimScorer
 from csr_vlm.scoring.scorer import ScorerGroup
@@ -81,6 +83,10 @@ class Outcome:
     checks: list[dict[str, Any]]
     decisions: dict[str, int]
     """Pairs by kind of decision, as "chosen > rejected"."""
+    scorer_auc: float
+    """Of the scorer's z, true against false things that the trees claim; by the truth of the pictures."""
+    estimated_auc: float | None
+    """The same as the audit estimates it, without the truth."""
 
 
 def run_profile(profile: Profile, config: RunConfig, num_prompts: int, seed: int = 0) -> Outcome:
@@ -109,7 +115,8 @@ def run_profile(profile: Profile, config: RunConfig, num_prompts: int, seed: int
         metrics.append(quality.tree_metrics(tree.nodes, own, config.method, config.scorer.used))
         nodes = {node.node_id: node for node in tree.nodes}
         decisions.update(decision(pair, nodes, world) for pair in own)
-    checks = quality.pair_checks(quality.pair_metrics(metrics), {})
+    quality_metrics = quality.pair_metrics(metrics)
+    checks = quality.pair_checks(quality_metrics, {})
     questions = list(_questions(world, trees, claims, config))
     return Outcome(
         profile=profile.name,
@@ -126,7 +133,21 @@ def run_profile(profile: Profile, config: RunConfig, num_prompts: int, seed: int
         audit=quality.worst_verdict(checks).value,
         checks=quality.dump(checks),
         decisions={" > ".join(kinds): number for kinds, number in decisions.most_common()},
+        scorer_auc=_scorer_auc(trees, world, config),
+        estimated_auc=quality_metrics.get("estimated_auc"),
     )
+
+
+def _scorer_auc(trees: Sequence[Tree], world: ProfileWorld, config: RunConfig) -> float:
+    """Compute how well the first scorer's z separates the true things of all trees from the false ones."""
+    name = config.scorer.used.split("+")[0]
+    by_truth: dict[bool, list[float]] = {True: [], False: []}
+    for tree in trees:
+        evidence = Evidence.of(tree.nodes, config.method.reward, name)
+        for thing in evidence.mentions:
+            is_true = world.picture_of(tree.prompt).truth(thing) == "grounded"
+            by_truth[is_true].append(evidence.significance(evidence.scores[thing], name))
+    return auc(by_truth[True], by_truth[False])
 
 
 def _scorers(world: ProfileWorld, config: RunConfig) -> ScorerGroup:
@@ -236,6 +257,8 @@ def _print(found: Sequence[Outcome]) -> None:
         "questions",
         "right",
         "nonsense",
+        "AUC",
+        "estimated",
         "audit",
     )
     rows = [
@@ -250,6 +273,8 @@ def _print(found: Sequence[Outcome]) -> None:
             str(o.questions),
             f"{o.questions_right / o.questions:.1%}" if o.questions else "-",
             str(o.questions_nonsense),
+            f"{o.scorer_auc:.2f}",
+            "-" if o.estimated_auc is None else f"{o.estimated_auc:.2f}",
             o.audit
             + "".join(
                 f"; {check['metric']} {check['value']:.2f}: {check['verdict']}"

@@ -27,6 +27,7 @@ from csr_vlm.method.reward import (
     reward_scale,
     sentence_rewards,
 )
+from csr_vlm.method.scorer_quality import estimated_auc
 
 
 class Verdict(StrEnum):
@@ -336,6 +337,9 @@ def pair_metrics(trees: Iterable[TreeMetrics]) -> dict[str, float]:
       the higher evidence by the scorer
     - ``second_win``: pairs whose chosen side has the higher evidence by a second scorer, which did
       not choose them; only where there is one
+
+    and ``estimated_auc``, the scorer's quality as its agreement with the policy's samples suggests
+    (:mod:`csr_vlm.method.scorer_quality`); it has no bound.
     """
     trees = list(trees)
     num_pairs = sum(tree.pairs for tree in trees)
@@ -356,6 +360,9 @@ def pair_metrics(trees: Iterable[TreeMetrics]) -> dict[str, float]:
         cases = [getattr(of_tree, sign) for of_tree in signs]
         if number := sum(total for _, total in cases):
             metrics[metric] = sum(successes for successes, _ in cases) / number
+    quality = estimated_auc([value for of_tree in signs for value in of_tree.values])
+    if quality is not None:
+        metrics["estimated_auc"] = quality
     wins, losses = sum(tree.wins for tree in trees), sum(tree.losses for tree in trees)
     if wins + losses:
         metrics["relevance_win"] = wins / (wins + losses)

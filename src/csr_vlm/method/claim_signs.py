@@ -7,6 +7,7 @@ image, or the number of samples that make a claim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -30,6 +31,8 @@ class ClaimSigns:
     """Pairs of things of which the more frequent one has the higher evidence by the scorer."""
     second: tuple[float, int]
     """Pairs of sides of which the second scorer prefers the chosen one."""
+    values: tuple[tuple[float, float], ...] = ()
+    """For each thing the scorers' mean z, and the logarithm of how often it is made, relative to the average."""
 
 
 def claim_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConfig, scorer: str) -> ClaimSigns:
@@ -66,7 +69,13 @@ def claim_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConf
             return judged[response.node_id].image if response.node_id in judged else 0.0
 
         gaps = [value(pair.chosen) - value(pair.rejected) for pair in pairs]
-    return ClaimSigns(above(negatives_column), above(nearest_column, frequent), _successes(compared), _successes(gaps))
+    values = tuple(
+        (fmean(evidence.significance(row, name) for name in names), math.log(evidence.mentions[thing] / frequent))
+        for thing, row in sorted(things.items())
+    )
+    return ClaimSigns(
+        above(negatives_column), above(nearest_column, frequent), _successes(compared), _successes(gaps), values
+    )
 
 
 def _successes(gaps: Iterable[float]) -> tuple[float, int]:
