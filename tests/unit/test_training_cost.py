@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+from benchmarks import training_cost
 
 from csr_vlm.pipeline.training_cost import TrainedModel, TreeShape
 
@@ -24,3 +28,18 @@ def test_operations_of_a_small_model() -> None:
 def test_memory_of_a_small_model() -> None:
     model = TrainedModel(1000, 1200, layers=2, width=8, vocabulary=16)
     assert model.memory_bytes(100, 30, 2.0) == pytest.approx(2400 + 480 + 100 * 8 * 36 * 2)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--pairs", "12"]], ids=["4 pairs", "12 pairs"])
+def test_the_page_on_scaling_has_every_printed_figure(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["training_cost.py", *arguments])
+    training_cost.main()
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    section = page.split("### What training 13,000 prompts costs")[1].split("\n## ")[0]
+    assert figures(capsys.readouterr().out) <= figures(section)
+
+
+def figures(text: str) -> set[str]:
+    return set(re.findall(r"\d+(?:\.\d+)?(?:e\d+)?", text.replace("e+", "e").replace(",", "")))
