@@ -2,24 +2,27 @@
 
     python benchmarks/dpo.py --sizes tiny mid --pairs 2 4 12 --questions 0 4 --out build/dpo.json
     python benchmarks/dpo.py --count RUN
+    python benchmarks/dpo.py --train RUN --repeats 3
 
 A step consists of collating the pairs of one prompt (siblings) and its claim questions, the loss and
 its gradients. ``stock`` is trl.DPOTrainer: one row per response, policy and reference, with the image
 in every row; ``--stock-pairs`` divides its step into batches that fit the memory, whose gradients add up
-(``gradient_accumulation_steps``). ``pair rows`` shares tokens within a pair only, as version 0.1 did; ``trees`` is this
-package. Both have the reference log-probabilities from the ledger. All train the same adapter on the
-same weights and pairs. They are timed alternately, so that other load on the machine affects all;
-medians and the medians of the ratios are reported. With ``--stock-repeats`` stock is timed in fewer turns, or
-with 0 in its first step alone, which the others do not count; with ``--without-stock`` trees are compared with
-pair rows alone. Loss and gradients are compared before anything is
-timed; in float32 the benchmark fails if they differ by more than rounding errors.
+(``gradient_accumulation_steps``), as ``--max-tokens`` divides the steps of the other two. ``pair rows``
+shares tokens within a pair only, as version 0.1 did; ``trees`` is this package. Both have the reference
+log-probabilities from the ledger. All train the same adapter on the same weights and pairs. They are timed
+alternately, so that other load on the machine affects all; medians and the medians of the ratios are reported.
+With ``--stock-repeats`` stock is timed in fewer turns, or with 0 in its first step alone, which the others do
+not count; with ``--without-stock`` trees are compared with pair rows alone. Loss and gradients are compared
+before anything is timed; in float32 the benchmark fails if they differ by more than rounding errors.
 
 ``tiny`` is the embedded world's model, with 36 image tokens. ``mid`` has random weights, a language
 model of 162M parameters and 576 image tokens. Siblings share a prefix of sentences and differ in one:
 pair number i begins with i mod 4 common sentences, and its two sides end with one of their own.
 
 ``--count`` counts the tokens of an epoch of a run's first training instead: those that the model computes,
-padding included, those that are distinct, and those of one row per response.
+padding included, those that are distinct, and those of one row per response. ``--train`` trains a run's first
+iteration again, in trees and in pair rows alternately, and reports CPU seconds of the whole stage (loading the
+model, checking the reference, training, writing the adapter), with images prepared in the same process.
 """
 
 from __future__ import annotations
@@ -32,9 +35,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -53,6 +58,7 @@ from csr_vlm.store import tables
 from csr_vlm.store.files import write_json
 from csr_vlm.store.run import Run, versions
 from csr_vlm.store.tables import PairFiles
+from csr_vlm.training import dpo
 from csr_vlm.training.collator import PairCollator
 from csr_vlm.training.distribution import pairs_per_step
 from csr_vlm.training.dpo import trainable_policy, trainer_arguments
@@ -144,7 +150,9 @@ def make_pairs(policy: Policy, prompt: Prompt, num_pairs: int, num_questions: in
     return siblings + [pair(question, (draw(2), draw(2))) for question in asked]
 
 
-def make_side(kind: str, checkpoint: Path, dtype: str, pairs: list[Pair], work: Path, stock_pairs: int) -> Side:
+def make_side(
+    kind: str, checkpoint: Path, dtype: str, pairs: list[Pair], work: Path, stock_pairs: int, max_tokens: int
+) -> Side:
     """Create a trainer, and move its policy slightly away from the reference."""
     torch.manual_seed(0)
     policy = trainable_policy(ModelConfig(path=str(checkpoint), dtype=dtype), TRAINING, None)
@@ -154,7 +162,7 @@ def make_side(kind: str, checkpoint: Path, dtype: str, pairs: list[Pair], work: 
         trainer = stock_trainer(policy, arguments)
     else:
         disable_vision_gradients(policy.base_model)
-        collator = (PairRows if kind == "pair rows" else PairCollator)(policy, TRAINING.max_tokens)
+        collator = (PairRows if kind == "pair rows" else PairCollator)(policy, max_tokens)
         tables.write_pairs(work / "pairs.parquet", pairs)
         files = PairFiles([work / "pairs.parquet"])
         trainer = CsrTrainer(policy, StepDataset(files, StepPlan(files.group_sizes, 16, 0), collator), arguments)
@@ -238,6 +246,31 @@ def count_tokens(run: Run) -> dict[str, Any]:
     }
 
 
+def time_training(run: Run, repeats: int) -> dict[str, Any]:
+    """Train a run's first iteration in both kinds of rows; return CPU seconds, losses and the median ratio."""
+    options = {**run.config.training.trl, "dataloader_num_workers": 0}
+    training = run.config.training.model_copy(update={"trl": options})
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS[1:]}
+    losses: dict[str, list[float]] = {}
+    for turn, (kind, collator) in product(range(repeats), zip(KINDS[1:], (PairRows, PairCollator), strict=True)):
+        with TemporaryDirectory() as directory, mock.patch.object(dpo, "PairCollator", collator):
+            paths = {"adapter": Path(directory) / "adapter", "work": Path(directory) / "work"}
+            started = time.process_time()
+            result = dpo.train(
+                run.training_paths(1), run.config.model, training, previous=None, seed=run.config.seed, **paths
+            )
+            seconds[kind].append(time.process_time() - started)
+        losses[kind] = [float(entry["loss"]) for entry in result["log"]]
+        print(f"turn {turn + 1}: {kind} {seconds[kind][-1]:.1f} s", flush=True)
+    return {
+        "pairs": result["num_pairs"],
+        "steps": len(result["log"]),
+        "seconds": seconds,
+        "speedup": statistics.median(pair / tree for pair, tree in zip(*seconds.values(), strict=True)),
+        "largest difference of a loss": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
+    }
+
+
 def compare(
     checkpoint: Path, size: str, dtype: str, num_pairs: int, num_questions: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
@@ -251,7 +284,8 @@ def compare(
         del first
         stock_pairs = arguments.stock_pairs or len(pairs)
         kinds = KINDS[1:] if arguments.without_stock else KINDS
-        sides = {kind: make_side(kind, checkpoint, dtype, pairs, work, stock_pairs) for kind in kinds}
+        settings = checkpoint, dtype, pairs, work, stock_pairs, arguments.max_tokens
+        sides = {kind: make_side(kind, *settings) for kind in kinds}
         losses: dict[str, float] = {}
         first = {kind: measure(lambda k=kind, s=side: losses.update({k: s.step()})) for kind, side in sides.items()}
         outcomes = {kind: (losses[kind], side.gradients()) for kind, side in sides.items()}
@@ -274,6 +308,7 @@ def compare(
         "pairs": num_pairs,
         "questions": num_questions,
         "stock_pairs": stock_pairs,
+        "max_tokens": arguments.max_tokens,
         "distinct_tokens": distinct,
         "tokens": tokens,
         "seconds": seconds,
@@ -308,15 +343,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="tokens per sentence; 8 for tiny and 20 for mid by default")
     parser.add_argument("--layers", type=int, help="layers of mid's language model; 12 by default")
     parser.add_argument("--stock-pairs", type=int, help="pairs of a batch of stock TRL; all by default")
+    parser.add_argument("--max-tokens", type=int, default=TRAINING.max_tokens, help="tokens of a pass of ours")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--without-stock", action="store_true", help="do not run stock TRL")
     parser.add_argument("--stock-repeats", type=int, help="turns in which stock TRL is timed; all by default")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--count", type=Path, metavar="RUN", help="count the tokens of a run's training")
+    parser.add_argument("--train", type=Path, metavar="RUN", help="time a run's training")
     arguments = parser.parse_args()
     quiet_libraries()
     if arguments.count is not None:
         print(json.dumps(count_tokens(Run.open(arguments.count)), indent=1))
+        return
+    if arguments.train is not None:
+        print(json.dumps(time_training(Run.open(arguments.train), arguments.repeats), indent=1))
         return
     rows = []
     with TemporaryDirectory() as directory:

@@ -28,6 +28,7 @@ from csr_vlm.generation.self_check import logprobs_from_pixels, self_check
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.pairs import make_pairs
 from csr_vlm.method.search import Tree, search
+from csr_vlm.models import passes
 from csr_vlm.models.adapters import AdapterSwitch
 from csr_vlm.models.checkpoints import checkpoint_tensors
 from csr_vlm.models.families import FAMILIES as KNOWN_FAMILIES
@@ -266,7 +267,10 @@ def test_dpo_moves_only_the_language_models_adapter(family: Case) -> None:
     assert len(linears) == 14
 
 
-def test_trees_have_the_loss_and_gradients_of_stock_trl(family: Case, tmp_path: Path) -> None:
+def test_trees_have_the_loss_and_gradients_of_stock_trl(
+    family: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare trees as they are arranged, and all in one row, the last image first."""
     policy, stock_policy = (dpo.trainable_policy(family.config, TRAINING, family.adapter) for _ in range(2))
     has_obstacle = tree_obstacle(policy.base_model.config) is not None
     assert has_obstacle == (policy.base_model.config.model_type in {"gemma3", "paligemma"})
@@ -279,19 +283,25 @@ def test_trees_have_the_loss_and_gradients_of_stock_trl(family: Case, tmp_path: 
     ours = our_trainer(policy, pairs, tmp_path, TRAINING)
     stock = stock_trainer(stock_policy, dpo.trainer_arguments(TRAINING, tmp_path, 0, "cpu"))
     stock.precompute_ref_logps, ours.first_loss = True, 0.0
-    passes = PairCollator(policy, TRAINING.max_tokens).passes(pairs)
-    loss, gradients, metrics = outcome(ours, passes)
     expected_loss, expected, expected_metrics = outcome(stock, [stock_batch(stock_policy, pairs)])
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert abs(expected_loss - math.log(2)) > 1e-3
     trained = {name for name in expected if ".ref." not in name}
-    assert gradients.keys() == trained
     largest = max(float(expected[name].abs().max()) for name in trained)
-    assert all(
-        torch.allclose(gradients[name], expected[name], rtol=0, atol=1e-5 * max(largest, 1.0)) for name in trained
-    )
-    if not has_obstacle:
-        assert metrics["num_tokens"] < 0.7 * expected_metrics["num_tokens"]
+    collator = PairCollator(policy, TRAINING.max_tokens)
+    arranged = collator.passes(pairs)
+    monkeypatch.setattr(passes, "row_groups", lambda lengths: [list(range(len(lengths)))[::-1]])
+    in_one_row = collator.passes(pairs)
+    assert has_obstacle or len(in_one_row[0]["rows"]["input_ids"]) == 1
+    for step in (arranged, in_one_row):
+        loss, gradients, metrics = outcome(ours, step)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert gradients.keys() == trained
+        assert all(
+            torch.allclose(gradients[name], expected[name], rtol=0, atol=1e-5 * max(largest, 1.0)) for name in trained
+        )
+        if not has_obstacle:
+            assert metrics["num_tokens"] < 0.7 * expected_metrics["num_tokens"]
+    print(f"{len(arranged[0]['rows']['input_ids'])} rows for {len(family.prompts)} images")
 
 
 def branching(pair: Pair, common: int) -> Pair:
