@@ -17,10 +17,6 @@ LABELS: Mapping[str, tuple[str, str]] = {
     "claim_agreement": ("Claims on their own image", "claims that score higher than on other images; chance: 0.5"),
     "nearest_agreement": ("Claims on similar images", "claims that score higher than on similar images; chance: 0.5"),
     "cue_agreement": ("Scorer and model agree", "of two claims, the more frequent one scores higher; chance: 0.5"),
-    "estimated_auc": (
-        "Scorer's AUC, estimated",
-        "how well it tells true claims from false ones; chance: 0.5",
-    ),
     "second_win": ("Second scorer agrees", "pairs whose chosen side a second scorer prefers; chance: 0.5"),
     "omission_gap": ("Omission gap", "relevant sentences left out per pair, chosen minus rejected"),
     "repeat_gap": ("Repeat gap", "repeated sentences per pair, chosen minus rejected"),
@@ -33,6 +29,7 @@ LABELS: Mapping[str, tuple[str, str]] = {
     "chosen_drop": ("Drop of chosen log-probability", "nats per response, during training"),
 }
 """Metric of the audit to its label and meaning."""
+_QUALITY = ("Scorer's AUC, estimated", "how well it tells true claims from false ones; chance: 0.5; not checked")
 _UNSIGNED = {
     "scorer_agreement", "relevance_win", "claim_agreement", "nearest_agreement", "cue_agreement", "second_win",
     "prompts_with_pairs", "sentences_ratio",
@@ -111,7 +108,7 @@ def _check_rows(results: Sequence[Mapping[str, Any]]) -> list[CheckRow]:
         rows.append(CheckRow(label, meaning, [_cell(metric, by_metric.get(metric)) for by_metric in checks]))
     estimates = [result.get("metrics", {}).get("estimated_auc") for result in results]
     if any(estimate is not None for estimate in estimates):
-        rows.append(CheckRow(*LABELS["estimated_auc"], [CheckCell(fixed(value, 2), "") for value in estimates]))
+        rows.append(CheckRow(*_QUALITY, [CheckCell(fixed(value, 2), "") for value in estimates]))
     return rows
 
 
