@@ -13,7 +13,7 @@ from csr_vlm.pipeline.tracking import Tracking, iteration_values
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
-NAMES = ("heldout/words", "audit/scorer_agreement/stop", "seconds/train")
+NAMES = ("heldout/words", "audit/scorer_agreement/stop", "seconds/train", "memory_gb/train")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from csr_vlm.core.memory import COSTS
 from csr_vlm.store.run import Run
 from tests.processes import CSR, finished, launch, ledger, require_every_node_once, sharing_config
 
@@ -38,7 +39,7 @@ def test_ledger_and_pairs_are_the_same_bytes(runs: dict[int, Run]) -> None:
     require_every_node_once(two)
     assert two.pairs_path(1).read_bytes() == one.pairs_path(1).read_bytes()
     for stage in ("generate", "pairs"):
-        measured = ("seconds", "devices", "processes")
+        measured = (*COSTS, "devices", "processes")
         results = [{k: v for k, v in run.result(1, stage).items() if k not in measured} for run in (one, two)]
         assert results[0] == results[1]
 

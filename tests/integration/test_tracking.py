@@ -53,6 +53,8 @@ def test_every_number_of_an_iteration_is_logged(run: Run) -> None:
     assert (values["heldout/words"], values["heldout/words/low"]) == (heldout["value"], heldout["low"])
     assert values["pairs/pairs"] == run.result(1, "pairs")["pairs"]
     assert values["seconds/train"] > 0
+    assert 0.05 < values["memory_gb/train"] < 50
+    assert values["generate/tokens"] > values["generate/nodes"] > 0
     ((step, entry),) = [(step, entry) for step, entry in training_values(run, 1) if "train/loss" in entry]
     assert (step, "train/step" in entry) == (1, False)
     assert list(training_values(run, 0)) == []
@@ -79,6 +81,27 @@ def test_a_resumed_run_logs_nothing_twice(run: Run, monkeypatch: pytest.MonkeyPa
         resumed.log_iterations()
         resumed.finish(report)
     assert [(memory.run_id, memory.iterations, memory.reports) for _, memory in opened] == 2 * [("new", [], [report])]
+
+
+def test_a_run_killed_after_its_tracker_was_opened_goes_on_in_the_same_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Memory] = []
+
+    def open_memory(_name: str, _run: Run, run_id: str | None) -> Memory:
+        opened.append(Memory(run_id or f"begun {len(opened)}"))
+        return opened[-1]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tracking, "open_service", open_memory)
+    monkeypatch.setattr(Memory, "log_iteration", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Tracking(run, pytest.fail).log_iterations()
+    monkeypatch.setattr(Memory, "log_iteration", lambda *_: None)
+    Tracking(run, pytest.fail).log_iterations()
+    assert [memory.run_id for memory in opened] == ["begun 0", "begun 0", "begun 2"]
 
 
 def test_a_tracker_that_fails_is_left_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

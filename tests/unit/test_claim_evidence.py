@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from csr_vlm.core.records import Prompt
+from csr_vlm.evaluation.claim_marker import ClaimMarker
 from csr_vlm.method.claim_places import Level, Mark
-from csr_vlm.playground.evidence import ClaimMarker
 from csr_vlm.scoring.scorer import ScorerGroup
 from tests.unit.builders import config
 

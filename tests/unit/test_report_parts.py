@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 from PIL import Image
 
 from csr_vlm.core.records import Finish, NodeStatus, Prompt
+from csr_vlm.evaluation.claim_marker import doubted_tally
 from csr_vlm.pipeline.stages import report as write_report
 from csr_vlm.report.before_after import LESS_RELEVANT, MORE_RELEVANT, UNCHANGED, before_after, relevance_change
 from csr_vlm.report.benchmark_panel import benchmark_panel
 from csr_vlm.report.conclusion import conclude
+from csr_vlm.report.costs import cost_table
 from csr_vlm.report.evaluations import read_evaluation
 from csr_vlm.report.html import render
 from csr_vlm.report.lambda_panel import lambda_panel
@@ -141,7 +144,13 @@ def heldout_row(number: int, relevance: float, text: str = "A boat.") -> dict[st
     return {"id": f"h{number}", "text": text, "sentences": [[text, relevance]], "tallies": tallies}
 
 
-def heldout_run(tmp_path: Path, before: list[float], after: list[float]) -> Run:
+def heldout_run(
+    tmp_path: Path,
+    before: list[float],
+    after: list[float],
+    evidence: dict[int, list[dict[str, float]]] | None = None,
+) -> Run:
+    """Write evaluations of the base model and of iteration 2: mean relevances and, if given, evidence of claims."""
     run = new_run(tmp_path / "run", world=False)
     questions = [Prompt(f"h{number}", "none.png", f"Question {number}?") for number in range(len(before))]
     tables.write_prompts(run.heldout_path, questions, 64)
@@ -152,6 +161,14 @@ def heldout_run(tmp_path: Path, before: list[float], after: list[float]) -> Run:
             for name, value in {"relevance": mean, "sentences": 2.0, "repeats": 0.0}.items()
         }
         rows = [heldout_row(number, value) for number, value in enumerate(values)]
+        if evidence is not None:
+            for row, claims in zip(rows, evidence[iteration], strict=True):
+                row["evidence"], row["text"] = claims, f"There is {' and '.join(f'a {claim}' for claim in claims)}."
+                row["sentences"] = [[row["text"], 20.0]]
+                row["tallies"]["doubted"] = doubted_tally(claims)
+            tallies = [row["tallies"]["doubted"] for row in rows]
+            share = sum(doubted for doubted, _ in tallies) / sum(claims for _, claims in tallies)
+            metrics["doubted"] = {"value": share, "low": 0.99964, "high": 1.0, "n": len(values)}
         files.write_json(run.evaluation_path(iteration, "heldout"), {"metrics": metrics, "protocol": {}, "rows": rows})
     return run
 
@@ -168,6 +185,46 @@ def test_a_run_without_annotations_compares_held_out_responses(tmp_path: Path) -
     assert "Question 3?" in page.text
     assert sum("data-kind" in attrs for attrs in page.all("article")) == 4
     assert "not in the image" not in page.text
+
+
+def test_claims_are_colored_by_their_evidence_before_and_after(tmp_path: Path) -> None:
+    before = [{"boat": 3.0, "fish": -2.0}, {"boat": -1.5, "tree": -4.0}, {"boat": 2.0}]
+    after = [{"boat": 3.0, "tree": 0.5}, {"boat": 2.0, "tree": 2.0}, {"boat": 2.0, "fish": -2.0}]
+    run = heldout_run(tmp_path, [20.0] * 3, [20.0] * 3, {0: before, 2: after})
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert (
+        "the share of claims with evidence against them in the responses to 3 held-out prompts fell from" in page.text
+    )
+    assert "The scorer that doubts these claims also chose the pairs" in page.text
+    assert "2 fewer doubted claims, 1 more doubted claims, 0 unchanged." in page.text
+    marked = Counter(attrs["class"] for attrs in page.all("span") if "nats" in attrs.get("title", ""))
+    assert marked == {"claim supported": 6, "claim doubted": 4, "claim unclear": 1}
+    assert "0.9996 to 1.0000" in page.text, "an interval is never 1.000 to 1.000"
+    assert "image-text relevance RI" not in page.text, "no legend of sentence colors"
+
+
+def test_the_costs_of_a_run_are_added_up(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run", world=False)
+    for number in (1, 2):
+        costs = {"seconds": 1800.0, "memory_gb": 2.0 * number, "gpu_memory_gb": 30.0}
+        devices = {"devices": {"NVIDIA H200": 3}, "processes": 4}
+        run.mark_done(number, "generate", [], nodes=9, statuses={}, tokens=1_000, **devices, **costs)
+        log = [{"step": 1, "num_tokens": 300.0}, {"step": 2, "num_tokens": 700.0}]
+        run.mark_done(number, "train", [], log=log, distribution={"processes": 2}, **costs)
+    table = cost_table(run)
+    assert table is not None
+    assert table.columns == ["Time", "Tokens", "Peak memory", "Peak GPU memory", "GPU-hours"]
+    assert [(row.name, [value for value, _ in row.cells]) for row in table.rows] == [
+        ("Search", ["1 h 0 min", "2,000", "4.00 GB", "30.0 GB", "4.00"]),
+        ("Training", ["1 h 0 min", "1,400", "4.00 GB", "30.0 GB", "2.00"]),
+        ("All", ["2 h 0 min", "–", "4.00 GB", "30.0 GB", "6.00"]),
+    ]
+    run.mark_done(1, "generate", [], nodes=9, statuses={}, devices={"cpu": 3}, seconds=60.0)
+    run.mark_done(2, "generate", [], nodes=9, statuses={}, devices={"cpu": 3}, seconds=60.0)
+    on_cpu = cost_table(run)
+    assert on_cpu is not None
+    assert "GPU-hours" not in on_cpu.columns
+    assert on_cpu.rows[0].cells[:3] == [("2 min 0 s", ""), ("–", ""), ("–", "")]
 
 
 def test_numbers_under_different_protocols_are_not_compared(tmp_path: Path) -> None:

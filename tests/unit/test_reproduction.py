@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from csr_vlm.cli.app import app
 from csr_vlm.config.load import resolve
 from csr_vlm.evaluation.reproduction import collect_results, departures, protocol_fields, published, with_lambda
-from csr_vlm.report.radar import HEIGHT, WIDTH, RadarSeries, Spoke, radar, radial_position
+from csr_vlm.report.radar import HEIGHT, RADIUS, WIDTH, RadarSeries, Spoke, radar, radial_position
 from csr_vlm.report.reproduction_page import render
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
@@ -146,9 +146,7 @@ def test_every_quoted_number_has_a_source_and_says_whether_it_was_read():
 def test_quoted_numbers_stand_beside_the_runs(tmp_path):
     measured = {"mmhal": {"mmhal_score": 2.5}, "hallusion": {"hallusion_a_acc": 0.48}}
     page = Page(render([new_run(tmp_path / "mine", {0: measured})]))
-    assert (
-        "RLAIF-V (reading notes on table 1 of SENTINEL, arXiv 2507.12455; not stated in the notes; unread)" in page.text
-    )
+    assert "RLAIF-Vreading notes on table 1 of SENTINEL, arXiv 2507.12455; not stated in the notes; unread" in page.text
     assert "48.0 ‡" in page.text
     assert "mDPO, OPA-DPO, TPR, IRIS and AVES-DPO" in page.text
 
@@ -210,8 +208,8 @@ def test_the_radar_puts_the_best_at_the_rim():
         for points in re.findall(r'class="line" points="([^"]*)"', drawn)
     ]
     distances = [[math.hypot(x - WIDTH / 2, y - HEIGHT / 2) for x, y in outline] for outline in outlines]
-    assert distances[0] == pytest.approx([30, 30, 150], abs=0.1)
-    assert distances[1] == pytest.approx([150, 150, 150], abs=0.1)
+    assert distances[0] == pytest.approx([0.2 * RADIUS, 0.2 * RADIUS, RADIUS], abs=0.1)
+    assert distances[1] == pytest.approx([RADIUS] * 3, abs=0.1)
     assert radar("d", spokes[:2], []) == ""
     partial = radar("d", spokes, [RadarSeries("one", [1.0, None, 3.0])])
     assert 'class="line"' not in partial, "no outline through missing values"

@@ -22,6 +22,7 @@ from csr_vlm.scale import torchrun as module
 from csr_vlm.scale.executor import LOCAL, ItemResult, Task, add_counts, require_marker, write_marker
 from csr_vlm.scale.ray import Actor
 from csr_vlm.scale.torchrun import StoreClient, TorchrunExecutor, num_launched
+from csr_vlm.store import parts
 from csr_vlm.training.distribution import (
     refuse_ram_efficient_loading,
     requested_distribution,
@@ -317,3 +318,19 @@ def test_weights_that_only_rank_0_loads_are_rejected(environment: pytest.MonkeyP
     environment.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(CsrError, match="without weights to generate with"):
         refuse_ram_efficient_loading()
+
+
+def test_parts_that_are_listed_late_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may list what other machines wrote only later; a part must not be lost by that."""
+    for item in range(3):
+        (tmp_path / parts.part_name(item, "0" * 16)).touch()
+    list_parts, listings = parts.list_parts, iter([1, 2, 3])
+
+    def stale(directory: Path) -> tuple[list[Path], list[Path]]:
+        return list_parts(directory)[0][: next(listings)], []
+
+    monkeypatch.setattr(parts, "list_parts", stale)
+    assert len(parts.wait_for_parts(tmp_path, 3)) == 3
+    monkeypatch.setattr(parts, "list_parts", list_parts)
+    with pytest.raises(CsrError, match=r"lists 3 of 4 parts that were written"):
+        parts.wait_for_parts(tmp_path, 4, timeout=0)

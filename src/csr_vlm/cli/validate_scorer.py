@@ -14,6 +14,7 @@ from csr_vlm.cli import console
 from csr_vlm.cli.arguments import Overrides
 from csr_vlm.config.load import load_config, scorer_config
 from csr_vlm.core.errors import CsrError
+from csr_vlm.core.formatting import interval
 from csr_vlm.store import files
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ def _print(validation: Validation) -> None:
                 if not (one.true.n or one.false.n):
                     continue
                 auc = one.auc
-                cells = ["-", ""] if auc is None else [f"{auc.value:.3f}", f"{auc.low:.2f} to {auc.high:.2f}"]
+                cells = ["-", ""] if auc is None else [f"{auc.value:.3f}", interval(auc.low, auc.high, 2)]
                 means = ["-" if side.mean is None else f"{side.mean:.3f}" for side in (one.true, one.false)]
                 name = one.group if one.group in ("claims", "details") else f"{of}, {one.group}"
                 rows.append([name, *cells, *means, str(one.true.n), str(one.false.n)])

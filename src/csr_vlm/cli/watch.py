@@ -160,7 +160,8 @@ def _metrics_line(status: RunStatus, number: int) -> str:
 
 
 def _metric_names(status: RunStatus) -> tuple[str, ...]:
-    return headline_metrics(any("chair_s" in metrics for metrics in status.metrics.values()))
+    known = {name for metrics in status.metrics.values() for name in metrics}
+    return headline_metrics("chair_s" in known, "doubted" in known)
 
 
 def _render(status: RunStatus) -> RenderableType:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from markupsafe import Markup, escape
 
 UNKNOWN = "–"
+_MOST_DIGITS = 9
 _INDEXED = re.compile(r"\b(CHAIR|R)_([SIT])\b")
 
 
@@ -57,6 +58,27 @@ def scientific(value: float | None) -> str:
 def percent(fraction: float | None) -> str:
     """Format a fraction of 1 as a whole percentage."""
     return UNKNOWN if fraction is None else f"{fixed(100 * fraction, 0)} %"
+
+
+def interval(low: float | None, high: float | None, digits: int | None = 3) -> str:
+    """Format an interval; empty if there is none. Bounds that differ never look the same.
+
+    Args:
+        low: Lower bound.
+        high: Upper bound.
+        digits: Decimals; None chooses them by magnitude.
+
+    Example:
+        >>> interval(0.25, 0.5, 2), interval(0.99964, 1.0)
+        ('0.25 to 0.50', '0.9996 to 1.0000')
+    """
+    if low is None or high is None:
+        return ""
+    if digits is None:
+        return f"{compact(low)} to {compact(high)}"
+    while low != high and fixed(low, digits) == fixed(high, digits) and digits < _MOST_DIGITS:
+        digits += 1
+    return f"{fixed(low, digits)} to {fixed(high, digits)}"
 
 
 def relative_change(before: float | None, after: float | None) -> str | None:

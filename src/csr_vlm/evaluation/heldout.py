@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
 from csr_vlm.config.schema import DEFAULT_DELIMITERS
 from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Finish, Prompt
+from csr_vlm.evaluation.claim_marker import ClaimMarker, doubted_tally
 from csr_vlm.evaluation.statistics import Tally, pooled
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.method.reward import bag_of_words
@@ -24,16 +25,28 @@ def evaluate(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     delimiters: str = DEFAULT_DELIMITERS,
+    marker_among: Callable[[Sequence[Prompt]], ClaimMarker] | None = None,
 ) -> dict[str, Any]:
     """Answer prompts greedily and measure the responses.
+
+    Args:
+        engine: Answers.
+        scorer: Scores sentences.
+        prompts: Prompts, each with an image.
+        max_new_tokens: Most tokens of a response.
+        delimiters: What ends a sentence.
+        marker_among: Returns what weighs the claims of responses by comparing with the images of some prompts; None
+            to leave that out.
 
     Returns:
         ``metrics``, ``protocol`` and ``rows``, like every evaluation. The metrics, per response:
         ``sentences``, ``words``, ``repeats`` (sentences with the same words as an earlier one),
         ``complete`` (the response ended by itself) and, over non-empty responses, ``relevance``
-        (the mean of R_I = max(100 cos, 0), eq. 3, over its sentences).
+        (the mean of R_I = max(100 cos, 0), eq. 3, over its sentences). With ``marker_among`` also ``doubted``,
+        the share of claims with evidence against them; rows then have the ``evidence`` of each claim.
     """
     rule = SentenceRule(delimiters)
+    marker = marker_among(prompts) if marker_among is not None else None
     rows: list[dict[str, Any]] = []
     for chunk in batched(prompts, _BATCH):
         responses = engine.respond(chunk, max_new_tokens)
@@ -46,14 +59,16 @@ def evaluate(
         scores = iter(scorer.score(items))
         for prompt, response, sentences in zip(chunk, responses, sentence_lists, strict=True):
             relevance = [max(100 * next(scores)[scorer.name], 0.0) for _ in sentences]
-            rows.append(
-                {
-                    "id": prompt.prompt_id,
-                    "text": response.sentence,
-                    "sentences": list(zip(sentences, relevance, strict=True)),
-                    "tallies": tallies(sentences, relevance, response.finish is Finish.EOS),
-                }
-            )
+            row: dict[str, Any] = {
+                "id": prompt.prompt_id,
+                "text": response.sentence,
+                "sentences": list(zip(sentences, relevance, strict=True)),
+                "tallies": tallies(sentences, relevance, response.finish is Finish.EOS),
+            }
+            if marker is not None:
+                row["evidence"] = marker.evidence(prompt, response.sentence)
+                row["tallies"]["doubted"] = doubted_tally(row["evidence"])
+            rows.append(row)
         engine.forget()
         scorer.forget()
     return {

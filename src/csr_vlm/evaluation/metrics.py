@@ -62,6 +62,9 @@ METRICS: Mapping[str, MetricSpec] = _by_key(
     MetricSpec("tokens", "Tokens", "CHAIR’s word tokens per response", "none", 1, None, axis_from_zero=True),
     MetricSpec("complete", "Complete", "responses that end with the end-of-sequence token"),
     MetricSpec("relevance", "R_I", "mean image-text relevance of the sentences, 0 to 100", "higher", 1, 100.0),
+    MetricSpec(
+        "doubted", "Doubted claims", "claims with evidence against them by the scorer", "lower", axis_from_zero=True
+    ),
     MetricSpec("yes_no_present", "Yes/no, present", "correct answers about present objects"),
     MetricSpec("yes_no_absent", "Yes/no, absent", "correct answers about randomly chosen absent objects"),
     MetricSpec("yes_no_companion", "Yes/no, companion", "correct answers about absent companions of present objects"),
@@ -106,9 +109,11 @@ SUITE_METRICS: Mapping[str, MetricSpec] = _by_key(
 """The metrics of ``csr eval hallucination`` besides CHAIR and POPE, in display order."""
 
 
-def headline_metrics(truth_known: bool) -> tuple[str, ...]:
-    """Return the keys shown first: hallucination if the objects in the images are known, else relevance."""
-    return ("chair_s", "chair_i", "recall") if truth_known else ("relevance", "sentences", "repeats")
+def headline_metrics(truth_known: bool, by_claim: bool = False) -> tuple[str, ...]:
+    """Return the keys shown first: hallucination if the objects in the images are known, else evidence or relevance."""
+    if truth_known:
+        return ("chair_s", "chair_i", "recall")
+    return ("doubted", "sentences", "repeats") if by_claim else ("relevance", "sentences", "repeats")
 
 
 def metric_spec(key: str, evaluation: str = "") -> MetricSpec:

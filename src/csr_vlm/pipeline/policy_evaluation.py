@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from csr_vlm.core.records import Prompt
 from csr_vlm.pipeline.tasks import load_engine_and_scorer, usable_prompts
 
 if TYPE_CHECKING:
+    from csr_vlm.evaluation.claim_marker import ClaimMarker
     from csr_vlm.generation.transformers_engine import TransformersEngine
     from csr_vlm.scoring.scorer import ScorerGroup
 
@@ -38,7 +41,7 @@ def evaluate_policy(
     if heldout:
         documents["heldout"] = _evaluate_heldout(config, engine, scorer, heldout, title, reporter)
     if world is not None:
-        documents["world"] = _evaluate_scenes(world, engine, scorer, title, reporter)
+        documents["world"] = _evaluate_scenes(config, world, engine, scorer, title, reporter)
     return documents
 
 
@@ -48,7 +51,16 @@ def evaluate_world(
     """Evaluate a policy on the scenes that the configuration names."""
     world = config.evaluation.world or WorldEvaluationConfig()
     engine, scorer = load_engine_and_scorer(config, adapter, reporter.log)
-    return _evaluate_scenes(world, engine, scorer, title, reporter, temperature)
+    return _evaluate_scenes(config, world, engine, scorer, title, reporter, temperature)
+
+
+def marker_among(config: RunConfig, scorer: ScorerGroup) -> Callable[[Sequence[Prompt]], ClaimMarker] | None:
+    """Return what makes a marker of claims from prompts with other images; None unless rewards are by claim."""
+    if config.method.reward.unit != "claim":
+        return None
+    from csr_vlm.evaluation.claim_marker import ClaimMarker
+
+    return partial(ClaimMarker, scorer, config.method, config.scorer.used)
 
 
 def _evaluate_heldout(
@@ -64,12 +76,15 @@ def _evaluate_heldout(
     search_config = config.method.search
     max_new_tokens = search_config.max_sentences * search_config.max_sentence_tokens
     with reporter.stage(f"{title}: answering held-out prompts", len(prompts)) as progress:
-        document = evaluate_responses(engine, scorer, prompts, max_new_tokens, search_config.delimiters)
+        document = evaluate_responses(
+            engine, scorer, prompts, max_new_tokens, search_config.delimiters, marker_among(config, scorer)
+        )
         progress.advance(len(prompts))
     return document
 
 
 def _evaluate_scenes(
+    config: RunConfig,
     world: WorldEvaluationConfig,
     engine: TransformersEngine,
     scorer: ScorerGroup,
@@ -90,4 +105,5 @@ def _evaluate_scenes(
             num_scenes=world.num_scenes,
             temperature=temperature,
             tick=progress.advance,
+            marker_among=marker_among(config, scorer),
         )

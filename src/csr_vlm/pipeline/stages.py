@@ -8,16 +8,17 @@ checkpoint.
 from __future__ import annotations
 
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import RunConfig, ScorerConfig, preset_date
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.formatting import counts
+from csr_vlm.core.memory import StageCosts
 from csr_vlm.core.progress import Reporter, Silent
 from csr_vlm.core.records import Pair, Prompt
 from csr_vlm.data.checking import ModelCheck
@@ -41,7 +42,7 @@ from csr_vlm.pipeline.tasks import (
     usable_prompts,
 )
 from csr_vlm.scale.executor import LOCAL, Executor, LocalExecutor, Task
-from csr_vlm.store import files, ledger, tables
+from csr_vlm.store import files, ledger, parts, tables
 from csr_vlm.store.run import Run
 
 _WHOLE_PAIRS_PER_PROMPT = 4
@@ -115,10 +116,11 @@ def generate(run: Run, iteration: int, reporter: Reporter, executor: Executor = 
     """Search with the previous iteration's policy and score every sentence; each work item becomes a ledger part."""
     if run.is_done(iteration, "generate") or has_offline_pairs(run.config, iteration):
         return
-    started = time.perf_counter()
+    costs = StageCosts()
     task = Task(SearchWorker, run.root, {"iteration": iteration}, tables.count_groups(run.prompts_path))
     with reporter.stage(f"iteration {iteration}: searching", run.num_prompts) as progress:
         tally = executor.map(task, progress, reporter.log)
+    parts.wait_for_parts(run.iteration(iteration) / "ledger", task.num_items)
     failed = run.failed_prompts(iteration)
     require_few_failures(run, failed, iteration)
     run.mark_done(
@@ -131,7 +133,8 @@ def generate(run: Run, iteration: int, reporter: Reporter, executor: Executor = 
         sentences_over_length=dict(tally["sentences_over_length"]),
         devices=dict(tally["devices"]),
         processes=len(tally["workers"]),
-        seconds=_since(started),
+        tokens=tally["tokens"].total(),
+        **costs.dump(),
     )
 
 
@@ -171,7 +174,7 @@ def make_pairs(run: Run, iteration: int, reporter: Reporter, executor: Executor 
     """
     if run.is_done(iteration, "pairs"):
         return
-    started = time.perf_counter()
+    costs = StageCosts()
     offline = has_offline_pairs(run.config, iteration)
     pairs: Iterable[Pair]
     if offline:
@@ -194,7 +197,7 @@ def make_pairs(run: Run, iteration: int, reporter: Reporter, executor: Executor 
         questions=num_questions,
         prompts_without=dict(reasons),
         **summarize_pairs(tables.read_pairs(run.pairs_path(iteration))),
-        seconds=_since(started),
+        **costs.dump(),
     )
 
 
@@ -206,8 +209,8 @@ def _write_question_pairs(run: Run, iteration: int, reporter: Reporter, executor
     task = Task(QuestionWorker, run.root, {"iteration": iteration}, tables.count_groups(run.prompts_path))
     with reporter.stage(f"iteration {iteration}: answering claim questions", run.num_prompts) as progress:
         executor.map(task, progress, reporter.log)
-    parts = sorted(folder.glob("part-*.parquet"))
-    num_pairs = tables.write_pairs(path, (pair for part in parts for pair in tables.read_pairs(part)), run.root)
+    written = parts.wait_for_parts(folder, task.num_items)
+    num_pairs = tables.write_pairs(path, (pair for part in written for pair in tables.read_pairs(part)), run.root)
     shutil.rmtree(folder)
     return num_pairs
 
@@ -312,7 +315,7 @@ def train(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOC
     if run.is_done(iteration, "train"):
         shutil.rmtree(run.trainer_path(iteration), ignore_errors=True)
         return
-    started = time.perf_counter()
+    costs = StageCosts()
     if isinstance(executor, LocalExecutor) and (num_gpus := count_gpus()) > 1:
         reporter.log(
             f"training uses one of {num_gpus} GPUs; to use all: torchrun --nproc-per-node {num_gpus} "
@@ -328,7 +331,7 @@ def train(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOC
     if result["packing_obstacle"] is not None:
         reporter.log(f"iteration {iteration}: responses do not share rows in training: {result['packing_obstacle']}")
     adapter = [path for path in sorted((run.iteration(iteration) / "adapter").rglob("*")) if path.is_file()]
-    run.mark_done(iteration, "train", adapter, seconds=_since(started), **result)
+    run.mark_done(iteration, "train", adapter, **costs.dump(), **result)
     shutil.rmtree(run.trainer_path(iteration), ignore_errors=True)
 
 
@@ -336,13 +339,13 @@ def evaluate(run: Run, iteration: int, reporter: Reporter, again: bool = False) 
     """Evaluate the policy of an iteration on held-out prompts and on whatever else the configuration names."""
     if run.is_done(iteration, "evaluate") and not again:
         return
-    started = time.perf_counter()
+    costs = StageCosts()
     adapter, title = run.adapter_path(iteration), policy_name(iteration)
     documents = evaluate_policy(run.config, adapter, run.heldout(), title, reporter)
     for name, document in documents.items():
         files.write_checksummed(run.evaluation_path(iteration, name), document)
-    metrics = {name: document["metrics"] for name, document in documents.items()}
-    run.mark_done(iteration, "evaluate", **metrics, seconds=_since(started))
+    metrics: dict[str, Any] = {name: document["metrics"] for name, document in documents.items()}
+    run.mark_done(iteration, "evaluate", [], **metrics, **costs.dump())
 
 
 def report(run: Run, out: Path | None = None) -> Path:
@@ -377,7 +380,3 @@ def export(run: Run, reporter: Reporter) -> None:
 
         reporter.log("merging the adapter into the base model")
         merge(run.config.model, final, run.root / "model")
-
-
-def _since(started: float) -> float:
-    return round(time.perf_counter() - started, 2)

@@ -118,6 +118,7 @@ class SearchWorker:
         sentences = [node.sentence for node in nodes if node.sentence]
         tally = {
             "statuses": Counter(node.status.value for node in nodes),
+            "tokens": Counter(generated=sum(len(node.token_ids) for node in nodes)),
             "sentences_over_length": Counter(self._scorer.num_over_length(sentences)),
             "devices": Counter({self._device: num_prompts}),
             "workers": Counter({f"{socket.gethostname()}:{os.getpid()}": num_prompts}),

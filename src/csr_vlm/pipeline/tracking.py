@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from csr_vlm.core.errors import reason_of
+from csr_vlm.core.memory import COSTS
 from csr_vlm.method.audit import PAIR_BOUNDS, RESPONSE_BOUNDS
 from csr_vlm.pipeline.trackers import Example, Service, open_service
 from csr_vlm.report.before_after import before_after
@@ -83,7 +84,11 @@ class Tracking:
             if name not in self._services:
                 service = open_service(name, self._run, self._state[name].get("id"))
                 self._services[name] = service
-                self._state[name]["id"] = service.run_id
+                if self._state[name].get("id") != service.run_id:
+                    self._state[name]["id"] = service.run_id
+                    files.write_json(
+                        self._path, self._state
+                    )  # before anything is logged, so that a kill begins no second
             use(self._services[name])
         except Exception as error:  # Trackers talk to servers, and may fail in any way.
             self._failed.add(name)
@@ -100,21 +105,20 @@ def iteration_values(run: Run, iteration: int) -> dict[str, float]:
     """Collect the numbers of an iteration's markers under names such as ``world/chair_s``.
 
     These are the evaluations with the bounds of their intervals, the quality checks with the values that warn
-    and stop, the counts and means of the pairs, and the seconds of each stage.
+    and stop, the counts and means of the pairs, and the seconds and the peak memory of each stage.
     """
     values: dict[str, float] = {}
     stages = [stage for stage in ("evaluate", *ITERATION_STAGES) if run.is_done(iteration, stage)]
     for stage in dict.fromkeys(stages):
         result = run.result(iteration, stage)
-        if "seconds" in result:
-            values[f"seconds/{stage}"] = result["seconds"]
+        values |= {f"{cost}/{stage}": result[cost] for cost in COSTS if cost in result}
         if stage == "evaluate":
             values |= dict(_evaluated(result))
         elif stage in ("audit", "gate"):
             values |= {f"{stage}/{name}": value for name, value in result["metrics"].items()}
             values |= dict(_bounds(stage, result["metrics"]))
         elif stage in ("pairs", "generate", "train"):
-            values |= {f"{stage}/{name}": value for name, value in result.items() if name != "seconds"}
+            values |= {f"{stage}/{name}": value for name, value in result.items() if name not in COSTS}
     return {name: float(value) for name, value in values.items() if _is_number(value)}
 
 

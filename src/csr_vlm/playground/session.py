@@ -10,13 +10,13 @@ from pathlib import Path
 from csr_vlm.core.errors import CsrError, suggestion
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.images import BadImage, load_image
+from csr_vlm.evaluation.claim_marker import ClaimMarker
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.claim_places import Mark
 from csr_vlm.models.adapters import AdapterSwitch
 from csr_vlm.models.yes_or_no import YesOrNo
 from csr_vlm.pipeline.tasks import load_run_scorer
 from csr_vlm.playground.answering import Sampling, stream_answer
-from csr_vlm.playground.evidence import ClaimMarker
 from csr_vlm.store.run import Run
 
 _NUM_OTHERS = 32

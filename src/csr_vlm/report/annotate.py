@@ -1,13 +1,16 @@
-"""Annotate sentences: mark hallucinated objects, color sentences by image-text relevance."""
+"""Annotate sentences: mark hallucinated objects and claims by their evidence, color by image-text relevance."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from csr_vlm.core.formatting import signed
+from csr_vlm.method.claim_places import Level, claim_places, level_of
+from csr_vlm.method.claims import ClaimFinder
 from csr_vlm.report.limits import shorten
 
 NUM_COLORS = 7
@@ -15,6 +18,12 @@ NUM_COLORS = 7
 _ABSENT = Markup(
     '<mark class="absent" title="not in the image">{}<span class="spoken"> (not in the image)</span></mark>'
 )
+MEANINGS = {
+    Level.SUPPORTED: "evidence for it",
+    Level.UNCLEAR: "hardly any evidence either way",
+    Level.DOUBTED: "evidence against it",
+}
+_CLAIM = Markup('<span class="claim {}" title="{}">{}<span class="spoken"> ({})</span></span>')
 
 
 @dataclass(frozen=True)
@@ -90,3 +99,23 @@ def mark_absent(text: str, absent: Collection[str]) -> Markup:
         parts += [escape(text[position:start]), _ABSENT.format(text[start:end])]
         position = end
     return Markup("").join([*parts, escape(text[position:])])
+
+
+def mark_claims(text: str, evidence: Mapping[str, float], finder: ClaimFinder, absent: Collection[str]) -> Markup:
+    """Escape a sentence; mark its claims by their evidence in nats, and the words that name an absent object.
+
+    Example:
+        >>> from csr_vlm.method.claims import claim_finder
+        >>> mark_claims("A boat & a fish.", {"boat": 2.0, "fish": -1.5}, claim_finder(), {"fish"}).striptags()
+        'A boat (+2.0 nats: evidence for it) & a fish (not in the image) (−1.5 nats: evidence against it).'
+    """
+    text, position, parts = shorten(text), 0, list[Markup]()
+    for start, end, claim in claim_places(text, finder.find(text)):
+        if claim not in evidence:
+            continue
+        level = level_of(evidence[claim])
+        title = f"{signed(evidence[claim], 1)} nats: {MEANINGS[level]}"
+        marked = _CLAIM.format(level, title, mark_absent(text[start:end], absent), title)
+        parts += [mark_absent(text[position:start], absent), marked]
+        position = end
+    return Markup("").join([*parts, mark_absent(text[position:], absent)])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from csr_vlm.core.batching import evenly_spaced
+from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
+from csr_vlm.evaluation.claim_marker import num_doubted
 from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
-from csr_vlm.report.annotate import AnnotatedSentence, ColorScale, annotate
+from csr_vlm.method.claims import ClaimFinder, claim_finder
+from csr_vlm.report.annotate import AnnotatedSentence, ColorScale, annotate, mark_claims
 from csr_vlm.report.evaluations import Evaluation, paired_rows
 from csr_vlm.report.limits import Sample
 from csr_vlm.report.pictures import Picture, embed_picture
@@ -30,13 +33,9 @@ class Change:
 
 IMPROVED, WORSENED = Change("improved", "better"), Change("worsened", "worse")
 STILL_HALLUCINATING, CLEAN = Change("still hallucinating", "worse"), Change("without hallucination", "none")
+FEWER_DOUBTED, MORE_DOUBTED = Change("fewer doubted claims", "better"), Change("more doubted claims", "worse")
 MORE_RELEVANT, LESS_RELEVANT = Change("more relevant", "better"), Change("less relevant", "worse")
 UNCHANGED = Change("unchanged", "none")
-_CHANGES = {
-    True: (IMPROVED, WORSENED, STILL_HALLUCINATING, CLEAN),
-    False: (MORE_RELEVANT, LESS_RELEVANT, UNCHANGED),
-}
-"""The possible changes, by whether the objects in the images are known."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ class PolicyResponse:
     """Objects in the image that the response does not mention."""
     num_hallucinated: int | None
     """Mentions of absent objects; None if the objects in the image are not known."""
+    num_doubted: int | None = None
+    """Claims with evidence against them; None if claims were not weighed."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class BeforeAfter:
     last: int
     truth_known: bool
     scale: ColorScale
+    by_claim: bool = False
+    """Whether claims are marked by their evidence, rather than sentences by their relevance."""
 
 
 def before_after(run: Run, evaluation: Evaluation, sample: Sample, truth_of: TruthOf = no_truth) -> BeforeAfter | None:
@@ -88,10 +91,9 @@ def before_after(run: Run, evaluation: Evaluation, sample: Sample, truth_of: Tru
     rows = paired_rows(evaluation)
     if not rows:
         return None
-    classify = hallucination_change if evaluation.truth_known else relevance_change
-    by_change: dict[Change, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {
-        change: [] for change in _CHANGES[evaluation.truth_known]
-    }
+    finder = _claim_finder(run, rows)
+    classify, changes = _classification(evaluation.truth_known, finder is not None)
+    by_change: dict[Change, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {change: [] for change in changes}
     for before, after in rows:
         by_change[classify(before, after)].append((before, after))
     totals = {change: len(pairs) for change, pairs in by_change.items()}
@@ -102,10 +104,30 @@ def before_after(run: Run, evaluation: Evaluation, sample: Sample, truth_of: Tru
             prompt_id = str(before["id"])
             prompt = prompts.get(prompt_id)
             picture = embed_picture(prompt_id, prompt, run.config.data.max_image_pixels, truth_of)
-            responses = (_response(row, truth_of) for row in (before, after))
+            responses = (_response(row, truth_of, finder) for row in (before, after))
             cards.append(ComparisonCard(prompt_id, prompt.text if prompt else "", picture, change, *responses))
     scale = ColorScale.of(s for card in cards for response in (card.before, card.after) for s in response.sentences)
-    return BeforeAfter(cards, totals, evaluation.first, evaluation.last, evaluation.truth_known, scale)
+    first, last, known = evaluation.first, evaluation.last, evaluation.truth_known
+    return BeforeAfter(cards, totals, first, last, known, scale, finder is not None)
+
+
+def _claim_finder(run: Run, rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> ClaimFinder | None:
+    """Return what finds the claims of responses; None if they were not weighed, or the run's lexicon is missing."""
+    if not all("evidence" in row for pair in rows for row in pair):
+        return None
+    try:
+        return claim_finder(run.config.method.claims.lexicon)
+    except CsrError:
+        return None
+
+
+def _classification(truth_known: bool, by_claim: bool) -> tuple[Callable[..., Change], Sequence[Change]]:
+    """Return what compares two rows, and the changes that it may find."""
+    if truth_known:
+        return hallucination_change, (IMPROVED, WORSENED, STILL_HALLUCINATING, CLEAN)
+    if by_claim:
+        return doubt_change, (FEWER_DOUBTED, MORE_DOUBTED, UNCHANGED)
+    return relevance_change, (MORE_RELEVANT, LESS_RELEVANT, UNCHANGED)
 
 
 def heldout_prompts(run: Run) -> dict[str, Prompt]:
@@ -121,6 +143,12 @@ def hallucination_change(before: Mapping[str, Any], after: Mapping[str, Any]) ->
     if num_after > num_before:
         return WORSENED
     return STILL_HALLUCINATING if num_after else CLEAN
+
+
+def doubt_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> Change:
+    """Compare the number of claims with evidence against them in two rows."""
+    change = num_doubted(after["evidence"]) - num_doubted(before["evidence"])
+    return MORE_DOUBTED if change > 0 else FEWER_DOUBTED if change < 0 else UNCHANGED
 
 
 def relevance_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> Change:
@@ -157,11 +185,15 @@ def absent_words(row: Mapping[str, Any]) -> set[str]:
     return {str(word) for word in row.get("hallucinated_words") or row.get("hallucinated") or ()}
 
 
-def _response(row: Mapping[str, Any], truth_of: TruthOf) -> PolicyResponse:
+def _response(row: Mapping[str, Any], truth_of: TruthOf, finder: ClaimFinder | None) -> PolicyResponse:
     hallucinated = row.get("hallucinated")
-    text = str(row["text"])
+    text, absent = str(row["text"]), absent_words(row)
     sentences = [(str(part), score) for part, score in row.get("sentences") or [(text, None)]]
     known = truth_of(str(row["id"])) if hallucinated is not None else None
     unmentioned = known.unmentioned(text) if known is not None else ()
     num_hallucinated = None if hallucinated is None else len(hallucinated)
-    return PolicyResponse(annotate(sentences, absent_words(row)), _mean_relevance(row), unmentioned, num_hallucinated)
+    if finder is None:
+        return PolicyResponse(annotate(sentences, absent), _mean_relevance(row), unmentioned, num_hallucinated)
+    evidence = row["evidence"]
+    marked = [AnnotatedSentence(mark_claims(part, evidence, finder, absent), None) for part, _ in sentences if part]
+    return PolicyResponse(marked, _mean_relevance(row), unmentioned, num_hallucinated, num_doubted(evidence))

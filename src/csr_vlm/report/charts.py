@@ -7,18 +7,21 @@ mode, in dark mode and in print.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
 from markupsafe import Markup
 
+from csr_vlm.core.formatting import indexed
+
 WIDTH, HEIGHT = 320, 196
 NUM_STYLES = 6
 """Line styles that the style sheets define."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 20, 26
-_INSET = 26
-"""Space beside the outermost points, for their labels."""
+_INSETS = 20, 37
+"""Space left and right of the outermost points, for their labels."""
 _MAX_LABELS = 7
 _MAX_POINTS = 48
 _MAX_TICKS = 12
@@ -103,6 +106,16 @@ def chart_body(series: Sequence[Series], axes: Axes) -> Markup:
     return Markup("").join(parts)
 
 
+def indexed_tspans(text: str) -> Markup:
+    """Escape a text for SVG and lower the subscripts of CHAIR_S, CHAIR_I, R_I and R_T."""
+    first, *rest = re.split("<sub>|</sub>", str(indexed(text)))
+    parts = [first]
+    for subscript, following in zip(rest[::2], rest[1::2], strict=True):
+        parts.append(f'<tspan class="sub" dy="3">{subscript}</tspan>')
+        parts.append(f'<tspan dy="-3">{following}</tspan>' if following else "")
+    return Markup("".join(parts))  # noqa: S704 - escaped by indexed
+
+
 def smoothed(points: Sequence[Point], max_points: int = _MAX_POINTS) -> list[Point]:
     """Average neighboring points until at most ``max_points`` are left."""
     size = math.ceil(len(points) / max_points)
@@ -163,9 +176,9 @@ class _Frame:
         """Return the horizontal position of a value."""
         if self.left == self.right:
             return (_LEFT + WIDTH - _RIGHT) / 2
-        inset = _INSET if len(self.x_values) <= _MAX_LABELS else 6
+        before, after = _INSETS if len(self.x_values) <= _MAX_LABELS else (6, 6)
         fraction = (value - self.left) / (self.right - self.left)
-        return _LEFT + inset + fraction * (WIDTH - _RIGHT - _LEFT - 2 * inset)
+        return _LEFT + before + fraction * (WIDTH - _RIGHT - _LEFT - before - after)
 
     def y(self, value: float) -> float:
         """Return the vertical position of a value."""
@@ -231,7 +244,7 @@ def _dot(frame: _Frame, point: Point) -> Markup:
 
 
 def _value_labels(frame: _Frame, series: Sequence[Series], axes: Axes) -> Markup:
-    """Label the points of one or two lines: the higher value above its point, the lower one below."""
+    """Label the points of one or two lines: above the point or, for the lower of two, below it."""
     if len(series) > 2:
         return Markup("")
     parts = []
@@ -239,12 +252,11 @@ def _value_labels(frame: _Frame, series: Sequence[Series], axes: Axes) -> Markup
         labeled = line.points if len(line.points) <= _MAX_LABELS else [line.points[0], line.points[-1]]
         for point in labeled:
             values = [p.value for other in series if other is not line for p in other.points if p.x == point.x]
-            below = any(value > point.value for value in values)
-            end = frame.y(point.value)
-            if below and point.low is not None:
-                end = frame.y(point.low)
-            elif not below and point.high is not None:
-                end = frame.y(min(point.high, frame.high))
+            below = any(value > point.value or (value == point.value and line is not series[0]) for value in values)
             text = f"{point.value:.{axes.digits}f}".replace("-", "−")
-            parts.append(_text(frame.x(point.x), end + (16 if below else -7), text, "value"))
+            x, y = frame.x(point.x), frame.y(point.value)
+            if point.low is None and point.high is None:
+                parts.append(_text(x, y + (16 if below else -7), text, "value"))
+            else:  # beside the whisker: at its end, a number would look like that of the bound
+                parts.append(_text(x + 6, y + (14 if below else -5), text, "value beside"))
     return Markup("").join(parts)

@@ -18,6 +18,10 @@ _RELEVANCE_CAVEAT = (
     "Hallucination was not measured. R_I is part of the training reward, so an increase does not show that the "
     "model hallucinates less; csr eval chair and csr eval pope measure that on images with known objects."
 )
+_EVIDENCE_CAVEAT = (
+    "Hallucination was not measured. The scorer that doubts these claims also chose the pairs, so a decrease does not "
+    "show that the model hallucinates less; csr eval chair and csr eval pope measure that on images with known objects."
+)
 NOTICEABLE = 0.01
 """A decline larger than this share of a metric's range is named in the conclusion."""
 
@@ -56,7 +60,7 @@ def _conclude(run: Run, evaluation: Evaluation | None) -> Conclusion:
         value = spec.format(evaluation.metric(evaluation.first, spec.key).value)
         name = "the base model" if evaluation.first == 0 else policy_name(evaluation.first)
         return Conclusion(f"Only {name} has been evaluated so far: {spec.label} is {value}.", "none", notes)
-    return _conclude_hallucination(run, evaluation) if evaluation.truth_known else _conclude_relevance(run, evaluation)
+    return _conclude_hallucination(run, evaluation) if evaluation.truth_known else _conclude_unlabeled(run, evaluation)
 
 
 def subject(run: Run, evaluation: Evaluation | None) -> str:
@@ -100,24 +104,32 @@ def _conclude_hallucination(run: Run, evaluation: Evaluation) -> Conclusion:
     return Conclusion(f"{_elapsed(run, evaluation.last)}, {clause}{recall}.", tone, notes)
 
 
-def _conclude_relevance(run: Run, evaluation: Evaluation) -> Conclusion:
-    """Compare responses to held-out prompts by R_I, where hallucination cannot be measured."""
-    before, after = (metric.value for metric in evaluation.endpoints("relevance"))
+def _conclude_unlabeled(run: Run, evaluation: Evaluation) -> Conclusion:
+    """Compare responses to held-out prompts by the scorer's evidence, where hallucination cannot be measured."""
+    spec = evaluation.headline[0]
+    before, after = (metric.value for metric in evaluation.endpoints(spec.key))
     if before is None or after is None:
         sentence = "The responses to held-out prompts contain no sentence that can be scored."
         return Conclusion(sentence, "worse", _stop_notes(run))
     difference = headline_difference(evaluation)
-    significant = _is_significant(evaluation, difference, "relevance")
-    verb = "rose" if after > before else "fell"
-    tone: Tone = "none" if not significant else "better" if after > before else "worse"
-    num_prompts = plural(evaluation.metric(evaluation.last, "relevance").n, "held-out prompt")
-    sentence = (
-        f"{_elapsed(run, evaluation.last)}, image-text relevance (R_I) of the responses to {num_prompts} {verb} from "
-        f"{fixed(before, 1)} to {fixed(after, 1)}{'' if significant else ', which is not statistically significant'}."
+    significant = _is_significant(evaluation, difference, spec.key)
+    tone: Tone = "none" if not significant else "worse" if spec.decline(before, after) > 0 else "better"
+    num_prompts = plural(evaluation.metric(evaluation.last, spec.key).n, "held-out prompt")
+    what = (
+        "the share of claims with evidence against them in" if evaluation.by_claim else "image-text relevance (R_I) of"
     )
-    notes = [*_stop_notes(run), _RELEVANCE_CAVEAT]
+    if before == after:
+        extent = f"stayed at {spec.format(after)}"
+    else:
+        extent = f"{'rose' if after > before else 'fell'} from {spec.format(before)} to {spec.format(after)}"
+        extent += "" if significant else ", which is not statistically significant"
+    sentence = f"{_elapsed(run, evaluation.last)}, {what} the responses to {num_prompts} {extent}."
+    notes = [*_stop_notes(run), _EVIDENCE_CAVEAT if evaluation.by_claim else _RELEVANCE_CAVEAT]
     if difference is not None and difference.value is not None:
-        notes.append(f"Paired difference of R_I on the same prompts: {_interval(difference, 1)}.")
+        interval = _interval(difference, spec.digits or 0)
+        notes.append(
+            f"Paired difference of {spec.label.replace('Doubted', 'doubted')} on the same prompts: {interval}."
+        )
     return Conclusion(sentence, tone, notes + _decline_notes(evaluation))
 
 

@@ -13,8 +13,8 @@ from csr_vlm.store.run import Run
 _EVALUATIONS = ("world", "chair", "heldout")
 """Evaluations in order of preference: those that know the objects in the images come first."""
 _CHARTED = {
-    True: {"chair_s", "chair_i", "recall", "repeats", "words", "relevance"},
-    False: {"relevance", "sentences", "repeats", "words", "complete"},
+    True: {"chair_s", "chair_i", "recall", "repeats", "words", "relevance", "doubted"},
+    False: {"relevance", "sentences", "repeats", "words", "complete", "doubted"},
 }
 """Keys of the charted metrics, by whether the objects in the images are known."""
 
@@ -43,9 +43,14 @@ class Evaluation:
         return self.name != "heldout"
 
     @property
+    def by_claim(self) -> bool:
+        """Check whether the evidence for claims of the first and of the last policy is known."""
+        return all(metric.value is not None for metric in self.endpoints("doubted"))
+
+    @property
     def headline(self) -> list[MetricSpec]:
         """List the metrics at the top of the report."""
-        return [metric_spec(key) for key in headline_metrics(self.truth_known)]
+        return [metric_spec(key) for key in headline_metrics(self.truth_known, self.by_claim)]
 
     @property
     def charted(self) -> list[MetricSpec]:
@@ -119,7 +124,8 @@ def headline_difference(evaluation: Evaluation) -> Metric | None:
     The interval of a paired difference is narrower than a comparison of two separate intervals.
 
     Returns:
-        The mean change of CHAIR_S, or of R_I if the objects in the images are not known; None without rows.
+        The mean change of CHAIR_S or, if the objects in the images are not known, of the share of doubted claims or
+        of R_I; None without rows.
     """
     rows = paired_rows(evaluation)
     if not rows:
@@ -127,7 +133,8 @@ def headline_difference(evaluation: Evaluation) -> Metric | None:
     if evaluation.truth_known:
         before, after = ([(int(bool(pair[side]["hallucinated"])), 1) for pair in rows] for side in (0, 1))
     else:
-        before, after = ([pair[side]["tallies"]["relevance"] for pair in rows] for side in (0, 1))
+        key = evaluation.headline[0].key
+        before, after = ([pair[side]["tallies"][key] for pair in rows] for side in (0, 1))
     difference = paired_difference(before, after)
     return Metric(difference.value, difference.low, difference.high, difference.n)
 

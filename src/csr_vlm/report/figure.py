@@ -13,13 +13,14 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.formatting import indexed, plural
+from csr_vlm.core.formatting import plural
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
 from csr_vlm.evaluation.metrics import MetricSpec
 from csr_vlm.report import charts
 from csr_vlm.report.annotate import absent_spans
 from csr_vlm.report.before_after import absent_words, heldout_prompts
+from csr_vlm.report.charts import indexed_tspans
 from csr_vlm.report.conclusion import conclude
 from csr_vlm.report.evaluations import Evaluation, paired_rows, read_evaluation
 from csr_vlm.report.limits import shorten
@@ -45,6 +46,7 @@ text { fill: #1a1c20;
 .absent { fill: #a33405; font-weight: 700; text-decoration: underline; }
 .chart text { font-size: 14px; } .chart .tick { fill: #5c616b; } .chart .tick.y { text-anchor: end; }
 .chart .tick.x, .chart .value { text-anchor: middle; } .chart .value { font-weight: 600; }
+.chart .beside { text-anchor: start; }
 .chart .grid { stroke: #e4e1db; } .chart .axis { stroke: #8d9199; } .chart .target { fill: none; }
 .chart .line { fill: none; stroke: #0b6bb5; stroke-width: 2.4; } .chart .whisker { stroke: #0b6bb5; stroke-width: 1.6; }
 .chart .dot { fill: #0b6bb5; }
@@ -113,7 +115,7 @@ def render_figure(run: Run, truth_of: TruthOf = no_truth) -> str:
 def _heading(conclusion: str) -> _Block:
     lines = wrap(conclusion, WIDTH - 2 * _MARGIN, _HEADING_SIZE, [(0, len(conclusion))])
     parts = [
-        _text(_MARGIN, _HEADING_LINE_HEIGHT * (index + 0.75), _indexed(conclusion[start:end]), "conclusion")
+        _text(_MARGIN, _HEADING_LINE_HEIGHT * (index + 0.75), indexed_tspans(conclusion[start:end]), "conclusion")
         for index, (start, end) in enumerate(lines)
     ]
     return _Block(Markup("").join(parts), _HEADING_LINE_HEIGHT * len(lines))
@@ -136,7 +138,7 @@ def _chart(spec: MetricSpec, evaluation: Evaluation, x: float, scale: float) -> 
     _, series, axes = metric_chart(spec, evaluation)
     hint = spec.hint if spec.axis_from_zero or not spec.hint else f"{spec.hint}; axis does not start at 0"
     return Markup('{}{}<g class="chart" transform="translate({:.1f} 36) scale({:.4f})">{}</g>').format(
-        _text(x, 13, _indexed(spec.label), "label"),
+        _text(x, 13, indexed_tspans(spec.label), "label"),
         _text(x, 29, escape(hint), "hint"),
         x,
         scale,
@@ -259,16 +261,6 @@ def _marked(text: str, start: int, end: int, spans: Sequence[tuple[int, int]]) -
             parts += [escape(text[position:first]), marked]
             position = last
     return Markup("").join([*parts, escape(text[position:end])])
-
-
-def _indexed(text: str) -> Markup:
-    """Escape a text and lower the subscripts of CHAIR_S, CHAIR_I, R_I and R_T."""
-    first, *rest = re.split("<sub>|</sub>", str(indexed(text)))
-    parts = [first]
-    for subscript, following in zip(rest[::2], rest[1::2], strict=True):
-        parts.append(f'<tspan class="sub" dy="3">{subscript}</tspan>')
-        parts.append(f'<tspan dy="-3">{following}</tspan>' if following else "")
-    return Markup("".join(parts))  # noqa: S704 - escaped by indexed
 
 
 def _text(x: float, y: float, content: Markup, css: str) -> Markup:

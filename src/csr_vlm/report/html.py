@@ -18,12 +18,13 @@ from csr_vlm.core.secrets import redact
 from csr_vlm.evaluation.known_pictures import TruthOf, no_truth
 from csr_vlm.method.audit import FEWEST
 from csr_vlm.report import panels, search_tree
-from csr_vlm.report.annotate import NUM_COLORS
+from csr_vlm.report.annotate import MEANINGS, NUM_COLORS
 from csr_vlm.report.audit_panel import audit_panel
 from csr_vlm.report.before_after import CLEAN, before_after
 from csr_vlm.report.benchmark_panel import benchmark_panel
 from csr_vlm.report.charts import NUM_STYLES
 from csr_vlm.report.conclusion import conclude, subject
+from csr_vlm.report.costs import cost_table
 from csr_vlm.report.evaluations import Evaluation, read_evaluation, read_named_evaluation
 from csr_vlm.report.gallery import pair_gallery
 from csr_vlm.report.introspection_panel import introspection_panel
@@ -31,7 +32,6 @@ from csr_vlm.report.lambda_panel import lambda_panel
 from csr_vlm.report.limits import MAX_BYTES, Sample, shorten
 from csr_vlm.report.next_steps import next_steps
 from csr_vlm.report.provenance import provenance
-from csr_vlm.report.why import MEANINGS
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
 from csr_vlm.store.stage_names import LABELS, TIMED_STAGES
@@ -129,6 +129,7 @@ def _content(run: Run, evaluation: Evaluation | None, truth_of: TruthOf) -> dict
         "benchmarks": benchmarks,
         "introspection": introspection_panel(run),
         "steps": next_steps(run, finished, lambdas, benchmarks),
+        "costs": cost_table(run),
         "provenance": provenance(run),
         "stages": [LABELS[stage] for stage in TIMED_STAGES],
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from csr_vlm.core.formatting import fixed, percent, plural, signed
+from csr_vlm.core.formatting import fixed, interval, percent, plural, signed
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.report.charts import Axes, Point, Series, chart
 from csr_vlm.report.number_table import NumberTable, TableRow
@@ -187,13 +187,13 @@ def _attention_table(analysis: Mapping[str, Any]) -> NumberTable:
 
 
 def _change_cells(change: Mapping[str, Any]) -> list[tuple[str, str]]:
-    interval = f"{signed(change['low'])} to {signed(change['high'])}"
-    return [(fixed(change["before"]), ""), (signed(change["value"]), interval)]
+    bounds = f"{signed(change['low'])} to {signed(change['high'])}"
+    return [(fixed(change["before"]), ""), (signed(change["value"]), bounds)]
 
 
 def _separability_table(analysis: Mapping[str, Any]) -> NumberTable:
     def cell(metric: Mapping[str, Any]) -> tuple[str, str]:
-        return fixed(metric["value"]), f"{fixed(metric['low'])} to {fixed(metric['high'])}"
+        return fixed(metric["value"]), interval(metric["low"], metric["high"])
 
     rows = []
     for row in analysis["separability"]:

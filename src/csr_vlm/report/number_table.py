@@ -15,6 +15,8 @@ class TableRow:
     """(value, interval) per column; an empty interval is not shown."""
     highlighted: bool = False
     """Whether the row has this project's numbers among published ones."""
+    detail: str = ""
+    """Written below the name."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from csr_vlm.core.formatting import compact, count, fixed, percent, relative_change, scientific, signed
+from csr_vlm.core.formatting import compact, count, fixed, interval, percent, relative_change, scientific, signed
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.evaluation.metrics import MetricSpec, metric_spec, sort_metrics
 from csr_vlm.evaluation.statistics import Metric
@@ -63,11 +63,11 @@ def iteration_label(number: float) -> str:
 
 def format_interval(metric: Metric, digits: int = 3) -> str:
     """Format a 95 % interval; empty if there is none."""
-    return "" if metric.low is None else f"{fixed(metric.low, digits)} to {fixed(metric.high, digits)}"
+    return interval(metric.low, metric.high, digits)
 
 
 def _spec_interval(spec: MetricSpec, metric: Metric) -> str:
-    return "" if metric.low is None else f"{spec.format(metric.low)} to {spec.format(metric.high)}"
+    return interval(metric.low, metric.high, spec.digits)
 
 
 def headline_tiles(evaluation: Evaluation) -> list[Tile]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from csr_vlm.core.formatting import fixed
-from csr_vlm.report.charts import NUM_STYLES
+from csr_vlm.report.charts import NUM_STYLES, indexed_tspans
 
-WIDTH, HEIGHT, _RADIUS = 560, 430, 150
+WIDTH, HEIGHT, RADIUS = 560, 430, 138
 _INNER = 0.2
 """Position of a spoke's worst value as a fraction of the radius; the best value lies at the rim."""
 _NUM_RINGS = 4
@@ -85,13 +85,13 @@ def _points(vertices: Sequence[tuple[float, float]]) -> str:
 def _grid(num_spokes: int) -> Markup:
     rings = [
         Markup('<polygon class="ring" points="{}"/>').format(
-            _points([_vertex(index, num_spokes, _RADIUS * ring / _NUM_RINGS) for index in range(num_spokes)])
+            _points([_vertex(index, num_spokes, RADIUS * ring / _NUM_RINGS) for index in range(num_spokes)])
         )
         for ring in range(1, _NUM_RINGS + 1)
     ]
     lines = [
         Markup('<line class="grid" x1="{}" y1="{}" x2="{:.1f}" y2="{:.1f}"/>').format(
-            WIDTH // 2, HEIGHT // 2, *_vertex(index, num_spokes, _RADIUS)
+            WIDTH // 2, HEIGHT // 2, *_vertex(index, num_spokes, RADIUS)
         )
         for index in range(num_spokes)
     ]
@@ -99,19 +99,19 @@ def _grid(num_spokes: int) -> Markup:
 
 
 def _label(index: int, num_spokes: int, spoke: Spoke, scale: SpokeScale) -> Markup:
-    x, y = _vertex(index, num_spokes, _RADIUS + 16)
-    y -= 8 * (y < HEIGHT / 2 - _RADIUS)  # the label above the topmost spoke has two lines
+    x, y = _vertex(index, num_spokes, RADIUS + 19)
+    y += 12 * (y > HEIGHT / 2 + RADIUS) - 14 * (y < HEIGHT / 2 - RADIUS)  # two lines above or below the chart
     anchor = "middle" if abs(x - WIDTH / 2) < 20 else "start" if x > WIDTH / 2 else "end"
     extent = "" if scale is None else f"{fixed(scale[0], 1)} → {fixed(scale[1], 1)}"
     return Markup(
-        '<text class="spoke" text-anchor="{}" x="{:.1f}" y="{:.1f}">{}'
-        '<tspan class="extent" x="{:.1f}" dy="13">{}</tspan></text>'
-    ).format(anchor, x, y, spoke.name, x, extent)
+        '<text class="spoke" text-anchor="{0}" x="{1:.1f}" y="{2:.1f}">{3}</text>'
+        '<text class="extent" text-anchor="{0}" x="{1:.1f}" y="{2:.1f}" dy="1.2em">{4}</text>'
+    ).format(anchor, x, y, indexed_tspans(spoke.name), extent)
 
 
 def _polygon(series: RadarSeries, scales: Sequence[SpokeScale]) -> Markup:
     vertices = [
-        _vertex(index, len(scales), _RADIUS * radial_position(value, scale))
+        _vertex(index, len(scales), RADIUS * radial_position(value, scale))
         for index, (value, scale) in enumerate(zip(series.values, scales, strict=True))
         if value is not None and scale is not None
     ]

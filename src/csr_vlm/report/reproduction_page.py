@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ def _summary(paper: Published, item: RunResults, main: PublishedTable) -> str:
     comparable = [keys for keys in measured if all(item.result[key].same_data for key in keys if key in item.result)]
     num_benchmarks = plural(len(main.columns), "benchmark")
     if not measured:
-        return f"{item.run.root} has not been evaluated on any of the paper's {num_benchmarks} yet."
-    start = f"{item.run.root} has been evaluated on {len(measured)} of the paper's {num_benchmarks}"
+        return f"{item.run.root.name} has not been evaluated on any of the paper's {num_benchmarks} yet."
+    start = f"{item.run.root.name} has been evaluated on {len(measured)} of the paper's {num_benchmarks}"
     if not comparable:
         return f"{start}, using rendered scenes of the embedded world: these are not the paper's numbers."
     return f"{start}, {len(comparable)} of them on the same kind of data."
@@ -145,11 +146,12 @@ def _quoted_table(paper: Published, numbers: Sequence[RunResults]) -> NumberTabl
     table = paper.hallucination
     rows = [
         TableRow(
-            f"{row.name} ({row.source}; {row.protocol}; {row.status})",
+            row.name,
             [
                 (f"{row.values[key]:.{paper.benchmarks[key].digits}f}", "") if key in row.values else _NO_CELL
                 for key in table.columns
             ],
+            detail=f"{row.source}; {row.protocol}; {row.status}",
         )
         for row in table.rows
     ]
@@ -158,11 +160,14 @@ def _quoted_table(paper: Published, numbers: Sequence[RunResults]) -> NumberTabl
             values = item.by_iteration[iteration]
             if any(key in values for key in table.columns):
                 rows.append(_run_row(paper, f"{item.run.root.name}, {policy_name(iteration)}", values, table.columns))
+    filled = [index for index in range(len(table.columns)) if any(row.cells[index] != _NO_CELL for row in rows)]
+    rows = [replace(row, cells=[row.cells[index] for index in filled]) for row in rows]
     note = (
         f"The published rows are of {table.model}. Their protocols differ from one source to the next, and so do the "
         "judges of MMHal and Object HalBench. Unread: seen second-hand only."
     )
-    return NumberTable("Hallucination benchmarks", "Model", benchmark_headings(paper, table.columns), rows, note)
+    headings = benchmark_headings(paper, [table.columns[index] for index in filled])
+    return NumberTable("Hallucination benchmarks", "Model", headings, rows, note)
 
 
 def _radar(paper: Published, main: PublishedTable, item: RunResults) -> Figure:

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from csr_vlm.core.formatting import plural
+from csr_vlm.core.formatting import interval, plural
 from csr_vlm.evaluation.auc_intervals import Auc
 from csr_vlm.evaluation.reward_placement import Placement
 from csr_vlm.evaluation.scorer_validation import Contrasts, ScoredCaptions, ScorerPair, ScorerResult, Separation
@@ -113,7 +113,7 @@ def _table(title: str, groups: Sequence[Separation], mood: Contrasts | None = No
 
 
 def _auc_cell(auc: Auc | None) -> tuple[str, str]:
-    return _NO_CELL if auc is None else (f"{auc.value:.3f}", f"{auc.low:.2f} to {auc.high:.2f}")
+    return _NO_CELL if auc is None else (f"{auc.value:.3f}", interval(auc.low, auc.high, 2))
 
 
 def _contrast_cell(contrasts: Contrasts) -> tuple[str, str]:

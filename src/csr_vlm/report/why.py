@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.formatting import fixed, signed
 from csr_vlm.core.records import Node, Response
 from csr_vlm.method.claim_evidence import Evidence, thing_of, words_of
-from csr_vlm.method.claim_places import Level, Mark, claim_places, level_of
+from csr_vlm.method.claim_places import Level, level_of
 from csr_vlm.method.claims import claim_finder
 from csr_vlm.method.reward import SentenceReward, new_claims, path_ids, sentence_rewards, worth_of
-from csr_vlm.report.annotate import AnnotatedSentence, mark_absent
-from csr_vlm.report.limits import shorten
-
-MEANINGS = {
-    Level.SUPPORTED: "evidence for it",
-    Level.UNCLEAR: "hardly any evidence either way",
-    Level.DOUBTED: "evidence against it",
-}
-_CLAIM = Markup('<span class="claim {}" title="{}">{}<span class="spoken"> ({})</span></span>')
+from csr_vlm.report.annotate import AnnotatedSentence, mark_claims
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,7 @@ class ClaimReasons:
         self._config = config
         self._evidence = Evidence.of(nodes, config.method.reward, config.scorer.used)
         self._nats = self._evidence.nats
+        self._marked = {claim: min(nats, self._nats[thing_of(claim)]) for claim, nats in self._nats.items()}
         self._by_id = {node.node_id: node for node in nodes}
         self._num_sentences = sum(bool(node.sentence) for node in nodes)
         self._finder = claim_finder(config.method.claims.lexicon)
@@ -67,15 +58,7 @@ class ClaimReasons:
 
     def sentence(self, node: Node, absent: Collection[str], in_both: bool) -> AnnotatedSentence:
         """Mark the claims of a sentence by their evidence."""
-        text, position, parts = shorten(node.sentence), 0, list[Markup]()
-        for start, end, claim in claim_places(text, self._finder.find(text)):
-            if claim not in self._nats:
-                continue
-            mark = Mark(start, end, words_of(claim), min(self._nats[claim], self._nats[thing_of(claim)]))
-            words, title = mark_absent(text[start:end], absent), f"{signed(mark.nats, 1)} nats: {MEANINGS[mark.level]}"
-            parts += [mark_absent(text[position:start], absent), _CLAIM.format(mark.level, title, words, title)]
-            position = end
-        markup = Markup("").join([*parts, mark_absent(text[position:], absent)])
+        markup = mark_claims(node.sentence, self._marked, self._finder, absent)
         reward = self.rewards.get(node.node_id)
         return AnnotatedSentence(markup, None, in_both, None if reward is None else reward.total)
 

@@ -7,8 +7,13 @@ part-000000-to-000079.parquet           work items 0 to 79
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
+from csr_vlm.core.errors import CsrError
+
+_LISTED_WITHIN = 30.0
+"""Seconds until a file that one machine wrote is listed on all others of a network file system."""
 _NAME = re.compile(r"part-(\d+)(?:-to-(\d+))?\b.*\.parquet")
 
 
@@ -43,3 +48,23 @@ def list_parts(directory: Path) -> tuple[list[Path], list[Path]]:
             parts.append(path)
             last = items
     return parts, obsolete
+
+
+def wait_for_parts(directory: Path, num_items: int, timeout: float = _LISTED_WITHIN) -> list[Path]:
+    """Return the parts of all work items, which were written; a network file system may list those of others late.
+
+    Raises:
+        CsrError: Some are not listed after ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        found, _ = list_parts(directory)
+        missing = num_items - len({item for part in found for item in items_of(part)})
+        if missing <= 0:
+            return found
+        if time.monotonic() > deadline:
+            raise CsrError(
+                f"{directory} lists {num_items - missing} of {num_items} parts that were written",
+                "the file system shows files of other machines late, or lost them; run the same command again",
+            )
+        time.sleep(0.2)

@@ -18,6 +18,7 @@ import numpy as np
 from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Finish, Prompt
 from csr_vlm.evaluation import chair
+from csr_vlm.evaluation.claim_marker import ClaimMarker, doubted_tally
 from csr_vlm.evaluation.pope import parse_strict
 from csr_vlm.evaluation.statistics import Metric, Tally, auc, pooled
 from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -40,6 +41,8 @@ class Described:
     judgement: Judgement
     sentences: Sequence[tuple[str, float]] = ()
     """Sentences of the text with the R_I of each; empty without a scorer."""
+    evidence: Mapping[str, float] | None = None
+    """Evidence of each claim, in nats; None if it was not weighed."""
 
     @property
     def relevance(self) -> float | None:
@@ -57,6 +60,7 @@ def evaluate(
     num_scenes: int,
     temperature: float = 0.0,
     tick: Callable[[int], None] = lambda done: None,
+    marker_among: Callable[[Sequence[Prompt]], ClaimMarker] | None = None,
 ) -> dict[str, Any]:
     """Let the policy describe scenes and answer questions about them, and compute metrics.
 
@@ -64,6 +68,8 @@ def evaluate(
         split: Development or test.
         temperature: 0 for greedy decoding.
         tick: Called with the number of scenes finished since the last call.
+        marker_among: Returns what weighs the claims of descriptions by comparing with the images of some prompts;
+            None to leave that out.
 
     Returns:
         ``metrics`` (name to value, interval and n), ``protocol`` and ``rows`` (one per scene).
@@ -77,7 +83,8 @@ def evaluate(
     for scenes in batched(make_scenes(world, split, seed, num_scenes), _BATCH):
         with tempfile.TemporaryDirectory() as directory:
             prompts = write_images(scenes, Path(directory))
-            described += _describe(world, engine, scorer, scenes, prompts, temperature)
+            marker = marker_among(prompts) if marker_among is not None else None
+            described += _describe(world, engine, scorer, scenes, prompts, temperature, marker)
             answers += _question(world, engine, scenes, prompts)
         engine.forget()
         if scorer is not None:
@@ -101,6 +108,7 @@ def evaluate(
                 "hallucinated": list(item.judgement.hallucinated),
                 "relevance": item.relevance,
                 "sentences": item.sentences,
+                **({} if item.evidence is None else {"evidence": item.evidence}),
                 "tallies": tallies(world, item, answered),
             }
             for item, answered in zip(described, answers, strict=True)
@@ -115,14 +123,18 @@ def _describe(
     scenes: Sequence[Scene],
     prompts: Sequence[Prompt],
     temperature: float,
+    marker: ClaimMarker | None,
 ) -> list[Described]:
     responses = engine.respond(prompts, world.max_new_tokens, temperature)
     scored: list[list[tuple[str, float]]] = [[] for _ in prompts]
     if scorer is not None:
         scored = sentence_relevance(scorer, prompts, [response.text for response in responses])
+    weighed = [
+        None if marker is None else marker.evidence(p, r.sentence) for p, r in zip(prompts, responses, strict=True)
+    ]
     return [
-        Described(scene, r.sentence, r.finish is Finish.EOS, judge(world, scene, r.text), sentences)
-        for scene, r, sentences in zip(scenes, responses, scored, strict=True)
+        Described(scene, r.sentence, r.finish is Finish.EOS, judge(world, scene, r.text), sentences, evidence)
+        for scene, r, sentences, evidence in zip(scenes, responses, scored, weighed, strict=True)
     ]
 
 
@@ -177,6 +189,7 @@ def tallies(world: World, item: Described, answers: Mapping[str, bool]) -> dict[
         "words": (judged.words, 1),
         "complete": (int(item.complete), 1),
         "relevance": (item.relevance or 0.0, int(item.relevance is not None)),
+        **({} if item.evidence is None else {"doubted": doubted_tally(item.evidence)}),
         **{f"yes_no_{name}": (int(correct), 1) for name, correct in answers.items()},
     }
 
