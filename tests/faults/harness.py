@@ -35,7 +35,7 @@ def tiny_run(root: Path, **changes: Any) -> Run:
         "training": {
             "checkpoint_minutes": 0,
             "lora": {"r": 2},
-            "trl": {"num_train_epochs": 1, "per_device_train_batch_size": 8},
+            "trl": {"num_train_epochs": 1, "per_device_train_batch_size": 2},
         },
         "evaluation": {"heldout": 1, "audit": "off"},
         **changes,

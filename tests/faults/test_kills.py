@@ -39,8 +39,8 @@ class Reference:
 
     results: dict[str, bytes]
     seconds: float
-    operations: int
-    """Number of file operations from start to end."""
+    operations: list[str]
+    """Name and path of each operation from start to end."""
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +57,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(zygote: Zygote, folder: Path) -> Reference:
     run = tiny_run(folder / "undisturbed")
-    result = zygote.run(run.root, plan={"do": "count"})
+    result = zygote.run(run.root, plan={"do": "record"})
     assert result.code == 0, result.output
     files = results(run.root)
     assert sum("ledger/part-" in name for name in files) == 6
     assert sum("adapter_model" in name for name in files) == 3
     assert len(set(files.values())) == len(files) - 1, "only the last adapter is stored twice"
-    return Reference(files, result.seconds, int((folder / "count").read_text()))
+    return Reference(files, result.seconds, (folder / "operations").read_text().splitlines())
 
 
 def disturbances(reference: Reference, rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -73,7 +73,7 @@ def disturbances(reference: Reference, rng: random.Random) -> Iterator[tuple[str
             number = signal.SIGKILL if what == "instant" else signal.Signals[what]
             yield what, {"signals": {number: rng.uniform(0.02, 0.6) * reference.seconds}}
         else:
-            yield what, {"plan": {"do": what, "at": rng.randint(1, reference.operations // 2)}}
+            yield what, {"plan": {"do": what, "at": rng.randint(1, len(reference.operations) // 2)}}
 
 
 def check_end(what: str, result: ProcessResult) -> bool:
@@ -123,6 +123,58 @@ def test_no_disturbance_changes_the_result(zygote: Zygote, reference: Reference,
     print(f"reached {dict(reached)} during {dict(where)}; {finished + 1} runs finished")
     assert kills >= KILLS
     assert reached.total() - kills >= OTHERS
+
+
+def at_training(folder: Path, name: str) -> Run:
+    """Copy the undisturbed run to a folder as it was before its last training."""
+    run = tiny_run(folder / name)
+    shutil.copytree(
+        folder / "undisturbed", run.root, ignore=shutil.ignore_patterns("config.yaml", "adapter"), dirs_exist_ok=True
+    )
+    shutil.copytree(folder / "undisturbed" / "iteration-1" / "adapter", run.iteration(1) / "adapter")
+    for stage in ("train", "evaluate", "gate"):
+        (run.iteration(2) / "done" / f"{stage}.json").unlink()
+    return run
+
+
+def test_training_killed_between_steps_and_inside_checkpoints_ends_with_the_same_bytes(
+    zygote: Zygote, reference: Reference, folder: Path
+) -> None:
+    """Kill before a step, while a file is written, while the checkpoint before is deleted, and in a new folder."""
+    run = at_training(folder, "training")
+    for what, within, at, checkpoints in (
+        ("kill", "update", 3, {2}),
+        ("tear", "checkpoint-3/optimizer.pt", 1, {2, 3}),
+        ("kill", "checkpoint-2/complete.json", 1, {2, 3}),
+        ("kill", "checkpoint-4", 2, {2, 3, 4}),
+    ):
+        result = zygote.run(run.root, plan={"do": what, "within": within, "at": at})
+        assert result.code == -signal.SIGKILL, result.output
+        left = run.trainer_path(2).glob("checkpoint-*")
+        assert {int(path.name.rpartition("-")[2]) for path in left} == checkpoints
+    assert zygote.run(run.root, plan={"do": "record"}).code == 0
+    steps = [line for line in (folder / "operations").read_text().splitlines() if str(run.root / "update") in line]
+    assert len(steps) == 2, "two of five steps were left"
+    assert results(run.root) == reference.results
+
+
+@pytest.mark.skipif(not FULL, reason="make test-faults")
+def test_a_kill_at_any_step_and_at_any_operation_of_a_checkpoint_changes_nothing(
+    zygote: Zygote, reference: Reference, folder: Path
+) -> None:
+    last = [line for line in reference.operations if "iteration-2/trainer/checkpoint-3" in line]
+    plans = [("kill", "update", at) for at in range(1, 6)]
+    plans += [("kill", "trainer/checkpoint-3", at) for at in range(1, len(last) + 1)]
+    tearable = [at for at, line in enumerate(last, start=1) if line.startswith(("fsync", "replace"))]
+    plans += [("tear", "trainer/checkpoint-3", at) for at in tearable]
+    for number, (what, within, at) in enumerate(plans):
+        run = at_training(folder, f"training-{number}")
+        result = zygote.run(run.root, plan={"do": what, "within": within, "at": at})
+        assert result.code == -signal.SIGKILL, result.output
+        assert zygote.run(run.root).code == 0
+        assert results(run.root) == reference.results, (what, within, at)
+        shutil.rmtree(run.root)
+    print(f"{len(plans)} kills inside training, {len(tearable)} of them with a truncated file")
 
 
 def unfinished(run: Run) -> str:

@@ -2,9 +2,9 @@
 
 Requests are lines of JSON on stdin; the result of each is a line of JSON on stdout. A fork
 starts at once where a new interpreter takes ten seconds, so a hundred kills take minutes. A
-plan disturbs the file operations of the fork: at the n-th operation, the process is killed,
-the file is truncated and the process is killed, or the operation raises an OSError; or every
-operation is slow.
+plan disturbs the operations of the fork on files, or of training on weights: at the n-th, the
+process is killed, the file is truncated and the process is killed, or the operation raises an
+OSError; or every operation is slow. ``within`` is a part of the paths that a plan is about.
 """
 
 from __future__ import annotations
@@ -25,28 +25,35 @@ from typing import Any
 
 OPERATIONS = ("replace", "fsync", "mkdir", "unlink", "rmdir")
 """Functions of :mod:`os` through which :mod:`csr_vlm.store.files` and :mod:`shutil` change files and folders."""
+NOT_REFUSED = ("unlink", "rmdir", "update")
+"""Operations that a full or failing disk allows: deleting files, and a step of an optimizer."""
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EDQUOT": errno.EDQUOT}
 
 
 def install(plan: dict[str, Any], root: Path) -> None:
-    """Wrap the file operations of this process; those outside the run are neither disturbed nor counted."""
+    """Wrap the operations of this process; those outside the run are neither disturbed nor recorded."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
     count = 0
+
+    def reach(name: str, path: str) -> None:
+        """Count an operation, and do what the plan says before it."""
+        nonlocal count
+        is_refused = plan["do"] in ERRORS and name in NOT_REFUSED
+        if not path.startswith(str(root)) or plan.get("within", "") not in path or is_refused:
+            return
+        count += 1
+        if plan["do"] == "slow":
+            time.sleep(plan["seconds"])
+        elif plan["do"] == "record":
+            with (root.parent / "operations").open("a") as file:
+                print(name, path, file=file)
+        elif count == plan["at"]:
+            fail(name, path)
 
     def wrapped(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def call(target: Any, *args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            path = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else os.fspath(target)
-            if not str(path).startswith(str(root)) and "dir_fd" not in kwargs:
-                return operation(target, *args, **kwargs)
-            count += 1
-            if plan["do"] in ERRORS and name in ("unlink", "rmdir"):
-                count -= 1  # Files can be deleted from a full disk.
-            elif plan["do"] == "slow":
-                time.sleep(plan["seconds"])
-            elif plan["do"] == "count":
-                (root.parent / "count").write_text(str(count))
-            elif count == plan["at"]:
-                fail(name, str(path))
+            reach(name, path_of(target, kwargs.get("dir_fd")))
             return operation(target, *args, **kwargs)
 
         return call
@@ -60,6 +67,14 @@ def install(plan: dict[str, Any], root: Path) -> None:
 
     for name in OPERATIONS:
         setattr(os, name, wrapped(name, getattr(os, name)))
+    register_optimizer_step_pre_hook(lambda *_: reach("update", f"{root}/update"))
+
+
+def path_of(target: Any, folder: int | None) -> str:
+    """Return the path of an operation's file, which may be open or in an open folder."""
+    if isinstance(target, int):
+        return str(Path(f"/proc/self/fd/{target}").readlink())
+    return str(target if folder is None else Path(f"/proc/self/fd/{folder}").readlink() / target)
 
 
 def work(request: dict[str, Any]) -> None:
