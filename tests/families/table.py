@@ -22,14 +22,17 @@ from tests.families.checkpoints import FAMILIES, checkpoint
 FILES = [str(test_families.__file__), str(test_shared_families.__file__)]
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 COLUMNS = {
-    "test_search_extends_its_sentences_and_scores_them": "search, scoring",
-    "test_shared_attention_equals_plain_attention": "shared attention",
-    "test_generated_logprobs_equal_teacher_forced_ones": "log-probabilities",
-    "test_dpo_moves_only_the_language_models_adapter": "DPO",
-    "test_packed_pairs_have_the_loss_and_gradients_of_unpacked_pairs": "pairs in one row",
-    "test_the_saved_adapter_restores_the_trained_policy": "save, reload",
-    "test_the_second_iteration_starts_from_the_first_adapter": "second iteration",
-    "test_the_merged_model_equals_the_adapted_policy": "merge",
+    test.__name__: title
+    for test, title in (
+        (test_families.test_search_extends_its_sentences_and_scores_them, "search, scoring"),
+        (test_shared_families.test_shared_attention_equals_plain_attention, "shared attention"),
+        (test_families.test_generated_logprobs_equal_teacher_forced_ones, "log-probabilities"),
+        (test_families.test_dpo_moves_only_the_language_models_adapter, "DPO"),
+        (test_families.test_trees_have_the_loss_and_gradients_of_stock_trl, "trees in one row"),
+        (test_families.test_the_saved_adapter_restores_the_trained_policy, "save, reload"),
+        (test_families.test_the_second_iteration_starts_from_the_first_adapter, "second iteration"),
+        (test_families.test_the_merged_model_equals_the_adapted_policy, "merge"),
+    )
 }
 HEAD = """\
 # Model families
@@ -52,8 +55,9 @@ FOOT = """
   by more than 100 times as much.
 - DPO: the reference log-probabilities come from the ledger, the first loss is log 2, and two steps change every
   LoRA matrix of the language model and no other parameter.
-- pairs in one row: the tokens that the two sides of a pair share are computed once, with the loss and the
-  gradients of two rows; Gemma 3 and PaliGemma, whose image tokens attend to each other, use two rows.
+- trees in one row: all pairs and questions about an image are one tree, in which every distinct token is computed
+  once, and the trees of three images are one row, with the loss and the gradients that stock TRL computes in a row
+  per response (within 1e-5); Gemma 3 and PaliGemma, whose image tokens attend to each other, use separate rows.
 - save, reload: the saved adapter loads with exactly the trained weights and gives the same log-probabilities.
 - second iteration: training continues from the saved adapter, again with a first loss of log 2.
 - merge: base plus adapter, merged and loaded by name, gives the same log-probabilities.
