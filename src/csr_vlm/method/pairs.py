@@ -80,8 +80,8 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
 
     With ``reward.unit: claim``, a sentence is as good as its most doubtful claim: the margin is the
     difference in the evidence for these claims, and ending, or claiming nothing, counts 0. No sentence
-    of the partial response may be judged false (R_I < 0), and no claim of the chosen side may have
-    evidence against it. Rejected are only a sentence with a claim that is judged false
+    of the partial response may be judged false (R_I < 0), no claim of the chosen side may have
+    evidence against it, and what repeats is never chosen. Rejected are only a sentence with a claim that is judged false
     (``false_below``), a sentence that repeats an earlier one, and ending.
 
     Pairs are sorted by decreasing margin if ``selection`` is ``extremes``.
@@ -258,8 +258,9 @@ def _claim_preferences(
 
     A sum would let a certain claim carry a doubtful one, and prefer sentences that claim more.
     """
-    best = max(options, key=lambda option: (option.lowest, option.value))
-    if best.lowest < 0:
+    new = [option for option in options if not option.repeats]
+    best = max(new, key=lambda option: (option.lowest, option.value), default=None)
+    if best is None or best.lowest < 0:
         return []
     rejected = [
         other
