@@ -12,7 +12,7 @@ from csr_vlm.config.schema import ClaimsConfig, QuestionsConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Pair, Prompt, Response
 from csr_vlm.method.questions import choose_questions, choose_unclaimed, clear_answer, select_informative
-from csr_vlm.pipeline.claim_questions import text_pairs
+from csr_vlm.pipeline.claim_questions import answer_auc, text_pairs, worth_training
 from csr_vlm.scoring.claim_scorer import ClaimScorer
 from csr_vlm.scoring.scorer import ScorerGroup
 from tests.unit.builders import config, node, prompt
@@ -99,6 +99,31 @@ def test_nothing_is_learned_from_a_question_that_the_policy_does_not_answer_by_y
     unanswered, real = answered(1.4, logprob=math.log(0.004)), answered(1.4, logprob=math.log(0.4))
     assert select_informative(unanswered, always, "key") == []
     assert select_informative(unanswered + real, always, "key") == real
+
+
+def about(gap: float, holds: bool, number: int) -> Pair:
+    """Create a question whose yes is more probable than its no by a gap in nats."""
+    yes, no = (
+        Response("0", (1,), logprob, text, 1, 0.0, True) for logprob, text in ((gap - 2.0, "Yes."), (-2.0, "No."))
+    )
+    return Pair(prompt(f"p{number}?0"), 1, *((yes, no) if holds else (no, yes)))
+
+
+def test_no_question_is_trained_if_the_answers_do_not_depend_on_the_image() -> None:
+    settings = config(method={"pairs": {"questions": {"per_prompt": 4}}})
+    says_yes = [about(1.0 + 0.01 * (n % 7), n % 2 == 0, n) for n in range(60)]
+    messages: list[str] = []
+    assert answer_auc(says_yes, "Yes.") == pytest.approx(0.5, abs=0.06)
+    assert list(worth_training(lambda: says_yes, settings, 1, messages.append)) == []
+    assert "hardly depend on the image (AUC 0." in messages[0]
+    # It says yes to everything here too, but more surely where it is right.
+    looks = [about(1.6 if n % 2 == 0 else 1.0, n % 2 == 0, n) for n in range(60)]
+    assert answer_auc(looks, "Yes.") == 1.0
+    assert list(worth_training(lambda: looks, settings, 1, messages.append)) == looks
+    few = says_yes[:30]
+    assert answer_auc(few, "Yes.") is None
+    assert list(worth_training(lambda: few, settings, 1, messages.append)) == few, "too few to tell"
+    assert len(messages) == 1
 
 
 @pytest.mark.parametrize("wording", ["Is it there?", "{0} {1}", "{0:>9}", "{0.__class__}", "{0!r}", "{", "{a}"])

@@ -260,6 +260,13 @@ class QuestionsConfig(_Section):
     rehearsed: float = Field(
         default=0.25, ge=0.0, le=1.0, description="Fraction of those images whose questions are kept anyway."
     )
+    min_auc: float = Field(
+        default=0.6,
+        ge=0.0,
+        le=1.0,
+        description="AUC of log P(yes) - log P(no), between the questions with yes and with no as the right answer, "
+        "below which no question is trained: the policy does not look at the image to answer.",
+    )
 
     @field_validator("wordings")
     @classmethod

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
 from csr_vlm.config.schema import QuestionsConfig, RunConfig
 from csr_vlm.core.records import Node, Pair, Prompt
 from csr_vlm.data.external_pairs import TextPair
+from csr_vlm.evaluation.statistics import auc
 from csr_vlm.method.claim_evidence import Evidence, thing_of
 from csr_vlm.method.questions import choose_questions, choose_unclaimed, is_answered, select_informative
 from csr_vlm.method.sentences import SentenceRule
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from csr_vlm.models.policy import Policy
     from csr_vlm.scoring.claim_scorer import ClaimScorer
     from csr_vlm.scoring.scorer import ScorerGroup
+
+_FEWEST_QUESTIONS = 20
+_MOST_QUESTIONS = 20_000
 
 
 class ClaimQuestioner:
@@ -42,11 +46,11 @@ class ClaimQuestioner:
         self._rule = SentenceRule(config.method.search.delimiters)
 
     def pairs(self, prompts: Sequence[Prompt], trees: Sequence[Sequence[Node]]) -> list[Pair]:
-        """Ask about the claims in the trees of some prompts; return the question pairs worth training on."""
+        """Ask about the claims in the trees of some prompts; return the pairs of questions that the policy answers."""
         from csr_vlm.scoring.claim_scorer import ClaimScorer
         from csr_vlm.training.pair_encoding import encode_pairs
 
-        config, selected = self._config, []
+        config = self._config
         settings = self._with_answered_wordings(prompts, trees)
         if settings is None:
             return []
@@ -55,12 +59,9 @@ class ClaimQuestioner:
         claim_scorer = ClaimScorer(self._scorer, config.method.claims)
         texts = text_pairs(prompts, trees, claim_scorer, config, settings)
         scored = encode_pairs(texts, self._policy, self._iteration, self._rule)
-        pairs = (pair for pair in scored if isinstance(pair, Pair))
-        for prompt_id, of_prompt in groupby(pairs, key=lambda pair: pair.prompt.prompt_id.rpartition("?")[0]):
-            key = f"{config.seed}:{self._iteration}:{prompt_id}"
-            selected += select_informative(list(of_prompt), config.method.pairs.questions, key)
+        pairs = [pair for pair in scored if isinstance(pair, Pair) and is_answered(pair, settings)]
         self._scorer.forget()
-        return selected
+        return pairs
 
     def _with_answered_wordings(
         self, prompts: Sequence[Prompt], trees: Sequence[Sequence[Node]]
@@ -92,6 +93,44 @@ class ClaimQuestioner:
             if isinstance(pair, Pair) and is_answered(pair, settings)
         )
         return settings.model_copy(update={"wordings": answered}) if answered else None
+
+
+def worth_training(
+    answered: Callable[[], Iterable[Pair]], config: RunConfig, iteration: int, log: Callable[[str], None]
+) -> Iterator[Pair]:
+    """Yield the question pairs worth training on; none if the policy does not look at the image to answer.
+
+    Args:
+        answered: Returns all pairs of questions that the policy answers, prompt by prompt.
+        config: Settings of the questions, and the seed.
+        iteration: Iteration of the pairs.
+        log: Called with a message if no question is worth training on.
+    """
+    settings = config.method.pairs.questions
+    found = answer_auc(answered(), settings.yes)
+    if found is not None and found < settings.min_auc:
+        log(
+            f"iteration {iteration}: no question is trained, because the policy's answers hardly depend on the image "
+            f"(AUC {found:.2f}, method.pairs.questions.min_auc {settings.min_auc:g})"
+        )
+        return
+    for prompt_id, of_prompt in groupby(answered(), key=lambda pair: pair.prompt.prompt_id.rpartition("?")[0]):
+        yield from select_informative(list(of_prompt), settings, f"{config.seed}:{iteration}:{prompt_id}")
+
+
+def answer_auc(pairs: Iterable[Pair], yes: str) -> float | None:
+    """Compute how well log P(yes) - log P(no) separates questions with the answer yes from those with no.
+
+    Only the first 20,000 questions count. Returns None for fewer than 20 questions of either kind.
+    """
+    margins: dict[bool, list[float]] = {True: [], False: []}
+    for pair in islice(pairs, _MOST_QUESTIONS):
+        is_yes = pair.chosen.text == yes
+        margin = pair.chosen.logprob - pair.rejected.logprob
+        margins[is_yes].append(margin if is_yes else -margin)
+    if min(len(of_kind) for of_kind in margins.values()) < _FEWEST_QUESTIONS:
+        return None
+    return auc(margins[True], margins[False])
 
 
 def text_pairs(

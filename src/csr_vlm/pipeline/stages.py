@@ -28,7 +28,7 @@ from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.pairs import make_pairs as make_prompt_pairs
 from csr_vlm.models.devices import count_gpus
 from csr_vlm.pipeline import offline_pairs
-from csr_vlm.pipeline.claim_questions import ClaimQuestioner
+from csr_vlm.pipeline.claim_questions import ClaimQuestioner, worth_training
 from csr_vlm.pipeline.failed_prompts import require_few_failures
 from csr_vlm.pipeline.offline_pairs import has_offline_pairs
 from csr_vlm.pipeline.policy_evaluation import evaluate_policy
@@ -210,7 +210,11 @@ def _write_question_pairs(run: Run, iteration: int, reporter: Reporter, executor
     with reporter.stage(f"iteration {iteration}: answering claim questions", run.num_prompts) as progress:
         executor.map(task, progress, reporter.log)
     written = parts.wait_for_parts(folder, task.num_items)
-    num_pairs = tables.write_pairs(path, (pair for part in written for pair in tables.read_pairs(part)), run.root)
+
+    def answered() -> Iterator[Pair]:
+        return (pair for part in written for pair in tables.read_pairs(part))
+
+    num_pairs = tables.write_pairs(path, worth_training(answered, run.config, iteration, reporter.log), run.root)
     shutil.rmtree(folder)
     return num_pairs
 
@@ -227,7 +231,7 @@ def question_pairs(run: Run, iteration: int, config: RunConfig, reporter: Report
         for prompts in tables.prompt_groups(run.prompts_path):
             pairs += questioner.pairs(prompts, list(islice(trees, len(prompts))))
             progress.advance(len(prompts))
-    return pairs
+    return list(worth_training(lambda: pairs, config, iteration, reporter.log))
 
 
 def derive_pairs(
