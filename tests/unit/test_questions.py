@@ -103,9 +103,8 @@ def test_nothing_is_learned_from_a_question_that_the_policy_does_not_answer_by_y
 
 def about(gap: float, holds: bool, number: int) -> Pair:
     """Create a question whose yes is more probable than its no by a gap in nats."""
-    yes, no = (
-        Response("0", (1,), logprob, text, 1, 0.0, True) for logprob, text in ((gap - 2.0, "Yes."), (-2.0, "No."))
-    )
+    answers = ((gap - 2.0, "Yes."), (-2.0, "No."))
+    yes, no = (Response("0", (1,), logprob, text, 1, 0.0, complete=True) for logprob, text in answers)
     return Pair(prompt(f"p{number}?0"), 1, *((yes, no) if holds else (no, yes)))
 
 
