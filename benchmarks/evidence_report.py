@@ -11,6 +11,7 @@ from typing import Any
 
 import baseline
 import seed_ledger
+from evidence_plots import Line, draw
 from evidence_tables import (
     LEGEND,
     Runs,
@@ -28,7 +29,7 @@ from evidence_tables import (
 from csr_vlm.config.load import scorer_config
 from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.metrics import metric_spec
-from csr_vlm.evaluation.statistics import established, holm
+from csr_vlm.evaluation.statistics import Metric, established, holm
 from csr_vlm.scoring.registry import load_scorer
 from csr_vlm.world.dataset import write_images
 from csr_vlm.world.demo import assets
@@ -41,6 +42,8 @@ _KEYS = (
     "yes_no_present", "yes_no_absent", "yes_no_companion",
 )  # fmt: skip
 COLUMNS = {key: metric_spec(key).label for key in _KEYS}
+_CURVES = ("chair_s", "recall")
+"""Metrics that are plotted against a setting."""
 SHORT = ("chair_s", "chair_i", "recall", "companion_recall", "repeats", "words", "relevance")
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = "1 seed, no interval over runs"
@@ -280,23 +283,26 @@ def _main_rows(before: Runs, after: Runs, seeds: str) -> list[list[str]]:
 
 
 def _plot_main(runs: Sequence[Result], to: Path) -> str:
-    import matplotlib as mpl
+    names, measured = ("chair_s", "recall", "companion_recall"), runs[0].job.measured
+    by_seed = {run.job.seed: run for run in runs}
+    lines = [
+        Line("one seed" if index == 0 else "", [(i, _values(run.values(i))) for i in measured], faint=True)
+        for index, run in enumerate(runs)
+    ]
+    over_seeds = [(i, {name: _over_seeds(*levels(_at(by_seed, i), name)) for name in names}) for i in measured]
+    base = {name: levels(_at(by_seed, 0), name)[0] for name in names}
+    draw(to / "main.png", names, [*lines, Line("mean", over_seeds)], "iteration", base=base, x_ticks=measured)
+    bars = f"over {len(runs)} seeds" if len(runs) > 1 else "over scenes, since there is one seed"
+    return f"Bars: 95 % intervals {bars}.\n\n![CHAIR_S and recall by iteration](main.png)\n"
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    for axis, name in zip(axes, ("chair_s", "recall", "companion_recall"), strict=True):
-        for run in runs:
-            axis.plot(run.job.measured, [run.values(i)[name] for i in run.job.measured], alpha=0.6, marker=".")
-        axis.set_title(COLUMNS[name])
-        axis.set_xlabel("iteration")
-        axis.set_xticks(runs[0].job.measured)
-        if name != "chair_s":
-            axis.set_ylim(0.9, 1.0)
-    figure.savefig(to / "main.png", dpi=110)
-    plt.close(figure)
-    return "One line per seed:\n\n![CHAIR_S falls while recall is kept](main.png)\n"
+def _over_seeds(scenes: Metric, runs: Metric) -> Metric:
+    """Return the interval over runs, or over scenes if there is one run."""
+    return scenes if runs.low is None else runs
+
+
+def _values(values: Mapping[str, float]) -> dict[str, Metric]:
+    return {name: Metric(value, None, None, 0) for name, value in values.items()}
 
 
 def _comparisons(done: Sequence[Result]) -> str:
@@ -432,35 +438,16 @@ def _lambdas(out: Path, to: Path) -> str:
         ]
         for point in points
     ]
-    figure = _curves(
-        {"": [(float(row[0]), point["metrics"]["world"]) for row, point in zip(rows, points, strict=True)]}, "lambda"
-    )
-    figure.savefig(to / "lambda.png", dpi=110)
+    curve = [
+        (float(row[0]), {name: Metric(**point["metrics"]["world"][name]) for name in _CURVES})
+        for row, point in zip(rows, points, strict=True)
+    ]
+    draw(to / "lambda.png", _CURVES, [Line("iteration 1", curve)], "lambda")
     text = (
         "## Lambda, from one ledger\n\n`csr sweep`: pairs and training of iteration 1 for each value; 500 "
         "development scenes.\n\n![CHAIR_S and recall against lambda](lambda.png)\n\n"
     )
     return text + table(["lambda", *(COLUMNS[n] for n in SHORT), "seeds"], rows)
-
-
-def _curves(curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], x_label: str) -> Any:
-    """Plot CHAIR_S and recall, one line per name."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    for axis, name in zip(axes, ("chair_s", "recall"), strict=True):
-        for label, points in curves.items():
-            ordered = sorted(points, key=lambda point: point[0])
-            axis.plot([x for x, _ in ordered], [m[name]["value"] for _, m in ordered], marker=".", label=label)
-        axis.set_title(COLUMNS[name])
-        axis.set_xlabel(x_label)
-    if any(curves):
-        axes[0].legend()
-    plt.close(figure)
-    return figure
 
 
 def _scorers(out: Path, to: Path) -> str:
@@ -480,11 +467,11 @@ def _scorers(out: Path, to: Path) -> str:
         ]
         for row in results
     ]
-    curves: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    curves: dict[str, list[tuple[float, Mapping[str, Metric]]]] = {}
     for row in results:
-        metrics = {name: {"value": value} for name, value in row["metrics"].items()}
-        curves.setdefault(f"lambda {row['lambda']}", []).append((row["auc_absent"], metrics))
-    _curves(curves, "AUC of the scorer, absent objects").savefig(to / "scorers.png", dpi=110)
+        curves.setdefault(f"lambda {row['lambda']}", []).append((row["auc_absent"], _values(row["metrics"])))
+    lines = [Line(name, points) for name, points in curves.items()]
+    draw(to / "scorers.png", _CURVES, lines, "AUC of the scorer, absent objects")
     text = (
         "## Sensitivity to scorer quality\n\nScorers trained for fewer steps; one iteration from one ledger, "
         "descriptions only, 500 development scenes. Agreement is a label-free estimate (`csr audit`): the share of "
@@ -501,12 +488,11 @@ def _priors(out: Path, to: Path) -> str:
         return ""
     results = json.loads(path.read_text())
     rows = [[f"{row['strength']:g}", row["lambda"], *cells(row["metrics"], SHORT), ALONE] for row in results]
-    curves: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    curves: dict[str, list[tuple[float, Mapping[str, Metric]]]] = {}
     for row in results:
-        metrics = {name: {"value": value} for name, value in row["metrics"].items()}
-        name = row["lambda"] if row["lambda"] == "base" else f"lambda {row['lambda']}"
-        curves.setdefault(name, []).append((row["strength"], metrics))
-    _curves(curves, "strength of the prior").savefig(to / "priors.png", dpi=110)
+        name = "base model" if row["lambda"] == "base" else f"lambda {row['lambda']}"
+        curves.setdefault(name, []).append((row["strength"], _values(row["metrics"])))
+    draw(to / "priors.png", _CURVES, [Line(name, points) for name, points in curves.items()], "strength of the prior")
     text = (
         "## Sensitivity to prior strength\n\nBase models with a weaker or stronger co-occurrence prior than the "
         "shipped one (factors on its probabilities); one iteration each, descriptions only, 500 development scenes."

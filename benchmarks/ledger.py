@@ -3,7 +3,9 @@
     python benchmarks/ledger.py --rows 10000000 --out build/ledger [--json]
 
 The nodes are synthetic but have the shape of a real search: per prompt, 16 partial responses of up
-to five sentences with four candidates each, and sentences of 10 to 30 tokens that rarely repeat.
+to five sentences with four candidates each, and sentences of 10 to 30 tokens that rarely repeat. With
+``--claims N`` each sentence makes N claims of the 24 things that its prompt's responses mention, each with the
+four cues of one scorer, and rewards are by claim.
 Everything else is the package's own code: writers, readers, pairs, quality metrics, report. Each
 step runs in a separate process, so that its peak memory can be measured. All prompts share one
 small image file, so that the file system is not measured.
@@ -26,23 +28,34 @@ from PIL import Image
 
 from csr_vlm.config.load import resolve
 from csr_vlm.core.progress import Silent, SilentProgress
-from csr_vlm.core.records import Finish, Node, NodeStatus, Prompt
+from csr_vlm.core.records import (
+    Finish,
+    Node,
+    NodeStatus,
+    Prompt,
+    nearest_column,
+    negatives_column,
+    spread_column,
+)
 from csr_vlm.pipeline import gates, stages
 from csr_vlm.report.html import render
-from csr_vlm.store import ledger, tables
+from csr_vlm.store import files, ledger, tables
 from csr_vlm.store.run import Run
 
 CANDIDATES, EXPANDED, DEPTH = 4, 4, 5
 NODES_PER_PROMPT = CANDIDATES + (DEPTH - 1) * EXPANDED * CANDIDATES
 VOCABULARY = 32_000
 PACKED_BYTES = 64_000_000
+NUM_THINGS = 24
+"""Different things that the responses to a prompt mention."""
+CUES = ("clip", negatives_column("clip"), spread_column("clip"), nearest_column("clip"))
 
 
 def prompts(number: int, image: Path) -> Iterator[Prompt]:
     return (Prompt(f"prompt-{index:09d}", str(image), "Describe this image in detail.") for index in range(number))
 
 
-def trees(group: list[Prompt], rng: np.random.Generator) -> Iterator[Node]:
+def trees(group: list[Prompt], rng: np.random.Generator, num_claims: int = 0) -> Iterator[Node]:
     """Generate synthetic trees: four candidates for each of four kept nodes, to a depth of five."""
     words = [f"w{index:x}" for index in range(VOCABULARY)]
     for prompt in group:
@@ -50,6 +63,8 @@ def trees(group: list[Prompt], rng: np.random.Generator) -> Iterator[Node]:
         ids = np.minimum(rng.zipf(1.2, (NODES_PER_PROMPT, 30)), VOCABULARY - 1)
         logprobs = -rng.exponential(0.7, (NODES_PER_PROMPT, 30)).astype(np.float32)
         cosines = rng.normal(0.22, 0.04, (NODES_PER_PROMPT, 2)).astype(np.float32)
+        known = claims_of(rng) if num_claims else {}
+        made = np.minimum(rng.zipf(1.5, (NODES_PER_PROMPT, num_claims)), NUM_THINGS) - 1
         frontier, row = [""], 0
         for depth in range(1, DEPTH + 1):
             kept = []
@@ -72,13 +87,23 @@ def trees(group: list[Prompt], rng: np.random.Generator) -> Iterator[Node]:
                         finish=Finish.EOS if last else Finish.DELIMITER,
                         status=NodeStatus.FINISHED if last else NodeStatus.TOP if expanded else NodeStatus.PRUNED,
                         cosines={"clip": float(cosines[row, 0]), "clip:others": float(cosines[row, 1])},
+                        claims={f"thing-{thing}": known[thing] for thing in made[row].tolist()},
                     )
                     row += 1
             frontier = kept
 
 
-def make_run(root: Path, num_prompts: int) -> Run:
+def claims_of(rng: np.random.Generator) -> dict[int, dict[str, float]]:
+    """Return the cues of the things of a prompt: two of three are in the picture."""
+    cosines = rng.normal(0.2, 0.03, (NUM_THINGS, len(CUES))).astype(np.float32)
+    cosines[: NUM_THINGS * 2 // 3, 0] += 0.15
+    cosines[:, 2] = 0.03
+    return {thing: dict(zip(CUES, row.tolist(), strict=True)) for thing, row in enumerate(cosines)}
+
+
+def make_run(root: Path, num_prompts: int, num_claims: int) -> Run:
     layer = {
+        **({"preset": "calibrated"} if num_claims else {}),
         "iterations": 1,
         "model": {"path": "none"},
         "scorer": {"path": "none"},
@@ -90,15 +115,17 @@ def make_run(root: Path, num_prompts: int) -> Run:
     image = root.parent / "image.png"
     Image.new("RGB", (8, 8), "teal").save(image)
     tables.write_prompts(run.prompts_path, prompts(num_prompts, image), run.config.generation.prompts_per_part)
-    run.mark_done(0, "prompts", accepted=num_prompts, heldout=0, dropped={}, examples=[], sha256="")
+    digest = files.sha256_of(run.prompts_path)
+    run.mark_done(0, "prompts", accepted=num_prompts, heldout=0, dropped={}, examples=[], sha256=digest)
     return run
 
 
 def append(run: Run) -> dict[str, Any]:
     """Write every part; generating the nodes is not timed."""
     rng, rows, seconds = np.random.default_rng(0), 0, 0.0
+    num_claims = int((run.root.parent / "claims").read_text())
     for index, group in enumerate(tables.prompt_groups(run.prompts_path)):
-        nodes = list(trees(group, rng))
+        nodes = list(trees(group, rng, num_claims))
         started = time.process_time()
         tables.write_nodes(run.iteration(1) / "ledger" / f"part-{index:06d}-0123456789abcdef.parquet", nodes)
         seconds += time.process_time() - started
@@ -172,12 +199,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=Path("build/ledger"))
+    parser.add_argument("--claims", type=int, default=0, help="Claims of each sentence.")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", action="store_true", help="Keep the ledger.")
     options = parser.parse_args()
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
-    make_run(options.out / "run", max(options.rows // NODES_PER_PROMPT, 1))
+    (options.out / "claims").write_text(str(options.claims))
+    make_run(options.out / "run", max(options.rows // NODES_PER_PROMPT, 1), options.claims)
     steps, rows = {}, 0
     for name in STEPS:
         steps[name] = measure(name, options.out / "run")

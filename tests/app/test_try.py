@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import struct
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,3 +128,53 @@ def test_an_upload_has_a_bounded_size_and_the_server_is_local(served: tuple[Any,
         )
         with opened_or_refused(request) as answer:
             assert answer.status == status
+
+
+def upload(address: Any, name: str, content: bytes) -> str:
+    """Upload a file as the page does; return where the server keeps it."""
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
+    request = urllib.request.Request(
+        f"{address.local}gradio_api/upload",
+        data=head + content + b"\r\n--x--\r\n",
+        headers={"Content-Type": "multipart/form-data; boundary=x"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        (path,) = json.loads(answer.read())
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Origin": "https://example.org"}, {"Origin": "null"}, {"Host": "example.org"}, {"Host": "example.org:80"}],
+    ids=["another site", "a file or a frame", "a name that points here", "the same with a port"],
+)
+@pytest.mark.parametrize("place", ["", "config", "gradio_api/info", "gradio_api/upload", "gradio_api/queue/join"])
+def test_requests_of_other_sites_are_refused(served: tuple[Any, Any], headers: dict[str, str], place: str) -> None:
+    body = b"{}" if place.endswith(("upload", "join")) else None
+    request = urllib.request.Request(f"{served[1].local}{place}", data=body, headers=headers)
+    with opened_or_refused(request) as answer:
+        assert answer.status == 403
+    with opened_or_refused(urllib.request.Request(f"{served[1].local}config")) as answer:
+        assert answer.status == 200, "the page itself is served"
+
+
+def test_uploads_that_are_no_pictures_or_bombs_are_refused(served: tuple[Any, Any]) -> None:
+    import gradio as gr
+
+    page, address = served
+    script = b"<svg xmlns='http://www.w3.org/2000/svg'><script>window.owned = 1</script></svg>"
+    zeros = gzip.compress(bytes(50_000_000))
+    header = struct.pack(">II5B", 60_000, 60_000, 8, 0, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk
+    for name, content in (("a.svg", script), ("a.png", script), ("a.gz", zeros), ("a.png", zeros), ("b.png", bomb)):
+        path = upload(address, name, content)
+        started = time.process_time()
+        with pytest.raises(gr.Error, match="cannot be used"):
+            page.uploaded(path)
+        assert time.process_time() - started < 1
+    with opened_or_refused(
+        urllib.request.Request(f"{address.local}gradio_api/file={upload(address, 'a.svg', script)}")
+    ) as answer:
+        disposition = answer.headers.get("Content-Disposition", "")
+        assert answer.status != 200 or disposition.startswith("attachment"), "it is not shown, so its script never runs"

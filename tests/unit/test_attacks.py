@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from csr_vlm.core.errors import CsrError
 from csr_vlm.evaluation.answers import read_evaluation_prompts
 from csr_vlm.evaluation.hallucination.hallusion import HallusionSuite
 from csr_vlm.evaluation.hallucination.mmhal import MMHalSuite
+from csr_vlm.playground.same_site import SameSiteOnly
 from csr_vlm.report.reproduction_page import render
 from csr_vlm.store import files
 from csr_vlm.store.run import Run
@@ -102,3 +104,63 @@ def test_places_in_a_hostile_judge_prompt_are_filled_and_not_evaluated(tmp_path:
     request = suite._request(suite._questions[0], "{} {0.__class__} {question}")
     assert request.startswith("{0.__class__.__mro__} Boat, Fish What is here 0? A {boat}. {} {0.__class__} {question} ")
     assert len(request) < 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "headers", "expected"),
+    [
+        ("http", [(b"host", b"127.0.0.1:7860")], "served"),
+        ("http", [(b"Host", b"localhost:7860"), (b"Origin", b"http://localhost:7860")], "served"),
+        ("http", [(b"host", b"127.0.0.1:7860"), (b"origin", b"http://127.0.0.1:8000")], 403),
+        ("http", [(b"host", b"127.0.0.1:7860"), (b"origin", b"null")], 403),
+        ("http", [(b"host", b"rebound.example:7860"), (b"origin", b"http://rebound.example:7860")], 403),
+        ("http", [(b"host", b"[::1"), (b"origin", b"http://[::1")], 403),
+        ("http", [], 403),
+        ("websocket", [(b"host", b"127.0.0.1:7860"), (b"origin", b"https://example.org")], "websocket.close"),
+        ("lifespan", None, "served"),
+    ],
+)
+def test_the_local_page_answers_only_itself(
+    kind: str, headers: list[tuple[bytes, bytes]] | None, expected: Any
+) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def page(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"status": "served"})
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": kind} | ({} if headers is None else {"headers": headers})
+    asyncio.run(SameSiteOnly(page)(scope, None, send))
+    assert sent[0].get("status", sent[0].get("type")) == expected
+
+
+def test_looking_at_a_strangers_run_runs_no_code_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's configuration may name a scorer that is code; only what loads the scorer may run it."""
+    planted = tmp_path / "owned"
+    (tmp_path / "planted.py").write_text(f"open({str(planted)!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scorer = {"path": "python:planted:Scorer", "trust_import": True}
+    run = Run.create(tmp_path / "run", resolve(REQUIRED | {"iterations": 1, "scorer": scorer}))
+    for command in (["show"], ["report"], ["eval"], ["watch", "--once"], ["reproduce"]):
+        shown = CliRunner().invoke(app, [command[0], str(run.root), *command[1:]])
+        assert not isinstance(shown.exception, ImportError | ModuleNotFoundError), command
+        assert not planted.exists(), command
+
+
+def test_links_in_a_strangers_run_show_no_other_file(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("the secret of another user")
+    run = hostile_run(tmp_path / "run")
+    for name in ("eval/mmhal.json", "eval/world.json", "pairs.parquet", "done/pairs.json"):
+        path = run.iteration(1) / name
+        path.unlink(missing_ok=True)
+        path.symlink_to(secret)
+    for command in ("eval", "show", "report"):
+        shown = CliRunner().invoke(app, [command, str(run.root)])
+        assert "secret of another" not in shown.output, command
+        assert shown.exception is None or isinstance(shown.exception, CsrError | SystemExit), command
+    report = run.root / "report.html"
+    assert not report.exists() or "secret of another" not in report.read_text(encoding="utf-8")

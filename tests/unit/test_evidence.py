@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import baseline
 import evidence
+import evidence_plots
 import evidence_report
 import evidence_tables
 import seed_ledger
@@ -76,6 +77,20 @@ def write_tables(out: Path, to: str = "tables", *, seeds: tuple[int, ...] = (0,)
     folder = out.parent / to
     evidence_report.write(main_jobs(*seeds), out, folder, rerun=rerun, ledger=out.parent / "ledger.json")
     return (folder / "README.md").read_text()
+
+
+def test_the_plot_has_the_base_model_and_intervals_and_says_where_axes_start(results: Path) -> None:
+    text = write_tables(results)
+    assert "Bars: 95 % intervals over scenes, since there is one seed." in text
+    assert (results.parent / "tables" / "main.png").read_bytes().startswith(b"\x89PNG")
+    metric = {"chair_s": Metric(0.4, 0.3, 0.5, 9), "recall": Metric(0.99, 0.98, 1.0, 9)}
+    evidence_plots.draw(
+        results / "plot.svg", ("chair_s", "recall"), [evidence_plots.Line("mean", [(0, metric)])], "x", base=metric
+    )
+    drawn = (results / "plot.svg").read_text()
+    for words in ("base model", "mean", "↓ lower is better", "↑ higher is better, axis does not start at 0"):
+        assert f"<!-- {words} -->" in drawn or words in drawn, words
+    assert drawn.count("LineCollection") == 2, "an interval in each panel"
 
 
 # Seeds of the two splits

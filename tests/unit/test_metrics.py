@@ -53,6 +53,8 @@ def test_decline_follows_the_direction() -> None:
 def test_console_cells_use_the_same_decimals() -> None:
     metric = {"value": 12.345, "low": 11.3, "high": 13.3}
     assert metric_cell("words", metric) == "12.3 ±1.0"
-    assert metric_cell("unknown", metric | {"value": 1500.04}) == "1500.0 ±1.0"
+    assert metric_cell("unknown", {"value": 1500.04, "low": 1499, "high": 1501}) == "1500.0 ±1.0"
+    assert metric_cell("recall", {"value": 0.994, "low": 0.967, "high": 0.9995}) == "0.994 +0.006 -0.027"
+    assert metric_cell("chair_s", {"value": 0.0, "low": 0.0, "high": 0.06}) == "0.000 +0.060"
     assert metric_cell("chair_s", {"value": 0.48, "low": None, "high": None}) == "0.480"
     assert metric_cell("chair_s", None) == "-"

@@ -27,6 +27,8 @@ _PIPE_WIDTH = 10_000
 """Columns of a file or a pipe, where no name is cut to fit a screen."""
 _LINE_EVERY = 30.0
 """Seconds between two lines of progress if stderr is not a terminal."""
+_LOPSIDED = 1.5
+"""Ratio of the two sides of an interval from which both are printed."""
 
 
 @dataclass
@@ -101,7 +103,7 @@ class _Lines:
     def __init__(self, title: str, total: int) -> None:
         self._title = title
         self._total = total
-        self._done = 0
+        self._done = self._shown = 0
         self._started = self._printed = time.monotonic()
 
     def advance(self, number: int = 1) -> None:
@@ -116,11 +118,11 @@ class _Lines:
         pass
 
     def end(self) -> None:
-        if self._done:
+        if self._done != self._shown:
             self.print_line()
 
     def print_line(self) -> None:
-        self._printed = time.monotonic()
+        self._printed, self._shown = time.monotonic(), self._done
         seconds = self._printed - self._started
         rate = self._done / seconds if seconds else 0.0
         left = f", {duration((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
@@ -232,10 +234,23 @@ def print_metrics(title: str, metrics_by_iteration: Mapping[int, Mapping[str, An
 
 
 def metric_cell(key: str, metric: Mapping[str, Any] | None) -> str:
-    """Format a metric's value and the half-width of its interval."""
+    """Format a metric's value and its interval: by the half-width or, if it is lopsided, by how far it goes each way.
+
+    Example:
+        >>> metric_cell("recall", {"value": 0.99, "low": 0.98, "high": 1.0})
+        '0.990 ±0.010'
+        >>> metric_cell("recall", {"value": 1.0, "low": 0.94, "high": 1.0})
+        '1.000 -0.060'
+    """
     if metric is None or metric["value"] is None:
         return "-"
     value, low, high = metric["value"], metric["low"], metric["high"]
     spec = metric_spec(key)
     digits = spec.digits if spec.digits is not None else 1 if abs(value) >= 10 else 3
-    return f"{value:.{digits}f}" if low is None else f"{value:.{digits}f} ±{(high - low) / 2:.{digits}f}"
+    if low is None:
+        return f"{value:.{digits}f}"
+    above, below = high - value, value - low
+    if max(above, below) <= _LOPSIDED * min(above, below):
+        return f"{value:.{digits}f} ±{(high - low) / 2:.{digits}f}"
+    sides = (f"{sign}{side:.{digits}f}" for sign, side in (("+", above), ("-", below)))
+    return " ".join([f"{value:.{digits}f}", *(side for side in sides if float(side))])

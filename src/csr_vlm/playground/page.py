@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from markupsafe import escape
+from starlette.middleware import Middleware
 
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.images import load_prompt_image
 from csr_vlm.playground.answering import Sampling
 from csr_vlm.playground.markup import Answer, answers_html, questions_html
+from csr_vlm.playground.same_site import SameSiteOnly
 
 if TYPE_CHECKING:
     from csr_vlm.playground.session import Playground
@@ -254,6 +256,8 @@ def serve(
         quiet=True,
         ssr_mode=False,
         footer_links=[],
+        # A public link has a name of its own, and a password.
+        app_kwargs=None if share else {"middleware": [Middleware(SameSiteOnly)]},
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=(resources.files("csr_vlm.playground") / "page.css").read_text(encoding="utf-8"),
     )
