@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from tests.exchange_rows import OTHERS, OTHERS_OF_THEIR_OWN
@@ -199,16 +199,22 @@ def _first_paragraph(section: type[BaseModel]) -> str:
 
 def _values(field: Any) -> str:
     """Format the valid values of an option, with bounds."""
+    return _with_bounds(_type(field.annotation), field.metadata)
+
+
+def _with_bounds(word: str, rules: Iterable[Any]) -> str:
     bounds = {}
-    for rule in field.metadata:
+    for rule in rules:
         for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"), ("pattern", "matches")):
             if getattr(rule, name, None) is not None:
                 bounds[sign] = getattr(rule, name)
-    word = _type(field.annotation)
     return ", ".join([word, *(f"{sign} `{bound}`" for sign, bound in bounds.items())])
 
 
 def _type(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        inner, field = get_args(annotation)
+        return _with_bounds(_type(inner), field.metadata)
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
     if annotation is type(None):

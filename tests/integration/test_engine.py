@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -12,7 +13,7 @@ import torch
 
 from csr_vlm.config.schema import SearchConfig
 from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
-from csr_vlm.generation import decoding
+from csr_vlm.generation import decoding, transformers_engine
 from csr_vlm.generation.transformers_engine import TransformersEngine
 from csr_vlm.models.policy import Policy
 
@@ -61,6 +62,28 @@ def test_tokens_do_not_depend_on_batch_size_order_or_other_prompts(policy: Polic
     assert tokens(TransformersEngine(policy, max_rows=4).propose(requests, CONFIG)) == together
     assert tokens(TransformersEngine(policy).propose(requests[::-1], CONFIG))[::-1] == together
     assert tokens(TransformersEngine(policy).propose(requests[3:4], CONFIG)) == together[3:4]
+
+
+def test_rows_are_chosen_from_the_free_memory_and_shrink(
+    policy: Policy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests, log = expansions(prompts[:4]), list[str]()
+    expected = tokens(TransformersEngine(policy).propose(requests, CONFIG))
+    monkeypatch.setattr(transformers_engine, "available_memory", lambda _device: 150e6)
+    engine = TransformersEngine(policy, warn=log.append)
+    assert tokens(engine.propose(requests, CONFIG)) == expected
+    (message,) = log
+    rows = int(re.search(r"up to (\d+) rows", message)[1])
+    assert CONFIG.num_candidates < rows < 512
+    assert rows % CONFIG.num_candidates == 0
+    engine.propose(requests, CONFIG)
+    assert log == [message], "they are chosen once"
+    assert engine.shrink() == rows // 2
+    assert tokens(engine.propose(requests, CONFIG)) == expected
+    assert engine.shrink() == rows // 4
+    monkeypatch.setattr(transformers_engine, "available_memory", lambda _device: 500e6)
+    TransformersEngine(policy, warn=log.append).propose(requests, CONFIG)
+    assert int(re.search(r"up to (\d+) rows", log[-1])[1]) > rows
 
 
 def test_seed_and_sibling_index_change_the_sample(policy: Policy, prompts: list[Prompt]) -> None:

@@ -12,9 +12,11 @@ import pytest
 
 from csr_vlm.cli.check import time_span
 from csr_vlm.config.load import load_config, resolve
+from csr_vlm.config.schema import SearchConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Silent
 from csr_vlm.core.records import Prompt
+from csr_vlm.generation.row_budget import RowShape, row_budget
 from csr_vlm.models.architecture import Architecture, published_architecture, read_architecture, scorer_shape
 from csr_vlm.pipeline import assumptions
 from csr_vlm.pipeline.advice import faster, fitting_rows
@@ -23,7 +25,7 @@ from csr_vlm.pipeline.estimate import Range, estimate
 from csr_vlm.pipeline.hardware import GPUS, Hardware, known_gpu, parse_gpu
 from csr_vlm.pipeline.live_rows import SearchShape, simulate
 from csr_vlm.pipeline.measured import last_comparable_run
-from csr_vlm.pipeline.memory_costs import cached_tokens, memory_bytes
+from csr_vlm.pipeline.memory_costs import memory_bytes
 from csr_vlm.pipeline.prompt_lengths import prompt_lengths
 from csr_vlm.pipeline.stage_costs import STAGES, StageCosts
 from csr_vlm.store.run import Run
@@ -153,13 +155,35 @@ def test_memory_of_the_search():
     made = costs(case=replace(likely(), overhead=1.0))
     # 8 rows: one prompt of up to 30 tokens, two groups of a path and 4 x 35 tokens, and 8 finished sentences.
     path = 8 * made.sentence_tokens
-    assert cached_tokens(made) == pytest.approx(30 + 2 * (path + 4 * 35) + 8 * made.sentence_tokens)
+    tokens = 30 + 2 * (path + 4 * 35) + 8 * made.sentence_tokens
     usage = memory_bytes(made)
     weights, lora, scorer = 2 * SMALL.parameters, 4 * SMALL.lora_parameters(16), 4 * 428e6
     prefill = 8192 * (32 + 2 * (8 * 8 + 3 * 16))
     assert usage["claims"] == pytest.approx(weights + lora + scorer + prefill)
-    assert usage["search"] == pytest.approx(usage["claims"] + 16 * 8 * 100 + cached_tokens(made) * 32)
+    assert usage["search"] == pytest.approx(usage["claims"] + 16 * 8 * 100 + tokens * 32)
     assert usage["training"] == pytest.approx(weights + 16 * SMALL.lora_parameters(16) + 8192 * 8 * 36 * 2)
+
+
+def test_rows_follow_from_the_free_memory():
+    # 16 rows: 2 prompts of 30 tokens, 4 groups of a path of 7 x 70 and 4 sentences of 70 tokens; 32 bytes a token.
+    stored = (2 * 30 + 4 * (490 + 280)) * 32 + 16 * 16 * 100
+    prefill = 8192 * (32 + 2 * (8 * 8 + 3 * 16))
+    shape = RowShape.longest(SearchConfig())
+    assert shape.row_bytes(16, 30, SMALL, 2.0) == stored
+    assert row_budget((stored + prefill) / 0.9 + 1, shape, 30, SMALL, 2.0) == 16
+    assert row_budget((stored + prefill) / 0.9 - 1, shape, 30, SMALL, 2.0) == 12
+    assert row_budget(0, shape, 30, SMALL, 2.0) == 4, "one group decodes in any case"
+    assert row_budget(1e12, shape, 30, SMALL, 2.0) == 1024
+
+
+def test_a_plan_has_the_rows_that_the_engine_would_choose():
+    auto = {"generation": {"max_rows": "auto", "prompts_per_part": 4}}
+    loaded = 2 * SMALL.parameters + 4 * SMALL.lora_parameters(16) + 4 * 428e6
+    planned = costs(auto, hardware=replace(GPU, memory=1e9 + loaded + 6e6))
+    assert planned.max_rows == row_budget(6e6, RowShape.longest(SearchConfig()), 30, SMALL, 2.0)
+    assert 4 < planned.max_rows < 1024
+    assert replace(planned, hardware=replace(GPU, memory=1e9)).max_rows == 4
+    assert replace(planned, hardware=replace(GPU, is_cpu=True)).max_rows == 512
 
 
 def test_gpus_are_named_with_their_number():

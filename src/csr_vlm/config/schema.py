@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from string import Formatter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -529,7 +529,11 @@ class GenerationConfig(_Section):
     server: str | None = Field(
         default=None, pattern=r"^https?://\S+$", description="Address of a vLLM server (engine: server)."
     )
-    max_rows: int = Field(default=512, ge=1, description="Maximum number of sequences decoded at once.")
+    max_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Maximum number of sequences decoded at once; auto: as many as the free memory of the GPU holds "
+        "with responses of the greatest length, 512 on a CPU. Halved when memory runs out.",
+    )
     attention: Literal["auto", "shared", "plain"] = Field(
         default="auto",
         description="Store keys and values once for all candidates (shared) or copy them for each (plain); auto uses "

@@ -14,6 +14,16 @@ COSTS = ("seconds", "memory_gb", "gpu_memory_gb")
 _PROCESS = Path("/proc/self")
 
 
+def available_memory(device: Any) -> int | None:
+    """Return the bytes of a GPU that new tensors can use, those that torch caches included; None for other devices."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
 def free_memory() -> None:
     """Free what a finished stage leaves to the garbage collector, and the memory that torch caches on the GPU.
 

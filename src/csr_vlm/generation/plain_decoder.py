@@ -24,26 +24,24 @@ class PlainDecoder:
     """Answer requests batch by batch; all rows of a batch decode in lockstep.
 
     Args:
-        max_rows: Most candidates decoded at once.
         counters: Counters that the decoder's work is added to.
     """
 
-    def __init__(self, policy: Policy, max_rows: int, counters: Counters) -> None:
+    def __init__(self, policy: Policy, counters: Counters) -> None:
         self._policy = policy
-        self._max_rows = max_rows
         self._counters = counters
         self._encoded: dict[str, EncodedPrompt] = {}
 
-    def answer(self, requests: Sequence[Expansion], sampler: TokenSampler) -> list[list[Candidate]]:
+    def answer(self, requests: Sequence[Expansion], sampler: TokenSampler, max_rows: int) -> list[list[Candidate]]:
         """Decode all candidates of all requests, ``max_rows`` at once.
 
         Returns:
             The candidates of each request, in the order of the requests.
         """
-        self._encode_new([request.prompt for request in requests])
+        self._encode_new([request.prompt for request in requests], max_rows)
         most_candidates = max((request.num_candidates for request in requests), default=1)
         sibling_groups = []
-        for chunk in batched(requests, max(self._max_rows // most_candidates, 1)):
+        for chunk in batched(requests, max(max_rows // most_candidates, 1)):
             sibling_groups += self._decode(chunk, sampler)
         return [[sampler.completed(candidate) for candidate in group] for group in sibling_groups]
 
@@ -51,9 +49,9 @@ class PlainDecoder:
         """Drop the encoded prompts."""
         self._encoded.clear()
 
-    def _encode_new(self, prompts: Sequence[Prompt]) -> None:
+    def _encode_new(self, prompts: Sequence[Prompt], batch_size: int) -> None:
         new = {prompt.prompt_id: prompt for prompt in prompts if prompt.prompt_id not in self._encoded}
-        for chunk in batched(new.values(), self._max_rows):
+        for chunk in batched(new.values(), batch_size):
             encoded = self._policy.with_features([self._policy.encode(prompt) for prompt in chunk])
             self._counters.vision_encodes += len(chunk)
             self._encoded |= {prompt.prompt_id: item for prompt, item in zip(chunk, encoded, strict=True)}

@@ -21,6 +21,7 @@ import torch
 from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
 from csr_vlm.generation.decoding import PartialCandidate
+from csr_vlm.generation.row_budget import MAX_PREFILL_TOKENS
 from csr_vlm.generation.shared_attention import (
     CacheView,
     DecodeStep,
@@ -35,8 +36,7 @@ from csr_vlm.generation.shared_model import SharedModel
 from csr_vlm.models.encoding import EncodedPrompt
 
 MAX_PREFILL_PROMPTS = 16
-MAX_PREFILL_TOKENS = 8192
-"""Most prompts, and most tokens of them, prefilled in one forward pass."""
+"""Most prompts prefilled in one forward pass."""
 READY_SHARE = 0.25
 """Answers are returned once their candidates exceed this share of the live ones: small enough
 to keep the batch full, large enough to score answers together."""

@@ -22,6 +22,7 @@ from csr_vlm.config.schema import GenerationConfig, ModelConfig
 from csr_vlm.core.errors import CsrError, PromptError
 from csr_vlm.core.installing import install_command, require_import
 from csr_vlm.core.records import Prompt
+from csr_vlm.generation.row_budget import CPU_ROWS
 from csr_vlm.generation.streaming import TokenChunk, TokenRequest
 from csr_vlm.models.devices import resolve_device, resolve_dtype
 from csr_vlm.models.encoding import PromptEncoder
@@ -211,7 +212,8 @@ def engine_arguments(
             raise CsrError(f"generation.vllm.{name} is not a valid option", hint)
         if name in required:
             raise CsrError(f"generation.vllm.{name} is set by the run and cannot be changed", "remove it")
-    defaults = {**_DEFAULTS, **(_ON_CPU if device == "cpu" else {}), "max_num_seqs": generation.max_rows}
+    rows = CPU_ROWS if generation.max_rows == "auto" else generation.max_rows
+    defaults = {**_DEFAULTS, **(_ON_CPU if device == "cpu" else {}), "max_num_seqs": rows}
     return {**defaults, **generation.vllm, **required}
 
 

@@ -74,6 +74,11 @@ class Architecture:
         """Return the bytes of one token's keys and values in all layers."""
         return 2.0 * self.layers * self.kv_heads * self.head_width * bytes_per_value
 
+    def pass_bytes(self, tokens: float, bytes_per_value: float) -> float:
+        """Return the bytes of one forward pass: the keys and values of its tokens, and the activations of a layer."""
+        activations = bytes_per_value * (8 * self.width + 3 * self.intermediate)
+        return tokens * (self.cache_bytes(bytes_per_value) + activations)
+
     def lora_parameters(self, rank: int) -> int:
         """Count the parameters of a LoRA of this rank on all seven linear maps of each layer."""
         queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
@@ -195,12 +200,17 @@ def _architecture_of(model: ModelConfig) -> Architecture:
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
         require_image_text_to_text(config, model.path)
-        return _from_config(config)
+        return architecture_of(config)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise load_error("model", model.path, error) from None
 
 
-def _from_config(config: Any) -> Architecture:
+def architecture_of(config: Any) -> Architecture:
+    """Return the architecture that a configuration of transformers describes.
+
+    Raises:
+        AttributeError: The configuration has other names for its dimensions than any known family.
+    """
     text = config.get_text_config()
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads

@@ -39,7 +39,7 @@ def faster(costs: StageCosts, hours: Callable[[StageCosts], float]) -> list[str]
 
 def fitting_rows(costs: StageCosts) -> int | None:
     """Return the largest power of two that generation.max_rows can be; None if not even 1 fits."""
-    rows = 1 << (costs.config.generation.max_rows.bit_length() - 1)
+    rows = 1 << (costs.max_rows.bit_length() - 1)
     while rows:
         if memory_bytes(_changed(costs, {"generation": {"max_rows": rows}}))["search"] <= costs.hardware.memory:
             return rows
@@ -50,7 +50,7 @@ def fitting_rows(costs: StageCosts) -> int | None:
 def _changes(costs: StageCosts) -> Iterator[tuple[str, StageCosts]]:
     """Yield changes of the settings that the method allows, then of the hardware and of the amount of work."""
     config = costs.config
-    for rows in _larger_budgets(config.generation.max_rows):
+    for rows in () if config.generation.max_rows == "auto" else _larger_budgets(config.generation.max_rows):
         items = max(config.generation.prompts_per_part, rows // _ITEM_ROWS)
         changed = _changed(costs, {"generation": {"max_rows": rows, "prompts_per_part": items}})
         if not costs.hardware.memory or memory_bytes(changed)["search"] <= costs.hardware.memory:

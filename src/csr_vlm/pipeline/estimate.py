@@ -67,6 +67,8 @@ class Plan:
     memory: Mapping[str, Range]
     """Gigabytes on one GPU, by stage."""
     disk_gb: float
+    max_rows: int
+    """Most rows that decode at once."""
     live_rows: float
     """Mean number of rows that decode at once."""
     step_milliseconds: Mapping[str, float]
@@ -91,6 +93,7 @@ class Plan:
             "tokens": {stage: round(number) for stage, number in self.tokens.items()},
             "hours": {stage: hours.dump() for stage, hours in self.hours.items()},
             "bound": self.bound,
+            "max_rows": self.max_rows,
             "live_rows": round(self.live_rows, 1),
             "step_milliseconds": {name: round(value, 2) for name, value in self.step_milliseconds.items()},
             "memory_gb": round(self.memory_gb, 2),
@@ -237,6 +240,7 @@ def _make_plan(
         tokens=likely.tokens(),
         memory={stage: Range(*(usage[stage] / 1e9 for usage in usages)) for stage in usages[0]},
         disk_gb=disk_bytes(likely) / 1e9,
+        max_rows=likely.max_rows,
         live_rows=rows,
         step_milliseconds={
             "host": 1e3 * likely.host_step_seconds(rows, has_adapter=True),
@@ -280,7 +284,9 @@ def _plan_warnings(plan: Plan, costs: StageCosts, out: Path) -> list[str]:
         warnings.append("no GPU: a model of this size takes days on a CPU; plan for a GPU with --gpu h200")
     for stage, usage in plan.memory.items() if hardware.memory else ():
         room = hardware.memory / 1e9
-        if usage.high > room:
+        # The engine measures the memory and shrinks the rows that it chose itself.
+        chooses = stage == "search" and costs.config.generation.max_rows == "auto"
+        if (usage.likely if chooses else usage.high) > room:
             verb = "does not fit" if usage.likely > room else "may not fit"
             remedy = _remedy(stage, costs)
             warnings.append(
@@ -299,7 +305,7 @@ def _plan_warnings(plan: Plan, costs: StageCosts, out: Path) -> list[str]:
 def _remedy(stage: str, costs: StageCosts) -> str:
     """Say which setting to change so that a stage fits."""
     if stage == "search" and (rows := fitting_rows(costs)) is not None:
-        smaller = rows // 2 if rows == costs.config.generation.max_rows else rows
+        smaller = rows // 2 if rows == costs.max_rows else rows
         return f"set generation.max_rows={max(smaller, 1)}"
     if costs.config.model.quantization is None and stage != "training":
         return "set model.quantization=nf4"

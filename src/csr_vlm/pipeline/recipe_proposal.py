@@ -47,7 +47,6 @@ _RATE_REASONS = {
     "large": "The usual LoRA learning rate for DPO at this size; it has not been tuned on this model.",
 }
 """Where the learning rate of each class of ``sizes.yaml`` comes from."""
-_ROWS = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16, 8)
 _ROWS_PER_PROMPT = 3
 """Rows of the budget for each prompt of a work item, so that few rows idle at its end."""
 _TEXT_TOKENS = 45
@@ -309,7 +308,7 @@ def _generation(wishes: Wishes, facts: ModelFacts, settings: Sequence[Setting], 
 
 
 def _memory(wishes: Wishes, facts: ModelFacts, settings: Sequence[Setting]) -> Iterator[Setting]:
-    """Choose the largest number of rows and of tokens that fit the memory."""
+    """Choose work items that fill the rows of the memory, and the most tokens of a pass that fit it."""
     if wishes.gpu_gb is None:
         return
     usable = _USABLE * wishes.gpu_gb * 1e9
@@ -332,17 +331,11 @@ def _memory(wishes: Wishes, facts: ModelFacts, settings: Sequence[Setting]) -> I
             f"{weights / 1e9:.0f} GB",
             "use a smaller model or a larger GPU; docs/scaling.md shards a model over several GPUs",
         )
-    if plain.get("generation", {}).get("engine") != "vllm":
-        fitting = (rows for rows in _ROWS if memory_bytes(costs(generation={"max_rows": rows}))["search"] <= usable)
-        rows = next(fitting, _ROWS[-1])
-        yield Setting(
-            "generation.max_rows", rows, f"Sequences decoded at once, for {wishes.gpu_gb:.0f} GB. Halve it if it fails."
-        )
-        if facts.size != "small":
-            part = max(rows // _ROWS_PER_PROMPT, 16)
-            yield Setting(
-                "generation.prompts_per_part", part, "Prompts in a work item: enough to keep these sequences busy."
-            )
+    if plain.get("generation", {}).get("engine") != "vllm" and facts.size != "small":
+        rows = costs().max_rows
+        part = max(rows // _ROWS_PER_PROMPT, 16)
+        reason = f"Prompts in a work item, for about {rows} sequences at once in {wishes.gpu_gb:.0f} GB."
+        yield Setting("generation.prompts_per_part", part, reason)
     budgets = (
         number for number in _MAX_TOKENS if memory_bytes(costs(training={"max_tokens": number}))["training"] <= usable
     )

@@ -19,6 +19,7 @@ from functools import cached_property
 
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.batching import PROMPTS_PER_FULL_BEAM
+from csr_vlm.generation.row_budget import CPU_ROWS, RowShape, row_budget
 from csr_vlm.models.architecture import Architecture, scorer_shape
 from csr_vlm.pipeline.assumptions import Case
 from csr_vlm.pipeline.hardware import Hardware
@@ -40,6 +41,8 @@ _JUDGE_TOKENS = 45
 """Tokens of a sentence with the question whether it is true (scorer: judge:policy)."""
 _HELDOUT_STEPS = 1.6
 """Steps that answering held-out prompts takes, in mean lengths of a response: the longest response decides."""
+_CONTEXT_BYTES = 1e9
+"""Bytes of a GPU that CUDA itself takes."""
 _NF4_TRAFFIC = 4.5
 """Bytes moved to use a 4-bit weight in a step: read, written in 16 bits, and read again."""
 
@@ -119,6 +122,32 @@ class StageCosts:
         """Return the trees of one training, all epochs together."""
         return self.num_prompts * self.case.with_pairs * self.epochs
 
+    @property
+    def weight_bytes(self) -> float:
+        """Return the bytes of the policy's weights."""
+        return self.architecture.weight_bytes(self.bytes_per_value, nf4=self.config.model.quantization is not None)
+
+    @property
+    def loaded_bytes(self) -> float:
+        """Return the bytes of what the search loads: the policy, its adapter and the scorers, these in float32."""
+        config = self.config
+        lora = self.architecture.lora_parameters(config.training.lora.r)
+        is_judge = config.scorer.path.startswith("judge:")
+        scorer = 0 if is_judge else scorer_shape(config.scorer.path).parameters * (1 + len(config.scorer.extra))
+        return self.weight_bytes + 4.0 * (lora + scorer)
+
+    @cached_property
+    def max_rows(self) -> int:
+        """Return the most rows that decode at once: those of the settings, or those that the engine would choose."""
+        rows, hardware = self.config.generation.max_rows, self.hardware
+        if rows != "auto":
+            return rows
+        if hardware.is_cpu or not hardware.memory:
+            return CPU_ROWS
+        free = hardware.memory - _CONTEXT_BYTES - self.loaded_bytes
+        shape = RowShape.longest(self.config.method.search)
+        return row_budget(free, shape, self.longest_prompt, self.architecture, self.bytes_per_value)
+
     @cached_property
     def rows(self) -> LiveRows:
         """Return what a prompt's search decodes."""
@@ -126,7 +155,7 @@ class StageCosts:
         candidates, beam = search.num_candidates, search.keep_top + search.keep_bottom
         sentences = self._capped(self.case.min_sentences, self.case.max_sentences, search.max_sentences)
         tokens = self._capped(self.case.min_tokens, self.case.max_tokens, search.max_sentence_tokens)
-        rows = self.config.generation.max_rows
+        rows = self.max_rows
         in_vllm = self.config.generation.engine != "transformers"
         prompts = min(self.prompts_together, self.num_prompts, _SIMULATED_PROMPTS)
         # vLLM admits single candidates, whatever prompt they belong to.
@@ -258,7 +287,7 @@ class StageCosts:
         """Return the seconds in which one policy answers the held-out prompts, and the scenes of a world."""
         world = self.config.evaluation.world
         answers = self.num_heldout + (0 if world is None else world.num_scenes)
-        rows = min(max(answers, 1), self.config.generation.max_rows)
+        rows = min(max(answers, 1), self.max_rows)
         steps = math.ceil(answers / rows) * _HELDOUT_STEPS * self.response_tokens
         operations = answers * (self._vision_operations() + self._forward_operations(self.prompt_tokens))
         reading = operations / self._rate(self.case.prefill_share) + answers * self.case.picture_milliseconds / 1e3

@@ -47,7 +47,9 @@ from csr_vlm.store.stage_names import GATES
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_CHANGEABLE = frozenset({"data.max_failed_share", "tracking.to", "tracking.project", "tracking.examples"})
+_CHANGEABLE = frozenset(
+    {"data.max_failed_share", "generation.max_rows", "tracking.to", "tracking.project", "tracking.examples"}
+)
 """Settings that change no result and may change while a run is under way."""
 _PACKAGES = ("csr-vlm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "pyarrow", "numpy")
 
