@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
 from csr_vlm.config.schema import SearchConfig
+from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
 from csr_vlm.generation import decoding, transformers_engine
+from csr_vlm.generation.reading_ahead import ReadingAhead
 from csr_vlm.generation.transformers_engine import TransformersEngine
+from csr_vlm.models.encoding import PromptEncoder
 from csr_vlm.models.policy import Policy
 
 CONFIG = SearchConfig(max_sentence_tokens=20)
@@ -84,6 +88,43 @@ def test_rows_are_chosen_from_the_free_memory_and_shrink(
     monkeypatch.setattr(transformers_engine, "available_memory", lambda _device: 500e6)
     TransformersEngine(policy, warn=log.append).propose(requests, CONFIG)
     assert int(re.search(r"up to (\d+) rows", log[-1])[1]) > rows
+
+
+def test_pictures_are_read_while_the_model_decodes(
+    policy: Policy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = PromptEncoder.image
+
+    def slow(self: PromptEncoder, prompt: Prompt) -> Any:
+        time.sleep(0.02)
+        return image(self, prompt)
+
+    monkeypatch.setattr(PromptEncoder, "image", slow)
+    requests, answers, seconds = expansions(prompts), [], []
+    for ahead in (False, True):
+        monkeypatch.setattr(TransformersEngine, "gains_from_more_prompts", ahead)
+        engine = TransformersEngine(policy, max_rows=8 if ahead else 16, attention="shared")
+        answers.append(engine.propose(requests, CONFIG))
+        seconds.append(engine.counters.seconds_reading)
+    assert tokens(answers[1]) == tokens(answers[0])
+    assert seconds[0] > 0.02 * len(prompts)
+    assert seconds[1] < 0.7 * seconds[0]
+
+
+def test_a_picture_that_cannot_be_read_ahead_is_reported_when_it_is_needed(
+    policy: Policy, prompts: list[Prompt]
+) -> None:
+    reading = ReadingAhead(policy)
+    missing = replace(prompts[1], image="missing.png")
+    reading.expect([prompts[0], missing, prompts[2]])
+    (first,) = reading.encode([prompts[0]])
+    expected = policy.encode(prompts[0])
+    assert torch.equal(first.input_ids, expected.input_ids)
+    assert all(torch.equal(first.per_image[key], value) for key, value in expected.per_image.items())
+    with pytest.raises(CsrError, match=r"missing\.png"):
+        reading.encode([missing])
+    reading.forget()
+    assert len(reading.encode(prompts[2:4])) == 2
 
 
 def test_seed_and_sibling_index_change_the_sample(policy: Policy, prompts: list[Prompt]) -> None:

@@ -1,4 +1,4 @@
-"""Compare two processes of torchrun with one process."""
+"""Compare two processes of ``csr run --gpus 2``, and of torchrun, with one process."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
     made = {}
     for processes in (1, 2):
         made[processes] = Run.create(root / str(processes), config)
-        command = CSR if processes == 1 else launch(processes)
-        done = finished(*command, "run", made[processes].root, "--json", "--quiet")
+        done = finished(*CSR, "run", made[processes].root, "--json", "--quiet", "--gpus", processes)
         assert done.returncode == 0, done.stderr
         # Only the leader prints.
         assert json.loads(done.stdout)["adapter"] == str(made[processes].root / "adapter")

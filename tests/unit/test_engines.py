@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from csr_vlm.config.load import resolve
+from csr_vlm.config.load import load_config, resolve
 from csr_vlm.config.schema import GenerationConfig, ModelConfig, RunConfig, SearchConfig
 from csr_vlm.core.errors import CsrError, PromptError
 from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
+from csr_vlm.generation import engine_choice
+from csr_vlm.generation.engine_choice import choose_engine, planned_engine
 from csr_vlm.generation.engines import _image_options
 from csr_vlm.generation.sampling import stream_key
 from csr_vlm.generation.streaming import StreamingEngine, TokenChunk, TokenRequest
-from csr_vlm.generation.vllm import engine_arguments, vllm_engine
-from csr_vlm.generation.vllm_server import server_stream
+from csr_vlm.generation.vllm import engine_arguments, memory_options, vllm_engine
+from csr_vlm.generation.vllm_server import server_command, server_stream
 from csr_vlm.models.encoding import PromptEncoder
 from csr_vlm.models.loading import load_prompt_encoder
+from csr_vlm.pipeline.start import require_engine
+from csr_vlm.store.run import Run
 from csr_vlm.world.demo import assets
 
 LLAVA = ModelConfig(path=str(assets() / "llava"), device="cpu")
 VALID_OPTIONS = ["model", "dtype", "max_model_len", "max_num_seqs", "gpu_memory_utilization", "limit_mm_per_prompt"]
 PROMPT = Prompt("p", "image.png", "Describe the image.")
+MANY = torch.zeros(11_000_000, dtype=torch.uint8)
+"""A processed picture of 11 MB."""
 
 
 def configured(**changes: object) -> RunConfig:
@@ -38,7 +45,7 @@ def configured(**changes: object) -> RunConfig:
         ({"engine": "server"}, "address must be set together"),
         ({"server": "http://localhost:8000"}, "address must be set together"),
         ({"engine": "server", "server": "file:///etc/passwd"}, "generation.server"),
-        ({"vllm": {"enforce_eager": True}}, "no effect unless engine is vllm"),
+        ({"engine": "transformers", "vllm": {"enforce_eager": True}}, "no effect unless engine is vllm"),
     ],
 )
 def test_an_engine_and_its_options_go_together(generation: dict[str, object], complaint: str) -> None:
@@ -123,6 +130,93 @@ def test_a_missing_vllm_has_a_hint_that_installs_it(monkeypatch: pytest.MonkeyPa
     with pytest.raises(CsrError, match="vllm is not installed") as caught, vllm_engine(LLAVA, config, None):
         pass
     assert "pip install 'vllm>=" in caught.value.hint
+
+
+def with_gpu(monkeypatch: pytest.MonkeyPatch, *supported: str) -> None:
+    """Pretend that torch sees a GPU and that a vLLM is installed which supports these classes."""
+    registry = SimpleNamespace(get_supported_archs=lambda: supported)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    monkeypatch.setattr("csr_vlm.generation.vllm.require_import", lambda *_: None)
+    monkeypatch.setattr(engine_choice, "is_installed", lambda _name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+def test_auto_takes_vllm_where_nothing_stands_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured(model={"path": LLAVA.path})
+
+    def reason(config: RunConfig = config, *, has_gpu: bool = True, processes: int = 1) -> str:
+        choice = planned_engine(config, has_gpu=has_gpu, processes=processes)
+        assert choice.name == "transformers"
+        return choice.reason
+
+    assert "GPU" in reason(has_gpu=False)
+    assert reason() == "vLLM is not installed"
+    with_gpu(monkeypatch, "OtherModel")
+    assert "does not support Llava" in reason()
+    with_gpu(monkeypatch, "LlavaForConditionalGeneration")
+    assert planned_engine(config, has_gpu=True).name == "vllm"
+    assert "diverse decoding" in reason(configured(preset="official"))
+    assert "4 processes" in reason(processes=4)
+    chosen = planned_engine(configured(generation={"engine": "transformers"}), has_gpu=True)
+    assert chosen == ("transformers", "set by generation.engine")
+
+
+def test_auto_falls_back_where_vllm_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured(model={"path": LLAVA.path}, generation={"vllm": {"enforce_eager": True}})
+    with_gpu(monkeypatch, "LlavaForConditionalGeneration")
+    opened: list[RunConfig] = []
+
+    def open_engine(config: RunConfig, *_: object) -> AbstractContextManager[None]:
+        opened.append(config)
+        if len(opened) > 1:
+            raise CsrError("the engine tokenizes prompt p differently")
+        return nullcontext()
+
+    monkeypatch.setattr("csr_vlm.generation.engines.open_engine", open_engine)
+    assert choose_engine(config, None, PROMPT, print, 1).name == "vllm"
+    assert (opened[0].generation.engine, opened[0].generation.vllm) == ("vllm", {"enforce_eager": True})
+    choice = choose_engine(config, None, PROMPT, print, 1)
+    assert choice == ("transformers", "vLLM cannot be used: the engine tokenizes prompt p differently")
+    assert config.with_engine("transformers").generation.vllm == {}
+
+
+def test_a_run_keeps_the_engine_that_was_chosen(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configured())
+    assert run.settled().config.generation.engine == "transformers"
+    run.mark_done(0, "engine", name="vllm", reason="it starts")
+    assert run.settled().config.generation.engine == "vllm"
+    old = Run.create(tmp_path / "old", configured(generation={"engine": "transformers", "max_rows": 512}))
+    old.mark_done(0, "prompts")
+    assert Run.create(tmp_path / "old", configured()).config.generation.engine == "transformers"
+
+
+def test_vllm_gets_the_memory_that_is_left(prompt_encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured(model={"path": LLAVA.path, "device": "cpu"})
+    assert memory_options(config, prompt_encoder, PROMPT) == {"max_num_seqs": 512}
+    monkeypatch.setattr("csr_vlm.generation.vllm.available_memory", lambda _device: 73e9)
+    monkeypatch.setattr("csr_vlm.generation.vllm.total_memory", lambda _device: 80e9)
+    monkeypatch.setattr(PromptEncoder, "process", lambda *_: {"input_ids": torch.zeros(1, 80), "pixel_values": MANY})
+    chosen = memory_options(config, prompt_encoder, PROMPT)
+    assert (chosen["gpu_memory_utilization"], chosen["max_num_seqs"]) == (0.87, 1024)
+    assert chosen["mm_processor_cache_gb"] == 6, "2 x 1024 / 4 pictures of 11 MB"
+    assert chosen["limit_mm_per_prompt"] == {"image": 1}
+    few = configured(model={"path": LLAVA.path, "device": "cpu"}, generation={"max_rows": 8})
+    assert memory_options(few, prompt_encoder, PROMPT)["max_num_seqs"] == 8
+    generation = GenerationConfig(engine="vllm", vllm={"gpu_memory_utilization": 0.5})
+    found = engine_arguments(LLAVA, generation, None, VALID_OPTIONS, chosen=chosen)
+    assert (found["gpu_memory_utilization"], found["max_num_seqs"]) == (0.5, 1024)
+    assert "mm_processor_cache_gb" not in found, "an option that this vLLM does not have"
+
+
+def test_the_server_command_follows_from_the_recipe() -> None:
+    root = Path(__file__).parents[2]
+    command = server_command(load_config(root / "recipes" / "llava-1.5-7b.yaml"))
+    assert f"    {command}\n    csr run recipes/llava-1.5-7b.yaml" in (root / "docs" / "engines.md").read_text()
+    config = configured(generation={"engine": "server", "server": "http://127.0.0.1:9"})
+    with pytest.raises(CsrError, match="no response from") as caught:
+        require_engine(config)
+    assert "vllm serve m --enable-scale-out --enable-lora --max-lora-rank 16" in caught.value.hint
 
 
 def test_an_error_names_the_server_that_does_not_respond(prompt_encoder: PromptEncoder) -> None:

@@ -65,7 +65,7 @@ def test_a_7b_model_gets_the_settings_of_its_recipes_and_of_its_size(images: str
         assert config.model.quantization == shipped.model.quantization
         assert config.training.lora == shipped.training.lora
         assert config.method == shipped.method
-        assert config.generation.max_rows == shipped.generation.max_rows
+        assert config.generation.max_rows == shipped.generation.max_rows == "auto"
         trl = config.training.trl
         assert trl["learning_rate"] == shipped.training.trl["learning_rate"]
         assert trl["per_device_train_batch_size"] * trl["gradient_accumulation_steps"] == 32
@@ -110,17 +110,17 @@ def test_the_scorer_is_the_vision_encoder_where_it_has_a_text_encoder(
 def test_vllm_is_chosen_where_it_is_installed_and_supports_the_run(
     images: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert proposed(images).config.generation.engine == "transformers"
+    assert proposed(images).config.generation.engine == "auto"
     monkeypatch.setattr(recipe_proposal, "is_installed", lambda _name: True)
     assert proposed(images).config.generation.engine == "vllm"
-    assert proposed(images, gpu="24gb").config.generation.engine == "transformers"  # quantized
+    assert proposed(images, gpu="24gb").config.generation.engine == "auto"  # quantized
     assert proposed(images, engine="transformers").config.generation.engine == "transformers"
 
 
 def test_more_memory_means_more_rows_and_a_model_that_does_not_fit_is_refused(images: str) -> None:
-    rows = [proposed(images, gpu=f"{gb}gb").config.generation.max_rows for gb in (40, 80, 141)]
-    assert rows == sorted(rows)
-    assert len(set(rows)) == 3
+    parts = [proposed(images, gpu=f"{gb}gb").config.generation.prompts_per_part for gb in (40, 80, 141)]
+    assert parts == sorted(parts)
+    assert len(set(parts)) == 3
     with pytest.raises(CsrError, match="does not fit 24 GB"):
         proposed(images, "my/giant-70b", gpu="24gb")
 

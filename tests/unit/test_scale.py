@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,13 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
+from csr_vlm.cli import executors
+from csr_vlm.cli.executors import num_processes
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.progress import Progress, SilentProgress
 from csr_vlm.scale import torchrun as module
 from csr_vlm.scale.executor import LOCAL, ItemResult, Task, add_counts, require_marker, write_marker
+from csr_vlm.scale.launch import launch
 from csr_vlm.scale.ray import Actor
 from csr_vlm.scale.torchrun import StoreClient, TorchrunExecutor, num_launched
 from csr_vlm.store import parts
@@ -334,3 +338,40 @@ def test_parts_that_are_listed_late_are_waited_for(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(parts, "list_parts", list_parts)
     with pytest.raises(CsrError, match=r"lists 3 of 4 parts that were written"):
         parts.wait_for_parts(tmp_path, 4, timeout=0)
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Restore the handlers that torch's launcher replaces."""
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in handled}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+def test_launched_processes_end_together() -> None:
+    def process(of_rank_1: str) -> list[str]:
+        return ["-c", f"import os, sys, time\nif os.environ['RANK'] == '1': {of_rank_1}\nelse: time.sleep(60)"]
+
+    assert launch(2, process("sys.exit(3)")) == 3
+    with pytest.raises(CsrError, match="process 1 of 2 was killed by SIGKILL"):
+        launch(2, process("os.kill(os.getpid(), 9)"))
+    assert launch(2, ["-c", "import os; assert os.environ['WORLD_SIZE'] == '2'"]) == 0
+
+
+def test_gpus_are_counted_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus, device, number in ((None, "auto", 1), ("3", "cpu", 3), ("auto", "cpu", 1), ("1", "auto", 1)):
+        assert num_processes(gpus, device) == number
+    with pytest.raises(CsrError, match="torch sees 0") as caught:
+        num_processes("2", "auto")
+    assert "model.device=cpu" in caught.value.hint
+    monkeypatch.setattr(executors, "count_gpus", lambda: 4)
+    assert [num_processes(gpus, "auto") for gpus in ("auto", "2")] == [4, 2]
+    for gpus, device, reason in (("5", "auto", "sees 4"), ("0", "auto", "number"), ("2", "cuda:1", "combined")):
+        with pytest.raises(CsrError, match=reason):
+            num_processes(gpus, device)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert num_processes("4", "auto") == 1, "a launcher has started this process"

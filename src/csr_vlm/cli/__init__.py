@@ -13,6 +13,9 @@ INTERRUPTED = 128 + signal.SIGINT
 
 def main() -> None:
     """Run the command line. A signal ends every verb in one line, also while the libraries are imported."""
+    # Threads of PyTorch that wait for one another spin by default. Beside another busy process the one that is waited
+    # for then has no core to run on. The variable is read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     process = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -127,6 +127,7 @@ def _plan_rows(plan: Plan) -> Iterator[list[str]]:
     for stage, usage in plan.memory.items():
         yield [f"{stage} memory", f"{usage.low:.1f} to {usage.high:.1f} GB"]
     yield ["disk", f"{plan.disk_gb:.1f} GB"]
+    yield ["engine", f"{plan.engine.name}: {plan.engine.reason}"]
     yield ["rows decoding at once", f"{plan.live_rows:.0f} on average, at most {plan.max_rows:,}"]
     host, gpu = plan.step_milliseconds["host"], plan.step_milliseconds["gpu"]
     yield [

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from csr_vlm.cli import console
-from csr_vlm.cli.arguments import Out, Overrides, Target, open_or_create
+from csr_vlm.cli.arguments import Out, Overrides, Target, open_or_create, read_settings
 from csr_vlm.cli.check import print_estimate, runs_beside
-from csr_vlm.cli.executors import RayActors, executor_for
+from csr_vlm.cli.executors import Gpus, RayActors, executor_for, num_processes
 from csr_vlm.cli.signals import stoppable
+from csr_vlm.core.errors import CsrError
 from csr_vlm.core.formatting import duration
 from csr_vlm.scale.executor import LOCAL, Executor
+from csr_vlm.scale.launch import launch
 from csr_vlm.store.run import Run
 
 
@@ -21,6 +24,7 @@ def run(
     target: Target,
     overrides: Overrides = None,
     out: Out = None,
+    gpus: Gpus = None,
     ray: RayActors = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the steps, what is left and what it costs; write nothing.")
@@ -28,13 +32,19 @@ def run(
 ) -> None:
     """Run the whole method, or resume a run.
 
-    On several GPUs: torchrun --nproc-per-node 8 -m csr_vlm.cli run RECIPE (docs/scaling.md).
+    On several GPUs of one machine: csr run RECIPE --gpus 8; on several machines: torchrun (docs/scaling.md).
     Example: csr run recipes/llava-1.5-7b.yaml data.limit=1000 --out runs/small
     """
     if dry_run:
         planned = open_or_create(target, overrides, out, dry_run=True)
         _print_schedule(planned, " ".join([target, *(overrides or ()), *(["--out", str(out)] if out else [])]))
         return
+    if gpus is not None and ray is not None:
+        raise CsrError("--gpus cannot be combined with --ray", "use one of them")
+    number = num_processes(gpus, read_settings(target, overrides).model.device)
+    if number > 1:
+        open_or_create(target, overrides, out, dry_run=True)  # what is wrong with the arguments is said once
+        raise typer.Exit(launch(number, ["-m", "csr_vlm.cli", *sys.argv[1:]]))
     with executor_for(ray) as executor:
         align_and_print(open_or_create(target, overrides, out), executor)
 

@@ -518,13 +518,14 @@ class GenerationConfig(_Section):
     sample differently.
     """
 
-    engine: Literal["transformers", "vllm", "server"] = Field(
-        default="transformers",
+    engine: Literal["auto", "transformers", "vllm", "server"] = Field(
+        default="auto",
         description="Engine that generates: transformers, vLLM in this process, or a running vLLM server "
-        "(docs/engines.md).",
+        "(docs/engines.md); auto is vLLM if it is installed, there is one process with a GPU, and vLLM supports the "
+        "model and the settings, else transformers.",
     )
     vllm: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of vllm.EngineArgs, passed unchanged (engine: vllm)."
+        default_factory=dict, description="Arguments of vllm.EngineArgs, passed unchanged (engine: vllm or auto)."
     )
     server: str | None = Field(
         default=None, pattern=r"^https?://\S+$", description="Address of a vLLM server (engine: server)."
@@ -554,8 +555,8 @@ class GenerationConfig(_Section):
             raise ValueError(
                 "engine server and the server's address must be set together: generation.server=http://HOST:8000"
             )
-        if self.vllm and self.engine != "vllm":
-            raise ValueError("the block vllm has no effect unless engine is vllm")
+        if self.vllm and self.engine not in ("vllm", "auto"):
+            raise ValueError("the block vllm has no effect unless engine is vllm or auto")
         return self
 
 
@@ -712,19 +713,24 @@ class RunConfig(_Section):
             raise ValueError(f"{preset!r} is not a valid preset; {suggestion(preset, presets())}")
         return preset
 
-    @model_validator(mode="after")
-    def _check_engine(self) -> RunConfig:
-        """Reject settings that vLLM is known not to support, before hours of work."""
+    @property
+    def vllm_obstacle(self) -> str | None:
+        """Return a setting that vLLM is known not to support; None if there is none."""
         unsupported = {
             "diverse decoding (method.search.decoding=diverse)": self.method.search.decoding == "diverse",
             "the quantization of training (model.quantization)": self.model.quantization is not None,
             "a projector besides the LoRA (training.projector_learning_rate)": self.training.projector_learning_rate
             is not None,
         }
-        requested = [setting for setting, is_requested in unsupported.items() if is_requested]
-        if requested and self.generation.engine != "transformers":
+        return next((setting for setting, is_requested in unsupported.items() if is_requested), None)
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> RunConfig:
+        """Reject settings that vLLM does not support, before hours of work."""
+        if self.vllm_obstacle is not None and self.generation.engine in ("vllm", "server"):
             raise ValueError(
-                f"vLLM does not support {requested[0]}; remove that setting, or set generation.engine=transformers"
+                f"vLLM does not support {self.vllm_obstacle}; remove that setting, or set "
+                "generation.engine=transformers"
             )
         return self
 
@@ -745,6 +751,12 @@ class RunConfig(_Section):
         if unmet:
             raise ValueError(f"scorer.others=0, but {' and '.join(unmet)} requires negative images")
         return self
+
+    def with_engine(self, name: str) -> RunConfig:
+        """Return the settings with another engine, and without the options of vLLM unless it is that."""
+        options = self.generation.vllm if name == "vllm" else {}
+        generation = self.generation.model_copy(update={"engine": name, "vllm": options})
+        return self.model_copy(update={"generation": generation})
 
     def dump(self) -> dict[str, Any]:
         """Return the resolved configuration as plain data, which resolves to an equal configuration."""

@@ -24,6 +24,13 @@ def available_memory(device: Any) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
+def total_memory(device: Any) -> int:
+    """Return the bytes of a GPU."""
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[1])
+
+
 def free_memory() -> None:
     """Free what a finished stage leaves to the garbage collector, and the memory that torch caches on the GPU.
 

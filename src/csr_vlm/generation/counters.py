@@ -15,6 +15,8 @@ class Counters:
     """Tokens of prompts and prefixes that were prefilled, without padding."""
     decode_tokens: int = 0
     """Generated tokens that were fed back, one per row and step."""
+    seconds_reading: float = 0.0
+    """Time in which decoding waited for pictures to be decoded and processed."""
     forwards: int = 0
     """Forward passes of the language model."""
 

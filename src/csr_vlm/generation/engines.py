@@ -29,6 +29,7 @@ from csr_vlm.config.schema import RunConfig, SearchConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.generation.half_precision import prepare_half_precision
+from csr_vlm.generation.row_budget import CPU_ROWS
 from csr_vlm.generation.self_check import self_check
 from csr_vlm.generation.streaming import StreamingEngine, TokenStream
 from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -69,7 +70,7 @@ def open_engine(
     """Start the engine that ``generation.engine`` names; leaving the context stops it.
 
     Args:
-        config: Configuration of the run.
+        config: Configuration of the run, in which ``auto`` has been replaced (:mod:`csr_vlm.generation.engine_choice`).
         adapter: LoRA adapter to generate with; None for the base model.
         example: Prompt that the engine is checked on before it is returned.
         warn: Called with messages that the user should see.
@@ -95,11 +96,13 @@ def _open_vllm(
     config: RunConfig, adapter: Path | None, example: Prompt, warn: Callable[[str], None]
 ) -> Iterator[Engine]:
     prompt_encoder = load_prompt_encoder(config.model, config.data.max_image_pixels)
-    from csr_vlm.generation.vllm import VllmStream, vllm_engine
+    from csr_vlm.generation.vllm import VllmStream, memory_options, vllm_engine
 
     image_options = _image_options(config, prompt_encoder)
-    with vllm_engine(config.model, config.generation, adapter, image_options) as engine:
-        yield _checked(VllmStream(engine, prompt_encoder, adapter), prompt_encoder, example, config)
+    chosen = memory_options(config, prompt_encoder, example)
+    rows = {**chosen, **config.generation.vllm}["max_num_seqs"]
+    with vllm_engine(config.model, config.generation, adapter, image_options, chosen) as engine:
+        yield _checked(VllmStream(engine, prompt_encoder, adapter), prompt_encoder, example, rows)
 
 
 @contextmanager
@@ -112,8 +115,10 @@ def _open_server(
     assert config.generation.server is not None
     if image_options := _image_options(config, prompt_encoder):
         warn(f"the server must limit pictures alike: start it with --mm-processor-kwargs '{json.dumps(image_options)}'")
-    with server_stream(config.generation.server, prompt_encoder, adapter, config.generation.max_rows) as stream:
-        yield _checked(stream, prompt_encoder, example, config)
+    rows = config.generation.max_rows
+    rows = CPU_ROWS if rows == "auto" else rows  # the server has limits of its own
+    with server_stream(config.generation.server, prompt_encoder, adapter, rows) as stream:
+        yield _checked(stream, prompt_encoder, example, rows)
 
 
 def _image_options(config: RunConfig, prompt_encoder: PromptEncoder) -> dict[str, Any]:
@@ -140,7 +145,7 @@ _OPENERS: Mapping[str, Opener] = {
 }
 
 
-def _checked(stream: TokenStream, prompt_encoder: PromptEncoder, example: Prompt, config: RunConfig) -> StreamingEngine:
-    engine = StreamingEngine(stream, prompt_encoder, config.generation.max_rows)
+def _checked(stream: TokenStream, prompt_encoder: PromptEncoder, example: Prompt, rows: int) -> StreamingEngine:
+    engine = StreamingEngine(stream, prompt_encoder, rows)
     engine.check(example)
     return engine

@@ -10,6 +10,7 @@ attend to, so no token is prefilled or decoded twice.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ import torch
 from csr_vlm.core.batching import batched
 from csr_vlm.core.records import Candidate, Expansion, Finish, Prompt
 from csr_vlm.generation.decoding import PartialCandidate
+from csr_vlm.generation.reading_ahead import PROMPTS_AHEAD, ReadingAhead
 from csr_vlm.generation.row_budget import MAX_PREFILL_TOKENS
 from csr_vlm.generation.shared_attention import (
     CacheView,
@@ -137,10 +139,20 @@ class Scheduler:
         sampler: Sampler that chooses the tokens.
         max_rows: Most candidates decoded at once; a single larger request decodes alone.
         max_prompts: Most prompts cached at once.
+        reading: Encodes waiting prompts meanwhile; without it, prompts are encoded when they are prefilled.
     """
 
-    def __init__(self, model: SharedModel, sampler: Sampler, *, max_rows: int, max_prompts: int) -> None:
+    def __init__(
+        self,
+        model: SharedModel,
+        sampler: Sampler,
+        *,
+        max_rows: int,
+        max_prompts: int,
+        reading: ReadingAhead | None = None,
+    ) -> None:
         self._policy = model.policy
+        self._reading = reading
         self._counters = model.counters
         self._model = model
         self._sampler = sampler
@@ -169,6 +181,8 @@ class Scheduler:
             prompt = self._active.get(prompt_id)
             if prompt is None:
                 self._waiting.append(prompt_requests)
+                if self._reading is not None:
+                    self._reading.expect([prompt_requests[0].prompt])
             else:
                 self._begin_round(prompt, prompt_requests)
 
@@ -178,8 +192,8 @@ class Scheduler:
         self._prompt_cache.remove(self._active.pop(prompt_id))
 
     def wants_prompts(self) -> bool:
-        """Return whether no prompt waits to be prefilled."""
-        return not self._waiting
+        """Return whether so few prompts wait to be prefilled that the next should be read."""
+        return len(self._waiting) < (1 if self._reading is None else PROMPTS_AHEAD // 2)
 
     @torch.inference_mode()
     def collect(self) -> list[tuple[Expansion, list[Candidate]]]:
@@ -267,7 +281,12 @@ class Scheduler:
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         """Encode prompts, each image once for all given and waiting prompts that show it."""
-        encoded = [self._policy.encode(prompt) for prompt in prompts]
+        started = time.perf_counter()
+        if self._reading is None:
+            encoded = [self._policy.encode(prompt) for prompt in prompts]
+        else:
+            encoded = self._reading.encode(prompts)
+        self._counters.seconds_reading += time.perf_counter() - started
         if not self._policy.reuses_features:
             self._counters.vision_encodes += len(prompts)
             return encoded

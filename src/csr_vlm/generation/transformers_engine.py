@@ -17,6 +17,7 @@ from csr_vlm.core.records import Candidate, Expansion, Prompt
 from csr_vlm.generation.counters import Counters
 from csr_vlm.generation.decoding import DecodingSettings, TokenSampler
 from csr_vlm.generation.plain_decoder import PlainDecoder
+from csr_vlm.generation.reading_ahead import ReadingAhead
 from csr_vlm.generation.row_budget import CPU_ROWS, RowShape, row_budget
 from csr_vlm.generation.scheduler import Scheduler
 from csr_vlm.generation.shared_attention import is_gpu
@@ -57,6 +58,8 @@ class TransformersEngine:
         self._attention = attention
         self._warn = warn
         self._plain_decoder = PlainDecoder(policy, self.counters)
+        self._reading: ReadingAhead | None = None
+        """Reads pictures while a GPU decodes."""
         self._budgets: dict[RowShape, int] = {}
         """Rows that fit the GPU, by their shape."""
         self._last_rows = 1
@@ -89,6 +92,8 @@ class TransformersEngine:
     def forget(self) -> None:
         """Drop cached images; call this between work items."""
         self._plain_decoder.forget()
+        if self._reading is not None:
+            self._reading.forget()
 
     def _proposer(self, decoding: DecodingSettings, shape: RowShape, example: Prompt) -> Proposer:
         sampler = TokenSampler(self.policy, decoding)
@@ -103,7 +108,10 @@ class TransformersEngine:
         if not self.gains_from_more_prompts:
             shape = replace(shape, prompts_per_beam=1)
         rows = self._num_rows(shape, example)
-        return Scheduler(self._shared_model, sampler, max_rows=rows, max_prompts=shape.num_prompts(rows))
+        if self._reading is None and self.gains_from_more_prompts:
+            self._reading = ReadingAhead(self.policy)
+        most = shape.num_prompts(rows)
+        return Scheduler(self._shared_model, sampler, max_rows=rows, max_prompts=most, reading=self._reading)
 
     def _num_rows(self, shape: RowShape, example: Prompt) -> int:
         """Return the most rows of this shape that decode at once; the rows of a GPU are chosen once per shape."""

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import gc
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from csr_vlm.config.schema import GenerationConfig, ModelConfig
+from csr_vlm.config.schema import GenerationConfig, ModelConfig, RunConfig
 from csr_vlm.core.errors import CsrError, PromptError
 from csr_vlm.core.installing import install_command, require_import
+from csr_vlm.core.memory import available_memory, total_memory
 from csr_vlm.core.records import Prompt
-from csr_vlm.generation.row_budget import CPU_ROWS
+from csr_vlm.generation.row_budget import CPU_ROWS, RowShape, row_budget
 from csr_vlm.generation.streaming import TokenChunk, TokenRequest
+from csr_vlm.models.architecture import architecture_of
 from csr_vlm.models.devices import resolve_device, resolve_dtype
 from csr_vlm.models.encoding import PromptEncoder
 from csr_vlm.store.files import sha256_of
@@ -38,10 +41,15 @@ _ENVIRONMENT = {
 """Environment variables to set before vLLM is imported, unless the user has set them."""
 
 _DEFAULTS = {
-    "gpu_memory_utilization": 0.85,  # the scorer is on the same device
+    "gpu_memory_utilization": 0.85,  # where the free memory is not measured
     "max_model_len": -1,  # the model's own limit, or as much as fits
     "limit_mm_per_prompt": {"image": 1},
 }
+
+_BESIDE_BYTES = 3e9
+"""Bytes of a GPU that vLLM leaves to what the scorer computes."""
+_CACHE_GB = (4, 16)
+"""Least and most gigabytes of main memory for processed pictures; vLLM's default is the least."""
 
 _ON_CPU = {"enable_chunked_prefill": False}  # vLLM cannot rewind a CPU's random stream after a prompt chunk
 
@@ -121,18 +129,79 @@ class PromptImages:
         self._loaded.pop(prompt_id, None)
 
 
+def import_vllm() -> Any:
+    """Import vLLM with the environment variables that it reads then, and return it.
+
+    Raises:
+        CsrError: It is not installed, or cannot be imported.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    require_import("generation.engine=vllm", "vllm", install_command("vllm"))
+    import vllm
+
+    return vllm
+
+
 def require_vllm(model: ModelConfig, generation: GenerationConfig) -> None:
     """Verify that vLLM can be imported and accepts the options of ``generation.vllm``.
 
     Raises:
         CsrError: It cannot, or does not.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    require_import("generation.engine=vllm", "vllm", install_command("vllm"))
-    from vllm import EngineArgs
+    arguments = dataclasses.fields(import_vllm().EngineArgs)
+    engine_arguments(model, generation, None, [field.name for field in arguments])
 
-    engine_arguments(model, generation, None, [field.name for field in dataclasses.fields(EngineArgs)])
+
+def memory_options(config: RunConfig, prompt_encoder: PromptEncoder, example: Prompt) -> dict[str, Any]:
+    """Choose the options of vLLM that depend on memory: those of a GPU as it is now, with the scorer loaded.
+
+    Args:
+        config: Settings of the run; options that ``generation.vllm`` sets are chosen too, and have no effect.
+        prompt_encoder: Processor of the model.
+        example: Prompt whose length and picture are taken for those of all.
+
+    Returns:
+        Options of vllm.EngineArgs; on a CPU only ``max_num_seqs``.
+    """
+    device, rows = resolve_device(config.model.device), config.generation.max_rows
+    free = available_memory(device)
+    if free is None:
+        return {"max_num_seqs": CPU_ROWS if rows == "auto" else rows}
+    total = total_memory(device)
+    share = config.generation.vllm.get("gpu_memory_utilization") or _share(free - _BESIDE_BYTES, total)
+    architecture, processed = architecture_of(prompt_encoder.config), prompt_encoder.process(example)
+    value = 4.0 if resolve_dtype(config.model.dtype, device) == "float32" else 2.0
+    search = config.method.search
+    if rows == "auto":
+        room = share * total - architecture.weight_bytes(value, nf4=False)
+        rows = row_budget(room, RowShape.longest(search), processed["input_ids"].shape[1], architecture, value)
+    tensors = [item for item in processed.values() if hasattr(item, "nbytes")]
+    pictures = 2 * rows / search.num_candidates * sum(tensor.nbytes for tensor in tensors)
+    least, most = _CACHE_GB
+    # Frames of videos would take the place of candidates when vLLM measures its memory.
+    limits = {"image": 1} | ({"video": 0} if getattr(prompt_encoder.config, "video_token_id", None) else {})
+    return {
+        "gpu_memory_utilization": share,
+        "max_num_seqs": rows,
+        "mm_processor_cache_gb": min(max(math.ceil(pictures / 1e9), least), most),
+        "limit_mm_per_prompt": limits,
+    }
+
+
+def _share(wanted: float, total: int) -> float:
+    """Return a part of the memory of a GPU as vLLM takes it, in hundredths."""
+    return min(max(math.floor(100 * wanted / total) / 100, 0.1), 0.95)
+
+
+def allowed_rank(rank: int) -> int:
+    """Return the least ``max_lora_rank`` for adapters of a rank; vLLM accepts 8, 16, 32, ... 512.
+
+    Example:
+        >>> allowed_rank(4), allowed_rank(128), allowed_rank(129)
+        (8, 128, 256)
+    """
+    return max(8, 1 << (rank - 1).bit_length())
 
 
 @contextmanager
@@ -141,12 +210,14 @@ def vllm_engine(
     generation: GenerationConfig,
     adapter: Path | None,
     image_options: Mapping[str, Any] = MappingProxyType({}),
+    chosen: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Any]:
     """Start vLLM's engine for a model; leaving the context stops it and frees its memory.
 
     Args:
-        image_options: Options of the image processor that limit the tokens of a picture; may be empty.
         adapter: LoRA adapter to make room for; None for the base model.
+        image_options: Options of the image processor that limit the tokens of a picture; may be empty.
+        chosen: Options that :func:`memory_options` chose.
 
     Raises:
         CsrError: vLLM is not installed, an option is not valid, or vLLM does not start.
@@ -156,7 +227,7 @@ def vllm_engine(
     from vllm.distributed import cleanup_dist_env_and_memory
 
     valid_options = [field.name for field in dataclasses.fields(EngineArgs)]
-    arguments = engine_arguments(model, generation, adapter, valid_options, image_options)
+    arguments = engine_arguments(model, generation, adapter, valid_options, image_options, chosen)
     engine = None
     try:
         try:
@@ -181,12 +252,14 @@ def engine_arguments(
     adapter: Path | None,
     valid_options: Sequence[str],
     image_options: Mapping[str, Any] = MappingProxyType({}),
+    chosen: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Build the arguments of vllm.EngineArgs: defaults, overridden by ``generation.vllm``, then by what the run needs.
 
     Args:
         valid_options: Names of the arguments that vllm.EngineArgs accepts.
         image_options: Options of the image processor that limit the tokens of a picture.
+        chosen: Defaults that depend on memory; those that this vLLM does not have are left out.
 
     Raises:
         CsrError: ``generation.vllm`` has an argument that does not exist, or one that the run sets.
@@ -203,8 +276,7 @@ def engine_arguments(
     if image_options:
         required["mm_processor_kwargs"] = dict(image_options)
     if adapter is not None:
-        # vLLM accepts 8, 16, 32, ... 512.
-        required |= {"enable_lora": True, "max_lora_rank": max(8, 1 << (_rank(adapter) - 1).bit_length())}
+        required |= {"enable_lora": True, "max_lora_rank": allowed_rank(_rank(adapter))}
     for name in generation.vllm:
         if name not in valid_options:
             near = difflib.get_close_matches(name, valid_options, n=1)
@@ -214,7 +286,8 @@ def engine_arguments(
             raise CsrError(f"generation.vllm.{name} is set by the run and cannot be changed", "remove it")
     rows = CPU_ROWS if generation.max_rows == "auto" else generation.max_rows
     defaults = {**_DEFAULTS, **(_ON_CPU if device == "cpu" else {}), "max_num_seqs": rows}
-    return {**defaults, **generation.vllm, **required}
+    known = {name: value for name, value in chosen.items() if name in valid_options}
+    return {**defaults, **known, **generation.vllm, **required}
 
 
 def adapter_name(adapter: Path) -> str:

@@ -22,9 +22,10 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.errors import CsrError, PromptError
 from csr_vlm.generation.streaming import TokenChunk, TokenRequest
-from csr_vlm.generation.vllm import PromptImages, adapter_name
+from csr_vlm.generation.vllm import PromptImages, adapter_name, allowed_rank
 from csr_vlm.models.encoding import PromptEncoder
 
 _TIMEOUT = 600.0
@@ -32,6 +33,15 @@ _TIMEOUT = 600.0
 _REJECTIONS = (400, 413, 422)
 """Status codes with which a server rejects one request, such as a prompt that is too long."""
 _START_HINT = "start it as described in docs/engines.md: vllm serve MODEL --enable-scale-out --enable-lora"
+
+
+def server_command(config: RunConfig) -> str:
+    """Return the command that starts a server for a run."""
+    rank = allowed_rank(config.training.lora.r)
+    return (
+        f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {config.model.path} --enable-scale-out --enable-lora "
+        f"--max-lora-rank {rank}"
+    )
 
 
 class ServerStream:
@@ -149,14 +159,18 @@ def server_stream(
                 pass
 
 
-def require_server(server: str) -> None:
-    """Verify that a server responds.
+def require_server(config: RunConfig) -> None:
+    """Verify that the server of a run responds.
 
     Raises:
-        CsrError: It does not.
+        CsrError: It does not; the hint is the command that starts it.
     """
-    with _send(server.rstrip("/"), "/v1/models"):
-        pass
+    assert config.generation.server is not None
+    try:
+        with _send(config.generation.server.rstrip("/"), "/v1/models"):
+            pass
+    except CsrError as error:
+        raise CsrError(error.message, f"start it there: {server_command(config)}") from None
 
 
 def _chunk(request_id: str, event: dict[str, Any]) -> TokenChunk:

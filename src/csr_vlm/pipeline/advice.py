@@ -56,7 +56,7 @@ def _changes(costs: StageCosts) -> Iterator[tuple[str, StageCosts]]:
         if not costs.hardware.memory or memory_bytes(changed)["search"] <= costs.hardware.memory:
             yield f"generation.max_rows={rows} generation.prompts_per_part={items}", changed
             break
-    if config.generation.engine == "transformers" and not costs.hardware.is_cpu:
+    if not costs.uses_vllm and not costs.hardware.is_cpu:
         with suppress(CsrError):  # vLLM does not support some other settings.
             yield "generation.engine=vllm", _changed(costs, {"generation": {"engine": "vllm"}})
     if not costs.hardware.is_cpu:

@@ -21,6 +21,7 @@ from csr_vlm.core.records import Prompt
 from csr_vlm.data.checking import ModelCheck
 from csr_vlm.data.prompts import InputReport, count_rows, no_usable_prompt, read_prompts
 from csr_vlm.data.sources import is_local
+from csr_vlm.generation.engine_choice import EngineChoice, planned_engine
 from csr_vlm.models.architecture import Architecture, read_architecture
 from csr_vlm.models.prompt_check import ProcessorCheck
 from csr_vlm.pipeline import assumptions
@@ -67,6 +68,7 @@ class Plan:
     memory: Mapping[str, Range]
     """Gigabytes on one GPU, by stage."""
     disk_gb: float
+    engine: EngineChoice
     max_rows: int
     """Most rows that decode at once."""
     live_rows: float
@@ -93,6 +95,7 @@ class Plan:
             "tokens": {stage: round(number) for stage, number in self.tokens.items()},
             "hours": {stage: hours.dump() for stage, hours in self.hours.items()},
             "bound": self.bound,
+            "engine": self.engine._asdict(),
             "max_rows": self.max_rows,
             "live_rows": round(self.live_rows, 1),
             "step_milliseconds": {name: round(value, 2) for name, value in self.step_milliseconds.items()},
@@ -221,6 +224,8 @@ def _make_plan(
     measured: MeasuredRun | None,
 ) -> tuple[Plan, StageCosts]:
     """Compute the costs of all cases; return them with those of the likely case."""
+    engine = planned_engine(config, has_gpu=not hardware.is_cpu, processes=hardware.count)
+    config = config.with_engine(engine.name)
     costs = [
         StageCosts(config, architecture, hardware, case, num_prompts, lengths.mean, lengths.image, lengths.longest)
         for case in assumptions.cases()
@@ -240,6 +245,7 @@ def _make_plan(
         tokens=likely.tokens(),
         memory={stage: Range(*(usage[stage] / 1e9 for usage in usages)) for stage in usages[0]},
         disk_gb=disk_bytes(likely) / 1e9,
+        engine=engine,
         max_rows=likely.max_rows,
         live_rows=rows,
         step_milliseconds={

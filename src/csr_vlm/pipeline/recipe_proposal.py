@@ -300,8 +300,10 @@ def _generation(wishes: Wishes, facts: ModelFacts, settings: Sequence[Setting], 
     engine = wishes.engine
     if engine is None and has_vllm and wishes.gpu_gb is not None and not is_quantized:
         engine = "vllm"
+    if engine == "transformers":
+        yield Setting("generation.engine", engine)
     if engine == "vllm":
-        yield Setting("generation.engine", "vllm", "Set transformers if vLLM does not support this model.")
+        yield Setting("generation.engine", engine, "Set auto to fall back to transformers.")
         yield Setting("generation.prompts_per_part", 512, "vLLM does its own batching; give it much at once.")
         if not has_vllm:
             notes.append(f"vLLM is not installed here: {install_command('vllm')}")

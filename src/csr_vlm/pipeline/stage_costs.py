@@ -156,11 +156,15 @@ class StageCosts:
         sentences = self._capped(self.case.min_sentences, self.case.max_sentences, search.max_sentences)
         tokens = self._capped(self.case.min_tokens, self.case.max_tokens, search.max_sentence_tokens)
         rows = self.max_rows
-        in_vllm = self.config.generation.engine != "transformers"
         prompts = min(self.prompts_together, self.num_prompts, _SIMULATED_PROMPTS)
         # vLLM admits single candidates, whatever prompt they belong to.
-        active = prompts if in_vllm else max(self.prompts_per_beam * rows // (candidates * beam), 1)
+        active = prompts if self.uses_vllm else max(self.prompts_per_beam * rows // (candidates * beam), 1)
         return simulate(SearchShape(candidates, beam, prompts, rows, active, sentences, tokens))
+
+    @property
+    def uses_vllm(self) -> bool:
+        """Return whether vLLM generates, in the run's process or behind a server."""
+        return self.config.generation.engine in ("vllm", "server")
 
     @property
     def prompts_per_beam(self) -> int:
@@ -210,7 +214,7 @@ class StageCosts:
     def host_step_seconds(self, rows: float, *, has_adapter: bool) -> float:
         """Return the processor time that launches one step and handles its rows."""
         case = self.case
-        if self.config.generation.engine != "transformers":
+        if self.uses_vllm:
             return case.vllm_step / 1e3 + rows * case.vllm_row_microseconds / 1e6
         # In float32 the adapter is merged into the weights.
         launches = case.adapter_launches if has_adapter and not self.hardware.is_cpu else case.step_launches
@@ -229,7 +233,7 @@ class StageCosts:
     def _tokens_read(self, rows: float) -> float:
         """Return the tokens whose keys and values a step reads, with responses half done on average."""
         path, own = self.response_tokens / 2, self.sentence_tokens / 2
-        if self.config.generation.engine != "transformers":
+        if self.uses_vllm:
             return rows * (self.prompt_tokens + path + own)  # vLLM stores a prompt once, but reads it for each row.
         groups = rows / self.config.method.search.num_candidates
         return self.rows.prompts * self.prompt_tokens + groups * path + rows * own

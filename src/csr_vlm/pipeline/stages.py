@@ -18,13 +18,14 @@ from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import RunConfig, ScorerConfig, preset_date
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.formatting import counts
-from csr_vlm.core.memory import StageCosts
+from csr_vlm.core.memory import StageCosts, free_memory
 from csr_vlm.core.progress import Reporter, Silent
 from csr_vlm.core.records import Pair, Prompt
 from csr_vlm.data.checking import ModelCheck
 from csr_vlm.data.images import with_hash
 from csr_vlm.data.prompts import InputReport, count_rows, hold_out, no_usable_prompt, read_prompts
 from csr_vlm.evaluation.compare import policy_name
+from csr_vlm.generation.engine_choice import choose_engine
 from csr_vlm.method.pairs import make_pairs as make_prompt_pairs
 from csr_vlm.models.devices import count_gpus
 from csr_vlm.pipeline import offline_pairs
@@ -42,6 +43,7 @@ from csr_vlm.pipeline.tasks import (
     usable_prompts,
 )
 from csr_vlm.scale.executor import LOCAL, Executor, LocalExecutor, Task
+from csr_vlm.scale.torchrun import num_launched
 from csr_vlm.store import files, ledger, parts, tables
 from csr_vlm.store.run import Run
 
@@ -117,6 +119,7 @@ def generate(run: Run, iteration: int, reporter: Reporter, executor: Executor = 
     if run.is_done(iteration, "generate") or has_offline_pairs(run.config, iteration):
         return
     costs = StageCosts()
+    settle_engine(run, reporter)
     task = Task(SearchWorker, run.root, {"iteration": iteration}, tables.count_groups(run.prompts_path))
     with reporter.stage(f"iteration {iteration}: searching", run.num_prompts) as progress:
         tally = executor.map(task, progress, reporter.log)
@@ -136,6 +139,19 @@ def generate(run: Run, iteration: int, reporter: Reporter, executor: Executor = 
         tokens=tally["tokens"].total(),
         **costs.dump(),
     )
+
+
+def settle_engine(run: Run, reporter: Reporter) -> None:
+    """Choose the engine of ``generation.engine: auto`` once, and record it: a run never changes its engine."""
+    if run.config.generation.engine != "auto" or run.is_done(0, "engine"):
+        return
+    prompts = tables.PromptGroups(run.prompts_path)[0]
+    example = next(usable_prompts(prompts, run.config), prompts[0])
+    choice = choose_engine(run.config, run.adapter_path(0), example, reporter.log, num_launched())
+    free_memory()
+    if count_gpus():
+        reporter.log(f"the search uses {choice.name}: {choice.reason}")
+    run.mark_done(0, "engine", name=choice.name, reason=choice.reason)
 
 
 def score(
@@ -303,7 +319,10 @@ def try_training(run: Run, reporter: Reporter, executor: Executor = LOCAL) -> No
         CsrError: Training fails.
     """
     has_begun = run.is_done(1, "generate") or bool(run.ledger_parts(1)) or has_offline_pairs(run.config, 1)
-    if has_begun or not isinstance(executor, LocalExecutor) or run.config.generation.engine != "transformers":
+    if has_begun or not isinstance(executor, LocalExecutor):
+        return
+    settle_engine(run, reporter)
+    if run.settled().config.generation.engine != "transformers":
         return
     from csr_vlm.training.trial import try_training as try_step
 
@@ -321,10 +340,7 @@ def train(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOC
         return
     costs = StageCosts()
     if isinstance(executor, LocalExecutor) and (num_gpus := count_gpus()) > 1:
-        reporter.log(
-            f"training uses one of {num_gpus} GPUs; to use all: torchrun --nproc-per-node {num_gpus} "
-            f"-m csr_vlm.cli run {run.root}"
-        )
+        reporter.log(f"training uses one of {num_gpus} GPUs; to use all: csr run {run.root} --gpus {num_gpus}")
     with reporter.stage(f"iteration {iteration}: training", 0) as progress:
         result = executor.run_all(Task(train_policy, run.root, {"iteration": iteration}), progress)
     if result["reference"] == "model" and run.config.training.reference == "ledger":

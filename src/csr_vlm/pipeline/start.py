@@ -80,8 +80,7 @@ def require_engine(config: RunConfig) -> None:
     if config.generation.engine == "server":
         from csr_vlm.generation.vllm_server import require_server
 
-        assert config.generation.server is not None
-        require_server(config.generation.server)
+        require_server(config)
 
 
 def require_sources(config: RunConfig) -> None:

@@ -52,7 +52,7 @@ class SearchWorker:
         from csr_vlm.generation.engines import open_engine
         from csr_vlm.models.devices import device_name
 
-        self._run = Run.open(root)
+        self._run = Run.open(root).settled()
         self._iteration = iteration
         self._groups = tables.PromptGroups(self._run.prompts_path)
         self._filler_prompts = self._groups[0]
@@ -400,6 +400,6 @@ def part_name(index: int, prompts: Sequence[Prompt], config: RunConfig, iteratio
         "iteration": iteration,
         **{key: resolved[key] for key in ("seed", "model", "scorer", "method")},
         # vLLM samples differently from transformers, in this process and behind a server alike.
-        **({} if config.generation.engine == "transformers" else {"engine": "vllm"}),
+        **({"engine": "vllm"} if config.generation.engine in ("vllm", "server") else {}),
     }
     return parts.part_name(index, files.digest(content))

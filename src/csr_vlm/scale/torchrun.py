@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -55,7 +56,11 @@ def num_launched() -> int:
 
 
 class FollowerFinished(SystemExit):
-    """End a follower with exit code 0 after the leader ended the run."""
+    """End a follower after the leader ended the run, or because another process has said why the run ends."""
+
+
+class PeerFailure(CsrError):
+    """Report that another process failed."""
 
 
 @contextmanager
@@ -66,17 +71,23 @@ def torchrun_executor(targets: Sequence[Callable[..., Any]]) -> Iterator[Torchru
         targets: Worker classes and functions that a task may have as its target.
 
     Raises:
-        FollowerFinished: In every follower, after the leader ended the run.
+        FollowerFinished: In every follower, after the leader ended the run or another process failed.
         CsrError: Another process failed or was lost.
     """
+    code = 0
     with _join_store() as client:
         if client.rank == _LEADER:
             executor = TorchrunExecutor(client)
             yield executor
             executor.end()
             return
-        _follow(client, {target.__name__: target for target in targets})
-    raise FollowerFinished(0)
+        # Ctrl-C reaches all processes; the leader finishes its item and ends the others.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            _follow(client, {target.__name__: target for target in targets})
+        except PeerFailure:  # which that process and the leader print
+            code = 1
+    raise FollowerFinished(code)
 
 
 @contextmanager
@@ -168,11 +179,12 @@ class StoreClient:
         """Check that no process has failed and that the given ones are alive.
 
         Raises:
-            CsrError: A process failed, or one of ``ranks`` sent no heartbeat until the timeout.
+            PeerFailure: A process failed.
+            CsrError: One of ``ranks`` sent no heartbeat until the timeout.
         """
         if self._has("failed"):
             failure = self._read("failed")
-            raise CsrError(f"{failure['process']} failed: {failure['message']}", failure["hint"] or _RESUME_HINT)
+            raise PeerFailure(f"{failure['process']} failed: {failure['message']}", failure["hint"] or _RESUME_HINT)
         now = time.monotonic()
         for rank in ranks:
             heartbeat = self._heartbeat(rank)
@@ -253,8 +265,8 @@ class TorchrunExecutor:
             shown = finished
 
         def after_item() -> None:
+            show_progress()  # Ends here after a signal, before a follower that the same signal ended is missed.
             self._client.check_alive(self._followers)
-            show_progress()
 
         counts = _run_items(task, number, self._client, log, after_item)
         for rank in self._followers:

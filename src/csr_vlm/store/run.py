@@ -95,6 +95,9 @@ class Run:
         """
         if (root / "config.yaml").exists():
             existing = cls.open(root)
+            engines = config.generation.engine, existing.config.generation.engine
+            if engines in {("auto", "transformers"), ("auto", "vllm")}:
+                config = config.with_engine(engines[1])  # auto was not the default before 0.2
             differing = sorted(differences(existing.config.dump(), config.dump()))
             if config.iterations > existing.config.iterations:
                 differing = [key for key in differing if key != "iterations"]
@@ -143,6 +146,13 @@ class Run:
                 if self.new_directories is not None and not self.has_finished_stage:
                     self._delete()
                 raise
+
+    def settled(self) -> Run:
+        """Return the run with the engine that was chosen for it; ``auto`` is transformers until one is."""
+        if self.config.generation.engine != "auto":
+            return self
+        name = self.result(0, "engine")["name"] if self.is_done(0, "engine") else "transformers"
+        return replace(self, config=self.config.with_engine(name))
 
     @property
     def has_finished_stage(self) -> bool:
