@@ -15,7 +15,7 @@ MODELS := $(EVIDENCE)/models
 OUT ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test check golden docs docs-pages test-eval test-hallucination test-scale test-ray test-vllm test-exports test-newest test-app test-faults audit-dependencies audit-code evidence
+.PHONY: demo test check golden docs docs-pages test-eval test-hallucination test-scale test-ray test-vllm test-exports test-newest test-app screenshots test-faults audit-dependencies audit-code evidence
 .PHONY: lint format world clean
 
 demo: $(VENV)/.installed  ## the method on the embedded world, base to iteration 3
@@ -64,6 +64,10 @@ test-newest:  ## the quick tests with the newest release of every dependency, in
 
 test-app: $(APP_VENV)/.installed  ## csr try in a real browser, and the trackers, in an environment of its own
 	OMP_NUM_THREADS=1 $(APP_VENV)/bin/python -m pytest -q tests/app
+
+screenshots: $(APP_VENV)/.installed  ## draw the screenshots of docs/ from a run of the demo; needs Chromium
+	rm -rf build/screenshots && OMP_NUM_THREADS=1 $(APP_VENV)/bin/csr --quiet demo --out build/screenshots
+	$(APP_VENV)/bin/python -m docs.screenshots build/screenshots
 
 test-faults: $(VENV)/.installed-dev  ## a hundred kills, failing disks, a thousand bad inputs (about half an hour)
 	CSR_FAULTS=all $(BIN)/pytest -q -s -p no:xdist tests/faults

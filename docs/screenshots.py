@@ -1,6 +1,6 @@
 """Draw the screenshots of the documentation from a real run: ``python -m docs.screenshots RUN``.
 
-Needs Gradio, Playwright and Chromium: run it in the environment that ``make test-app`` creates.
+Needs Gradio, Playwright and Chromium: ``make screenshots`` runs it, in the environment of ``make test-app``.
 """
 
 from __future__ import annotations

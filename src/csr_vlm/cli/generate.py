@@ -20,7 +20,7 @@ def generate(
 
     Writes the ledger: every candidate sentence with its scores.
 
-    Example: csr generate recipes/quickstart.yaml --out runs/q
+    Example: csr generate quickstart --out runs/q
     """
     with executor_for(ray) as executor:
         from csr_vlm.pipeline import stages

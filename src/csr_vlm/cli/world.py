@@ -132,14 +132,14 @@ def world_export(
 ) -> None:
     """Write the models and images in the formats of real ones.
 
-    Example: csr world export world && csr run recipes/quickstart.yaml
+    Example: csr world export world && csr run quickstart
     """
     from csr_vlm.world.demo import export_world
     from csr_vlm.world.scenes import world_named
 
     with console.reporter().stage("drawing images", 0):
         written = export_world(out, seed, prompts, world_named(world), kind)
-    console.done(written, then="csr run recipes/quickstart.yaml (which expects the export in ./world)")
+    console.done(written, then="csr run quickstart (which expects the export in ./world)")
 
 
 @app.command("coco")

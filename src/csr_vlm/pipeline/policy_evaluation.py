@@ -12,6 +12,8 @@ from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Prompt
 from csr_vlm.pipeline.tasks import load_engine_and_scorer, usable_prompts
 
+_FEWEST_PICTURES = 2
+
 if TYPE_CHECKING:
     from csr_vlm.evaluation.claim_marker import ClaimMarker
     from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -73,12 +75,12 @@ def _evaluate_heldout(
 ) -> dict[str, Any]:
     from csr_vlm.evaluation.heldout import evaluate as evaluate_responses
 
+    # With fewer pictures there is nothing to compare a claim with.
+    marker = marker_among(config, scorer) if len({prompt.image for prompt in prompts}) > _FEWEST_PICTURES else None
     search_config = config.method.search
     max_new_tokens = search_config.max_sentences * search_config.max_sentence_tokens
     with reporter.stage(f"{title}: answering held-out prompts", len(prompts)) as progress:
-        document = evaluate_responses(
-            engine, scorer, prompts, max_new_tokens, search_config.delimiters, marker_among(config, scorer)
-        )
+        document = evaluate_responses(engine, scorer, prompts, max_new_tokens, search_config.delimiters, marker)
         progress.advance(len(prompts))
     return document
 

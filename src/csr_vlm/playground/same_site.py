@@ -10,7 +10,7 @@ _NAMES = ("127.0.0.1", "localhost")
 
 
 class SameSiteOnly:
-    """ASGI middleware that answers 403 unless a request names this machine, and comes from its page or from no page.
+    """Answer 403, as ASGI middleware, unless a request names this machine and comes from its page or from no page.
 
     A browser hides the answer to a cross-site request from the site, but sends the request; and a site whose name
     points to this machine is not another site to a browser.
