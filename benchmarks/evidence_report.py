@@ -313,7 +313,7 @@ def _comparisons(done: Sequence[Result]) -> str:
     cut = {seed: _truncate_to_length(run, world) for seed, run in main.items()}
     base = next(iter(_at(main, 0).values()))
     rows = [
-        ["base model", "no runs", *(base_cell(base, name) for name in SHORT), ""],
+        ["base model", "-", *(base_cell(base, name) for name in SHORT), ""],
         [
             "base, truncated to the same number of sentences",
             seeds_cell(len(cut), needed),
@@ -387,7 +387,7 @@ def _iteration_table(done: Sequence[Result], group: str, title: str, caption: st
                 shown = [cell(_at(runs, iteration), metric, base) for metric in COLUMNS]
             else:
                 shown = [base_cell(next(iter(base.values())), metric) for metric in COLUMNS]
-            rows.append([name, seeds if iteration else "no runs", str(iteration), *shown])
+            rows.append([name, seeds if iteration else "base model", str(iteration), *shown])
     if not rows:
         return ""
     return f"## {title}\n\n{caption}\n\n" + table(["", "seeds", "iteration", *COLUMNS.values()], rows)
