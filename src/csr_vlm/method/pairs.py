@@ -32,6 +32,8 @@ class _Option:
     response: Response
     future_reward: float | None
     """Highest reward that the tree reaches after it; None if it was not expanded, or is not looked ahead of."""
+    repeats: bool = False
+    """Whether its last sentence repeats an earlier one."""
     lowest: float = 0.0
     """Evidence for the most doubtful claim that its last sentence adds; 0 for ending."""
     ends: bool = False
@@ -78,9 +80,9 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
 
     With ``reward.unit: claim``, a sentence is as good as its most doubtful claim: the margin is the
     difference in the evidence for these claims, and ending, or claiming nothing, counts 0. No sentence
-    of the partial response may be judged false (R_I < 0), and no claim of the chosen side may have
-    evidence against it. Rejected are only a sentence with a claim that is judged false
-    (``false_below``), a sentence that repeats an earlier one, which counts the same, and ending.
+    of the partial response may be judged false (R_I < 0), no claim of the chosen side may have
+    evidence against it, and what repeats an earlier sentence is never chosen. Rejected are only a
+    sentence with a claim that is judged false (``false_below``), a sentence that repeats, and ending.
 
     Pairs are sorted by decreasing margin if ``selection`` is ``extremes``.
 
@@ -174,6 +176,9 @@ def _sibling_options(
             rewards[node_id].image >= 0 for node_id in path_ids(parent_id) if node_id in rewards
         )
 
+    def repeats(node: Node) -> bool:
+        return bool(node.sentence) and rewards[node.node_id].repeated
+
     def lowest(node: Node) -> float:
         return rewards[node.node_id].lowest if node.sentence else 0.0
 
@@ -192,6 +197,7 @@ def _sibling_options(
             _Option(
                 _response(node, by_id, reward(node)),
                 future_reward(node) if config.look_ahead else None,
+                repeats(node),
                 lowest(node),
                 ends=not node.sentence,
             )
@@ -252,13 +258,14 @@ def _claim_preferences(
 
     A sum would let a certain claim carry a doubtful one, and prefer sentences that claim more.
     """
-    best = max(options, key=lambda option: (option.lowest, option.value))
-    if best.lowest < 0:
+    new = [option for option in options if not option.repeats]
+    best = max(new, key=lambda option: (option.lowest, option.value), default=None)
+    if best is None or best.lowest < 0:
         return []
     rejected = [
         other
         for other in options
-        if (other.ends or other.lowest <= method.pairs.false_below)
+        if (other.ends or other.repeats or other.lowest <= method.pairs.false_below)
         and method.lambda_ * (best.lowest - other.lowest) > min_margin
     ]
     return [_with_values(best, other) for other in sorted(rejected, key=lambda other: other.lowest)]

@@ -53,10 +53,7 @@ class SentenceReward:
     repeated: bool = False
     """Whether an earlier sentence of the response has the same words, or made all its claims."""
     lowest: float = 0.0
-    """Evidence for the most doubtful claim that the sentence adds, in nats (``unit: claim``); 0 without any.
-
-    A sentence that repeats counts as one that is just judged false, ``false_below``.
-    """
+    """Evidence for the most doubtful claim that the sentence adds, in nats; 0 without any (``unit: claim``)."""
 
 
 def text_score(node: Node, config: RewardConfig) -> float:
@@ -173,8 +170,7 @@ def _claim_rewards(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> 
         repeated = repeats_claims(node, by_id) or repeats_earlier(node, by_id)
         penalty = config.repeat_penalty * repeated
         total = method.lambda_ * worth + (1 - method.lambda_) * r_t - zero - penalty
-        lowest = method.pairs.false_below if repeated else min(added, default=0.0)
-        rewards[node.node_id] = SentenceReward(r_t, worth, total, repeated, lowest)
+        rewards[node.node_id] = SentenceReward(r_t, worth, total, repeated, min(added, default=0.0))
     return rewards
 
 
