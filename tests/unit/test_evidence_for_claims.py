@@ -183,6 +183,13 @@ def _with_margin(method: MethodConfig, margin: float) -> MethodConfig:
     return method.model_copy(update={"pairs": method.pairs.model_copy(update={"min_margin": margin})})
 
 
+def test_a_sentence_that_repeats_an_earlier_one_is_never_preferred() -> None:
+    boat, fish = said("0", "A boat.", {"boat": 4.0}), said("0.1", "A fish.", {"fish": -4.0})
+    again, mood = said("0.0", "The boat again.", {"boat": 4.0}), said("0.2", "All is calm.", {})
+    assert preferred([boat, again, fish]) == set()
+    assert preferred([boat, again, fish, mood]) == {("0.2", "0.1")}
+
+
 def test_a_sentence_with_a_claim_against_the_evidence_is_never_preferred() -> None:
     # "A boat, a sail and a shark" is worth most, but the shark is not there: the plain boat is preferred to the fish.
     nodes = [
