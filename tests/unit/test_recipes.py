@@ -58,7 +58,7 @@ def test_recipes_are_listed_and_copied(elsewhere, capsys):
     csr("recipes")
     listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert listed.keys() == shipped_files().keys()
-    assert listed["llava-1.5-7b"].startswith("LLaVA-1.5-7B with the default preset, for one 80 GB GPU")
+    assert listed["llava-1.5-7b"].startswith("LLaVA-1.5-7B with the default preset, for one GPU with 80 GB")
     csr("recipes", "--json")
     assert json.loads(capsys.readouterr().out)["quickstart"]["about"].startswith("The whole method")
     csr("recipes", "llava-1.5-7b", "accelerate/fsdp2", "--out", "mine")
