@@ -20,7 +20,7 @@ from tests.docs_blocks import GENERATED, PAGES, ROOT, Block, blocks, invocations
 
 SMALLER = {
     ("demo", "--world", "prose"): ["--prompts=8", "--scenes=10", "iterations=1"],
-    ("demo",): ["--prompts=8", "--scenes=10"],
+    ("demo",): ["--prompts=8", "--scenes=10", "iterations=1"],
     ("run", "recipes/quickstart.yaml"): [
         *("iterations=1", "data.limit=12", "training.trl.max_steps=2", "evaluation.world.num_scenes=10"),
     ],
