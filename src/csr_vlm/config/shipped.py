@@ -23,7 +23,7 @@ def description_of(recipe: Path) -> str:
 
     Example:
         >>> description_of(shipped_recipes()["quickstart"])
-        'The whole method on the embedded world, in three minutes on two CPU cores'
+        'The whole method on the embedded world, on a CPU'
     """
     line = recipe.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
     return re.split(r"[.;](?:\s|$)|(?<=\)): |: pip |:$", line, maxsplit=1)[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 COSTS = ("seconds", "memory_gb", "gpu_memory_gb")
-"""What :meth:`StageCosts.dump` measures; the last one on a GPU only."""
+"""What :meth:`CostMeter.dump` measures; the last one on a GPU only."""
 _PROCESS = Path("/proc/self")
 
 
@@ -42,7 +42,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-class StageCosts:
+class CostMeter:
     """Measure the time, and the peak memory of this process, from the construction on."""
 
     def __init__(self) -> None:

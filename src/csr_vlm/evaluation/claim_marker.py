@@ -19,7 +19,7 @@ from csr_vlm.method.sentences import SentenceRule
 from csr_vlm.scoring.claim_scorer import ClaimScorer
 from csr_vlm.scoring.scorer import ScorerGroup
 
-_NUM_OTHERS = 32
+NUM_OTHERS = 32
 """Other pictures that a claim is compared with, at most."""
 
 
@@ -42,7 +42,7 @@ class ClaimMarker:
         self._finder = claim_finder(method.claims.lexicon)
         self._rule = SentenceRule(method.search.delimiters)
         # One more, since the picture of a text may be among them.
-        self._others = list({prompt.image: prompt for prompt in others}.values())[: _NUM_OTHERS + 1]
+        self._others = list({prompt.image: prompt for prompt in others}.values())[: NUM_OTHERS + 1]
 
     def marks(self, prompt: Prompt, text: str) -> list[Mark]:
         """Return the claims of a text in their order, each as often as it is made."""
@@ -69,7 +69,7 @@ class ClaimMarker:
 
         There is none if there are no other pictures to compare with.
         """
-        others = [other for other in self._others if other.image != prompt.image][:_NUM_OTHERS]
+        others = [other for other in self._others if other.image != prompt.image][:NUM_OTHERS]
         if len(others) < 2 or not keys:
             return {}
         self._scorer.set_negative_images([prompt, *others], len(others))

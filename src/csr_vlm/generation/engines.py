@@ -29,7 +29,7 @@ from csr_vlm.config.schema import RunConfig, SearchConfig
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.records import Prompt
 from csr_vlm.generation.half_precision import prepare_half_precision
-from csr_vlm.generation.row_budget import CPU_ROWS
+from csr_vlm.generation.row_budget import rows_on_cpu
 from csr_vlm.generation.self_check import self_check
 from csr_vlm.generation.streaming import StreamingEngine, TokenStream
 from csr_vlm.generation.transformers_engine import TransformersEngine
@@ -115,8 +115,7 @@ def _open_server(
     assert config.generation.server is not None
     if image_options := _image_options(config, prompt_encoder):
         warn(f"the server must limit pictures alike: start it with --mm-processor-kwargs '{json.dumps(image_options)}'")
-    rows = config.generation.max_rows
-    rows = CPU_ROWS if rows == "auto" else rows  # the server has limits of its own
+    rows = rows_on_cpu(config.generation.max_rows)  # the server has limits of its own
     with server_stream(config.generation.server, prompt_encoder, adapter, rows) as stream:
         yield _checked(stream, prompt_encoder, example, rows)
 

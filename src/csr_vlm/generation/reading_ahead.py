@@ -1,7 +1,6 @@
 """Decode and process the pictures of prompts that wait, in a thread, while the model decodes others.
 
-A picture takes 15 to 20 ms of a core, about half of a decoding step, for which a GPU would wait. A thread is enough:
-decoding and scaling release the interpreter's lock, and one thread reads five times as many pictures as a search needs.
+Otherwise a GPU would wait for every picture. One thread is enough: a search decodes many steps for each prompt.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ measures, ``csr check`` with that of the GPU that a run is planned for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from csr_vlm.config.schema import SearchConfig
 from csr_vlm.core.batching import PROMPTS_PER_FULL_BEAM
@@ -25,6 +26,11 @@ _USABLE = 0.9
 """Share of the free memory that is planned for; the rest is for fragments and temporary tensors."""
 _LOGIT_COPIES = 4
 """Float32 copies of a step's logits: raw, log-probabilities, sorted, masked."""
+
+
+def rows_on_cpu(max_rows: int | Literal["auto"]) -> int:
+    """Return ``generation.max_rows``, or the rows of a CPU if that is ``auto``: no memory is measured there."""
+    return CPU_ROWS if max_rows == "auto" else max_rows
 
 
 @dataclass(frozen=True)

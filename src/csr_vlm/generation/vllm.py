@@ -24,7 +24,7 @@ from csr_vlm.core.errors import CsrError, PromptError
 from csr_vlm.core.installing import install_command, require_import
 from csr_vlm.core.memory import available_memory, total_memory
 from csr_vlm.core.records import Prompt
-from csr_vlm.generation.row_budget import CPU_ROWS, RowShape, row_budget
+from csr_vlm.generation.row_budget import RowShape, row_budget, rows_on_cpu
 from csr_vlm.generation.streaming import TokenChunk, TokenRequest
 from csr_vlm.models.architecture import architecture_of
 from csr_vlm.models.devices import resolve_device, resolve_dtype
@@ -167,7 +167,7 @@ def memory_options(config: RunConfig, prompt_encoder: PromptEncoder, example: Pr
     device, rows = resolve_device(config.model.device), config.generation.max_rows
     free = available_memory(device)
     if free is None:
-        return {"max_num_seqs": CPU_ROWS if rows == "auto" else rows}
+        return {"max_num_seqs": rows_on_cpu(rows)}
     total = total_memory(device)
     share = config.generation.vllm.get("gpu_memory_utilization") or _share(free - _BESIDE_BYTES, total)
     architecture, processed = architecture_of(prompt_encoder.config), prompt_encoder.process(example)
@@ -284,8 +284,7 @@ def engine_arguments(
             raise CsrError(f"generation.vllm.{name} is not a valid option", hint)
         if name in required:
             raise CsrError(f"generation.vllm.{name} is set by the run and cannot be changed", "remove it")
-    rows = CPU_ROWS if generation.max_rows == "auto" else generation.max_rows
-    defaults = {**_DEFAULTS, **(_ON_CPU if device == "cpu" else {}), "max_num_seqs": rows}
+    defaults = {**_DEFAULTS, **(_ON_CPU if device == "cpu" else {}), "max_num_seqs": rows_on_cpu(generation.max_rows)}
     known = {name: value for name, value in chosen.items() if name in valid_options}
     return {**defaults, **known, **generation.vllm, **required}
 

@@ -12,12 +12,13 @@ from csr_vlm.core.progress import Reporter
 from csr_vlm.core.records import Prompt
 from csr_vlm.pipeline.tasks import load_engine_and_scorer, usable_prompts
 
-_FEWEST_PICTURES = 2
-
 if TYPE_CHECKING:
     from csr_vlm.evaluation.claim_marker import ClaimMarker
     from csr_vlm.generation.transformers_engine import TransformersEngine
     from csr_vlm.scoring.scorer import ScorerGroup
+
+_FEWEST_OTHERS = 2
+"""Fewest other pictures that a claim can be compared with."""
 
 
 def evaluate_policy(
@@ -75,8 +76,7 @@ def _evaluate_heldout(
 ) -> dict[str, Any]:
     from csr_vlm.evaluation.heldout import evaluate as evaluate_responses
 
-    # With fewer pictures there is nothing to compare a claim with.
-    marker = marker_among(config, scorer) if len({prompt.image for prompt in prompts}) > _FEWEST_PICTURES else None
+    marker = marker_among(config, scorer) if len({prompt.image for prompt in prompts}) > _FEWEST_OTHERS else None
     search_config = config.method.search
     max_new_tokens = search_config.max_sentences * search_config.max_sentence_tokens
     with reporter.stage(f"{title}: answering held-out prompts", len(prompts)) as progress:

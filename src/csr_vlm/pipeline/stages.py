@@ -18,7 +18,7 @@ from csr_vlm.config.load import merged, resolve
 from csr_vlm.config.schema import RunConfig, ScorerConfig, preset_date
 from csr_vlm.core.errors import CsrError
 from csr_vlm.core.formatting import counts
-from csr_vlm.core.memory import StageCosts, free_memory
+from csr_vlm.core.memory import CostMeter, free_memory
 from csr_vlm.core.progress import Reporter, Silent
 from csr_vlm.core.records import Pair, Prompt
 from csr_vlm.data.checking import ModelCheck
@@ -118,7 +118,7 @@ def generate(run: Run, iteration: int, reporter: Reporter, executor: Executor = 
     """Search with the previous iteration's policy and score every sentence; each work item becomes a ledger part."""
     if run.is_done(iteration, "generate") or has_offline_pairs(run.config, iteration):
         return
-    costs = StageCosts()
+    costs = CostMeter()
     settle_engine(run, reporter)
     task = Task(SearchWorker, run.root, {"iteration": iteration}, tables.count_groups(run.prompts_path))
     with reporter.stage(f"iteration {iteration}: searching", run.num_prompts) as progress:
@@ -190,7 +190,7 @@ def make_pairs(run: Run, iteration: int, reporter: Reporter, executor: Executor 
     """
     if run.is_done(iteration, "pairs"):
         return
-    costs = StageCosts()
+    costs = CostMeter()
     offline = has_offline_pairs(run.config, iteration)
     pairs: Iterable[Pair]
     if offline:
@@ -338,7 +338,7 @@ def train(run: Run, iteration: int, reporter: Reporter, executor: Executor = LOC
     if run.is_done(iteration, "train"):
         shutil.rmtree(run.trainer_path(iteration), ignore_errors=True)
         return
-    costs = StageCosts()
+    costs = CostMeter()
     if isinstance(executor, LocalExecutor) and (num_gpus := count_gpus()) > 1:
         reporter.log(f"training uses one of {num_gpus} GPUs; to use all: csr run {run.root} --gpus {num_gpus}")
     with reporter.stage(f"iteration {iteration}: training", 0) as progress:
@@ -359,7 +359,7 @@ def evaluate(run: Run, iteration: int, reporter: Reporter, again: bool = False) 
     """Evaluate the policy of an iteration on held-out prompts and on whatever else the configuration names."""
     if run.is_done(iteration, "evaluate") and not again:
         return
-    costs = StageCosts()
+    costs = CostMeter()
     adapter, title = run.adapter_path(iteration), policy_name(iteration)
     documents = evaluate_policy(run.config, adapter, run.heldout(), title, reporter)
     for name, document in documents.items():

@@ -85,10 +85,9 @@ class Tracking:
                 service = open_service(name, self._run, self._state[name].get("id"))
                 self._services[name] = service
                 if self._state[name].get("id") != service.run_id:
+                    # Before anything is logged, so that a run that was killed goes on in the same tracker run.
                     self._state[name]["id"] = service.run_id
-                    files.write_json(
-                        self._path, self._state
-                    )  # before anything is logged, so that a kill begins no second
+                    files.write_json(self._path, self._state)
             use(self._services[name])
         except Exception as error:  # Trackers talk to servers, and may fail in any way.
             self._failed.add(name)

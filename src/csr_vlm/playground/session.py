@@ -10,7 +10,7 @@ from pathlib import Path
 from csr_vlm.core.errors import CsrError, suggestion
 from csr_vlm.core.records import Prompt
 from csr_vlm.data.images import BadImage, load_image
-from csr_vlm.evaluation.claim_marker import ClaimMarker
+from csr_vlm.evaluation.claim_marker import NUM_OTHERS, ClaimMarker
 from csr_vlm.evaluation.compare import policy_name
 from csr_vlm.method.claim_places import Mark
 from csr_vlm.models.adapters import AdapterSwitch
@@ -18,9 +18,6 @@ from csr_vlm.models.yes_or_no import YesOrNo
 from csr_vlm.pipeline.tasks import load_run_scorer
 from csr_vlm.playground.answering import Sampling, stream_answer
 from csr_vlm.store.run import Run
-
-_NUM_OTHERS = 32
-"""Pictures of the run that a claim is compared with."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Playground:
             load_run_scorer(config, self.run.adapter_path(0)),
             config.method,
             config.scorer.used,
-            self.pictures(_NUM_OTHERS),
+            self.pictures(NUM_OTHERS),
         )
 
     @property
