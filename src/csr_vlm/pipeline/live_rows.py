@@ -7,10 +7,12 @@ work item, or of a stream of them, rows run empty.
 
 from __future__ import annotations
 
+import heapq
 import random
-from collections import deque
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
 
 
 @dataclass(frozen=True)
@@ -66,40 +68,45 @@ def simulate(shape: SearchShape) -> LiveRows:
     one before has ended. The beam stays full until a prompt's last round.
     """
     random_numbers = random.Random(0)
-    queue: deque[_Prompt] = deque(_Prompt(random_numbers.randint(*shape.sentences)) for _ in range(shape.prompts))
-    active: list[_Prompt] = []
-    live: list[tuple[_Prompt, list[int]]] = []
-    tokens = steps = sentences = prompt_steps = 0
+    prompts = [_Prompt(random_numbers.randint(*shape.sentences)) for _ in range(shape.prompts)]
+    waiting: list[int] = []  # a heap of the prompts with groups that are not admitted
+    ending: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # by step, prompt and group of every last token
+    rows_left: list[int] = []  # by group
+    begun = active = rows = tokens = steps = prompt_steps = 0
 
-    def begin_round(prompt: _Prompt, groups: int) -> None:
-        prompt.groups = groups
-        prompt.waiting = [
+    def begin_round(number: int, groups: int) -> None:
+        prompts[number].groups = groups
+        prompts[number].waiting = [
             [random_numbers.randint(*shape.tokens) for _ in range(shape.candidates)] for _ in range(groups)
         ]
+        heapq.heappush(waiting, number)
 
-    while queue or active:
-        while queue and len(active) < shape.max_prompts:
-            active.append(queue.popleft())
-            begin_round(active[-1], 1)
-        rows = sum(len(group) for _, group in live)
-        for prompt in active:
-            while prompt.waiting and (not live or rows + shape.candidates <= shape.max_rows):
-                live.append((prompt, prompt.waiting.pop()))
-                rows += shape.candidates
-                sentences += shape.candidates
-        tokens, steps, prompt_steps = tokens + rows, steps + 1, prompt_steps + len(active)
-        remaining: list[tuple[_Prompt, list[int]]] = []
-        for prompt, group in live:
-            left = [length - 1 for length in group if length > 1]
-            if left:
-                remaining.append((prompt, left))
-                continue
+    while begun < shape.prompts or active:
+        while begun < shape.prompts and active < shape.max_prompts:
+            begin_round(begun, 1)
+            begun, active = begun + 1, active + 1
+        while waiting and (not rows or rows + shape.candidates <= shape.max_rows):
+            number = waiting[0]
+            for length in prompts[number].waiting.pop():
+                ending[steps + length].append((len(rows_left), number))
+            rows_left.append(shape.candidates)
+            rows += shape.candidates
+            if not prompts[number].waiting:
+                heapq.heappop(waiting)
+        passed = next(n for n in count(1) if steps + n in ending)  # until then nothing changes
+        tokens, steps, prompt_steps = tokens + rows * passed, steps + passed, prompt_steps + active * passed
+        ended = ending.pop(steps)
+        rows -= len(ended)
+        for group, _ in ended:
+            rows_left[group] -= 1
+        for _, number in sorted({row for row in ended if not rows_left[row[0]]}):
+            prompt = prompts[number]
             prompt.groups -= 1
             if not prompt.groups:
                 prompt.rounds -= 1
                 if prompt.rounds > 0:
-                    begin_round(prompt, shape.beam)
-        live = remaining
-        active = [prompt for prompt in active if prompt.rounds > 0]
-    number = shape.prompts
-    return LiveRows(tokens / number, steps / number, sentences / number, prompt_steps / steps)
+                    begin_round(number, shape.beam)
+                else:
+                    active -= 1
+    total = shape.prompts
+    return LiveRows(tokens / total, steps / total, len(rows_left) * shape.candidates / total, prompt_steps / steps)
