@@ -1,6 +1,8 @@
+import gc
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 from tests.families.shim import without_compiled_torchvision
@@ -9,3 +11,10 @@ settings.register_profile("repeatable", deadline=None, max_examples=50, derandom
 settings.load_profile("repeatable")
 sys.path.append(str(Path(sys.prefix) / "only-for-tests"))
 without_compiled_torchvision()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections() -> None:
+    """Keep what earlier modules left out of garbage collections: every stage of a run ends with one."""
+    gc.collect()
+    gc.freeze()

@@ -19,6 +19,12 @@ MAX_DEPTH = 40
 class _Loader(yaml.SafeLoader):
     """Load 1e-4 as a number, and yes, no, on and off as strings; YAML 1.1 does the opposite."""
 
+    def fetch_more_tokens(self) -> None:
+        # The scanner takes time in the square of the open brackets.
+        if self.flow_level > MAX_DEPTH:
+            raise RecursionError
+        super().fetch_more_tokens()
+
 
 _BOOL = "tag:yaml.org,2002:bool"
 _Loader.yaml_implicit_resolvers = {
