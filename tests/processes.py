@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -120,3 +125,92 @@ def require_every_node_once(run: Run) -> None:
     keys = [(node.prompt_id, node.node_id) for node in nodes]
     assert len(set(keys)) == len(keys) == run.result(1, "generate")["nodes"]
     assert {key[0] for key in keys} == {prompt.prompt_id for prompt in run.prompts()}
+
+
+@dataclass
+class ProcessResult:
+    code: Any
+    """Exit code, or the negative number of the signal that killed the process."""
+    output: str
+    seconds: float
+    cpu: float
+    """CPU time in seconds, which does not depend on other load."""
+
+
+class Zygote:
+    """Control a :mod:`tests.zygote` process; ``prefix`` is a command that starts it, such as ``unshare``."""
+
+    def __init__(self, *prefix: str) -> None:
+        command = [*prefix, sys.executable, "-m", "tests.zygote"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Zygote:
+        assert self._answer() == "ready"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def run(self, root: Path, **request: Any) -> ProcessResult:
+        """Run or resume the run in a directory; ``work`` and ``_read_output`` of the zygote define the requests."""
+        return self._ask({"root": str(root), **request})
+
+    def csr(self, arguments: list[str], out: Path) -> ProcessResult:
+        """Execute a command line; its output goes to ``stdout`` and ``stderr`` in a folder."""
+        return self._ask({"arguments": arguments, "folder": str(Path.cwd()), "out": str(out)})
+
+    def start(self, arguments: list[str]) -> Fork:
+        """Start a command line in a session of its own, without waiting for it."""
+        request = {"arguments": arguments, "folder": str(Path.cwd()), "out": os.devnull, "waits": False}
+        return Fork(self, self._ask(request).code)
+
+    def ended(self, pid: int, *, waits: bool) -> int | None:
+        """Return the exit code of a started command; None while it runs."""
+        return self._ask({"pid": pid, "waits": waits}).code
+
+    def shell(self, command: str) -> None:
+        result = self._ask({"shell": command})
+        assert result.code == 0, result.output
+
+    def _ask(self, request: dict[str, Any]) -> ProcessResult:
+        assert self._process.stdin is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return ProcessResult(**self._answer())
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the zygote process has died"
+        return json.loads(line)
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A command that :meth:`Zygote.start` has started, with the methods of :class:`subprocess.Popen`."""
+
+    zygote: Zygote
+    pid: int
+
+    def poll(self) -> int | None:
+        return self.zygote.ended(self.pid, waits=False)
+
+    def wait(self) -> int | None:
+        return self.zygote.ended(self.pid, waits=True)
+
+
+@cache
+def zygote() -> Zygote:
+    """Return the process whose forks execute the commands of all tests of this worker."""
+    return Zygote().__enter__()
+
+
+def csr(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Execute a command of csr in a fork, which saves the seconds of the imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [str(word) for word in arguments]
+        code = zygote().csr(words, Path(folder)).code
+        out, err = (Path(folder, name).read_text(errors="replace") for name in ("stdout", "stderr"))
+    assert code == 0 or not check, f"csr {' '.join(words)} ended with {code}: {err}"
+    return subprocess.CompletedProcess(words, code, out, err)

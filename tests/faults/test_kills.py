@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from csr_vlm.store.run import Run
-from tests.faults.harness import ProcessResult, Zygote, tiny_run
-from tests.processes import results
+from tests.faults.harness import tiny_run
+from tests.processes import ProcessResult, Zygote, results
 
 FULL = os.environ.get("CSR_FAULTS") == "all"
 KILLS = 100 if FULL else 3

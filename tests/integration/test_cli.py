@@ -15,9 +15,11 @@ import yaml
 
 from csr_vlm.config.schema import RunConfig
 from tests.integration.conftest import small_config
+from tests.processes import csr
 
 
-def csr(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+def csr_alone(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Execute a command of csr in a new interpreter, as a shell does."""
     command = [sys.executable, "-m", "csr_vlm.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=check, env=os.environ | environment)
 
@@ -35,7 +37,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(recipe: Path) -> Path:
     """Make a run stage by stage."""
     out = recipe.parent / "run"
-    csr("generate", recipe, "--out", out, "--quiet")
+    csr_alone("generate", recipe, "--out", out, "--quiet")
     refused = csr("train", out, check=False)
     assert refused.returncode == 1
     assert "has no finished pairs stage" in refused.stderr
@@ -55,7 +57,7 @@ def test_help_is_quick_and_names_every_verb() -> None:
     times = []
     for _ in range(3):
         before = processor_seconds()
-        shown = csr("--help").stdout
+        shown = csr_alone("--help").stdout
         times.append(processor_seconds() - before)
     verbs = (
         "run demo check generate score pairs audit train sweep ablate eval compare watch reproduce analyze show report "
@@ -275,13 +277,13 @@ def test_a_bug_leaves_its_traceback_in_a_file_and_not_on_the_screen(finished: Pa
         "import csr_vlm.store.run as run\ndef broken():\n    raise KeyError('a bug')\nrun.versions = broken\n"
     )
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    shown = csr("env", check=False, PYTHONPATH=path, TMPDIR=str(tmp_path))
+    shown = csr_alone("env", check=False, PYTHONPATH=path, TMPDIR=str(tmp_path))
     assert shown.returncode == 1
     assert "Traceback" not in shown.stderr
     assert shown.stderr.startswith("error: internal error: KeyError\nwhy: 'a bug'\nhint: ")
     (kept,) = tmp_path.glob("csr-error-*.txt")
     assert "broken" in kept.read_text()
-    assert "Traceback" in csr("env", "--debug", check=False, PYTHONPATH=path).stderr
+    assert "Traceback" in csr_alone("env", "--debug", check=False, PYTHONPATH=path).stderr
 
 
 def test_an_unwritable_directory_is_an_error(recipe: Path) -> None:

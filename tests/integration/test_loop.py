@@ -23,7 +23,7 @@ from csr_vlm.store import tables
 from csr_vlm.store.progress_file import read_progress
 from csr_vlm.store.run import Run
 from tests.integration.conftest import small_config
-from tests.processes import CSR, results
+from tests.processes import CSR, Fork, csr, results, zygote
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 @pytest.fixture(scope="module")
 def undisturbed(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run.create(tmp_path_factory.mktemp("undisturbed"), config)
-    subprocess.run([*CSR, "run", str(run.root), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+    csr("run", run.root, "--quiet")
     return run
 
 
@@ -101,8 +101,8 @@ def test_a_second_seed_gives_another_ledger(undisturbed: Run, config: RunConfig,
     assert results(run.root)["iteration-1/pairs.parquet"] != results(undisturbed.root)["iteration-1/pairs.parquet"]
 
 
-def start(run: Run) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([*CSR, "run", str(run.root), "--quiet"], stdout=subprocess.DEVNULL, start_new_session=True)
+def start(run: Run) -> Fork:
+    return zygote().start(["run", str(run.root), "--quiet"])
 
 
 def kill_when(run: Run, condition: Callable[[], bool]) -> None:

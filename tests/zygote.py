@@ -1,4 +1,4 @@
-"""Fork runs that are to be killed from a process that has imported everything.
+"""Fork runs and commands from a process that has imported everything.
 
 Requests are lines of JSON on stdin; the result of each is a line of JSON on stdout. A fork
 starts at once where a new interpreter takes ten seconds, so a hundred kills take minutes. A
@@ -100,6 +100,42 @@ def work(request: dict[str, Any]) -> None:
         sys.exit(1)
 
 
+def execute(request: dict[str, Any]) -> None:
+    """Execute a command line in a fork."""
+    from csr_vlm.cli import main
+
+    os.setsid()
+    os.chdir(request["folder"])
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        path = request["out"] if request["out"] == os.devnull else f"{request['out']}/{name}"
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.argv = ["csr", *request["arguments"]]
+    main()
+
+
+def start(request: dict[str, Any]) -> int:
+    """Execute a command line in a fork; return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        execute(request)
+        code = 0
+    except SystemExit as error:
+        code = int(error.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(child: int, *, waits: bool) -> int | None:
+    """Return the exit code of a fork; None while it runs."""
+    reaped, status = os.waitpid(child, 0 if waits else os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if reaped else None
+
+
 def fork(request: dict[str, Any]) -> dict[str, Any]:
     """Run a request in a fork, send it the signals of the request, and return how it ended."""
     reading, writing = os.pipe()
@@ -149,6 +185,10 @@ def _read_output(reading: int, child: int, request: dict[str, Any], started: flo
         output += more
 
 
+def answered(code: int | None, output: str = "") -> dict[str, Any]:
+    return {"code": code, "output": output, "seconds": 0.0, "cpu": 0.0}
+
+
 def serve() -> None:
     import torch
 
@@ -167,7 +207,12 @@ def serve() -> None:
         request = json.loads(line)
         if "shell" in request:
             done = subprocess.run(request["shell"], shell=True, capture_output=True, text=True, check=False)
-            answer = {"code": done.returncode, "output": done.stdout + done.stderr, "seconds": 0.0, "cpu": 0.0}
+            answer = answered(done.returncode, done.stdout + done.stderr)
+        elif "arguments" in request:
+            child = start(request)
+            answer = answered(ended(child, waits=True) if request.get("waits", True) else child)
+        elif "pid" in request:
+            answer = answered(ended(request["pid"], waits=request["waits"]))
         else:
             answer = fork(request)
         print(json.dumps(answer), flush=True)
