@@ -104,6 +104,7 @@ class PairCollator:
         shared = torch.tensor([pair.shared_tokens for pair in taken] * 2)
         is_trained = is_token & (torch.arange(is_token.shape[1]) > shared[:, None])
         token_ids = rows["targets"].flatten()[rows["target_index"].clamp(min=0)]
+        rows["target_index"].masked_fill_(~is_trained[:, 1:], -1)
         mask = rows.get("attention_mask")
         if mask is None:
             widths = torch.tensor([[len(row)] for row in block.rows])
