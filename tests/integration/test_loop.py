@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 from csr_vlm.config.load import resolve
 from csr_vlm.config.schema import RunConfig
 from csr_vlm.core.progress import Silent
+from csr_vlm.core.records import EARLIER_COLUMN
+from csr_vlm.method.claim_evidence import thing_of
 from csr_vlm.pipeline.loop import align
 from csr_vlm.store import tables
 from csr_vlm.store.progress_file import read_progress
@@ -87,6 +90,22 @@ def test_pairs_derive_from_the_ledger_alone(undisturbed: Run) -> None:
         assert pair.chosen.reward > pair.rejected.reward
         leaf = nodes[pair.prompt.prompt_id, pair.chosen.node_id]
         assert pair.chosen.token_ids[-len(leaf.token_ids) :] == leaf.token_ids
+
+
+def test_the_second_ledger_counts_what_the_first_one_claimed(undisturbed: Run) -> None:
+    made: Counter[tuple[str, str]] = Counter()
+    for part in undisturbed.ledger_parts(1):
+        for node in tables.read_nodes(part):
+            assert not any(EARLIER_COLUMN in row for row in node.claims.values())
+            made.update((node.prompt_id, thing) for thing in {thing_of(claim) for claim in node.claims})
+    found = {
+        (node.prompt_id, thing_of(claim)): row[EARLIER_COLUMN]
+        for part in undisturbed.ledger_parts(2)
+        for node in tables.read_nodes(part)
+        for claim, row in node.claims.items()
+    }
+    assert any(found.values())
+    assert found == {key: made[key] for key in found}
 
 
 def test_running_a_finished_run_again_changes_nothing(undisturbed: Run) -> None:

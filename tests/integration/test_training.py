@@ -89,6 +89,8 @@ def test_the_first_loss_is_log_two_and_the_reference_comes_from_the_ledger(pairs
     assert result["reference"] == "ledger"
     assert result["reference_difference"] < 1e-4
     assert float(result["log"][0]["loss"]) == pytest.approx(0.693147, abs=1e-4)
+    assert any(pair.shared_tokens for pair in pairs)
+    assert float(result["log"][0]["rewards/chosen"]) == pytest.approx(0, abs=1e-4), "shared tokens count on one side"
     assert float(result["log"][-1]["rewards/margins"]) > 0
 
 

@@ -10,7 +10,15 @@ import pytest
 
 from csr_vlm.config.schema import ClaimsConfig, MethodConfig, RewardConfig
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Finish, Node, NodeStatus, Prompt, negatives_column, spread_column
+from csr_vlm.core.records import (
+    EARLIER_COLUMN,
+    Finish,
+    Node,
+    NodeStatus,
+    Prompt,
+    negatives_column,
+    spread_column,
+)
 from csr_vlm.method import audit
 from csr_vlm.method.claim_evidence import Evidence, claim_key, thing_of, words_of
 from csr_vlm.method.pairs import make_pairs
@@ -52,6 +60,18 @@ def test_what_is_said_often_weighs_more_in_the_effect_and_has_the_consistency_te
     assert evidence.effects["clip"] == pytest.approx(delta)
     assert evidence.nats["boat"] == pytest.approx(delta * 2 - delta**2 / 2 + min(1, delta) * math.log(3 / 2))
     assert evidence.nats["fish"] == pytest.approx(-(delta**2) / 2 + min(1, delta) * math.log(1 / 2))
+
+
+def test_after_the_first_iteration_what_earlier_policies_said_is_consistent() -> None:
+    nodes = [said(str(at), "A boat.", {"boat": 2.0}) for at in range(3)] + [said("3", "A fish.", {"fish": 2.0})]
+    made = {"boat": 1.0, "fish": 6.0}
+    nodes = [replace(n, claims={c: {**row, EARLIER_COLUMN: made[c]} for c, row in n.claims.items()}) for n in nodes]
+    evidence = Evidence.of(nodes, CLAIM.model_copy(update={"consistency": 1.0}), "clip")
+    # 1.5 and 6.5 with mean 4; what this iteration's samples say three times and once does not count.
+    assert evidence.log_frequencies == {
+        "boat": pytest.approx(math.log(1.5 / 4)), "fish": pytest.approx(math.log(6.5 / 4)),
+    }  # fmt: skip
+    assert evidence.nats["fish"] - evidence.nats["boat"] == pytest.approx(math.log(6.5 / 1.5))
 
 
 def test_a_scorer_that_sees_nothing_gives_no_evidence() -> None:
@@ -257,6 +277,13 @@ def test_claims_are_scored_once_an_image_with_spread_and_nearest_images() -> Non
     assert again == found
     assert none == {}
     assert scorer.calls.count(("a1", text)) == 1
+
+
+def test_claims_get_the_number_of_sentences_of_the_iterations_before() -> None:
+    group = ScorerGroup([Cosines({})])
+    claims = ClaimScorer(group, ClaimsConfig(), {("a", "boat"): 7})
+    (found,) = claims([(Prompt("a", "a", ""), "A red boat near a tree.")])
+    assert {claim: row[EARLIER_COLUMN] for claim, row in found.items()} == {"boat": 7, "boat/red": 7, "tree": 0}
 
 
 def test_a_red_boat_is_two_claims() -> None:

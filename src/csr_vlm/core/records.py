@@ -44,6 +44,10 @@ def nearest_column(scorer: str) -> str:
     return f"{scorer}:nearest"
 
 
+EARLIER_COLUMN = "mentions:earlier"
+"""Name of the ledger column with the number of sampled sentences of all iterations before that make a claim."""
+
+
 class Finish(StrEnum):
     """Enumerate the reasons why a candidate sentence ends."""
 

@@ -18,8 +18,10 @@ The evidence is the log-likelihood ratio of z under N(delta, 1), present, and N(
     e(c) = delta z(c) - delta^2 / 2 + kappa min(delta, 1) log(m(c) / mean m)
 
 The last term is self-consistency: m(c) is the number of sampled sentences that make the claim, and
-kappa is ``method.reward.consistency``. A scorer that sees nothing has delta near 0, and gives no
-evidence for or against anything.
+kappa is ``method.reward.consistency``. From the second iteration on, m(c) is 1/2 plus the number of
+those of all iterations before: a false claim that the scorer believes becomes more frequent by
+training, and the trained policy's own samples would confirm it. A scorer that sees nothing has delta
+near 0, and gives no evidence for or against anything.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean, median
 
 from csr_vlm.config.schema import RewardConfig
 from csr_vlm.core.errors import CsrError
-from csr_vlm.core.records import Node, negatives_column, spread_column
+from csr_vlm.core.records import EARLIER_COLUMN, Node, negatives_column, spread_column
 
 _OF = "/"
 """Separates a thing from its color in the name of a claim."""
@@ -76,13 +78,16 @@ class Evidence:
     scorer: str
     """Scorer, or several as A+B, whose mean evidence counts."""
     config: RewardConfig
+    earlier: Mapping[str, float] = field(default_factory=dict)
+    """Thing to the number of sampled sentences of all iterations before that mention it; empty in the first."""
 
     @classmethod
     def of(cls, nodes: Sequence[Node], config: RewardConfig, scorer: str) -> Evidence:
         """Collect the claims of a tree, duplicates and filtered candidates included: they are samples as well."""
         scores = {claim: columns for node in nodes for claim, columns in node.claims.items()}
         mentions = Counter(thing for node in nodes for thing in {thing_of(claim) for claim in node.claims})
-        return cls(scores, mentions, scorer, config)
+        earlier = {thing: scores[thing][EARLIER_COLUMN] for thing in mentions if EARLIER_COLUMN in scores[thing]}
+        return cls(scores, mentions, scorer, config, earlier)
 
     @cached_property
     def effects(self) -> Mapping[str, float]:
@@ -92,11 +97,17 @@ class Evidence:
     @cached_property
     def nats(self) -> Mapping[str, float]:
         """Return the evidence for each thing that the tree claims, and for each thing with its color."""
-        mean_mentions = fmean(self.mentions.values()) if self.mentions else 1.0
         return {
-            claim: self.weigh(columns) + self._consistency * math.log(self.mentions[thing_of(claim)] / mean_mentions)
+            claim: self.weigh(columns) + self._consistency * self.log_frequencies[thing_of(claim)]
             for claim, columns in self.scores.items()
         }
+
+    @cached_property
+    def log_frequencies(self) -> Mapping[str, float]:
+        """Return log(m / mean m) of each thing."""
+        made = {thing: self.earlier.get(thing, 0) + 0.5 for thing in self.mentions} if self.earlier else self.mentions
+        mean = fmean(made.values()) if made else 1.0
+        return {thing: math.log(number / mean) for thing, number in made.items()}
 
     @property
     def zero_line(self) -> float | None:

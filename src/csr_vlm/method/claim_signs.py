@@ -7,7 +7,6 @@ image, or the number of samples that make a claim.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -54,10 +53,11 @@ def claim_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConf
         }
         return _successes(gap for thing, gap in gaps.items() for _ in range(evidence.mentions[thing]))
 
+    often = evidence.log_frequencies
     compared = [
-        (evidence.mentions[a] - evidence.mentions[b]) * (evidence.weigh(things[a]) - evidence.weigh(things[b]))
+        (often[a] - often[b]) * (evidence.weigh(things[a]) - evidence.weigh(things[b]))
         for a, b in combinations(sorted(things), 2)
-        if evidence.mentions[a] != evidence.mentions[b]
+        if often[a] != often[b]
     ]
     columns = {column for row in things.values() for column in row if ":" not in column}
     second = sorted(columns - set(names))
@@ -70,7 +70,7 @@ def claim_signs(nodes: Sequence[Node], pairs: Sequence[Pair], method: MethodConf
 
         gaps = [value(pair.chosen) - value(pair.rejected) for pair in pairs]
     values = tuple(
-        (fmean(evidence.significance(row, name) for name in names), math.log(evidence.mentions[thing] / frequent))
+        (fmean(evidence.significance(row, name) for name in names), often[thing])
         for thing, row in sorted(things.items())
     )
     return ClaimSigns(

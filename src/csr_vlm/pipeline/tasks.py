@@ -23,6 +23,7 @@ from csr_vlm.core.progress import Progress
 from csr_vlm.core.records import Node, Prompt
 from csr_vlm.method.search import Proposer, Score, ScoreClaims, Search, Tree, search
 from csr_vlm.pipeline.claim_questions import ClaimQuestioner
+from csr_vlm.pipeline.earlier_claims import EarlierClaims
 from csr_vlm.pipeline.failed_prompts import (
     is_of_one_prompt,
     is_out_of_memory,
@@ -60,6 +61,7 @@ class SearchWorker:
         config, adapter = self._run.config, self._run.adapter_path(iteration - 1)
         self._device = device_name(config.model.device)
         self._scorer = load_run_scorer(config, adapter)
+        self._earlier = EarlierClaims(self._run, iteration if config.method.uses_claims else 1)
         self._resources = ExitStack()
         # Runs of version 0.1 may begin with a prompt that the processor refuses.
         example = next(usable_prompts(self._filler_prompts, config), self._filler_prompts[0])
@@ -96,7 +98,8 @@ class SearchWorker:
         """
         prompts, part = self._groups[item], self._part(item)
         if not part.exists():
-            trees, failed = search_or_drop(prompts, lambda some: self._search(some, prompts))
+            earlier = self._earlier.of(item, prompts)
+            trees, failed = search_or_drop(prompts, lambda some: self._search(some, prompts, earlier))
             return self._finish(item, trees, failed)
         failures = self._run.failures_path(self._iteration, item)
         self._failed |= files.read_document(failures) if failures.exists() else {}
@@ -125,11 +128,15 @@ class SearchWorker:
         }
         return ItemResult(num_prompts, tally)
 
-    def _search(self, prompts: Sequence[Prompt], group: Sequence[Prompt]) -> list[Tree]:
-        fillers, config = self._filler_prompts, self._run.config
+    def _search(
+        self, prompts: Sequence[Prompt], group: Sequence[Prompt], earlier: Mapping[tuple[str, str], int] | None
+    ) -> list[Tree]:
+        fillers, engine, config = self._filler_prompts, self._engine, self._run.config
         while True:
             try:
-                return search_trees(prompts, fillers, self._engine, self._scorer, config, self._iteration, group=group)
+                return search_trees(
+                    prompts, fillers, engine, self._scorer, config, self._iteration, group=group, earlier=earlier
+                )
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -158,7 +165,8 @@ class SearchWorker:
         self._num_opened += 1
         scorer = ScorerGroup(self._scorer.scorers)
         scorer.set_negative_images(with_gray_image([*prompts, *self._filler_prompts]), config.scorer.others)
-        return OpenItem(item, prompts, scorer.score, claim_scorer(scorer, config))
+        claims = claim_scorer(scorer, config, self._earlier.of(item, prompts))
+        return OpenItem(item, prompts, scorer.score, claims)
 
     def _advance(self, stream: ItemStream) -> Iterator[ItemResult]:
         """Grow the trees of the stream; write the parts that ended."""
@@ -301,6 +309,7 @@ def search_trees(
     iteration: int,
     *,
     group: Sequence[Prompt] | None = None,
+    earlier: Mapping[tuple[str, str], int] | None = None,
 ) -> list[Tree]:
     """Search the responses to a group of prompts (section 3.2.1) and score every sentence.
 
@@ -312,6 +321,7 @@ def search_trees(
         config: Settings of search and method, and the seed.
         iteration: Iteration of the ledger.
         group: Prompts whose images are each other's negatives; by default those to respond to.
+        earlier: Number of sampled sentences of the iterations before, by prompt and claimed thing; None in the first.
 
     Returns:
         One tree per prompt.
@@ -327,18 +337,20 @@ def search_trees(
             iteration=iteration,
             seed=config.seed,
             scorer=config.scorer.used,
-            score_claims=claim_scorer(scorer, config),
+            score_claims=claim_scorer(scorer, config, earlier),
         )
     finally:
         engine.forget()
         scorer.forget()
 
 
-def claim_scorer(scorer: ScorerGroup, config: RunConfig) -> ClaimScorer | None:
+def claim_scorer(
+    scorer: ScorerGroup, config: RunConfig, earlier: Mapping[tuple[str, str], int] | None = None
+) -> ClaimScorer | None:
     """Return what finds and scores the claims of sentences; None if the settings do not use claims."""
     from csr_vlm.scoring.claim_scorer import ClaimScorer
 
-    return ClaimScorer(scorer, config.method.claims) if config.method.uses_claims else None
+    return ClaimScorer(scorer, config.method.claims, earlier) if config.method.uses_claims else None
 
 
 def train_policy(root: Path, iteration: int, processes: int, progress: Progress) -> dict[str, Any]:

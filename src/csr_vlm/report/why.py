@@ -107,11 +107,14 @@ class ClaimReasons:
         reward, nats = self._config.method.reward, self._nats[claim]
         scorer = self._evidence.weigh(self._evidence.scores[claim])
         mentions = self._evidence.mentions[thing_of(claim)]
+        made = f"made by {mentions} of {self._num_sentences} sampled sentences"
+        if earlier := self._evidence.earlier:
+            made += f", and {earlier.get(thing_of(claim), 0):.0f} of the iterations before"
         worth = worth_of(nats, reward)
         facts = [
             f"{signed(nats, 1)} nats",
             f"scorer {signed(scorer, 1)}",
-            f"made by {mentions} of {self._num_sentences} sampled sentences ({signed(nats - scorer, 1)})",
+            f"{made} ({signed(nats - scorer, 1)})",
         ]
         rules = []
         if abs(nats) > reward.max_evidence:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from csr_vlm.config.schema import ClaimsConfig
-from csr_vlm.core.records import Prompt
-from csr_vlm.method.claim_evidence import claim_key, words_of
+from csr_vlm.core.records import EARLIER_COLUMN, Prompt
+from csr_vlm.method.claim_evidence import claim_key, thing_of, words_of
 from csr_vlm.method.claims import claim_finder
 from csr_vlm.scoring.scorer import ScorerGroup
 
@@ -17,11 +17,15 @@ class ClaimScorer:
     Args:
         group: Scorers; their negative images must be set before the first call.
         config: Lexicon of the things that can be claimed, and the caption of a claim.
+        earlier: Number of sampled sentences of the iterations before, by prompt and thing; None in the first.
     """
 
-    def __init__(self, group: ScorerGroup, config: ClaimsConfig) -> None:
+    def __init__(
+        self, group: ScorerGroup, config: ClaimsConfig, earlier: Mapping[tuple[str, str], int] | None = None
+    ) -> None:
         self._group = group
         self._config = config
+        self._earlier = earlier
         self._finder = claim_finder(config.lexicon)
         self._known: dict[tuple[str, str], dict[str, float]] = {}
         """Cosines by image and claim."""
@@ -43,7 +47,12 @@ class ClaimScorer:
         new = {(p.image, claim): p for p, claim in items if (p.image, claim) not in self._known}
         captions = [(prompt, self._written(claim)) for (_, claim), prompt in new.items()]
         self._known |= dict(zip(new, self._group.score_claims(captions), strict=True))
-        return [self._known[prompt.image, claim] for prompt, claim in items]
+        return [self._known[prompt.image, claim] | self._made_earlier(prompt, claim) for prompt, claim in items]
+
+    def _made_earlier(self, prompt: Prompt, claim: str) -> dict[str, float]:
+        if self._earlier is None:
+            return {}
+        return {EARLIER_COLUMN: float(self._earlier.get((prompt.prompt_id, thing_of(claim)), 0))}
 
     def forget(self) -> None:
         """Drop the known scores; called between work items, whose negative images differ."""
