@@ -1,4 +1,4 @@
-"""Test the main claim at a small scale: one seed, two iterations, 300 test scenes. See also ``make evidence``."""
+"""Test the main claim at a small scale: one seed, three iterations, 300 test scenes. See also ``make evidence``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from csr_vlm.pipeline.loop import align
 from csr_vlm.store.run import Run
 from csr_vlm.world.demo import demo_config
 
-ITERATIONS = 2
+ITERATIONS = 3
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_present_objects_are_still_named(run: Run) -> None:
     assert after["recall"] > before["recall"] - 0.01
     assert after["companion_recall"] > before["companion_recall"] - 0.03
     assert after["attributes_right"] > before["attributes_right"] - 0.005
-    assert after["repeats"] < before["repeats"] + 0.1, "about 0.06 after two iterations (docs/log.md)"
+    assert after["repeats"] < before["repeats"] + 0.03
     assert after["complete"] == 1.0
 
 
@@ -55,6 +55,7 @@ def test_every_iteration_improves_and_passes_its_gates(run: Run) -> None:
     rates = [values(run, number)["chair_s"] for number in range(ITERATIONS + 1)]
     assert rates[1] < rates[0] - 0.1
     assert rates[2] < rates[1]
+    assert rates[3] < rates[2] + 0.01, "little is left to improve"
     for number in range(1, ITERATIONS + 1):
         assert not run.result(number, "audit")["stopped"]
         assert not run.result(number, "gate")["stopped"]

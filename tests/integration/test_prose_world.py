@@ -62,11 +62,12 @@ def test_a_killed_build_resumes_to_the_same_weights(
     def kill(*_: object) -> None:
         nonlocal done
         done += 1
-        if done == 16:
+        if done in (6, 16):
             raise _Killed
 
-    with pytest.raises(_Killed):
-        build_prose(tmp_path, SMALL, kill)
+    for _ in range(2):
+        with pytest.raises(_Killed):
+            build_prose(tmp_path, SMALL, kill)
     log = build_prose(tmp_path, SMALL)
     assert log["sha256"] == file_hashes(tmp_path) == file_hashes(undisturbed)
     assert not (tmp_path / "work").exists()

@@ -21,13 +21,13 @@ class EarlierClaims:
     """
 
     def __init__(self, run: Run, iteration: int) -> None:
+        earlier = range(1, iteration) if run.config.method.uses_claims else ()
         self._parts: list[dict[int, Path]] = [
-            {item: part for part in run.ledger_parts(number) for item in parts.items_of(part)}
-            for number in range(1, iteration)
+            {item: part for part in run.ledger_parts(number) for item in parts.items_of(part)} for number in earlier
         ]
 
     def of(self, item: int, prompts: Sequence[Prompt]) -> Counter[tuple[str, str]] | None:
-        """Count the sampled sentences that make each claim, by prompt and thing; None in the first iteration."""
+        """Count the sampled sentences that make each claim, by prompt and thing; None in the first iteration, and without claims."""
         if not self._parts:
             return None
         ids = [prompt.prompt_id for prompt in prompts]

@@ -61,7 +61,7 @@ class SearchWorker:
         config, adapter = self._run.config, self._run.adapter_path(iteration - 1)
         self._device = device_name(config.model.device)
         self._scorer = load_run_scorer(config, adapter)
-        self._earlier = EarlierClaims(self._run, iteration if config.method.uses_claims else 1)
+        self._earlier = EarlierClaims(self._run, iteration)
         self._resources = ExitStack()
         # Runs of version 0.1 may begin with a prompt that the processor refuses.
         example = next(usable_prompts(self._filler_prompts, config), self._filler_prompts[0])
