@@ -27,7 +27,10 @@ class EarlierClaims:
         ]
 
     def of(self, item: int, prompts: Sequence[Prompt]) -> Counter[tuple[str, str]] | None:
-        """Count the sampled sentences that make each claim, by prompt and thing; None in the first iteration, and without claims."""
+        """Count the sampled sentences that make each claim, by prompt and thing.
+
+        None in the first iteration, and if the settings do not use claims.
+        """
         if not self._parts:
             return None
         ids = [prompt.prompt_id for prompt in prompts]
