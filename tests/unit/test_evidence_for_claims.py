@@ -155,8 +155,10 @@ def preferred(nodes: list[Node], **pairs: object) -> set[tuple[str, str]]:
 
 def test_pairs_cross_the_zero_line_and_follow_a_clean_context() -> None:
     # Nothing follows the false one, and what claims nothing is not rejected.
-    assert preferred(tree(), false_below=-1.0) == {("0", "1"), ("0.2", "0.0"), ("0.2", "0.1")}
-    assert preferred(tree(), false_below=-50.0) == {("0.2", "0.0")}, "no sentence is false enough to be rejected"
+    # Boat and sail have 2.8 nats, fish and shark -1.9.
+    assert preferred(tree(), false_below=-1.0, true_above=2.0) == {("0", "1"), ("0.2", "0.0"), ("0.2", "0.1")}
+    assert preferred(tree(), false_below=-1.0) == {("0", "1"), ("0.2", "0.1")}, "not true enough to go on"
+    assert preferred(tree(), true_above=2.0) == {("0.2", "0.0")}, "no sentence is false enough to be rejected"
 
 
 def test_ending_is_preferred_to_false_claims_alone() -> None:
@@ -166,8 +168,8 @@ def test_ending_is_preferred_to_false_claims_alone() -> None:
     assert ("0.0", "0.2") not in preferred(weak)
 
 
-def test_a_sentence_beats_ending_only_if_its_most_doubtful_claim_has_the_margin() -> None:
-    # With a delta of 2.3: boat and sail +6.6 nats each, mast +1.9. The sum of sail and mast is beyond any margin below.
+def test_a_sentence_beats_ending_only_if_its_most_doubtful_claim_is_judged_true() -> None:
+    # With a delta of 2.3: boat and sail +6.6 nats each, mast +1.9. The sum of sail and mast is above any limit below.
     nodes = [
         said("0", "A boat.", {"boat": 4.0}, status=NodeStatus.TOP),
         said("0.0", "", {}, **END),
@@ -178,8 +180,9 @@ def test_a_sentence_beats_ending_only_if_its_most_doubtful_claim_has_the_margin(
     assert nats["sail"] > 6
     assert 1 < nats["mast"] < 2
     assert sentence_rewards(nodes, settings, "clip")["0.1"].lowest == pytest.approx(nats["mast"])
-    assert preferred(nodes, min_margin=1.0) == {("0.1", "0.0")}
-    assert preferred(nodes, min_margin=2.5) == set()
+    assert preferred(nodes, true_above=1.0) == {("0.1", "0.0")}
+    assert preferred(nodes, true_above=2.0) == set()
+    assert preferred(nodes, true_above=1.0, min_margin=50.0) == {("0.1", "0.0")}, "the margin is for what is said"
 
 
 def test_ending_beats_a_sentence_by_its_most_doubtful_claim() -> None:
@@ -210,6 +213,19 @@ def test_a_sentence_that_repeats_an_earlier_one_is_never_preferred() -> None:
     assert preferred([boat, again, fish, mood]) == {("0.2", "0.1")}
 
 
+def test_ending_is_preferred_to_a_repeat_where_all_that_has_evidence_is_said() -> None:
+    boat, again = said("0", "A boat.", {"boat": 4.0}), said("0.0", "The boat again.", {"boat": 4.0})
+    end, fish = said("0.1", "", {}, **END), said("1", "A fish.", {"fish": -4.0})
+    assert preferred([boat, again, end, fish], min_margin=50.0) == {("0.1", "0.0")}, "a repeat needs no margin"
+    assert preferred([boat, again, fish], min_margin=50.0) == set(), "the policy would not end"
+    sail = said("2", "A sail.", {"sail": 4.0})
+    assert preferred([boat, again, end, fish, sail], min_margin=50.0) == set(), "the sail is not said"
+    unseen = [said("0", "A boat.", {"boat": 0.0}), said("0.0", "The boat again.", {"boat": 0.0}), end]
+    assert preferred(unseen) == set(), "a scorer that sees nothing does not know what is left to say"
+    said_as_well = replace(said("0.2", "A sail.", {"sail": 4.0}), text=" A sail.")
+    assert preferred([boat, again, end, said_as_well], min_margin=1.0) == {("0.2", "0.1"), ("0.2", "0.0")}
+
+
 def test_a_sentence_with_a_claim_against_the_evidence_is_never_preferred() -> None:
     # "A boat, a sail and a shark" is worth most, but the shark is not there: the plain boat is preferred to the fish.
     nodes = [
@@ -225,7 +241,7 @@ def test_a_sentence_with_a_claim_against_the_evidence_is_never_preferred() -> No
 
 
 def test_reasons_tell_no_evidence_from_a_small_margin() -> None:
-    method = config(method={"pairs": {"min_margin": 50.0}}).method
+    method = config(method={"pairs": {"min_margin": 50.0, "true_above": 50.0}}).method
     assert make_pairs(prompt("p"), tree(), method, "clip", 0) == "margin"
     assert make_pairs(prompt("p"), tree(true=-1.0), method, "clip", 0) == "no_evidence"
 

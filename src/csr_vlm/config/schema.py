@@ -316,6 +316,12 @@ class PairsConfig(_Section):
         description="Evidence for a sentence's most doubtful claim, in nats, at which it is judged false; other "
         "sentences are not rejected (reward.unit: claim).",
     )
+    true_above: float = Field(
+        default=3.0,
+        ge=0,
+        description="Evidence for a sentence's most doubtful claim, in nats, from which ending instead is rejected "
+        "(reward.unit: claim).",
+    )
     require_complete: bool = Field(
         default=True, description="Use only responses, or sentences, that were not cut off by a limit."
     )

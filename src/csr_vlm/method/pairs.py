@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from csr_vlm.config.schema import MethodConfig
 from csr_vlm.core.batching import evenly_spaced
 from csr_vlm.core.records import Finish, Node, NodeStatus, Pair, Prompt, Response
+from csr_vlm.method.claim_evidence import Evidence, thing_of
 from csr_vlm.method.reward import (
     NOT_CANDIDATES,
     SentenceReward,
@@ -38,6 +39,8 @@ class _Option:
     """Evidence for the most doubtful claim that its last sentence adds; 0 for ending."""
     ends: bool = False
     """Whether it only ends the response, without a sentence."""
+    says_all: bool = False
+    """Whether its partial response names everything in the tree that has evidence."""
 
     @property
     def value(self) -> float:
@@ -81,8 +84,11 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
     With ``reward.unit: claim``, a sentence is as good as its most doubtful claim: the margin is the
     difference in the evidence for these claims, and ending, or claiming nothing, counts 0. No sentence
     of the partial response may be judged false (R_I < 0), no claim of the chosen side may have
-    evidence against it, and what repeats an earlier sentence is never chosen. Rejected are only a
-    sentence with a claim that is judged false (``false_below``), a sentence that repeats, and ending.
+    evidence against it, and what repeats an earlier sentence is never chosen. Rejected are only:
+
+    - a sentence with a claim that is judged false (``false_below``), or that repeats, by the margin
+    - ending, if the best sentence is judged true (``true_above``)
+    - a sentence that repeats, if ending is best and the partial response names all that has evidence
 
     Pairs are sorted by decreasing margin if ``selection`` is ``extremes``.
 
@@ -107,7 +113,7 @@ def make_pairs(prompt: Prompt, nodes: Sequence[Node], method: MethodConfig, scor
     config = method.pairs
     rewards = sentence_rewards(nodes, method, scorer)
     if config.between == "siblings":
-        groups, limit = _sibling_options(nodes, rewards, method), config.per_node
+        groups, limit = _sibling_options(nodes, rewards, method, scorer), config.per_node
     else:
         groups, limit = [_response_options(nodes, method, scorer)], config.per_prompt
     groups = [group for group in groups if len(group) > 1]
@@ -157,7 +163,7 @@ def _response_options(nodes: Sequence[Node], method: MethodConfig, scorer: str) 
 
 
 def _sibling_options(
-    nodes: Sequence[Node], rewards: Mapping[str, SentenceReward], method: MethodConfig
+    nodes: Sequence[Node], rewards: Mapping[str, SentenceReward], method: MethodConfig, scorer: str
 ) -> list[list[_Option]]:
     """Return a group of options for each partial response: its continuations, each with the reward of its sentence.
 
@@ -175,6 +181,12 @@ def _sibling_options(
         return method.reward.unit == "sentence" or all(
             rewards[node_id].image >= 0 for node_id in path_ids(parent_id) if node_id in rewards
         )
+
+    seen = _things_with_evidence(nodes, method, scorer)
+
+    def says_all(parent_id: str) -> bool:
+        path = path_ids(parent_id) if parent_id else []
+        return bool(seen) and seen <= {thing_of(claim) for node_id in path for claim in by_id[node_id].claims}
 
     def repeats(node: Node) -> bool:
         return bool(node.sentence) and rewards[node.node_id].repeated
@@ -200,12 +212,20 @@ def _sibling_options(
                 repeats(node),
                 lowest(node),
                 ends=not node.sentence,
+                says_all=says_all(parent_id),
             )
             for node in siblings
         ]
         for parent_id, siblings in children.items()
         if is_clean(parent_id)
     ]
+
+
+def _things_with_evidence(nodes: Sequence[Node], method: MethodConfig, scorer: str) -> set[str]:
+    if not method.compares_claims:
+        return set()
+    nats = Evidence.of(nodes, method.reward, scorer).nats
+    return {claim for claim in nats if claim == thing_of(claim) and nats[claim] > 0}
 
 
 def _response(last: Node, by_id: Mapping[str, Node], reward: float) -> Response:
@@ -258,16 +278,21 @@ def _claim_preferences(
 
     A sum would let a certain claim carry a doubtful one, and prefer sentences that claim more.
     """
+    config = method.pairs
     new = [option for option in options if not option.repeats]
     best = max(new, key=lambda option: (option.lowest, option.value), default=None)
     if best is None or best.lowest < 0:
         return []
-    rejected = [
-        other
-        for other in options
-        if (other.ends or other.repeats or other.lowest <= method.pairs.false_below)
-        and method.lambda_ * (best.lowest - other.lowest) > min_margin
-    ]
+
+    def is_worse(other: _Option) -> bool:
+        if other.ends:
+            return best.lowest >= config.true_above
+        if other.repeats and best.ends and best.says_all:
+            return True
+        exceeds = method.lambda_ * (best.lowest - other.lowest) > min_margin
+        return exceeds and (other.repeats or other.lowest <= config.false_below)
+
+    rejected = [other for other in options if is_worse(other)]
     return [_with_values(best, other) for other in sorted(rejected, key=lambda other: other.lowest)]
 
 
