@@ -29,7 +29,7 @@ golden: $(VENV)/.installed-dev  ## record a small run's values before a change, 
 	$(BIN)/python benchmarks/golden.py build/golden.json
 
 test: $(VENV)/.installed-dev lint  ## every check that CI runs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=150
 
 docs: $(DOCS_VENV)/.installed  ## the documentation as a site in build/site; a warning is an error
 	$(DOCS_VENV)/bin/mkdocs build --strict --quiet

@@ -50,10 +50,6 @@ def test_present_objects_are_still_named(run: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    reason="known regression: 0.06 repeats a response, since self-consistency counts earlier samples (docs/log.md)",
-)
 def test_responses_do_not_repeat_themselves(run: Run) -> None:
     before, after = values(run, 0), values(run, ITERATIONS)
     assert after["repeats"] < before["repeats"] + 0.03
