@@ -29,7 +29,7 @@ golden: $(VENV)/.installed-dev  ## record a small run's values before a change, 
 	$(BIN)/python benchmarks/golden.py build/golden.json
 
 test: $(VENV)/.installed-dev lint  ## every check that CI runs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=150
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: $(DOCS_VENV)/.installed  ## the documentation as a site in build/site; a warning is an error
 	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
@@ -58,7 +58,7 @@ test-exports: $(VENV)/.installed-dev $(LLAMAFACTORY_VENV)/.installed $(SWIFT_VEN
 
 test-newest:  ## the quick tests with the newest release of every dependency, in a new environment; for a nightly job
 	rm -rf $(NEWEST_VENV) && $(PYTHON) -m venv $(NEWEST_VENV)
-	$(NEWEST_VENV)/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]' num2words
+	$(NEWEST_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile --upgrade --upgrade-strategy eager -e '.[dev]' num2words
 	$(NEWEST_VENV)/bin/python -m pip list --outdated --disable-pip-version-check
 	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/pytest -q -n 2 -m "not slow" tests/unit
 
@@ -74,7 +74,7 @@ test-faults: $(VENV)/.installed-dev  ## a hundred kills, failing disks, a thousa
 
 .venv-audit/.installed:
 	$(PYTHON) -m venv .venv-audit
-	.venv-audit/bin/python -m pip install -q --disable-pip-version-check bandit==1.9.4 pip-audit==2.10.1
+	.venv-audit/bin/python -m pip install -q --disable-pip-version-check --no-compile bandit==1.9.4 pip-audit==2.10.1
 	touch $@
 
 audit-dependencies: .venv-audit/.installed  ## known vulnerabilities of the pinned packages; needs the network
@@ -112,15 +112,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' num2words
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]' num2words
 	# torchvision as it is published is a CUDA build: its Python part serves the tests of some processors, but beside
 	# a CPU build of torch it must not be in the way of anything else. So it lies where only the tests look.
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps --upgrade \
 		--target $(VENV)/only-for-tests torchvision
 	touch $@
 

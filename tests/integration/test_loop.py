@@ -129,7 +129,7 @@ def kill_when(run: Run, condition: Callable[[], bool]) -> None:
     process = start(run)
     while not condition():
         assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
+        time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

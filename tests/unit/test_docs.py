@@ -56,10 +56,15 @@ def examples() -> list[Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def reference() -> dict[str, str]:
+    return pages()
+
+
 @pytest.mark.parametrize("name", ["architecture.md", "configuration.md", "commands.md", "presets.md"])
-def test_the_reference_is_current(name):
+def test_the_reference_is_current(reference, name):
     written = (HERE / name).read_text(encoding="utf-8")
-    assert written == pages()[name], "run: make docs-pages"
+    assert written == reference[name], "run: make docs-pages"
 
 
 def test_the_architecture_page_describes_every_module():
