@@ -1,5 +1,7 @@
 # Two commands do everything on a fresh machine: make demo, make test.
 PYTHON ?= python3
+# What is imported is compiled once, by the commands below; an installation that compiled all of it would take a minute more.
+unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 BIN := $(VENV)/bin
 EVAL_VENV := .venv-eval
@@ -58,7 +60,7 @@ test-exports: $(VENV)/.installed-dev $(LLAMAFACTORY_VENV)/.installed $(SWIFT_VEN
 
 test-newest:  ## the quick tests with the newest release of every dependency, in a new environment; for a nightly job
 	rm -rf $(NEWEST_VENV) && $(PYTHON) -m venv $(NEWEST_VENV)
-	$(NEWEST_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile --upgrade --upgrade-strategy eager -e '.[dev]' num2words
+	$(NEWEST_VENV)/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]' num2words
 	$(NEWEST_VENV)/bin/python -m pip list --outdated --disable-pip-version-check
 	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/pytest -q -n 2 -m "not slow" tests/unit
 
@@ -74,7 +76,7 @@ test-faults: $(VENV)/.installed-dev  ## a hundred kills, failing disks, a thousa
 
 .venv-audit/.installed:
 	$(PYTHON) -m venv .venv-audit
-	.venv-audit/bin/python -m pip install -q --disable-pip-version-check --no-compile bandit==1.9.4 pip-audit==2.10.1
+	.venv-audit/bin/python -m pip install -q --disable-pip-version-check bandit==1.9.4 pip-audit==2.10.1
 	touch $@
 
 audit-dependencies: .venv-audit/.installed  ## known vulnerabilities of the pinned packages; needs the network
