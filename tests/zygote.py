@@ -10,6 +10,7 @@ OSError; or every operation is slow. ``within`` is a part of the paths that a pl
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import random
@@ -194,13 +195,19 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     from csr_vlm.cli.console import quiet_libraries
+    from csr_vlm.method.claims import claim_finder
 
     quiet_libraries()
     for module in ("pipeline.loop", "cli.app", "training.dpo", "generation.transformers_engine",
                    "generation.self_check", "scoring.registry", "scoring.transformers_encoder",
-                   "world.scene_evaluation", "evaluation.heldout"):  # fmt: skip
+                   "world.scene_evaluation", "evaluation.heldout", "report.html", "training.trial"):  # fmt: skip
         __import__(f"csr_vlm.{module}")
-    __import__("matplotlib.pyplot")
+    for module in ("matplotlib.pyplot", "scipy.stats", "transformers.models.clip.modeling_clip",
+                   "transformers.models.llava.modeling_llava", "transformers.models.llama.modeling_llama"):  # fmt: skip
+        __import__(module)
+    claim_finder()
+    gc.collect()
+    gc.freeze()  # forks collect only what they make themselves
 
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:

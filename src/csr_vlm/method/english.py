@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from csr_vlm.method.lexicon import Claim, Lexicon
 
@@ -241,16 +242,27 @@ def plurals(names: Mapping[str, str]) -> dict[str, str]:
         >>> plurals({"wine glass": "glass", "cactus": "cactus"})
         {'wine glasses': 'glass', 'cactuses': 'cactus', 'cacti': 'cactus'}
     """
-    import inflect
-
     found: dict[str, str] = {}
     for is_classical in (False, True):
-        engine = inflect.engine()
+        engine = _inflect().engine()
         engine.classical(all=is_classical)
         for wording, name in names.items():
             *modifiers, head = wording.split(" ")
             found.setdefault(" ".join([*modifiers, engine.plural_noun(head)]), name)  # type: ignore[arg-type]
     return found
+
+
+def _inflect() -> Any:
+    """Import inflect without the type checks that it compiles into its source, which takes two seconds."""
+    import typeguard
+
+    typechecked = typeguard.typechecked
+    typeguard.typechecked = lambda target: target  # type: ignore[assignment]
+    try:
+        import inflect
+    finally:
+        typeguard.typechecked = typechecked
+    return inflect
 
 
 def _heads(nouns: Sequence[_Span], words: Sequence[str]) -> list[_Span]:
