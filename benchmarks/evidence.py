@@ -92,13 +92,30 @@ def _tuning(name: str, overrides: str, **more: Any) -> list[Job]:
     return [Job(name, "settings", overrides, seed, scenes=500, split="development", **more) for seed in SEEDS]
 
 
-def _ablation(name: str, overrides: str) -> list[Job]:
-    """Define the jobs that change one part of the method, on development scenes."""
-    return [Job(name, "ablations", overrides, seed, scenes=500, split="development") for seed in SEEDS]
-
-
 BASELINE_SIZE = {"prompts": 48, "scenes": 200}
 """Small, so that all presets and seeds take less than an hour on two cores."""
+
+ABLATIONS = {
+    "calibrated": "",
+    "no self-consistency": "method.reward.consistency=0",
+    "no questions": NO_QUESTIONS,
+    "a false claim costs no more": "method.reward.false_cost=1",
+    "repeats cost nothing": "method.reward.repeat_penalty=0",
+    "ending is never rejected": "method.pairs.true_above=1000",
+    "no SFT term": "training.trl.loss_weights=[1.0,0.0]",
+    "search steered by likelihood": "method.search.steer_by=logprob",
+    "no greedy candidate": "method.search.greedy_first=false",
+    "whole responses in pairs": WHOLE_RESPONSES,
+    "margin 3": "method.pairs.min_margin=3",
+    "both judges": "scorer.use=clip+clip_b",
+}
+"""Parts of the default preset that are changed one at a time."""
+
+
+def ablation_jobs() -> list[Job]:
+    """Define the jobs that change one part of the method, on development scenes of ``prose``, seed by seed."""
+    more: dict[str, Any] = {"split": "development", "world": "prose", "measured": (0, 3), **BASELINE_SIZE}
+    return [Job(name, "ablations", overrides, seed, **more) for seed in SEEDS for name, overrides in ABLATIONS.items()]
 
 
 def baseline_jobs(world: str) -> list[Job]:
@@ -126,17 +143,8 @@ JOBS = [
     *_comparison("paper, our rate", f"preset=paper {OUR_RATE}"),
     *_comparison("official", "preset=official"),
     *_comparison("official, our rate", f"preset=official {OUR_RATE}"),
-    *_ablation("calibrated", ""),
-    *_ablation("whole sentences (0.1)", "preset=sentences"),
-    *_ablation("no self-consistency", "method.reward.consistency=0"),
-    *_ablation("a false claim costs no more", "method.reward.false_cost=1"),
-    *_ablation("repeats cost nothing", "method.reward.repeat_penalty=0"),
-    *_ablation("margin 3", "method.pairs.min_margin=3"),
-    *_ablation("whole responses in pairs", WHOLE_RESPONSES),
-    *_ablation("no questions", NO_QUESTIONS),
-    *_ablation("no greedy candidate", "method.search.greedy_first=false"),
-    *_ablation("no SFT term", "training.trl.loss_weights=[1.0,0.0]"),
-    *_ablation("search steered by likelihood", "method.search.steer_by=logprob"),
+    *ablation_jobs(),
+    *_tuning("calibrated", ""),
     *_tuning("lambda 0.5", "method.lambda=0.5"),
     *_tuning("2 candidates", "method.search.num_candidates=2"),
     *_tuning("8 candidates", "method.search.num_candidates=8"),

@@ -46,6 +46,7 @@ _CURVES = ("chair_s", "recall")
 """Metrics that are plotted against a setting."""
 SHORT = ("chair_s", "chair_i", "recall", "companion_recall", "repeats", "words", "relevance")
 ROOT = Path(__file__).resolve().parents[1]
+ABLATED = "World prose, 48 images, 200 development scenes"
 ALONE = "1 seed, no interval over runs"
 
 
@@ -67,7 +68,7 @@ def write(jobs: Sequence[Any], out: Path, to: Path, *, rerun: bool = False, ledg
         _main(done, to),
         _prose(done),
         _comparisons(done),
-        _final_table(done, "ablations", "Ablations of the calibrated preset", f"500 development scenes, {final}"),
+        _final_table(done, "ablations", "What each part is worth", f"{ABLATED}, {final}"),
         _final_table(done, "settings", "Other settings", f"500 development scenes, {final}"),
         _lambdas(out, to),
         _iteration_table(
@@ -363,12 +364,14 @@ def _truncate_to_length(run: Result, world: World) -> SceneTallies:
 
 def _final_table(done: Sequence[Result], group: str, title: str, caption: str) -> str:
     """Format a table of a group's runs after the last iteration, the default preset first."""
-    reference = _by_name(done, "ablations").get("calibrated")
-    others = {name: runs for name, runs in _by_name(done, group).items() if runs is not reference}
-    others.pop("calibrated", None)
+    others = _by_name(done, group)
+    reference = others.pop("calibrated", None)
     if not others or reference is None:
         return ""
-    rows = []
+    rows, job = [], next(iter(reference.values())).job
+    if 0 in job.measured:
+        base = next(iter(_at(reference, 0).values()))
+        rows.append(["base model", "", "", *(base_cell(base, metric) for metric in SHORT), ""])
     for name, runs in {"calibrated": reference, **others}.items():
         overrides = next(iter(runs.values())).job.overrides
         first, *rest = _final_row(name, runs, {} if name == "calibrated" else _at(reference, 3))
