@@ -209,7 +209,7 @@ class Policy:
         for index, prompt in enumerate(prompts):
             by_image.setdefault(prompt.image, []).append(index)
         for indices in by_image.values():
-            encoded = {prompts[index]: self.encode(prompts[index]) for index in indices}
+            encoded = {prompt: self.encode(prompt) for prompt in dict.fromkeys(prompts[index] for index in indices)}
             units = [(index, [(encoded[prompts[index]], responses[index])]) for index in indices]
             yield self.blocks(units, max_tokens, MAX_TARGETS)
 

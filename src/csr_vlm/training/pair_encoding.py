@@ -16,7 +16,7 @@ from csr_vlm.data.external_pairs import TextPair
 from csr_vlm.method.sentences import SentenceRule
 from csr_vlm.models.policy import Policy
 
-_BATCH = 8
+_BATCH = 32
 TokenIds = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of the chosen and of the rejected response."""
 
@@ -33,16 +33,16 @@ def encode_pairs(pairs: Iterable[TextPair], policy: Policy, iteration: int, rule
     Yields:
         A pair, or the reason why there is none: ``placeholder`` (a response contains the token id
         of an image placeholder) or ``identical`` (both responses have the same token ids). The
-        reasons of eight pairs at a time come before their pairs.
+        reasons of 32 pairs at a time come before their pairs.
     """
     for batch in batched(tokenize_pairs(pairs, policy), _BATCH):
         kept = [(pair, token_ids) for pair, token_ids in batch if not isinstance(token_ids, str)]
         yield from (reason for _, reason in batch if isinstance(reason, str))
         if not kept:
             continue
-        prompts = [pair.prompt for pair, _ in kept]
-        logprobs = [policy.teacher_forced(prompts, [token_ids[side] for _, token_ids in kept]) for side in (0, 1)]
-        for (pair, token_ids), chosen, rejected in zip(kept, *logprobs, strict=True):
+        prompts = [pair.prompt for pair, _ in kept for _side in range(2)]
+        logprobs = policy.teacher_forced(prompts, [response for _, token_ids in kept for response in token_ids])
+        for (pair, token_ids), chosen, rejected in zip(kept, logprobs[::2], logprobs[1::2], strict=True):
             yield Pair(
                 prompt=pair.prompt,
                 iteration=iteration,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -72,25 +73,30 @@ def train_tokenizer(world: World, lowercase: bool, texts: Iterable[str] | None =
     Args:
         texts: Texts to train on; by default the sentences and questions of the world's template.
     """
+    if texts is None:
+        return Tokenizer.from_str(_trained(tuple(_template_texts(world)), lowercase, 768))
+    return Tokenizer.from_str(_trained(tuple(texts), lowercase, 1536))
+
+
+@cache
+def _trained(texts: tuple[str, ...], lowercase: bool, vocabulary: int) -> str:
+    """Train a tokenizer and return it as JSON; training takes seconds, and the models of a world share it."""
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     if lowercase:
         tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=lowercase)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=768 if texts is None else _LARGE_VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_template_texts(world) if texts is None else texts, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tail = f" {EOS}" if lowercase else ""
     ids = [(token, SPECIAL.index(token)) for token in (BOS, EOS)]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A{tail}", special_tokens=ids)
-    return tokenizer
-
-
-_LARGE_VOCABULARY = 1536
+    return str(tokenizer.to_str())
 
 
 def _template_texts(world: World) -> list[str]:

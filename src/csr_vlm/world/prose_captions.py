@@ -13,8 +13,9 @@ so that hallucination grows along a response.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -388,17 +389,20 @@ def dialogue(scene: ProseScene, style: ProseStyle, epoch: int) -> list[Turn]:
     return [turns[index] for index in rng.permutation(len(turns))]
 
 
-def vocabulary_texts(num_scenes: int = 3000) -> Iterator[str]:
-    """Yield texts that hold every word of the corpus often enough to make it one token."""
+@cache
+def vocabulary_texts(num_scenes: int = 3000) -> tuple[str, ...]:
+    """Return texts that hold every word of the corpus often enough to make it one token."""
     from csr_vlm.world.scenes import Split, make_scenes
 
+    texts = []
     for scene in make_scenes(PROSE, Split.CORPUS, 1, num_scenes):
         assert isinstance(scene, ProseScene)
         for epoch in range(2):
-            for turn in dialogue(scene, ProseStyle(captions=0.6, reasons=0.2), epoch):
-                yield f"USER: \n{turn.question} ASSISTANT: {turn.answer}"
+            turns = dialogue(scene, ProseStyle(captions=0.6, reasons=0.2), epoch)
+            texts += [f"USER: \n{turn.question} ASSISTANT: {turn.answer}" for turn in turns]
     for line in SYNONYMS:
         for word in line:
             for color in COLORS:
-                yield f" {article(color)} {color} {word}. Two {color} {words.plural(word)}, {word} A {word}"
-                yield f"Is there {article(word)} {word} in the image? a photo of {article(word)} {word}"
+                texts.append(f" {article(color)} {color} {word}. Two {color} {words.plural(word)}, {word} A {word}")
+                texts.append(f"Is there {article(word)} {word} in the image? a photo of {article(word)} {word}")
+    return tuple(texts)
