@@ -15,6 +15,7 @@ import json
 import os
 import random
 import resource
+import runpy
 import select
 import signal
 import subprocess
@@ -102,7 +103,7 @@ def work(request: dict[str, Any]) -> None:
 
 
 def execute(request: dict[str, Any]) -> None:
-    """Execute a command line in a fork."""
+    """Execute a command line of csr, or a script with these arguments, in a fork."""
     from csr_vlm.cli import main
 
     os.setsid()
@@ -110,8 +111,13 @@ def execute(request: dict[str, Any]) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         path = request["out"] if request["out"] == os.devnull else f"{request['out']}/{name}"
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-    sys.argv = ["csr", *request["arguments"]]
-    main()
+    script = request["script"]
+    sys.argv = [script or "csr", *request["arguments"]]
+    if script:
+        sys.path.insert(0, str(Path(script).parent))
+        runpy.run_path(script, run_name="__main__")
+    else:
+        main()
 
 
 def start(request: dict[str, Any]) -> int:

@@ -60,21 +60,16 @@ def pages(page: Page) -> list[str]:
     return sorted({link.partition("#")[0] for link in links})
 
 
-def test_every_page_opens_with_its_pictures(site: Page) -> None:
+def test_every_page_opens_with_its_pictures_and_fits_a_phone(site: Page) -> None:
     found = pages(site)
     assert len(found) > 25
+    site.set_viewport_size(PHONE)
     for link in found:
         site.goto(link)
         assert site.locator("article h1").count() == 1, link
         broken = "pictures => pictures.filter(picture => !picture.naturalWidth).map(picture => picture.src)"
         site.locator("article img").evaluate_all("pictures => Promise.all(pictures.map(picture => picture.decode()))")
         assert site.locator("article img").evaluate_all(broken) == [], link
-
-
-def test_a_page_fits_a_phone(site: Page) -> None:
-    site.set_viewport_size(PHONE)
-    for link in pages(site):
-        site.goto(link)
         assert site.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], link
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from csr_vlm.config.load import load_config
+from tests.processes import csr
 from tests.unit.builders import REQUIRED
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -25,11 +24,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 )
 def test_a_benchmark_runs(command: str, expected: str) -> None:
     script, *arguments = command.split()
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert expected in done.stdout
+    assert expected in csr(*arguments, script=str(BENCHMARKS / script)).stdout
 
 
 def test_the_overrides_of_every_evidence_job_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
