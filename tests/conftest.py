@@ -1,8 +1,10 @@
 import gc
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
+import typer.main
 from hypothesis import settings
 
 from tests.families.shim import without_compiled_torchvision
@@ -11,6 +13,8 @@ settings.register_profile("repeatable", deadline=None, max_examples=50, derandom
 settings.load_profile("repeatable")
 sys.path.append(str(Path(sys.prefix) / "only-for-tests"))
 without_compiled_torchvision()
+# Typer builds its command in every call, which takes a third of a second.
+typer.main.get_command = cache(typer.main.get_command)
 
 
 @pytest.fixture(scope="module", autouse=True)
