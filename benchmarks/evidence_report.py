@@ -46,7 +46,6 @@ _CURVES = ("chair_s", "recall")
 """Metrics that are plotted against a setting."""
 SHORT = ("chair_s", "chair_i", "recall", "companion_recall", "repeats", "words", "relevance")
 ROOT = Path(__file__).resolve().parents[1]
-ABLATED = "World prose, 48 images, 200 development scenes"
 ALONE = "1 seed, no interval over runs"
 
 
@@ -62,14 +61,13 @@ def write(jobs: Sequence[Any], out: Path, to: Path, *, rerun: bool = False, ledg
     numbers = {result.job.key: result.numbers() for result in done}
     note = _report_test_seed(done, numbers, out, to, rerun=rerun, ledger=ledger)
     to.mkdir(parents=True, exist_ok=True)
-    final = f"after iteration 3. {LEGEND.format(reference='calibrated')}"
     steps = LEGEND.format(reference="iteration 0")
     parts = [
         _main(done, to),
         _prose(done),
         _comparisons(done),
-        _final_table(done, "ablations", "What each part is worth", f"{ABLATED}, {final}"),
-        _final_table(done, "settings", "Other settings", f"500 development scenes, {final}"),
+        _final_table(done, "ablations", "What each part is worth"),
+        _final_table(done, "settings", "Other settings"),
         _lambdas(out, to),
         _iteration_table(
             done,
@@ -362,7 +360,7 @@ def _truncate_to_length(run: Result, world: World) -> SceneTallies:
     }
 
 
-def _final_table(done: Sequence[Result], group: str, title: str, caption: str) -> str:
+def _final_table(done: Sequence[Result], group: str, title: str) -> str:
     """Format a table of a group's runs after the last iteration, the default preset first."""
     others = _by_name(done, group)
     reference = others.pop("calibrated", None)
@@ -376,6 +374,10 @@ def _final_table(done: Sequence[Result], group: str, title: str, caption: str) -
         overrides = next(iter(runs.values())).job.overrides
         first, *rest = _final_row(name, runs, {} if name == "calibrated" else _at(reference, 3))
         rows.append([first, f"`{overrides}`" if overrides else "", *rest])
+    caption = (
+        f"World {job.world}, {job.prompts} images, {job.scenes} {job.split} scenes, after iteration 3. "
+        f"{LEGEND.format(reference='calibrated')}"
+    )
     head = ["", "changed", "seeds", *(COLUMNS[name] for name in SHORT), "time"]
     return f"## {title}\n\n{caption}\n\n" + table(head, rows)
 

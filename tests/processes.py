@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -157,13 +157,14 @@ class Zygote:
         """Run or resume the run in a directory; ``work`` and ``_read_output`` of the zygote define the requests."""
         return self._ask({"root": str(root), **request})
 
-    def csr(self, arguments: list[str], out: Path, script: str = "") -> ProcessResult:
-        """Execute a command line, or a script; its output goes to ``stdout`` and ``stderr`` in a folder."""
-        return self._ask({"arguments": arguments, "folder": str(Path.cwd()), "out": str(out), "script": script})
+    def execute(self, arguments: list[str], out: Path, script: Path | None) -> ProcessResult:
+        """Execute a command line of csr, or a script; its output goes to ``stdout`` and ``stderr`` in a folder."""
+        request = {"arguments": arguments, "folder": str(Path.cwd()), "out": str(out)}
+        return self._ask(request | ({"script": str(script)} if script else {}))
 
     def start(self, arguments: list[str]) -> Fork:
         """Start a command line in a session of its own, without waiting for it."""
-        request = {"arguments": arguments, "folder": str(Path.cwd()), "out": os.devnull, "script": "", "waits": False}
+        request = {"arguments": arguments, "folder": str(Path.cwd()), "out": os.devnull, "waits": False}
         return Fork(self, self._ask(request).code)
 
     def ended(self, pid: int, *, waits: bool) -> int | None:
@@ -206,11 +207,20 @@ def zygote() -> Zygote:
     return Zygote().__enter__()
 
 
-def csr(*arguments: object, check: bool = True, script: str = "") -> subprocess.CompletedProcess[str]:
-    """Execute a command of csr, or a script, in a fork, which saves the seconds of the imports."""
+def csr(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Execute a command of csr in a fork, which saves the seconds of the imports."""
+    return _in_fork(arguments, check)
+
+
+def run_script(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Execute a script in a fork."""
+    return _in_fork(arguments, True, script)
+
+
+def _in_fork(arguments: Iterable[object], check: bool, script: Path | None = None) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         words = [str(word) for word in arguments]
-        code = zygote().csr(words, Path(folder), script).code
+        code = zygote().execute(words, Path(folder), script).code
         out, err = (Path(folder, name).read_text(errors="replace") for name in ("stdout", "stderr"))
     assert code == 0 or not check, f"{script or 'csr'} {' '.join(words)} ended with {code}: {err}"
     return subprocess.CompletedProcess(words, code, out, err)

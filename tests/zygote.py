@@ -111,7 +111,7 @@ def execute(request: dict[str, Any]) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         path = request["out"] if request["out"] == os.devnull else f"{request['out']}/{name}"
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-    script = request["script"]
+    script = request.get("script")
     sys.argv = [script or "csr", *request["arguments"]]
     if script:
         sys.path.insert(0, str(Path(script).parent))

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import transformers as hf
-from tokenizers import Tokenizer
 
 from csr_vlm.world.base_models import CHAT_TEMPLATE, SPECIAL, train_tokenizer
 from csr_vlm.world.scenes import HARBOUR
@@ -40,15 +39,10 @@ Checkpoint = tuple[Any, Any]
 """(model, processor)."""
 
 
-@cache
-def _trained() -> str:
-    return train_tokenizer(HARBOUR, lowercase=False).to_str()
-
-
 def tokenizer(*tokens: str, **named: str) -> Any:
     """Return the world's tokenizer with additional special tokens, some of them named."""
     made = hf.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained()),
+        tokenizer_object=train_tokenizer(HARBOUR, lowercase=False),
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
@@ -456,7 +450,7 @@ def checkpoint(name: str) -> Path:
 @cache
 def recipe_hash() -> str:
     """Hash everything that a checkpoint's content depends on."""
-    sources = [Path(__file__).read_bytes(), _trained().encode()]
+    sources = [Path(__file__).read_bytes(), train_tokenizer(HARBOUR, lowercase=False).to_str().encode()]
     versions = [metadata.version(package) for package in ("torch", "transformers", "tokenizers", "safetensors")]
     return hashlib.sha256(b"\0".join([*sources, *map(str.encode, versions)])).hexdigest()[:16]
 

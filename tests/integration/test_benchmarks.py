@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from csr_vlm.config.load import load_config
-from tests.processes import csr
+from tests.processes import run_script
 from tests.unit.builders import REQUIRED
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -24,7 +24,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 )
 def test_a_benchmark_runs(command: str, expected: str) -> None:
     script, *arguments = command.split()
-    assert expected in csr(*arguments, script=str(BENCHMARKS / script)).stdout
+    assert expected in run_script(BENCHMARKS / script, *arguments).stdout
 
 
 def test_the_overrides_of_every_evidence_job_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:

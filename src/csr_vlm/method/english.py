@@ -243,12 +243,13 @@ def plurals(names: Mapping[str, str]) -> dict[str, str]:
         {'wine glasses': 'glass', 'cactuses': 'cactus', 'cacti': 'cactus'}
     """
     found: dict[str, str] = {}
+    inflect = _inflect()
     for is_classical in (False, True):
-        engine = _inflect().engine()
+        engine = inflect.engine()
         engine.classical(all=is_classical)
         for wording, name in names.items():
             *modifiers, head = wording.split(" ")
-            found.setdefault(" ".join([*modifiers, engine.plural_noun(head)]), name)  # type: ignore[arg-type]
+            found.setdefault(" ".join([*modifiers, engine.plural_noun(head)]), name)
     return found
 
 
