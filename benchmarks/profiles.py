@@ -83,8 +83,11 @@ class Outcome:
     checks: list[dict[str, Any]]
     decisions: dict[str, int]
     """Pairs by kind of decision, as "chosen > rejected"."""
-    scorer_auc: float
-    """Of the scorer's z, true against false things that the trees claim; by the truth of the pictures."""
+    scorer_auc: float | None
+    """Of the scorer's z, true against false things that the trees claim; by the truth of the pictures.
+
+    None for presets that do not score claims.
+    """
     estimated_auc: float | None
     """The same as the audit estimates it, without the truth."""
 
@@ -138,7 +141,7 @@ def run_profile(profile: Profile, config: RunConfig, num_prompts: int, seed: int
     )
 
 
-def _scorer_auc(trees: Sequence[Tree], world: ProfileWorld, config: RunConfig) -> float:
+def _scorer_auc(trees: Sequence[Tree], world: ProfileWorld, config: RunConfig) -> float | None:
     """Compute how well the first scorer's z separates the true things of all trees from the false ones."""
     name = config.scorer.used.split("+")[0]
     by_truth: dict[bool, list[float]] = {True: [], False: []}
@@ -147,7 +150,7 @@ def _scorer_auc(trees: Sequence[Tree], world: ProfileWorld, config: RunConfig) -
         for thing in evidence.mentions:
             is_true = world.picture_of(tree.prompt).truth(thing) == "grounded"
             by_truth[is_true].append(evidence.significance(evidence.scores[thing], name))
-    return auc(by_truth[True], by_truth[False])
+    return auc(by_truth[True], by_truth[False]) if all(by_truth.values()) else None
 
 
 def _scorers(world: ProfileWorld, config: RunConfig) -> ScorerGroup:
@@ -273,7 +276,7 @@ def _print(found: Sequence[Outcome]) -> None:
             str(o.questions),
             f"{o.questions_right / o.questions:.1%}" if o.questions else "-",
             str(o.questions_nonsense),
-            f"{o.scorer_auc:.2f}",
+            "-" if o.scorer_auc is None else f"{o.scorer_auc:.2f}",
             "-" if o.estimated_auc is None else f"{o.estimated_auc:.2f}",
             o.audit
             + "".join(
