@@ -132,3 +132,14 @@ def test_a_check_of_a_handful_does_not_pass(tmp_path: Path) -> None:
     panel = audit_panel.audit_panel(run)
     assert panel is not None
     assert (panel.num_few, panel.problems) == (1, [])
+
+
+def test_the_estimated_quality_of_the_scorer_names_its_claims(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", resolve(REQUIRED | {"iterations": 2}))
+    check = {"metric": "cue_agreement", "value": 0.6, "verdict": "go", "reason": "", "n": 90}
+    for number, metrics in ((1, {"estimated_auc": 0.784, "claims": 120.0}), (2, {})):
+        run.mark_done(number, "audit", checks=[check], metrics=metrics, reasons=[], stopped=False)
+    panel = audit_panel.audit_panel(run)
+    assert panel is not None
+    (rows,) = [rows for _, rows in panel.groups]
+    assert [(cell.value, cell.n) for cell in rows[-1].cells] == [("0.78", 120), (audit_panel.UNKNOWN, None)]

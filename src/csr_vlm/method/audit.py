@@ -339,7 +339,7 @@ def pair_metrics(trees: Iterable[TreeMetrics]) -> dict[str, float]:
       not choose them; only where there is one
 
     and ``estimated_auc``, the scorer's quality as its agreement with the policy's samples suggests
-    (:mod:`csr_vlm.method.scorer_quality`); it has no bound.
+    (:mod:`csr_vlm.method.scorer_quality`), with the number of ``claims`` that it is from; it has no bound.
     """
     trees = list(trees)
     num_pairs = sum(tree.pairs for tree in trees)
@@ -360,9 +360,10 @@ def pair_metrics(trees: Iterable[TreeMetrics]) -> dict[str, float]:
         cases = [getattr(of_tree, sign) for of_tree in signs]
         if number := sum(total for _, total in cases):
             metrics[metric] = sum(successes for successes, _ in cases) / number
-    quality = estimated_auc([value for of_tree in signs for value in of_tree.values])
+    values = [value for of_tree in signs for value in of_tree.values]
+    quality = estimated_auc(values)
     if quality is not None:
-        metrics["estimated_auc"] = quality
+        metrics |= {"estimated_auc": quality, "claims": float(len(values))}
     wins, losses = sum(tree.wins for tree in trees), sum(tree.losses for tree in trees)
     if wins + losses:
         metrics["relevance_win"] = wins / (wins + losses)

@@ -106,10 +106,18 @@ def _check_rows(results: Sequence[Mapping[str, Any]]) -> list[CheckRow]:
     for metric in metrics:
         label, meaning = LABELS.get(metric, (metric.replace("_", " "), ""))
         rows.append(CheckRow(label, meaning, [_cell(metric, by_metric.get(metric)) for by_metric in checks]))
-    estimates = [result.get("metrics", {}).get("estimated_auc") for result in results]
-    if any(estimate is not None for estimate in estimates):
-        rows.append(CheckRow(*_QUALITY, [CheckCell(fixed(value, 2), "") for value in estimates]))
+    qualities = [_quality_cell(result.get("metrics", {})) for result in results]
+    if any(cell.value != UNKNOWN for cell in qualities):
+        rows.append(CheckRow(*_QUALITY, qualities))
     return rows
+
+
+def _quality_cell(metrics: Mapping[str, float]) -> CheckCell:
+    """Show the estimated AUC of the scorer beside the number of claims that it is from."""
+    if "estimated_auc" not in metrics:
+        return CheckCell(UNKNOWN, "")
+    claims = metrics.get("claims")
+    return CheckCell(fixed(metrics["estimated_auc"], 2), "", None if claims is None else int(claims))
 
 
 def _cell(metric: str, check: Mapping[str, Any] | None) -> CheckCell:
