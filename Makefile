@@ -64,7 +64,7 @@ test-newest:  ## the quick tests with the newest release of every dependency, in
 	$(NEWEST_VENV)/bin/python -m pip list --outdated --disable-pip-version-check
 	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/pytest -q -n 2 -m "not slow" tests/unit
 
-test-app: $(APP_VENV)/.installed  ## csr try in a real browser, and the trackers, in an environment of its own
+test-app: $(APP_VENV)/.installed  ## the trackers, and csr try, in an environment of its own
 	OMP_NUM_THREADS=1 $(APP_VENV)/bin/python -m pytest -q tests/app
 
 screenshots: $(APP_VENV)/.installed  ## draw the screenshots of docs/ from a run of the demo; needs Chromium
@@ -119,7 +119,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]' num2words
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev,app]' num2words
 	# torchvision as it is published is a CUDA build: its Python part serves the tests of some processors, but beside
 	# a CPU build of torch it must not be in the way of anything else. So it lies where only the tests look.
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps --upgrade \

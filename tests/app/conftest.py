@@ -1,7 +1,6 @@
 """Serve the page of csr try on a small run; everything here is skipped where Gradio is not installed.
 
-``make test-app`` has an environment with Gradio, which needs an older Pillow than the other tests, and with the
-experiment trackers.
+``make test-app`` has an environment with the experiment trackers too.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ MAX_UPLOAD = 200_000
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if util.find_spec("gradio") is None:
-        skip = pytest.mark.skip(reason="Gradio is not installed; make test-app has an environment with it")
+        skip = pytest.mark.skip(reason="Gradio is not installed: pip install 'csr-vlm[app]'")
         for item in items:
             if item.path.is_relative_to(Path(__file__).parent):
                 item.add_marker(skip)
