@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from csr_vlm.store import files
 from csr_vlm.store.run import Run
 
 NAMES = ("heldout/words", "audit/scorer_agreement/stop", "seconds/train", "memory_gb/train")
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    """Skip a test where a tracker is not installed."""
+    reason = f"{name} is not installed; make test-app has an environment with it"
+    return pytest.mark.skipif(util.find_spec(name) is None, reason=reason)
 
 
 @pytest.fixture
@@ -41,6 +48,7 @@ def log_to(short_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     return log
 
 
+@needs("tensorboard")
 def test_tensorboard(log_to: Any) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -56,6 +64,7 @@ def test_tensorboard(log_to: Any) -> None:
     assert any(tag.startswith("examples") for tag in events.Tags()["images"])
 
 
+@needs("mlflow")
 def test_mlflow(log_to: Any) -> None:
     from mlflow import MlflowClient
 
@@ -71,6 +80,7 @@ def test_mlflow(log_to: Any) -> None:
     assert {"report.html", "examples.json", "examples", "config.yaml"} <= artifacts
 
 
+@needs("trackio")
 def test_trackio(log_to: Any) -> None:
     import trackio
 
@@ -86,6 +96,7 @@ def test_trackio(log_to: Any) -> None:
     assert any("examples" in row for row in rows)
 
 
+@needs("wandb")
 def test_wandb(log_to: Any) -> None:
     run = log_to("wandb")
     run_id = files.read_json(run.root / "tracking.json")["wandb"]["id"]
