@@ -67,9 +67,9 @@ test-newest:  ## the quick tests with the newest release of every dependency, in
 test-app: $(APP_VENV)/.installed  ## the trackers, and csr try, in an environment of its own
 	OMP_NUM_THREADS=1 $(APP_VENV)/bin/python -m pytest -q tests/app
 
-screenshots: $(APP_VENV)/.installed  ## draw the screenshots of docs/ from a run of the demo; needs Chromium
-	rm -rf build/screenshots && OMP_NUM_THREADS=1 $(APP_VENV)/bin/csr --quiet demo --out build/screenshots
-	$(APP_VENV)/bin/python -m docs.screenshots build/screenshots
+screenshots: $(VENV)/.installed-dev  ## draw the screenshots of docs/ from a run of the demo; needs Chromium
+	rm -rf build/screenshots && OMP_NUM_THREADS=1 $(BIN)/csr --quiet demo --out build/screenshots
+	$(BIN)/python -m docs.screenshots build/screenshots
 
 test-faults: $(VENV)/.installed-dev  ## a hundred kills, failing disks, a thousand bad inputs (about half an hour)
 	CSR_FAULTS=all $(BIN)/pytest -q -s -p no:xdist tests/faults

@@ -1,6 +1,6 @@
 """Draw the screenshots of the documentation from a real run: ``python -m docs.screenshots RUN``.
 
-Needs Gradio, Playwright and Chromium: ``make screenshots`` runs it, in the environment of ``make test-app``.
+Needs Gradio, Playwright and Chromium: ``make screenshots`` runs it.
 """
 
 from __future__ import annotations
