@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from csr_vlm.store.run import Run
-from tests.browser.conftest import browser
 from tests.integration.conftest import short_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-__all__ = ["browser", "short_run"]
+__all__ = ["short_run"]
 
 MAX_UPLOAD = 200_000
 

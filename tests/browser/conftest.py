@@ -1,9 +1,7 @@
-"""Provide the system's Chromium and the report of a small run."""
+"""Provide the report of a small run, opened in a browser."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,20 +23,6 @@ if TYPE_CHECKING:
 
 MARKUP = '</title></script><script>window.owned = 1</script><img src=x onerror="window.owned = 1">'
 FOLDER = "run <img src=x onerror=window.owned=1>"
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        pytest.skip("chromium is not installed")
-    # Chromium's sandbox does not start as root, the usual user in a container.
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=path, args=arguments)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="session")
