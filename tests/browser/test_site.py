@@ -78,7 +78,8 @@ def test_search_finds_a_setting(site: Page) -> None:
     first = site.locator(".md-search-result__item a").first
     first.wait_for()
     first.click()
-    assert "repeat_penalty" in site.locator("article").inner_text()
+    site.wait_for_url("**/configuration.html*")
+    assert "method.reward.repeat_penalty" in site.locator("article").inner_text()
 
 
 def test_the_front_page_leads_to_the_first_steps(site: Page) -> None:
